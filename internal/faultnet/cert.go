@@ -1,0 +1,107 @@
+package faultnet
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"fmt"
+	"net"
+	"time"
+)
+
+// CA is an authority that exists in memory only.
+type CA struct {
+	cert *x509.Certificate
+	key  crypto.Signer
+}
+
+// Certificates are valid for so long because the clock of a testing/synctest
+// bubble starts in the year 2000: what was issued outside has to hold inside.
+var (
+	notBefore = time.Date(1999, time.January, 1, 0, 0, 0, 0, time.UTC)
+	notAfter  = time.Date(2199, time.January, 1, 0, 0, 0, 0, time.UTC)
+)
+
+// NewCA makes an authority with a fresh key. No two trust each other.
+func NewCA() *CA {
+	ca := &CA{key: newKey()}
+	template := &x509.Certificate{
+		Subject:               pkix.Name{CommonName: "faultnet CA"},
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		KeyUsage:              x509.KeyUsageCertSign,
+	}
+	ca.cert = sign(template, template, ca.key.Public(), ca.key)
+	return ca
+}
+
+// Pool trusts what the authority issues, and nothing else.
+func (ca *CA) Pool() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(ca.cert)
+	return pool
+}
+
+// Server issues a certificate for a server of these host names and IP
+// addresses, with the authority's own certificate at the end of the chain.
+func (ca *CA) Server(names ...string) tls.Certificate {
+	return ca.issue(x509.ExtKeyUsageServerAuth, names)
+}
+
+// Client issues a certificate for a client, which has name as its common name
+// and as its only DNS name.
+func (ca *CA) Client(name string) tls.Certificate {
+	return ca.issue(x509.ExtKeyUsageClientAuth, []string{name})
+}
+
+func (ca *CA) issue(usage x509.ExtKeyUsage, names []string) tls.Certificate {
+	template := &x509.Certificate{
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{usage},
+	}
+	for _, name := range names {
+		if ip := net.ParseIP(name); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+			continue
+		}
+		template.DNSNames = append(template.DNSNames, name)
+	}
+	if len(names) > 0 {
+		template.Subject.CommonName = names[0]
+	}
+	key := newKey()
+	leaf := sign(template, ca.cert, key.Public(), ca.key)
+	return tls.Certificate{
+		Certificate: [][]byte{leaf.Raw, ca.cert.Raw},
+		PrivateKey:  key,
+		Leaf:        leaf,
+	}
+}
+
+func newKey() *ecdsa.PrivateKey {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(err)
+	return key
+}
+
+func sign(template, parent *x509.Certificate, public crypto.PublicKey, signer crypto.Signer) *x509.Certificate {
+	template.NotBefore, template.NotAfter = notBefore, notAfter
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, public, signer)
+	must(err)
+	cert, err := x509.ParseCertificate(der)
+	must(err)
+	return cert
+}
+
+// must is for what fails only if this file is wrong: its callers all pass a
+// curve, templates and keys of their own making. The one thing from outside is
+// the names, and a name that is no IA5 string is a mistake in the test.
+func must(err error) {
+	if err != nil {
+		panic(fmt.Errorf("faultnet: making a certificate: %w", err))
+	}
+}
