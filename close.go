@@ -1,0 +1,190 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// EvictLRU closes the least recently used idle connection of all addresses and
+// says whose it was. It returns when the socket is closed (or, if that hangs,
+// after 5 seconds). false: nothing is idle; a connection in use is never
+// touched.
+func (p *Pool) EvictLRU() (Addr, bool) {
+	if p.sites == nil {
+		return Addr{}, false
+	}
+	return p.evict(context.Background())
+}
+
+// Retire makes the connections of addr that were opened, or are being opened,
+// before now unfit to be lent again: idle ones are closed now, borrowed ones
+// when they are given back. TLS sessions are forgotten too. Use it after a
+// change of certificates or credentials. Other addresses are not affected; an
+// addr that the pool does not know, or that is invalid, is no error.
+func (p *Pool) Retire(addr Addr) {
+	if p.sites == nil {
+		return
+	}
+	addr, err := addr.canonical()
+	if err != nil {
+		return
+	}
+	p.sessions.forget(addr)
+	var todo agenda
+	p.mu.Lock()
+	if s := p.sites[addr]; s != nil {
+		s.epoch++
+		p.dropIdleLocked(s, ClosedRetired, &todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+// CloseIdle closes all idle connections. Borrowed ones, and the pool, live on.
+func (p *Pool) CloseIdle() {
+	var todo agenda
+	p.mu.Lock()
+	for _, s := range p.sites {
+		p.dropIdleLocked(s, ClosedOnRequest, &todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+func (p *Pool) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
+	for s.top != nil {
+		c := s.top
+		p.takeLocked(c)
+		p.moveLocked(c, closing)
+		todo.close(c, reason, nil)
+	}
+}
+
+// closeGrace is how long Close waits for what it set in motion.
+const closeGrace = time.Second
+
+// Close closes the pool at once: idle connections are closed, waiters and later
+// borrowers get ErrClosed, dials are canceled. Borrowed connections stay usable
+// and are closed when they are given back; Close does not wait for them, see
+// [Pool.Shutdown]. It does wait, for a second at most, until idle sockets are
+// closed and dials have ended, and says in its error if some have not. A second
+// Close does nothing and returns nil.
+func (p *Pool) Close() error {
+	if !p.shut() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), closeGrace)
+	defer cancel()
+	p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping })
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if n := p.n[closing] + p.n[dialing]; n > 0 {
+		return fmt.Errorf("connpool: closed, but %d closes and %d dials have not ended after %v", p.n[closing], p.n[dialing], closeGrace)
+	}
+	return nil
+}
+
+// Shutdown closes the pool as Close does, and waits until every borrowed
+// connection has been given back. If ctx is done first, it returns an error
+// that is the ctx's and says who is still out; nothing is taken from them by
+// force. It may be called after Close, and more than once.
+func (p *Pool) Shutdown(ctx context.Context) error {
+	if ctx == nil {
+		return usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
+	}
+	p.shut()
+	if p.awaitLeft(ctx, func() bool { return openOf(&p.n) == 0 && !p.sweeping }) {
+		return nil
+	}
+	return fmt.Errorf("connpool: shutdown: %w; %s", causeOf(ctx), p.stillOut())
+}
+
+// shut marks the pool closed and reports whether it was open.
+func (p *Pool) shut() bool {
+	var todo agenda
+	p.mu.Lock()
+	if p.closed || p.sites == nil {
+		p.mu.Unlock()
+		return false
+	}
+	p.closed = true
+	if p.sweeper != nil {
+		p.sweeper.Stop()
+	}
+	for _, s := range p.sites {
+		p.dropIdleLocked(s, ClosedWithPool, &todo)
+		p.stopRetryLocked(s)
+		s.failures = 0
+		for s.queue.head != nil {
+			s.queue.deliver(nil, false, ErrClosed)
+		}
+		p.refreshLocked(s)
+		p.forgetLocked(s)
+	}
+	p.mu.Unlock()
+	p.stop()
+	todo.run(p)
+	return true
+}
+
+// leftLocked wakes who waits in awaitLeft.
+func (p *Pool) leftLocked() {
+	if p.closed {
+		close(p.left)
+		p.left = make(chan struct{})
+	}
+}
+
+// awaitLeft waits until done, which is called with mu held, says true. It
+// reports whether it did before ctx was done.
+func (p *Pool) awaitLeft(ctx context.Context, done func() bool) bool {
+	for {
+		p.mu.Lock()
+		ok, left := done(), p.left
+		p.mu.Unlock()
+		if ok {
+			return true
+		}
+		select {
+		case <-left:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// stillOut lists the connections that are in use, by address.
+func (p *Pool) stillOut() string {
+	now := p.now()
+	type out struct {
+		n    int
+		held time.Duration
+	}
+	var order []Addr
+	byAddr := make(map[Addr]out)
+	p.mu.Lock()
+	for _, c := range p.recency.all() {
+		if c.phase != borrowed {
+			continue
+		}
+		o, known := byAddr[c.site.addr]
+		if !known {
+			order = append(order, c.site.addr)
+		}
+		o.n++
+		o.held = max(o.held, now.Sub(c.since))
+		byAddr[c.site.addr] = o
+	}
+	dials, closes := p.n[dialing], p.n[closing]
+	p.mu.Unlock()
+	var b strings.Builder
+	for _, a := range order {
+		o := byAddr[a]
+		fmt.Fprintf(&b, "%d in use for %s (for %v), ", o.n, a, o.held.Round(time.Millisecond))
+	}
+	fmt.Fprintf(&b, "%d dials and %d closes have not ended", dials, closes)
+	return b.String()
+}

@@ -1,0 +1,253 @@
+package connpool
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"time"
+)
+
+// DialFunc opens a connection to addr. It must honour ctx, which is done
+// after DialTimeout or when the pool closes, and must return either a
+// connection or an error. It may run many times at once. The QoS of addr is
+// its business: [QoS.Control] sets what must be set before connecting.
+type DialFunc func(ctx context.Context, addr Addr) (net.Conn, error)
+
+// FullPolicy says what a borrower meets when nothing is idle and a limit
+// forbids to open one more.
+type FullPolicy uint8
+
+const (
+	Wait     FullPolicy = iota // queue, first come first served, until ctx is done
+	Fail                       // ErrExhausted at once
+	Overflow                   // open one more than MaxPerAddr or MaxOpen; what is too much is closed when given back
+)
+
+func (f FullPolicy) String() string { return nameOf([]string{"wait", "fail", "overflow"}, f) }
+
+// Config shapes a pool. The zero Config is good. For every number and
+// duration 0 means the default that is stated here, and a negative value
+// switches the thing off. New copies it; later changes have no effect.
+type Config struct {
+	// MaxOpen limits the connections of the whole pool, idle, in use, being
+	// opened or being closed. When it is reached, the least recently used
+	// idle connection of any address makes room.
+	// 0: what the process's limit on file handles leaves (see handles.go);
+	// negative: no limit.
+	MaxOpen int
+
+	// MaxPerAddr limits the connections of one address in the same way.
+	// 0 or negative: only MaxOpen limits.
+	MaxPerAddr int
+
+	// MaxIdle and MaxIdlePerAddr limit the connections kept while nobody
+	// uses them; one too many is closed when it is given back.
+	// 0: no limit of its own; negative: none is kept, every use dials.
+	MaxIdle        int
+	MaxIdlePerAddr int
+
+	// MaxDialing limits the dials under way at once (with handshake and
+	// Setup), MaxDialingPerAddr those to one address, so that an address
+	// that swallows packets leaves room for the others.
+	// 0: 64, and half of MaxDialing; negative: no limit.
+	MaxDialing        int
+	MaxDialingPerAddr int
+
+	// MaxWaiters limits the borrowers in the queue of one address; one more
+	// gets ErrExhausted. 0 or negative: no limit.
+	MaxWaiters int
+
+	// MaxUses limits how often one connection is lent. 0 or negative: no
+	// limit. 1 makes every use dial, and is the right setting for a
+	// protocol that matches replies by position and a peer that is not
+	// trusted.
+	MaxUses int
+
+	// IdleTimeout is how long a connection is kept unused; one that is
+	// older is never lent. 0: 2 minutes; negative: for ever.
+	IdleTimeout time.Duration
+
+	// MaxLifetime is how old a connection may become. Up to a tenth of it,
+	// drawn for each connection when it is opened, is subtracted, so that
+	// what was opened together does not expire together. A loan is never
+	// interrupted for it. 0 or negative: no limit.
+	MaxLifetime time.Duration
+
+	// DialTimeout bounds opening a connection: dial, handshake and Setup
+	// together. 0: 10 seconds; negative: no bound.
+	DialTimeout time.Duration
+
+	// CheckInterval is the period of the sweep, which looks for idle
+	// connections that died or expired. 0: 20 seconds; negative: no sweep,
+	// so that such a connection is found when its turn to be lent comes.
+	CheckInterval time.Duration
+
+	// TrustIdle is how long after its last use (or Check) a connection is
+	// lent without asking Check. 0: CheckInterval, or 20 seconds if that is
+	// off; negative: no trust, Check precedes every loan of a connection
+	// that has been lent before.
+	TrustIdle time.Duration
+
+	// HookTimeout bounds one run of Reset or Check. 0: 5 seconds;
+	// negative: no bound.
+	HookTimeout time.Duration
+
+	// NoProbe switches off the look into the socket that precedes each
+	// loan, and the sweep's. A connection that the peer closed, or on which
+	// it sent something unasked, is then lent. It is meant for protocols
+	// whose every exchange begins with a ping anyway.
+	NoProbe bool
+
+	// WhenFull is Wait, Fail or Overflow.
+	WhenFull FullPolicy
+
+	// Dialers opens the connections of the transports it names, in the
+	// place of the pool's own for TCP, TLS and Unix. Under TLS the dialer
+	// of TCP, if there is one, opens the connection that the handshake runs
+	// on, while a dialer of TLS does the handshake itself.
+	Dialers map[Transport]DialFunc
+
+	// TLS is the pool's identity and trust. It is cloned for each address:
+	// ServerName is that of the address, and ClientSessionCache is one of
+	// the address alone, so that no session crosses from one identity to
+	// another (SessionTicketsDisabled switches resumption off). nil: the
+	// zero tls.Config, which trusts the system's roots.
+	TLS *tls.Config
+
+	// TLSFor replaces TLS where identity or trust depends on the address,
+	// say on its Scope. It runs once per dial; a nil result means TLS.
+	TLSFor func(Addr) (*tls.Config, error)
+
+	// Setup runs once per connection, before its first loan, to log in or
+	// greet. nc works during Setup and later whenever the connection is
+	// lent, and is otherwise dead (ErrReturned): a codec built over it may
+	// live in the returned state as long as the connection does. ctx is
+	// bounded by DialTimeout and carries the values of the ctx of the
+	// borrower that made the pool dial. An error destroys the connection
+	// and is that borrower's. A state that is an io.Closer is closed with
+	// the connection; one with a method Buffered() int (as bufio.Reader
+	// has) must have none buffered when the connection is given back.
+	Setup func(ctx context.Context, addr Addr, nc net.Conn) (state any, err error)
+
+	// Reset runs when a connection is given back in good order, before it
+	// goes idle or to the next borrower, on the borrower's time: to roll
+	// back, to restore a session's defaults. An error, or more time than
+	// HookTimeout, closes the connection and is not the borrower's.
+	Reset func(ctx context.Context, c Conn) error
+
+	// Check is a ping of the protocol. It runs before a loan if the
+	// connection has been idle for longer than TrustIdle, and in each
+	// sweep. An error, or more time than HookTimeout, closes the connection;
+	// the borrower gets another.
+	Check func(ctx context.Context, c Conn) error
+
+	// NoneRemovable is asked when file handles ran out and no idle
+	// connection is left to close. true says that a handle was freed and
+	// the dial shall be tried once more; false, or nil, fails the borrow
+	// with an error that is ErrNoneRemovable.
+	NoneRemovable func(*Error) bool
+
+	// Trace observes the pool.
+	Trace *Trace
+
+	// Logger gets what an operator should know: connections lost while
+	// idle, addresses that fail, hooks that break their contract. nil: no
+	// log.
+	Logger *slog.Logger
+}
+
+const (
+	defaultMaxDialing    = 64
+	defaultIdleTimeout   = 2 * time.Minute
+	defaultDialTimeout   = 10 * time.Second
+	defaultCheckInterval = 20 * time.Second
+	defaultHookTimeout   = 5 * time.Second
+)
+
+// resolved is cfg with every default filled in: a limit that is off is
+// math.MaxInt, a duration that is off is 0. MaxOpen alone keeps its 0, which
+// stands for the limit that the handles give at the time.
+func (cfg Config) resolved() (Config, error) {
+	senseless := func(a, b, why string) (Config, error) {
+		return Config{}, fmt.Errorf("connpool: Config.%s and Config.%s contradict each other: %s", a, b, why)
+	}
+	switch c := cfg; {
+	case c.WhenFull > Overflow:
+		return Config{}, fmt.Errorf("connpool: Config.WhenFull is %d: use Wait, Fail or Overflow", c.WhenFull)
+	case c.MaxOpen > 0 && c.MaxPerAddr > c.MaxOpen:
+		return senseless("MaxPerAddr", "MaxOpen", fmt.Sprintf("%d for one address can never be reached under %d in all", c.MaxPerAddr, c.MaxOpen))
+	case c.MaxOpen > 0 && c.MaxIdle > c.MaxOpen:
+		return senseless("MaxIdle", "MaxOpen", fmt.Sprintf("%d idle can never be reached under %d in all", c.MaxIdle, c.MaxOpen))
+	case c.MaxPerAddr > 0 && c.MaxIdlePerAddr > c.MaxPerAddr:
+		return senseless("MaxIdlePerAddr", "MaxPerAddr", fmt.Sprintf("%d idle can never be reached under %d for one address", c.MaxIdlePerAddr, c.MaxPerAddr))
+	case c.MaxIdle > 0 && c.MaxIdlePerAddr > c.MaxIdle:
+		return senseless("MaxIdlePerAddr", "MaxIdle", fmt.Sprintf("%d idle for one address can never be reached under %d idle in all", c.MaxIdlePerAddr, c.MaxIdle))
+	case c.MaxDialing > 0 && c.MaxDialingPerAddr > c.MaxDialing:
+		return senseless("MaxDialingPerAddr", "MaxDialing", fmt.Sprintf("%d to one address can never be reached under %d in all", c.MaxDialingPerAddr, c.MaxDialing))
+	case c.MaxWaiters > 0 && c.WhenFull == Fail:
+		return senseless("MaxWaiters", "WhenFull", "Fail lets nobody wait for a limit")
+	case c.WhenFull == Overflow && c.MaxPerAddr <= 0 && c.MaxOpen <= 0:
+		return senseless("WhenFull", "MaxPerAddr", "Overflow needs a MaxPerAddr or a MaxOpen to exceed")
+	case c.TrustIdle != 0 && c.Check == nil:
+		return senseless("TrustIdle", "Check", "there is no Check to leave out")
+	}
+	for t, d := range cfg.Dialers {
+		if err := t.validate(); err != nil {
+			return Config{}, fmt.Errorf("connpool: Config.Dialers: %w", err)
+		}
+		if d == nil {
+			return Config{}, fmt.Errorf("connpool: Config.Dialers[%q] is nil", t)
+		}
+	}
+
+	limit := func(n *int, zero, negative int) {
+		switch {
+		case *n == 0:
+			*n = zero
+		case *n < 0:
+			*n = negative
+		}
+	}
+	span := func(d *time.Duration, zero time.Duration) {
+		switch {
+		case *d == 0:
+			*d = zero
+		case *d < 0:
+			*d = 0
+		}
+	}
+	const none = math.MaxInt
+	limit(&cfg.MaxOpen, 0, none)
+	limit(&cfg.MaxPerAddr, none, none)
+	limit(&cfg.MaxIdle, none, 0)
+	limit(&cfg.MaxIdlePerAddr, none, 0)
+	limit(&cfg.MaxDialing, defaultMaxDialing, none)
+	limit(&cfg.MaxDialingPerAddr, cfg.MaxDialing/2+cfg.MaxDialing%2, none)
+	limit(&cfg.MaxWaiters, none, none)
+	limit(&cfg.MaxUses, none, none)
+	span(&cfg.IdleTimeout, defaultIdleTimeout)
+	span(&cfg.MaxLifetime, 0)
+	span(&cfg.DialTimeout, defaultDialTimeout)
+	span(&cfg.CheckInterval, defaultCheckInterval)
+	span(&cfg.HookTimeout, defaultHookTimeout)
+	switch {
+	case cfg.TrustIdle < 0:
+		cfg.TrustIdle = 0
+	case cfg.TrustIdle == 0:
+		if cfg.TrustIdle = cfg.CheckInterval; cfg.TrustIdle == 0 {
+			cfg.TrustIdle = defaultCheckInterval
+		}
+	}
+	dialers := make(map[Transport]DialFunc, len(cfg.Dialers))
+	for t, d := range cfg.Dialers {
+		dialers[t] = d
+	}
+	cfg.Dialers = dialers
+	if cfg.TLS != nil {
+		cfg.TLS = cfg.TLS.Clone()
+	}
+	return cfg, nil
+}

@@ -1,0 +1,74 @@
+package connpool
+
+import (
+	"io"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/windows"
+)
+
+const canPeek = true
+
+var wsaPoll = windows.NewLazySystemDLL("ws2_32.dll").NewProc("WSAPoll")
+
+const (
+	pollRdNorm = 0x0100
+	msgPeek    = 0x2
+)
+
+// readable asks whether a read would return at once. Sockets here are in
+// blocking mode (package net uses overlapped I/O), so this precedes each read.
+func readable(fd uintptr) (bool, error) {
+	pfd := struct {
+		fd              uintptr
+		events, revents int16
+	}{fd: fd, events: pollRdNorm}
+	n, _, err := wsaPoll.Call(uintptr(unsafe.Pointer(&pfd)), 1, 0)
+	if int32(n) < 0 {
+		return false, os.NewSyscallError("WSAPoll", err)
+	}
+	return int32(n) > 0, nil
+}
+
+func recv(fd uintptr, b []byte, flags uint32) (int, error) {
+	buf := windows.WSABuf{Len: uint32(len(b)), Buf: unsafe.SliceData(b)}
+	var n uint32
+	if err := windows.WSARecv(windows.Handle(fd), &buf, 1, &n, &flags, nil, nil); err != nil {
+		return 0, os.NewSyscallError("WSARecv", err)
+	}
+	return int(n), nil
+}
+
+// peek looks into a socket without taking anything out of it or waiting.
+func peek(fd uintptr) peeked {
+	switch ready, err := readable(fd); {
+	case err != nil:
+		return peeked{err: err}
+	case !ready:
+		return peeked{}
+	}
+	var b [1]byte
+	switch n, err := recv(fd, b[:], msgPeek); {
+	case err != nil:
+		return peeked{err: err}
+	case n == 0:
+		return peeked{err: io.EOF}
+	}
+	return peeked{bytes: true}
+}
+
+// readNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
+func readNow(fd uintptr, b []byte) (int, error) {
+	switch ready, err := readable(fd); {
+	case err != nil:
+		return 0, err
+	case !ready:
+		return 0, os.ErrDeadlineExceeded
+	}
+	n, err := recv(fd, b, 0)
+	if err == nil && n == 0 {
+		err = io.EOF
+	}
+	return n, err
+}

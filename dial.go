@@ -1,0 +1,332 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+)
+
+// A dial belongs to the pool. It is started for the oldest waiter that has
+// none, runs under that waiter's ctx values but not its cancellation, and
+// serves whoever is the oldest when it ends. From the moment it is started its
+// connection holds a slot.
+
+// Back-off: after backoffAfter failures in a row an address gets one dial at a
+// time, and only after a pause that doubles from backoffMin to backoffMax, with
+// up to half of it taken away at random. While connections of the address are
+// in use, waiters wait for those; when there are none, all but one get the last
+// dial's error at once.
+const (
+	backoffAfter = 3
+	backoffMin   = 50 * time.Millisecond
+	backoffMax   = time.Second
+
+	// failureMemory is how long the failures of an address are remembered
+	// when nobody asks for it.
+	failureMemory = time.Minute
+)
+
+func (s *site) backingOff() bool { return s.failures >= backoffAfter }
+
+// dialError is a dial's failure with its stage, on its way to a waiter.
+type dialError struct {
+	stage Stage
+	err   error
+}
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+// dialing under way: one attempt to open c.
+type attempt struct {
+	c       *conn
+	where   string // the foreign code that runs
+	stage   Stage
+	err     error
+	ended   bool // open returned, rather than panicked
+	settled atomic.Bool
+}
+
+// dial opens c for the pool and books the outcome, whatever the dialer and the
+// hooks do: return, panic, end their goroutine, or never come back.
+func (p *Pool) dial(ctx context.Context, c *conn) {
+	p.lookAtHandles()
+	start := p.now()
+	t := p.trace(ctx)
+	ctx, cancel := p.within(context.WithoutCancel(ctx), p.cfg.DialTimeout)
+	a := &attempt{c: c, stage: StageDial}
+
+	if p.cfg.DialTimeout > 0 {
+		late := time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
+			if a.settled.CompareAndSwap(false, true) {
+				p.abandoned("a dial", c.site.addr)
+				p.dialed(c, start, t, &dialError{StageDial, fmt.Errorf("the dialer or Setup ignores its ctx: %w", context.DeadlineExceeded)})
+			}
+		})
+		defer late.Stop()
+	}
+	defer func() {
+		defer cancel()
+		if !a.ended {
+			pan := &PanicError{Where: a.where}
+			if v := recover(); v != nil {
+				pan.Value, pan.Stack = v, debug.Stack()
+			}
+			a.err = pan
+		}
+		if a.err != nil && c.nc != nil {
+			c.closeFully(ClosedSetupFailed) // before the slot is free
+		}
+		if !a.settled.CompareAndSwap(false, true) {
+			if a.err == nil {
+				c.closeFully(ClosedCanceled)
+			}
+			return
+		}
+		if a.err != nil {
+			p.dialed(c, start, t, &dialError{a.stage, a.err})
+		} else {
+			p.dialed(c, start, t, nil)
+		}
+	}()
+	a.err = p.open(ctx, a)
+	a.ended = true
+}
+
+// open dials, shakes hands and sets up.
+func (p *Pool) open(ctx context.Context, a *attempt) error {
+	c := a.c
+	nc, err := p.connect(ctx, a)
+	if err != nil {
+		return err
+	}
+	c.adopt(nc)
+	if p.cfg.Setup == nil {
+		return nil
+	}
+	a.stage, a.where = StageSetup, "Config.Setup"
+	c.begin(ctx, hooked)
+	c.state, err = p.cfg.Setup(ctx, c.site.addr, Conn{c, 0})
+	word := c.end()
+	switch {
+	case err != nil:
+	case word&cut != 0:
+		err = causeOf(ctx)
+	case word&inFlight != 0:
+		err = errors.New("Config.Setup left an operation running")
+	case word&(gone|broken|timedOut|halfClosed) != 0:
+		if err = c.failure(); err == nil {
+			err = errors.New("Config.Setup closed the connection")
+		}
+	}
+	return err
+}
+
+// connect makes the net.Conn. If that fails for want of a file handle, the
+// least recently used idle connection makes room and it is tried again: at most
+// as often as something could be closed, and once more if NoneRemovable says so.
+func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
+	asked := false
+	for {
+		nc, err := p.connectOnce(ctx, a)
+		if err == nil || !outOfHandles(err) {
+			return nc, err
+		}
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		if _, ok := p.evict(ctx); ok {
+			continue
+		}
+		err = errors.Join(ErrNoneRemovable, err)
+		if asked || p.cfg.NoneRemovable == nil {
+			return nil, err
+		}
+		asked = true
+		a.where = "Config.NoneRemovable"
+		if !p.cfg.NoneRemovable(p.failed(a.c.site.addr, a.stage, err, time.Time{})) {
+			return nil, err
+		}
+	}
+}
+
+func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
+	addr := a.c.site.addr
+	a.stage = StageDial
+	own := p.cfg.Dialers[addr.Transport]
+	below, name := own, addr.Transport
+	if addr.Transport == TLS && own == nil {
+		below, name = p.cfg.Dialers[TCP], TCP
+	}
+	if below == nil {
+		below = dialSocket
+	}
+	a.where = fmt.Sprintf("Config.Dialers[%q]", name)
+	nc, err := below(ctx, addr)
+	switch {
+	case err != nil:
+		if !isNil(nc) {
+			nc.Close()
+		}
+		return nil, err
+	case isNil(nc):
+		return nil, &brokenContract{a.where + " returned neither a connection nor an error"}
+	case addr.Transport != TLS || own != nil:
+		return nc, nil
+	}
+	a.stage, a.where = StageHandshake, "Config.TLSFor"
+	return p.handshake(ctx, addr, nc)
+}
+
+// brokenContract is foreign code that did what its contract forbids.
+type brokenContract struct{ what string }
+
+func (e *brokenContract) Error() string { return e.what }
+
+// resolve is the canonical form of addr, for which there is a dialer.
+func (p *Pool) resolve(addr Addr) (Addr, error) {
+	addr, err := addr.canonical()
+	if err != nil {
+		return addr, err
+	}
+	switch addr.Transport {
+	case TCP, TLS, Unix:
+	default:
+		if p.cfg.Dialers[addr.Transport] == nil {
+			return addr, fmt.Errorf("no dialer for transport %q: set Config.Dialers[%q]", addr.Transport, addr.Transport)
+		}
+	}
+	return addr, nil
+}
+
+// dialed books the outcome of a dial.
+func (p *Pool) dialed(c *conn, start time.Time, t *Trace, failure *dialError) {
+	now := p.now()
+	var todo agenda
+	s := c.site
+	p.mu.Lock()
+	s.queue.dialEnded()
+	info := DialInfo{Addr: s.addr, Took: now.Sub(start)}
+	if failure == nil {
+		p.lastID++
+		c.id = p.lastID
+		info.ID = c.id
+		p.recency.add(c)
+		if c.unprobed() {
+			p.counts.Unprobed++
+		}
+		s.failures, s.lastErr = 0, nil
+		p.stopRetryLocked(s)
+		p.moveLocked(c, borrowed)
+		p.parkLocked(c, justBorn, now, &todo)
+	} else {
+		info.Err = failure.err
+		p.dialFailedLocked(c, failure, now)
+	}
+	p.refreshLocked(s)
+	p.admitLocked(&todo)
+	p.forgetLocked(s)
+	p.leftLocked()
+	p.mu.Unlock()
+	todo.run(p)
+	if failure != nil {
+		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
+	}
+	if t != nil && t.DialDone != nil {
+		p.observe(func() { t.DialDone(info) })
+	}
+}
+
+func (p *Pool) dialFailedLocked(c *conn, failure *dialError, now time.Time) {
+	s := c.site
+	p.moveLocked(c, none)
+	p.counts.DialErrors++
+	s.dialErrors++
+	s.lastErr = failure.err
+	if c.nc != nil {
+		p.closedBy[ClosedSetupFailed]++
+	}
+	// A failure for want of something local says nothing about the peer.
+	if kind := KindOf(failure.err); !p.closed && kind != KindResource && kind != KindUsage {
+		s.failures++
+		s.failedAt = now
+	}
+	if s.queue.head != nil {
+		s.queue.deliver(nil, false, failure)
+	}
+	if !s.backingOff() {
+		return
+	}
+	p.giveUpLocked(s)
+	if s.retry == nil && !p.closed {
+		pause := min(backoffMax, backoffMin<<min(s.failures-backoffAfter, 16))
+		pause -= rand.N(pause / 2)
+		s.retry = time.AfterFunc(pause, func() { p.retry(s) })
+	}
+}
+
+// giveUpLocked ends the wait of borrowers that have nothing to wait for: their
+// address is backing off, and none of its connections is in use.
+func (p *Pool) giveUpLocked(s *site) {
+	if !s.backingOff() || s.n[borrowed] > 0 {
+		return
+	}
+	for s.queue.len > max(1, s.queue.dials) {
+		w := s.queue.tail
+		s.queue.remove(w)
+		w.serve(nil, false, &dialError{StageBackoff, s.lastErr})
+	}
+}
+
+// retry lets the probe of an address that is backing off go ahead.
+func (p *Pool) retry(s *site) {
+	var todo agenda
+	p.mu.Lock()
+	s.retry = nil
+	p.refreshLocked(s)
+	p.admitLocked(&todo)
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+func (p *Pool) stopRetryLocked(s *site) {
+	if s.retry != nil {
+		s.retry.Stop()
+		s.retry = nil
+	}
+}
+
+// evict closes the least recently used idle connection of all, and waits until
+// it is closed or ctx is done.
+func (p *Pool) evict(ctx context.Context) (Addr, bool) {
+	p.mu.Lock()
+	c := p.recency.oldestIdle(p.n[idle])
+	if c == nil {
+		p.mu.Unlock()
+		return Addr{}, false
+	}
+	p.takeLocked(c)
+	p.moveLocked(c, closing)
+	p.mu.Unlock()
+	if done := p.discard(c, ClosedEvicted, nil); done != nil {
+		select {
+		case <-done:
+		case <-ctx.Done():
+		}
+	}
+	return c.site.addr, true
+}
+
+// detached books that a borrower took c away.
+func (p *Pool) detached(c *conn) {
+	p.mu.Lock()
+	p.counts.Detached++
+	p.mu.Unlock()
+	p.removed(c, ClosedUnknown, nil)
+}

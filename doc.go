@@ -1,0 +1,41 @@
+// Package connpool lends client connections.
+//
+// A caller names a peer by a portable address and gets a live, clean
+// connection that nobody else uses:
+//
+//	pool, err := connpool.New(connpool.Config{})
+//	addr := connpool.MustParseAddr("tls://db.example:5432?scope=tenant7")
+//	err = pool.With(ctx, addr, func(c connpool.Conn) error {
+//		_, err := c.Write(request)
+//		...
+//		return err
+//	})
+//
+// The pool opens a connection when none is idle, takes it back whatever
+// happens in the function, closes the least recently used idle one when the
+// limit on open connections or the process's file handles run out, and never
+// lends a connection that is dead or has unread bytes. See [Pool.With] for the
+// contract.
+//
+// # Addresses
+//
+// An [Addr] says transport, host, port, TLS name, scope and quality of
+// service. It is the key of the pool: two addresses that differ in any field
+// never share a connection, and everything that shapes a connection is in it.
+//
+// # Giving back
+//
+// fn's result is the verdict on the connection. nil and [Keep] give it back;
+// any other error, a panic, runtime.Goexit, a ctx that is done, an operation
+// still running, bytes left unread or an operation that failed closes it. The
+// default is to discard, because a connection that is out of step delivers
+// other people's replies.
+//
+// # Order
+//
+// Idle connections are lent last in, first out, so that a small busy set stays
+// warm and the rest expires. Borrowers that must wait are served first come,
+// first served. A waiter takes what comes first, a connection given back or
+// the one that is being opened on its behalf; a dial that comes too late
+// serves the next waiter or goes idle.
+package connpool

@@ -1,0 +1,252 @@
+package connpool
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Sentinels, for [errors.Is].
+var (
+	// ErrClosed says that the pool was closed (or is the zero Pool, which
+	// was never opened). Make a new one with [New].
+	ErrClosed = errors.New("connpool: pool is closed")
+
+	// ErrReturned says that a [Conn] was used after its loan ended, or
+	// after it was detached.
+	ErrReturned = errors.New("connpool: connection was given back: a Conn is valid only until fn returns")
+
+	// ErrExhausted says that a limit was reached and the pool was told not
+	// to wait: [Fail] is in force, or MaxWaiters borrowers wait already.
+	ErrExhausted = errors.New("connpool: limit reached")
+
+	// ErrNoneRemovable says that file handles ran out and no idle
+	// connection was left that could make room.
+	ErrNoneRemovable = errors.New("connpool: out of handles and every connection is in use")
+)
+
+// Stage tells how far a borrow came before it failed.
+type Stage uint8
+
+const (
+	StageUsage     Stage = iota + 1 // the arguments: nothing was tried
+	StageWait                       // waiting for a connection or for room for one
+	StageBackoff                    // the address failed repeatedly; a new dial is not due yet
+	StageDial                       // opening the socket
+	StageHandshake                  // the TLS handshake
+	StageSetup                      // Config.Setup
+)
+
+var stageNames = [...]string{StageUsage: "usage", StageWait: "wait", StageBackoff: "back-off",
+	StageDial: "dial", StageHandshake: "handshake", StageSetup: "setup"}
+
+func (s Stage) String() string { return nameOf(stageNames[:], s) }
+
+// Kind classes an error by what went wrong, whatever layer said so.
+type Kind uint8
+
+const (
+	KindUnknown           Kind = iota
+	KindAccess                 // permission denied
+	KindAddress                // no such address or no route to it
+	KindBadMessage             // the peer does not speak the protocol expected
+	KindBroken                 // reset, aborted, broken pipe
+	KindEOF                    // the peer closed the stream
+	KindLookup                 // the host name could not be resolved
+	KindInternal               // a dialer or hook panicked or broke its contract
+	KindCanceled               // the caller's ctx was canceled
+	KindRefused                // nobody listens there
+	KindResource               // out of handles, ports, memory or room in the pool
+	KindTimeout                // too late, and nothing had been transferred
+	KindTimeoutInTransfer      // too late, in the middle of an exchange: the connection is out of step
+	KindUsage                  // the caller's mistake
+)
+
+var kindNames = [...]string{KindUnknown: "unknown", KindAccess: "access", KindAddress: "address",
+	KindBadMessage: "bad message", KindBroken: "broken", KindEOF: "eof", KindLookup: "lookup",
+	KindInternal: "internal", KindCanceled: "canceled", KindRefused: "refused", KindResource: "resource",
+	KindTimeout: "timeout", KindTimeoutInTransfer: "timeout in transfer", KindUsage: "usage"}
+
+func (k Kind) String() string { return nameOf(kindNames[:], k) }
+
+// MarshalText gives the name that String gives.
+func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+func nameOf[T ~uint8](names []string, v T) string {
+	if int(v) < len(names) && names[v] != "" {
+		return names[v]
+	}
+	return fmt.Sprintf("%T(%d)", v, v)
+}
+
+// Error is what [Pool.With] returns when fn never ran.
+type Error struct {
+	Addr   Addr
+	Stage  Stage
+	Kind   Kind
+	Waited time.Duration // since With was called
+
+	// The books of the address when the borrow failed, and the limit that
+	// held it up: Limit connections of what LimitName counts (0 and "" if
+	// no limit was in the way).
+	Open, InUse, Idle, Waiting int
+	Limit                      int
+	LimitName                  string
+
+	Err error // never nil
+}
+
+// Error says what failed, for how long it was tried, and what to change.
+func (e *Error) Error() string {
+	var b strings.Builder
+	b.WriteString("connpool: ")
+	b.WriteString(e.Stage.String())
+	if e.Addr != (Addr{}) {
+		b.WriteString(" ")
+		b.WriteString(e.Addr.String())
+	}
+	b.WriteString(": ")
+	b.WriteString(strings.TrimPrefix(e.Err.Error(), "connpool: "))
+	if e.Limit > 0 {
+		fmt.Fprintf(&b, " (%d of %d in use, %d waiting; raise %s, borrow for a shorter time, or give ctx longer)",
+			e.InUse, e.Limit, e.Waiting, e.LimitName)
+	}
+	if e.Waited > 0 {
+		fmt.Fprintf(&b, ", after %v", e.Waited.Round(time.Microsecond))
+	}
+	return b.String()
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Timeout reports whether the borrow ran out of time.
+func (e *Error) Timeout() bool { return e.Kind == KindTimeout }
+
+// PanicError is a panic (or, with a nil Value, a runtime.Goexit) of a dialer
+// or hook that ran on a goroutine of the pool's own.
+type PanicError struct {
+	Where string // "Config.Setup", "Config.Dialers[tcp]", ...
+	Value any
+	Stack []byte
+}
+
+func (e *PanicError) Error() string {
+	if e.Value == nil {
+		return e.Where + " ended its goroutine (runtime.Goexit)"
+	}
+	return fmt.Sprintf("%s panicked: %v", e.Where, e.Value)
+}
+
+func (e *PanicError) Unwrap() error {
+	err, _ := e.Value.(error)
+	return err
+}
+
+// ioError is a time-out inside a loan, with the two facts that the plain error
+// of the socket lacks: whose time ran out, and whether bytes had moved.
+type ioError struct {
+	kind  Kind
+	cause error // the ctx's error if it was the ctx, else nil
+	err   error
+}
+
+func (e *ioError) Error() string {
+	if e.cause != nil {
+		return e.err.Error() + ": " + e.cause.Error()
+	}
+	return e.err.Error()
+}
+func (e *ioError) Unwrap() []error {
+	if e.cause != nil {
+		return []error{e.cause, e.err}
+	}
+	return []error{e.err}
+}
+func (e *ioError) Timeout() bool   { return true }
+func (e *ioError) Temporary() bool { return true }
+
+// KindOf classes any error: of With, of a Conn's methods, of package net,
+// crypto/tls or the operating system.
+func KindOf(err error) Kind {
+	var (
+		pe  *Error
+		ioe *ioError
+		pan *PanicError
+		dns *net.DNSError
+		rec tls.RecordHeaderError
+		ale tls.AlertError
+		ver *tls.CertificateVerificationError
+		ne  net.Error
+		ade *net.AddrError
+		dur interface{ Timeout() bool }
+	)
+	switch {
+	case err == nil:
+		return KindUnknown
+	case errors.As(err, &pe):
+		return pe.Kind
+	case errors.As(err, &ioe):
+		return ioe.kind
+	case errors.As(err, &pan):
+		return KindInternal
+	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable):
+		return KindResource
+	case errors.Is(err, ErrReturned), errors.Is(err, ErrClosed), errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrInvalid),
+		errors.Is(err, errors.ErrUnsupported):
+		return KindUsage
+	case errors.Is(err, context.Canceled):
+		return KindCanceled
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+		return KindTimeout
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return KindEOF
+	case exhausted(err), errors.Is(err, syscall.EADDRNOTAVAIL), errors.Is(err, syscall.ENOMEM), errors.Is(err, syscall.ENOBUFS):
+		return KindResource
+	case errors.As(err, &dns):
+		if dns.IsTimeout {
+			return KindTimeout
+		}
+		return KindLookup
+	case errors.As(err, &rec), errors.As(err, &ale), errors.As(err, &ver):
+		return KindBadMessage
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		return KindRefused // a Unix socket that is not there has nobody listening either
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNABORTED),
+		errors.Is(err, io.ErrClosedPipe), errors.Is(err, io.ErrShortWrite):
+		return KindBroken
+	case errors.Is(err, fs.ErrPermission):
+		return KindAccess
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.As(err, &ade),
+		errors.Is(err, syscall.EAFNOSUPPORT):
+		return KindAddress
+	case errors.As(err, &ne) && ne.Timeout(), errors.As(err, &dur) && dur.Timeout():
+		return KindTimeout
+	}
+	return KindUnknown
+}
+
+// keepError is the verdict of [Keep].
+type keepError struct{ err error }
+
+func (k *keepError) Error() string { return k.err.Error() }
+func (k *keepError) Unwrap() error { return k.err }
+
+// Keep wraps the error of an exchange that went wrong for its own reasons and
+// left the connection in step: a "no such key", a rejected request. fn returns
+// Keep(err) to have err reported while the connection goes back to the pool.
+// Keep(nil) is nil. It does not save a connection whose socket failed, that
+// has unread bytes, or whose ctx is done.
+func Keep(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &keepError{err}
+}

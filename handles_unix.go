@@ -1,0 +1,31 @@
+//go:build unix
+
+package connpool
+
+import (
+	"math"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+func handleLimit() (int, bool) {
+	var r unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) != nil || uint64(r.Cur) > math.MaxInt32 {
+		return 0, false
+	}
+	return int(r.Cur), true
+}
+
+// noHandleFree finds out by trying to get one.
+func noHandleFree() bool {
+	syscall.ForkLock.RLock() // no child may inherit it
+	defer syscall.ForkLock.RUnlock()
+	var p [2]int
+	if err := unix.Pipe(p[:]); err != nil {
+		return exhausted(err)
+	}
+	unix.Close(p[0])
+	unix.Close(p[1])
+	return false
+}

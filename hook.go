@@ -1,0 +1,126 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"time"
+)
+
+// runHook lends c to a hook that talks over it (Reset, Check) and waits for
+// its answer, HookTimeout at most. The caller owns c before and after; after an
+// error it must discard it, since the hook may still be running.
+func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) error {
+	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
+	defer cancel()
+	loan := c.begin(ctx, hooked)
+	answer := make(chan error, 1)
+	go func() {
+		var err error = &PanicError{Where: where} // stays if the hook calls runtime.Goexit
+		defer func() {
+			if v := recover(); v != nil {
+				err = &PanicError{Where: where, Value: v, Stack: debug.Stack()}
+			}
+			answer <- err
+		}()
+		err = hook(ctx, loan)
+	}()
+	err, late := error(nil), false
+	select {
+	case err = <-answer:
+	case <-ctx.Done():
+		// Its I/O has been interrupted, so it ends now, or never.
+		select {
+		case err = <-answer:
+		case <-time.After(hookGrace):
+			late = true
+			err = causeOf(ctx)
+		}
+	}
+	word := c.end()
+	switch {
+	case late:
+		p.abandoned(where, c.site.addr)
+	case err != nil:
+	case word&(cut|inFlight) != 0:
+		err = errors.New("it did not end its I/O in time")
+	case word&(gone|broken|timedOut|halfClosed) != 0:
+		if err = c.failure(); err == nil {
+			err = errors.New("it closed the connection")
+		}
+	case c.leftovers(word):
+		err = errors.New("it left unread bytes behind")
+	}
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", where, err)
+}
+
+// hookGrace is what a hook, dialer or Setup gets beyond the end of its ctx,
+// before the pool goes on without it.
+const hookGrace = 100 * time.Millisecond
+
+// within derives a ctx that ends after d (0: not by time) and with the pool.
+func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(p.ctx, func() { cancel(ErrClosed) })
+	if d <= 0 {
+		return ctx, func() { stop(); cancel(nil) }
+	}
+	ctx, done := context.WithTimeout(ctx, d)
+	return ctx, func() { stop(); done(); cancel(nil) }
+}
+
+func isPanic(err error) bool {
+	var pan *PanicError
+	return errors.As(err, &pan) && pan.Value != nil
+}
+
+// passOn panics again with the panic of a hook that ran for the caller.
+func passOn(err error) {
+	var pan *PanicError
+	if errors.As(err, &pan) && pan.Value != nil {
+		panic(pan)
+	}
+}
+
+// observe runs a Trace function in the middle of the pool's own work, which a
+// panic must not cut short.
+func (p *Pool) observe(f func()) {
+	defer func() {
+		if v := recover(); v != nil {
+			p.log(slog.LevelError, "Trace panicked", "panic", v, "stack", string(debug.Stack()))
+		}
+	}()
+	f()
+}
+
+func (p *Pool) log(level slog.Level, msg string, args ...any) {
+	if p.cfg.Logger == nil {
+		return
+	}
+	defer func() { _ = recover() }() // a broken log must not lose a slot
+	p.cfg.Logger.Log(context.Background(), level, "connpool: "+msg, args...)
+}
+
+func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
+	level := slog.LevelDebug
+	switch reason {
+	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed:
+		level = slog.LevelWarn
+	case ClosedStale:
+		level = slog.LevelInfo
+	}
+	p.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
+}
+
+// abandoned counts and reports foreign code that the pool goes on without.
+func (p *Pool) abandoned(what string, addr Addr) {
+	p.mu.Lock()
+	p.counts.Abandoned++
+	p.mu.Unlock()
+	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", "addr", addr)
+}

@@ -1,0 +1,728 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Pool lends connections. Make one with [New]; the zero Pool is closed. All
+// methods may be called by many goroutines at once.
+//
+// What always holds (tests check it after every step):
+//
+//  1. One mutex, mu, guards the books. Under it there is no system call, dial,
+//     close, hook or log line: a critical section writes what is to be done
+//     into an agenda, which runs after the unlock.
+//  2. A connection is in one phase. Idle, it is on the list of its site and
+//     belongs to nobody; in every other phase it has exactly one owner. Taking
+//     it off the list under mu is the only way to become owner, and only the
+//     owner does I/O on it or closes it.
+//  3. open = dialing + idle + borrowed + closing, per site and in total, and
+//     never exceeds a limit (Overflow apart). A slot is free when the socket
+//     is closed, not before, and it is freed in one function, removed.
+//  4. No waiter sits beside an idle connection of its site. A waiter has a dial
+//     under way, or none may start: looking for an idle one, for room, and
+//     queueing are one critical section. A freed connection goes to the oldest
+//     waiter of its site, a freed slot to the oldest waiter without a dial, and
+//     every event that frees anything ends in admitLocked.
+//  5. A waiter that gave up is never handed anything; see waiter.
+//  6. Only idle connections are evicted, least recently used first; see recency.
+//  7. The key of sites is the canonical Addr, compared with ==. A connection
+//     keeps its site for life.
+//  8. Nothing of one loan is visible in the next; see conn.
+type Pool struct {
+	cfg  Config
+	ctx  context.Context // of every dial
+	stop context.CancelFunc
+	now  func() time.Time
+
+	sessions *sessionCaches // for TLS
+
+	handles atomic.Int64 // what the process's handle limit leaves, as of the last look
+
+	// mu guards everything below, and the fields of site, conn and waiter
+	// that say so. See invariant 1 for what must not happen under it.
+	mu       sync.Mutex
+	closed   bool
+	sites    map[Addr]*site
+	recency  recency
+	n        [numPhases]int // connections by phase
+	ready    siteHeap       // sites with want > 0
+	want     int            // dials that could start if there was room: the sum of site.want
+	overtook int            // hand-overs to a younger waiter since a slot was last given away
+	lastSeq  uint64         // of waiters
+	lastID   uint64         // of connections
+	counts   Stats          // but for the gauges that are made from n
+	closedBy [numCloseReasons]uint64
+	sweeping bool          // a sweep is under way
+	sweeper  *time.Timer   // nil until there is something to sweep
+	left     chan struct{} // closed and renewed when, after Close, something leaves the books
+}
+
+// site is the books of one address. It exists while there is a connection, a
+// dial, a waiter, or a recent failure to remember. Its fields need Pool.mu.
+type site struct {
+	addr      Addr // canonical
+	n         [numPhases]int
+	top       *conn // of the idle stack: the one given back last
+	queue     queue
+	want      int    // dials that this site's own limits would let start
+	waiting   int    // what Stats.Waiting counts of the queue
+	heapIndex int    // in Pool.ready, -1 if not
+	epoch     uint64 // raised by Retire; a connection of an older epoch is not lent again
+
+	failures int         // dials failed in a row
+	failedAt time.Time   // the last of them
+	lastErr  error       // its error, nil after a dial that worked
+	retry    *time.Timer // running while the next probe is not due
+
+	loans, dials, dialErrors uint64
+}
+
+func openOf(n *[numPhases]int) int { return n[dialing] + n[idle] + n[borrowed] + n[closing] }
+
+// New makes a pool. It starts no goroutine and opens nothing. The error names
+// both fields of a combination that makes no sense.
+func New(cfg Config) (*Pool, error) {
+	cfg, err := cfg.resolved()
+	if err != nil {
+		return nil, err
+	}
+	p := &Pool{
+		cfg:      cfg,
+		now:      time.Now,
+		sites:    make(map[Addr]*site),
+		recency:  newRecency(),
+		sessions: newSessionCaches(),
+		left:     make(chan struct{}),
+	}
+	p.ctx, p.stop = context.WithCancel(context.Background())
+	p.lookAtHandles()
+	return p, nil
+}
+
+// With borrows a connection to addr, runs fn with it, and gives it back.
+//
+// fn has the connection alone, until it returns; a [Conn] kept longer answers
+// ErrReturned. ctx governs the wait for the connection and the I/O inside fn:
+// its deadline is set on the socket, and its end interrupts a blocked call. It
+// does not govern the dial, which may come to serve another borrower (values
+// of ctx do reach it); With itself returns when ctx is done, even so.
+//
+// fn's error comes back as it is, without the wrapping of Keep. nil or
+// Keep(err) gives the connection back to the pool. It is closed, and not lent
+// again, if fn returned any other error, panicked (the panic is passed on),
+// called runtime.Goexit, or called Conn.Close; if ctx is done; if an operation
+// on it is still running, failed, or timed out (only Keep forgives a
+// time-out); if it was closed for writing; if bytes are left unread in the
+// connection, in crypto/tls or in the state's buffer; or if Config.Reset
+// fails. Conn.Detach takes it out of the pool for good.
+//
+// An *[Error] means that fn never ran, and says at which stage and why:
+// errors.Is finds ErrClosed, ErrExhausted, ErrNoneRemovable, the ctx's error
+// or the dial's in it. fn is never run twice, and a connection that died while
+// it was idle is never the caller's problem: the pool takes the next one, or
+// opens one.
+//
+// A ctx that can never be done costs nothing; one that can costs a
+// context.AfterFunc. A nil ctx or fn is an error.
+func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
+	switch {
+	case p.sites == nil:
+		return usage(addr, ErrClosed)
+	case ctx == nil:
+		return usage(addr, errors.New("ctx is nil: pass context.Background()"))
+	case fn == nil:
+		return usage(addr, errors.New("fn is nil"))
+	}
+	t := p.trace(ctx)
+	if t != nil && t.GetConn != nil {
+		t.GetConn(addr)
+	}
+	c, waited, err := p.borrow(ctx, addr, t)
+	if err != nil {
+		return err
+	}
+	owner := true // until the connection is closed, given back or gone
+	defer func() {
+		if !owner {
+			return
+		}
+		// fn, or foreign code that settle called, did not return.
+		reason, v := ClosedGoexit, recover()
+		if v != nil {
+			reason = ClosedPanic
+		}
+		if c.end()&gone == 0 {
+			p.discard(c, reason, nil)
+		}
+		if v != nil {
+			panic(v)
+		}
+	}()
+	c.uses++
+	loan := c.begin(ctx, 0)
+	if t != nil && t.GotConn != nil {
+		t.GotConn(GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
+	}
+	return p.settle(ctx, c, fn(loan), t, &owner)
+}
+
+// borrow makes the caller the owner of a connection that may be lent.
+func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
+	var (
+		start time.Time // of the wait; a borrow that need not wait reads no clock for it
+		seq   uint64    // this borrower's place in the queue, once it has one
+		known bool      // addr is canonical
+
+		unload agenda // the connection found unfit in the last round
+	)
+	if ctx.Err() != nil {
+		return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+	}
+	for {
+		now := p.now()
+		p.mu.Lock()
+		todo := unload
+		unload = agenda{}
+		for _, o := range todo.closes {
+			p.moveLocked(o.c, closing)
+		}
+		if p.closed {
+			p.mu.Unlock()
+			todo.run(p)
+			return nil, 0, p.failed(addr, StageWait, ErrClosed, start)
+		}
+		// The keys are canonical, so an addr that is found needs no checking.
+		s := p.sites[addr]
+		if s == nil {
+			if !known {
+				p.mu.Unlock()
+				var err error
+				if addr, err = p.resolve(addr); err != nil {
+					return nil, 0, usage(addr, err)
+				}
+				known = true
+				continue
+			}
+			s = p.newSiteLocked(addr)
+		}
+		c := s.top
+		if c != nil {
+			p.takeLocked(c)
+			c.idleFor, c.since = elapsed(c.since, now), now
+			p.mu.Unlock()
+			todo.run(p)
+		} else {
+			if start.IsZero() {
+				start = now
+			}
+			w, err := p.enqueueLocked(ctx, s, seq, start, t, &todo) // unlocks
+			if err != nil {
+				return nil, 0, err
+			}
+			seq = w.seq
+			c, err = p.await(ctx, s, w)
+			p.waitEnded(w, err)
+			waited = p.now().Sub(start)
+			if err != nil {
+				stage := StageWait
+				if de, ok := err.(*dialError); ok {
+					stage, err = de.stage, de.err
+				}
+				return nil, 0, p.failed(addr, stage, err, start)
+			}
+			if w.fresh {
+				return c, waited, nil
+			}
+		}
+		reason, err := p.unfit(ctx, c)
+		if reason == ClosedUnknown {
+			return c, waited, nil
+		}
+		if ctx.Err() != nil || isPanic(err) {
+			p.discard(c, reason, err)
+			passOn(err)
+			return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+		}
+		// Its slot must not be free before this borrower has its place in
+		// the queue again, or a younger one would get it.
+		unload.close(c, reason, err)
+	}
+}
+
+func (p *Pool) newSiteLocked(addr Addr) *site {
+	s := &site{addr: addr, heapIndex: -1}
+	p.sites[addr] = s
+	p.armSweepLocked()
+	return s
+}
+
+// forgetLocked drops the books of s if they say nothing.
+func (p *Pool) forgetLocked(s *site) {
+	if openOf(&s.n) == 0 && s.queue.len == 0 && s.failures == 0 && p.sites[s.addr] == s {
+		delete(p.sites, s.addr)
+	}
+}
+
+// enqueueLocked puts a borrower into the queue of s and starts what may start,
+// or refuses it. It unlocks mu.
+func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start time.Time, t *Trace, todo *agenda) (*waiter, error) {
+	again := seq != 0
+	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
+		// Nothing will be given back, and one borrower is there already to
+		// probe the address.
+		err := p.failedLocked(s.addr, StageBackoff, s.lastErr, start)
+		p.mu.Unlock()
+		todo.run(p)
+		return nil, err
+	}
+	if !again {
+		p.lastSeq++
+		seq = p.lastSeq
+		p.counts.Waits++
+	}
+	w := &waiter{seq: seq, ctx: ctx, since: start, ready: make(chan struct{}, 1)}
+	s.queue.push(w)
+	p.refreshLocked(s)
+	p.admitLocked(todo)
+	var refused error
+	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
+		here := s.queue.len - s.queue.dials // without a dial, w included
+		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-s.want+here-1) != ""
+		crowded := here > p.cfg.MaxWaiters
+		if full || crowded {
+			err := p.failedLocked(s.addr, StageWait, ErrExhausted, start)
+			if !full {
+				err.Limit, err.LimitName = p.cfg.MaxWaiters, "MaxWaiters"
+			}
+			refused = err
+			s.queue.remove(w)
+			p.refreshLocked(s)
+			p.forgetLocked(s)
+			p.counts.Exhausted++
+		}
+	}
+	waiting := s.queue.len
+	p.mu.Unlock()
+	todo.run(p)
+	if refused != nil {
+		return nil, refused
+	}
+	if t != nil && t.Wait != nil {
+		p.observe(func() { t.Wait(WaitInfo{Addr: s.addr, Waiting: waiting}) })
+	}
+	return w, nil
+}
+
+func (p *Pool) waitEnded(w *waiter, err error) {
+	took := p.now().Sub(w.since)
+	p.mu.Lock()
+	p.counts.WaitDuration += took
+	if err != nil {
+		p.counts.WaitsFailed++
+	}
+	p.mu.Unlock()
+}
+
+// limitLocked is MaxOpen in force, math.MaxInt if there is none.
+func (p *Pool) limitLocked() int {
+	if p.cfg.MaxOpen > 0 {
+		return p.cfg.MaxOpen
+	}
+	return int(p.handles.Load())
+}
+
+// fullLocked names the limit that forbids a dial to s; "" if none does. What is
+// being closed, or could be evicted, is room; those who are ahead in the queue
+// of s, and in all queues, will take it.
+func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
+	switch {
+	case openOf(&s.n)-s.n[closing]+aheadHere >= p.cfg.MaxPerAddr:
+		return "MaxPerAddr"
+	case openOf(&p.n)-p.n[closing]-p.n[idle]+ahead >= p.limitLocked():
+		return "MaxOpen"
+	}
+	return ""
+}
+
+// refreshLocked brings the pool's view of what s wants up to date. It follows
+// every change to the queue, the phases or the back-off of s.
+func (p *Pool) refreshLocked(s *site) {
+	want := s.queue.len - s.queue.dials
+	switch {
+	case want <= 0:
+		want = 0
+	case s.retry != nil, s.backingOff() && s.queue.dials > 0:
+		want = 0
+	default:
+		if s.backingOff() {
+			want = 1
+		}
+		want = min(want, p.cfg.MaxDialingPerAddr-s.queue.dials)
+		if p.cfg.WhenFull != Overflow {
+			want = min(want, p.cfg.MaxPerAddr-openOf(&s.n))
+		}
+		want = max(want, 0)
+	}
+	p.want += want - s.want
+	s.want = want
+	p.counts.Waiting += s.queue.len - s.waiting
+	s.waiting = s.queue.len
+	p.ready.set(s, want > 0)
+}
+
+// admitLocked gives away what is free: it starts dials for the waiters that
+// have none, oldest first, and evicts idle connections as long as that is what
+// they lack.
+func (p *Pool) admitLocked(todo *agenda) {
+	for p.want > 0 && !p.closed {
+		room := p.cfg.MaxDialing - p.n[dialing]
+		if room <= 0 {
+			return
+		}
+		if openOf(&p.n) >= p.limitLocked() {
+			if p.n[closing] >= min(p.want, room) {
+				return // enough is on its way
+			}
+			if v := p.recency.oldestIdle(p.n[idle]); v != nil {
+				p.takeLocked(v)
+				p.moveLocked(v, closing)
+				todo.close(v, ClosedEvicted, nil)
+				continue
+			}
+			if p.cfg.WhenFull != Overflow || p.cfg.MaxOpen <= 0 {
+				return
+			}
+		}
+		s := p.ready[0]
+		c := newConn(p, s)
+		todo.dial(c, s.queue.bare.ctx)
+		p.moveLocked(c, dialing)
+		s.queue.dialStarted()
+		s.dials++
+		p.counts.Dials++
+		p.overtook = 0
+		p.refreshLocked(s)
+	}
+}
+
+// moveLocked is the only place where a connection changes its phase.
+func (p *Pool) moveLocked(c *conn, to phase) {
+	p.n[c.phase]--
+	c.site.n[c.phase]--
+	c.phase = to
+	p.n[to]++
+	c.site.n[to]++
+	p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
+}
+
+// countLoanLocked counts the loan of c that has just ended, if one has.
+func (p *Pool) countLoanLocked(c *conn) {
+	if c.counted == c.uses {
+		return
+	}
+	c.counted = c.uses
+	p.counts.Loans++
+	c.site.loans++
+	if c.uses > 1 {
+		p.counts.Reused++
+	}
+}
+
+// takeLocked makes the caller the owner of an idle connection.
+func (p *Pool) takeLocked(c *conn) {
+	c.unlink()
+	p.moveLocked(c, borrowed)
+}
+
+// settle is the end of a loan that ended by return: the verdict.
+func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *bool) error {
+	word := c.end()
+	if word&gone != 0 {
+		*owner = false
+		return unkeep(err)
+	}
+	forgiven := err != nil && isKept(err)
+	reason, why := ClosedUnknown, error(nil)
+	switch {
+	case word&cut != 0 || ctx.Err() != nil:
+		reason, why = ClosedCanceled, causeOf(ctx)
+	case err != nil && !forgiven:
+		reason, why = ClosedFnError, err
+	case word&inFlight != 0:
+		reason = ClosedInFlight
+	case word&broken != 0:
+		reason, why = ClosedBroken, c.failure()
+	case word&halfClosed != 0:
+		reason = ClosedHalfClosed
+	case word&timedOut != 0 && !forgiven:
+		reason, why = ClosedTimeout, c.failure()
+	case c.leftovers(word):
+		reason = ClosedDirty
+	case p.cfg.Reset != nil:
+		if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
+			reason = ClosedResetFailed
+		}
+	}
+	*owner = false
+	if reason != ClosedUnknown {
+		p.discard(c, reason, why)
+		passOn(why)
+		return unkeep(err)
+	}
+	id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
+	if p.park(c, used) && t != nil && t.PutConn != nil {
+		t.PutConn(PutInfo{Addr: s.addr, ID: id, Held: p.now().Sub(lentAt)})
+	}
+	return unkeep(err)
+}
+
+func isKept(err error) bool {
+	var k *keepError
+	return errors.As(err, &k)
+}
+
+func unkeep(err error) error {
+	if k, ok := err.(*keepError); ok {
+		return k.err
+	}
+	return err
+}
+
+// use says what lies behind a connection that is parked.
+type use uint8
+
+const (
+	used      use = iota // a loan ended in good order
+	untouched            // it was handed to a waiter that had given up, or looked at by a sweep
+	justBorn             // its dial ended
+)
+
+// park is what an owner does who has no more use for a connection: it goes to
+// the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
+// It reports whether the connection was kept.
+func (p *Pool) park(c *conn, u use) bool {
+	now := p.now()
+	var todo agenda
+	p.mu.Lock()
+	kept := p.parkLocked(c, u, now, &todo)
+	p.mu.Unlock()
+	todo.run(p)
+	return kept
+}
+
+func (p *Pool) parkLocked(c *conn, u use, now time.Time, todo *agenda) bool {
+	s := c.site
+	if u != untouched {
+		c.since, c.idleFor = now, 0
+	}
+	p.countLoanLocked(c)
+	if reason := p.unwantedLocked(c, u, now); reason != ClosedUnknown {
+		p.moveLocked(c, closing)
+		todo.close(c, reason, nil)
+		p.admitLocked(todo)
+		return false
+	}
+	if u == used {
+		p.recency.touch(c)
+	}
+	if s.queue.head != nil {
+		s.queue.deliver(c, u == justBorn, nil)
+		p.refreshLocked(s)
+		return true
+	}
+	p.moveLocked(c, idle)
+	c.link(u == untouched)
+	p.armSweepLocked()
+	if p.want > 0 {
+		p.admitLocked(todo)
+	}
+	return true
+}
+
+// unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
+func (p *Pool) unwantedLocked(c *conn, u use, now time.Time) CloseReason {
+	s, limit := c.site, p.limitLocked()
+	switch {
+	case p.closed:
+		return ClosedWithPool
+	case c.epoch != s.epoch:
+		return ClosedRetired
+	case u == justBorn && s.queue.head != nil:
+		// It was opened for a borrower that waits; whatever else may be
+		// said against it, another dial would end no better.
+		return ClosedUnknown
+	case c.uses >= p.cfg.MaxUses:
+		return ClosedMaxUses
+	case c.life > 0 && elapsed(c.born, now) >= c.life:
+		return ClosedLifetime
+	case openOf(&s.n)-s.n[closing] > p.cfg.MaxPerAddr, openOf(&p.n)-p.n[closing] > limit:
+		return ClosedSurplus
+	case p.cfg.MaxIdle == 0 && c.uses > 0, p.cfg.MaxIdlePerAddr == 0 && c.uses > 0:
+		return ClosedSurplus
+	}
+	if s.queue.head == nil {
+		if p.n[idle] >= p.cfg.MaxIdle || s.n[idle] >= p.cfg.MaxIdlePerAddr {
+			return ClosedSurplus
+		}
+		return ClosedUnknown
+	}
+	// A busy address could keep its connections for ever while older
+	// waiters of other addresses need the slot. They are overtaken at most
+	// as often as there are slots.
+	if p.want > 0 && openOf(&p.n) >= limit && p.ready[0].queue.bare.seq < s.queue.head.seq {
+		if p.overtook++; p.overtook > limit {
+			p.overtook = 0
+			return ClosedEvicted
+		}
+	}
+	return ClosedUnknown
+}
+
+// discard closes a connection that its owner gives up, and frees the slot. The
+// channel is closed when the socket is; it is nil if that has happened already.
+func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
+	if c.closesAtOnce(reason) {
+		c.closeAbruptly()
+		p.removed(c, reason, err)
+		return nil
+	}
+	p.mu.Lock()
+	if c.phase != closing {
+		p.moveLocked(c, closing)
+	}
+	p.mu.Unlock()
+	done := make(chan struct{})
+	free := sync.OnceFunc(func() {
+		p.removed(c, reason, err)
+		close(done)
+	})
+	late := time.AfterFunc(closeTimeout, func() {
+		p.abandoned("close", c.site.addr)
+		free()
+	})
+	go func() {
+		c.closeFully(reason)
+		late.Stop()
+		free()
+	}()
+	return done
+}
+
+// removed is the one place where a slot becomes free: the socket of c is closed
+// (or is no longer the pool's, with ClosedUnknown).
+func (p *Pool) removed(c *conn, reason CloseReason, err error) {
+	var todo agenda
+	age := p.now().Sub(c.born)
+	p.mu.Lock()
+	s := c.site
+	p.countLoanLocked(c)
+	p.moveLocked(c, none)
+	p.recency.remove(c)
+	if reason != ClosedUnknown {
+		p.closedBy[reason]++
+	}
+	if c.unprobed() {
+		p.counts.Unprobed--
+	}
+	p.giveUpLocked(s)
+	p.refreshLocked(s)
+	p.admitLocked(&todo)
+	p.forgetLocked(s)
+	p.leftLocked()
+	p.mu.Unlock()
+	todo.run(p)
+	if reason == ClosedUnknown {
+		return
+	}
+	if t := p.cfg.Trace; t != nil && t.Closed != nil {
+		p.observe(func() {
+			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
+		})
+	}
+	p.logClosed(c, reason, err)
+}
+
+// agenda is what a critical section decided and its caller does after the
+// unlock. The connections in it are the caller's.
+type agenda struct {
+	dials  []dialOrder
+	closes []closeOrder
+}
+
+type dialOrder struct {
+	c   *conn
+	ctx context.Context
+}
+
+type closeOrder struct {
+	c      *conn
+	reason CloseReason
+	err    error
+}
+
+func (a *agenda) dial(c *conn, ctx context.Context) { a.dials = append(a.dials, dialOrder{c, ctx}) }
+func (a *agenda) close(c *conn, reason CloseReason, err error) {
+	a.closes = append(a.closes, closeOrder{c, reason, err})
+}
+
+func (a *agenda) run(p *Pool) {
+	for _, d := range a.dials {
+		go p.dial(d.ctx, d.c)
+	}
+	for _, o := range a.closes {
+		p.discard(o.c, o.reason, o.err)
+	}
+}
+
+// elapsed is the longer of what the monotonic and the wall clock say: a laptop
+// that slept has stale connections although its monotonic clock stood still.
+func elapsed(from, to time.Time) time.Duration {
+	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
+}
+
+func causeOf(ctx context.Context) error {
+	err := ctx.Err()
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, err) {
+		return errors.Join(err, cause)
+	}
+	return err
+}
+
+func usage(addr Addr, err error) *Error {
+	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
+}
+
+func (p *Pool) failed(addr Addr, stage Stage, err error, start time.Time) *Error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.failedLocked(addr, stage, err, start)
+}
+
+// failedLocked is the error of a borrow, with the books as they are.
+func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start time.Time) *Error {
+	e := &Error{Addr: addr, Stage: stage, Kind: KindOf(err), Err: err}
+	if !start.IsZero() {
+		e.Waited = p.now().Sub(start)
+	}
+	s := p.sites[addr]
+	if s == nil {
+		return e
+	}
+	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), s.n[borrowed], s.n[idle], s.queue.len
+	if stage != StageWait || p.closed {
+		return e
+	}
+	switch e.LimitName = p.fullLocked(s, 0, 0); e.LimitName {
+	case "MaxPerAddr":
+		e.Limit = p.cfg.MaxPerAddr
+	case "MaxOpen":
+		e.Limit = p.limitLocked()
+		e.Open, e.InUse, e.Idle = openOf(&p.n), p.n[borrowed], p.n[idle]
+	}
+	return e
+}

@@ -1,0 +1,99 @@
+package connpool
+
+import (
+	"fmt"
+	"iter"
+	"math"
+	"time"
+)
+
+// Stats is a snapshot of a pool: first what is, then what was. In every
+// snapshot Open = Dialing + Idle + InUse + Closing.
+type Stats struct {
+	Open     int // sockets that exist or are being made; what MaxOpen limits
+	Dialing  int // being opened, or in Setup
+	Idle     int // ready to be lent
+	InUse    int // lent, or in Reset or Check
+	Closing  int // given up, but not closed yet
+	Waiting  int // borrowers in a queue
+	Limit    int // MaxOpen in force; 0: none
+	PeakOpen int // the largest Open so far
+	Addrs    int // addresses the pool keeps books for
+	Unprobed int // open connections that cannot be asked whether they live, see Prober
+
+	Loans        uint64        // loans that have ended
+	Reused       uint64        // those of a connection that had been lent before
+	Dials        uint64        // dials that were started
+	DialErrors   uint64        // dials (with handshake and Setup) that failed
+	Detached     uint64        // connections that left by Conn.Detach
+	Abandoned    uint64        // dials, hooks and closes given up because they did not end in time
+	Waits        uint64        // borrowers that had to queue
+	WaitDuration time.Duration // time spent in queues
+	WaitsFailed  uint64        // borrowers that left the queue with an error, their own ctx's included
+	Exhausted    uint64        // borrowers refused with ErrExhausted
+
+	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent
+}
+
+// String is one line for a log.
+func (s Stats) String() string {
+	return fmt.Sprintf("connpool: %d connections, %d in use, %d idle, %d dialing, %d closing, %d waiting; %d loans, %d reused, %d dials, %d failed",
+		s.Open, s.InUse, s.Idle, s.Dialing, s.Closing, s.Waiting, s.Loans, s.Reused, s.Dials, s.DialErrors)
+}
+
+// AddrStats is the part of [Stats] that concerns one address. The counters
+// begin anew when the pool has had no connection, dial, waiter or failure for
+// the address for a while and forgets it.
+type AddrStats struct {
+	Open, Dialing, Idle, InUse, Closing, Waiting int
+
+	Loans, Dials, DialErrors uint64
+
+	BackingOff bool  // repeated failures: the next dial waits
+	LastErr    error // of the last dial, nil after one that worked
+}
+
+// Stats returns a snapshot. It may be called at any time, also on a closed
+// pool; it allocates a map.
+func (p *Pool) Stats() Stats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.counts
+	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = openOf(&p.n), p.n[dialing], p.n[idle], p.n[borrowed], p.n[closing]
+	st.Closed = make(map[CloseReason]uint64)
+	for r, n := range p.closedBy {
+		if n > 0 {
+			st.Closed[CloseReason(r)] = n
+		}
+	}
+	if st.Limit = p.limitLocked(); st.Limit == math.MaxInt {
+		st.Limit = 0
+	}
+	st.Addrs = len(p.sites)
+	return st
+}
+
+// Addrs ranges over the addresses that the pool keeps books for, in no
+// particular order. The snapshot is taken when the loop begins; the body runs
+// with no lock held and may use the pool.
+func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
+	return func(yield func(Addr, AddrStats) bool) {
+		p.mu.Lock()
+		all := make([]AddrStats, 0, len(p.sites))
+		addrs := make([]Addr, 0, len(p.sites))
+		for a, s := range p.sites {
+			addrs = append(addrs, a)
+			all = append(all, AddrStats{
+				Open: openOf(&s.n), Dialing: s.n[dialing], Idle: s.n[idle], InUse: s.n[borrowed], Closing: s.n[closing],
+				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
+				BackingOff: s.backingOff(), LastErr: s.lastErr,
+			})
+		}
+		p.mu.Unlock()
+		for i, a := range addrs {
+			if !yield(a, all[i]) {
+				return
+			}
+		}
+	}
+}

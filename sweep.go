@@ -1,0 +1,162 @@
+package connpool
+
+import (
+	"context"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// The sweep visits every idle connection each CheckInterval: what expired or
+// died is closed, so that Idle in Stats is true and descriptors of dead
+// connections do not linger. It runs on a timer's goroutine, and the timer
+// exists only while there are books to sweep.
+//
+// It must never make the pool look empty. So it peeks at a connection where it
+// stands, without becoming its owner: a peek takes nothing out of the socket,
+// waits for nothing, and RawConn keeps the descriptor valid meanwhile. Only
+// when the look finds something, and the connection has not been lent since,
+// does it take the connection. Just a protocol's ping, and the few connections
+// that no peek can judge, need an owner during the look; of those it takes one
+// per address at a time.
+
+// checkers bounds the pings of one sweep that run at the same time.
+const checkers = 16
+
+func (p *Pool) armSweepLocked() {
+	if p.sweeper == nil && !p.closed {
+		p.sweeper = time.AfterFunc(p.sweepPeriod(), p.sweep)
+	}
+}
+
+// sweepPeriod is CheckInterval. With the sweep switched off, old failures must
+// be forgotten all the same.
+func (p *Pool) sweepPeriod() time.Duration {
+	if p.cfg.CheckInterval > 0 {
+		return p.cfg.CheckInterval
+	}
+	return failureMemory
+}
+
+// sighting is an idle connection as a sweep found it.
+type sighting struct {
+	c   *conn
+	gen uint64
+}
+
+func (p *Pool) sweep() {
+	now := p.now()
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return
+	}
+	p.sweeping = true
+	var todo agenda
+	var found [][]sighting // by site, longest idle first
+	for _, s := range p.sites {
+		if s.failures > 0 && s.queue.len == 0 && now.Sub(s.failedAt) >= failureMemory {
+			p.stopRetryLocked(s)
+			s.failures = 0
+			p.forgetLocked(s)
+		}
+		if p.cfg.CheckInterval <= 0 {
+			continue
+		}
+		var here []sighting
+		for c := s.top; c != nil; {
+			below := c.down
+			if reason := p.aged(c, elapsed(c.since, now), now); reason != ClosedUnknown {
+				p.takeLocked(c)
+				p.moveLocked(c, closing)
+				todo.close(c, reason, nil)
+			} else {
+				here = append(here, sighting{c, c.generation()})
+			}
+			c = below
+		}
+		if len(here) > 0 {
+			found = append(found, here)
+		}
+	}
+	p.mu.Unlock()
+	todo.run(p)
+
+	var group errgroup.Group
+	group.SetLimit(checkers)
+	for _, here := range found {
+		var rest []sighting
+		for _, at := range here {
+			if p.looksFine(at) {
+				continue
+			}
+			rest = append(rest, at)
+		}
+		if len(rest) > 0 {
+			group.Go(func() error {
+				for _, at := range rest {
+					p.examine(at)
+				}
+				return nil
+			})
+		}
+	}
+	group.Wait()
+
+	p.mu.Lock()
+	p.sweeping = false
+	switch {
+	case p.closed:
+		p.leftLocked()
+	case len(p.sites) == 0:
+		p.sweeper = nil
+	default:
+		p.sweeper.Reset(p.sweepPeriod())
+	}
+	p.mu.Unlock()
+}
+
+// looksFine peeks at a connection that it does not own.
+func (p *Pool) looksFine(at sighting) bool {
+	pr := &at.c.probe
+	switch {
+	case p.cfg.Check != nil:
+		return false
+	case p.cfg.NoProbe:
+		return true
+	case pr.prober != nil:
+		return false
+	case !pr.can():
+		return true
+	}
+	var seen peeked
+	if err := pr.raw.Control(func(fd uintptr) { seen = peek(fd) }); err != nil {
+		return false
+	}
+	return seen == peeked{}
+}
+
+// examine takes a connection, unless it was lent since it was sighted, and asks
+// it all that can be asked.
+func (p *Pool) examine(at sighting) {
+	c := at.c
+	p.mu.Lock()
+	if c.phase != idle || c.generation() != at.gen {
+		p.mu.Unlock()
+		return
+	}
+	p.takeLocked(c)
+	p.mu.Unlock()
+	reason, err := ClosedUnknown, error(nil)
+	if !p.cfg.NoProbe {
+		reason, err = c.probe.ask()
+	}
+	if reason == ClosedUnknown && p.cfg.Check != nil {
+		reason, err = p.ping(context.Background(), c)
+	}
+	if reason != ClosedUnknown {
+		p.discard(c, reason, err)
+		return
+	}
+	p.park(c, untouched)
+}

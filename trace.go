@@ -1,0 +1,153 @@
+package connpool
+
+import (
+	"context"
+	"time"
+)
+
+// CloseReason says why a connection left the pool. The set is closed: every
+// close has exactly one of these, in [Stats] and in [Trace.Closed].
+type CloseReason uint8
+
+const (
+	ClosedUnknown     CloseReason = iota
+	ClosedEvicted                 // by us: least recently used, to make room
+	ClosedIdleTimeout             // by age: idle longer than IdleTimeout
+	ClosedLifetime                // by age: older than MaxLifetime
+	ClosedMaxUses                 // lent MaxUses times
+	ClosedSurplus                 // more idle ones than MaxIdle or MaxIdlePerAddr keeps, or more open ones than a limit allows
+	ClosedStale                   // the peer closed it, or the socket failed, while it was idle
+	ClosedDirty                   // bytes were waiting that nobody asked for, or that the last borrower left unread
+	ClosedFnError                 // fn returned an error without Keep
+	ClosedPanic                   // fn panicked
+	ClosedGoexit                  // fn ended its goroutine
+	ClosedCanceled                // the borrower's ctx was done before the loan ended
+	ClosedInFlight                // an operation was still running when fn returned
+	ClosedBroken                  // an operation of the loan failed, and fn returned nil all the same
+	ClosedTimeout                 // an operation of the loan timed out, and fn returned nil all the same
+	ClosedHalfClosed              // CloseWrite was called
+	ClosedByBorrower              // Conn.Close was called
+	ClosedSetupFailed             // Config.Setup failed
+	ClosedResetFailed             // Config.Reset failed, or took too long
+	ClosedCheckFailed             // Config.Check failed, or took too long
+	ClosedRetired                 // opened before Pool.Retire of its address
+	ClosedOnRequest               // Pool.CloseIdle
+	ClosedWithPool                // Pool.Close or Pool.Shutdown
+	numCloseReasons
+)
+
+var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeout", "lifetime", "max-uses",
+	"surplus", "stale", "dirty", "fn-error", "panic", "goexit", "canceled", "in-flight", "broken", "timeout",
+	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "retired", "on-request", "with-pool"}
+
+func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
+
+// MarshalText gives the name that String gives, so that a map keyed by reason
+// is a JSON object.
+func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// Trace observes a pool ([Config.Trace]) or one use of it ([WithTrace]). Any
+// field may be nil. The functions are called on the goroutine where the thing
+// happens, with no lock held; they may use the pool. Those of many goroutines
+// run at the same time. A panic in one is passed on.
+//
+// Where both a pool's and a use's Trace are set, both are called, the pool's
+// first. What happens to a connection while nobody borrows it, and what a dial
+// does that outlives the borrower it was started for, is told to the pool's
+// Trace and, for a dial, to the Trace of the borrower that started it.
+type Trace struct {
+	GetConn  func(Addr)     // With begins
+	Wait     func(WaitInfo) // no connection was idle: the borrower queues
+	GotConn  func(GotInfo)  // fn is about to run
+	DialDone func(DialInfo) // a connection was opened, or could not be
+	PutConn  func(PutInfo)  // fn is over and the connection was kept
+	Closed   func(CloseInfo)
+}
+
+// WaitInfo is what [Trace.Wait] gets.
+type WaitInfo struct {
+	Addr    Addr
+	Waiting int // borrowers in the queue of the address, this one included
+}
+
+// GotInfo is what [Trace.GotConn] gets.
+type GotInfo struct {
+	Addr    Addr
+	ID      uint64 // of the connection in its pool, from 1
+	Reused  bool
+	Uses    int           // loans including this one
+	IdleFor time.Duration // since it was last given back; 0 if it came from another borrower or a dial
+	Waited  time.Duration // since With was called
+}
+
+// DialInfo is what [Trace.DialDone] gets.
+type DialInfo struct {
+	Addr Addr
+	ID   uint64 // 0 if it failed
+	Took time.Duration
+	Err  error
+}
+
+// PutInfo is what [Trace.PutConn] gets.
+type PutInfo struct {
+	Addr Addr
+	ID   uint64
+	Held time.Duration
+}
+
+// CloseInfo is what [Trace.Closed] gets.
+type CloseInfo struct {
+	Addr   Addr
+	ID     uint64
+	Reason CloseReason
+	Uses   int
+	Age    time.Duration
+	Err    error // what made the pool give it up, if an error did
+}
+
+type traceKey struct{}
+
+// WithTrace returns a ctx whose uses of a pool are observed by t, in addition
+// to the pool's own Trace and to one already in ctx. A nil t returns ctx.
+func WithTrace(ctx context.Context, t *Trace) context.Context {
+	if t == nil {
+		return ctx
+	}
+	outer, _ := ctx.Value(traceKey{}).(*Trace)
+	return context.WithValue(ctx, traceKey{}, chain(outer, t))
+}
+
+// chain is the Trace that calls first, then second; either may be nil.
+func chain(first, second *Trace) *Trace {
+	if first == nil {
+		return second
+	}
+	if second == nil {
+		return first
+	}
+	return &Trace{
+		GetConn:  both(first.GetConn, second.GetConn),
+		Wait:     both(first.Wait, second.Wait),
+		GotConn:  both(first.GotConn, second.GotConn),
+		DialDone: both(first.DialDone, second.DialDone),
+		PutConn:  both(first.PutConn, second.PutConn),
+		Closed:   both(first.Closed, second.Closed),
+	}
+}
+
+func both[T any](f, g func(T)) func(T) {
+	if f == nil {
+		return g
+	}
+	if g == nil {
+		return f
+	}
+	return func(v T) { f(v); g(v) }
+}
+
+// trace is what observes one use: the pool's Trace and the one in ctx. It is
+// nil when nobody looks.
+func (p *Pool) trace(ctx context.Context) *Trace {
+	one, _ := ctx.Value(traceKey{}).(*Trace)
+	return chain(p.cfg.Trace, one)
+}

@@ -1,0 +1,182 @@
+package connpool
+
+import (
+	"container/heap"
+	"context"
+	"time"
+)
+
+// waiter is a borrower in the queue of an address. There are two ways out, and
+// a waiter takes exactly one of them, under Pool.mu: it is served (deliver), or
+// it leaves because its ctx is done (Pool.cancel). A waiter that left is never
+// handed anything, and serving one never blocks.
+type waiter struct {
+	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again
+	ctx   context.Context // its values, for a dial made on its behalf
+	since time.Time
+
+	prev, next *waiter
+	queued     bool
+
+	// What it was served; written before ready is signalled.
+	c     *conn
+	fresh bool // c comes straight from its dial
+	err   error
+	ready chan struct{} // capacity 1
+}
+
+// queue holds the waiters of one address, oldest first, and knows which of them
+// have a dial under way: the first `dials` of them. A dial has no owner. It
+// serves whoever is the oldest when it ends, so when a waiter with a dial is
+// served by a returned connection, its dial counts for the next one by itself.
+//
+// Invariant: bare is the waiter at index dials, nil if there are not more
+// waiters than dials. All methods need Pool.mu.
+type queue struct {
+	head, tail *waiter
+	len        int
+	dials      int
+	bare       *waiter // the oldest waiter without a dial
+}
+
+// push inserts w by its seq: at the end, but for a borrower that queues again.
+func (q *queue) push(w *waiter) {
+	after := q.tail
+	for after != nil && after.seq > w.seq {
+		after = after.prev
+	}
+	w.prev = after
+	if after == nil {
+		w.next, q.head = q.head, w
+	} else {
+		w.next, after.next = after.next, w
+	}
+	if w.next == nil {
+		q.tail = w
+	} else {
+		w.next.prev = w
+	}
+	w.queued = true
+	q.len++
+	switch {
+	case q.bare == nil:
+		if q.len > q.dials {
+			q.bare = q.tail
+		}
+	case w.seq < q.bare.seq:
+		q.bare = q.bare.prev
+	}
+}
+
+func (q *queue) remove(w *waiter) {
+	if q.bare != nil && w.seq <= q.bare.seq {
+		q.bare = q.bare.next
+	}
+	if w.prev == nil {
+		q.head = w.next
+	} else {
+		w.prev.next = w.next
+	}
+	if w.next == nil {
+		q.tail = w.prev
+	} else {
+		w.next.prev = w.prev
+	}
+	w.prev, w.next, w.queued = nil, nil, false
+	q.len--
+}
+
+func (q *queue) dialStarted() {
+	q.dials++
+	if q.bare != nil {
+		q.bare = q.bare.next
+	}
+}
+
+func (q *queue) dialEnded() {
+	q.dials--
+	switch {
+	case q.bare != nil:
+		q.bare = q.bare.prev
+	case q.len > q.dials:
+		q.bare = q.tail
+	}
+}
+
+// deliver serves the oldest waiter of the queue with a connection or an error.
+func (q *queue) deliver(c *conn, fresh bool, err error) {
+	w := q.head
+	q.remove(w)
+	w.serve(c, fresh, err)
+}
+
+// serve answers a waiter that was just taken out of its queue.
+func (w *waiter) serve(c *conn, fresh bool, err error) {
+	w.c, w.fresh, w.err = c, fresh, err
+	w.ready <- struct{}{}
+}
+
+// await blocks until w is served or ctx is done. On return w is in no queue;
+// exactly one of the connection and the error is set, and with a connection
+// the caller has become its owner.
+func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
+	select {
+	case <-w.ready:
+		return w.c, w.err
+	case <-ctx.Done():
+	}
+	var todo agenda
+	p.mu.Lock()
+	if w.queued {
+		s.queue.remove(w)
+		p.refreshLocked(s)
+		p.admitLocked(&todo)
+		p.forgetLocked(s)
+		p.mu.Unlock()
+		todo.run(p)
+		return nil, causeOf(ctx)
+	}
+	p.mu.Unlock()
+	<-w.ready // served before the lock was ours
+	if w.err != nil {
+		return nil, w.err
+	}
+	p.park(w.c, untouched)
+	return nil, causeOf(ctx)
+}
+
+// siteHeap orders the sites that could use a slot by the age of the waiter that
+// would get it, so that a freed slot goes to the oldest such waiter of the pool.
+type siteHeap []*site
+
+func (h siteHeap) Len() int           { return len(h) }
+func (h siteHeap) Less(i, j int) bool { return h[i].queue.bare.seq < h[j].queue.bare.seq }
+func (h siteHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].heapIndex, h[j].heapIndex = i, j
+}
+func (h *siteHeap) Push(x any) {
+	s := x.(*site)
+	s.heapIndex = len(*h)
+	*h = append(*h, s)
+}
+func (h *siteHeap) Pop() any {
+	old := *h
+	s := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	s.heapIndex = -1
+	return s
+}
+
+// set puts s where it belongs, or takes it out if it wants nothing.
+func (h *siteHeap) set(s *site, wants bool) {
+	switch {
+	case wants && s.heapIndex < 0:
+		heap.Push(h, s)
+	case wants:
+		heap.Fix(h, s.heapIndex)
+	case s.heapIndex >= 0:
+		heap.Remove(h, s.heapIndex)
+	}
+}
