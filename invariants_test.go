@@ -1,0 +1,125 @@
+package connpool
+
+import (
+	"fmt"
+	"math"
+	"testing"
+)
+
+// check fails the test if the books contradict themselves: the invariants above
+// type Pool, in the order they stand there. It may run at any moment; the
+// stronger promises of a pool at rest are in checkAtRest.
+func (p *Pool) check(t testing.TB) {
+	t.Helper()
+	if err := p.inconsistency(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (p *Pool) inconsistency() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var n [numPhases]int
+	want, waiting := 0, 0
+	for addr, s := range p.sites {
+		if s.addr != addr {
+			return fmt.Errorf("7: site of %v is filed under %v", s.addr, addr)
+		}
+		if canon, err := addr.canonical(); err != nil || canon != addr {
+			return fmt.Errorf("7: key %v is not canonical: %v", addr, err)
+		}
+		if openOf(&s.n) == 0 && s.queue.len == 0 && s.failures == 0 {
+			return fmt.Errorf("%v: empty books were kept", addr)
+		}
+		stack := 0
+		var above *conn
+		for c := s.top; c != nil; above, c = c, c.down {
+			stack++
+			switch {
+			case c.phase != idle || c.site != s:
+				return fmt.Errorf("2: a connection in phase %d is on the idle stack of %v", c.phase, addr)
+			case c.up != above:
+				return fmt.Errorf("2: the idle stack of %v is torn", addr)
+			case above != nil && c.since.After(above.since):
+				return fmt.Errorf("2: the idle stack of %v is out of order", addr)
+			case c.word.Load()&(lent|gone|broken|inFlight) != 0:
+				return fmt.Errorf("2: an idle connection of %v has the word %#x", addr, c.word.Load())
+			case c.deadlineSet || c.unwatch != nil || c.loanCtx != nil || !c.limit.IsZero():
+				return fmt.Errorf("8: an idle connection of %v remembers its last loan", addr)
+			}
+		}
+		if stack != s.n[idle] {
+			return fmt.Errorf("3: %v counts %d idle, its stack has %d", addr, s.n[idle], stack)
+		}
+		for ph := dialing; ph < numPhases; ph++ {
+			if s.n[ph] < 0 {
+				return fmt.Errorf("3: %v counts %d in phase %d", addr, s.n[ph], ph)
+			}
+			n[ph] += s.n[ph]
+		}
+		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.cfg.MaxPerAddr {
+			return fmt.Errorf("3: %d of %d open for %v", openOf(&s.n), p.cfg.MaxPerAddr, addr)
+		}
+		q := &s.queue
+		if q.dials != s.n[dialing] {
+			return fmt.Errorf("4: the queue of %v knows %d dials of %d", addr, q.dials, s.n[dialing])
+		}
+		length, bare := 0, (*waiter)(nil)
+		var prev *waiter
+		for w := q.head; w != nil; prev, w = w, w.next {
+			if w.prev != prev || !w.queued || prev != nil && prev.seq >= w.seq {
+				return fmt.Errorf("4: the queue of %v is torn or out of order", addr)
+			}
+			if length == q.dials {
+				bare = w
+			}
+			length++
+		}
+		switch {
+		case length != q.len || q.tail != prev:
+			return fmt.Errorf("4: the queue of %v counts %d, has %d", addr, q.len, length)
+		case bare != q.bare:
+			return fmt.Errorf("4: the queue of %v is wrong about who has no dial", addr)
+		case length > 0 && s.top != nil:
+			return fmt.Errorf("4: %d wait for %v beside %d idle", length, addr, s.n[idle])
+		case s.waiting != length:
+			return fmt.Errorf("4: %v reports %d waiting of %d", addr, s.waiting, length)
+		case (s.want > 0) != (s.heapIndex >= 0):
+			return fmt.Errorf("4: %v wants %d and is at %d in the heap", addr, s.want, s.heapIndex)
+		case s.heapIndex >= 0 && p.ready[s.heapIndex] != s:
+			return fmt.Errorf("4: %v is not where the heap has it", addr)
+		}
+		want += s.want
+		waiting += length
+	}
+	for ph := dialing; ph < numPhases; ph++ {
+		if n[ph] != p.n[ph] {
+			return fmt.Errorf("3: the pool counts %d in phase %d, its sites %d", p.n[ph], ph, n[ph])
+		}
+	}
+	limit := p.limitLocked()
+	switch {
+	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit:
+		return fmt.Errorf("3: %d of %d open", openOf(&p.n), limit)
+	case p.n[dialing] > p.cfg.MaxDialing:
+		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
+	case want != p.want || waiting != p.counts.Waiting:
+		return fmt.Errorf("4: the pool wants %d dials and has %d waiting, its sites %d and %d", p.want, p.counts.Waiting, want, waiting)
+	case p.recency.lru.Len() != openOf(&p.n)-p.n[dialing]:
+		return fmt.Errorf("6: recency knows %d of %d", p.recency.lru.Len(), openOf(&p.n)-p.n[dialing])
+	case p.cfg.MaxIdle < math.MaxInt && p.n[idle] > p.cfg.MaxIdle:
+		return fmt.Errorf("%d idle of %d", p.n[idle], p.cfg.MaxIdle)
+	case p.closed && (p.n[idle] > 0 || waiting > 0):
+		return fmt.Errorf("closed with %d idle and %d waiting", p.n[idle], waiting)
+	}
+	// Nobody waits for something that could be given now.
+	if p.want > 0 && !p.closed && p.n[dialing] < p.cfg.MaxDialing && p.n[closing] == 0 {
+		if openOf(&p.n) < limit {
+			return fmt.Errorf("4: %d dials could start", p.want)
+		}
+		if p.n[idle] > 0 {
+			return fmt.Errorf("4: %d dials could start in the place of %d idle connections", p.want, p.n[idle])
+		}
+	}
+	return nil
+}

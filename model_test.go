@@ -1,0 +1,612 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"pgregory.net/rapid"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// The state-machine test: a program of random bytes drives a whole pool over a
+// scripted network, in a bubble where time is the test's. After every step,
+// when everything that can happen has happened, the books must be consistent
+// and agree with a naive model that knows only what a caller can see.
+//
+// One interpreter serves the long seeded runs, rapid (which shrinks what it
+// finds) and the native fuzzer.
+
+// TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps
+// (CONNPOOL_STRESS=n: n times as many seeds).
+func TestModelHoldsOverLongHistories(t *testing.T) {
+	seeds, steps := 64*stress(), 10_000
+	if raceEnabled {
+		seeds = 4 * stress() // a tenth of the speed
+	}
+	for seed := range seeds {
+		program := make([]byte, steps*5)
+		rng := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), 1})
+		rng.Read(program)
+		t.Run(strconv.Itoa(seed), func(t *testing.T) {
+			if err := runProgram(t, program, steps); err != nil {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+		})
+	}
+	// The histories are worth something only if everything happened in them.
+	sum := &modelTotals
+	t.Logf("%d loans, %d reused, %d waits, %d dials (%d failed), closed %v", sum.Loans, sum.Reused, sum.Waits, sum.Dials, sum.DialErrors, sum.Closed)
+	steps *= seeds
+	require.Greater(t, sum.Loans, uint64(steps/20))
+	require.Greater(t, sum.Reused, uint64(steps/100))
+	require.Greater(t, sum.Waits, uint64(steps/50))
+	require.Greater(t, sum.Exhausted, uint64(0))
+	require.Greater(t, sum.DialErrors, uint64(steps/100))
+	require.Greater(t, sum.Detached, uint64(0))
+	for r := ClosedEvicted; r < numCloseReasons; r++ {
+		switch r {
+		case ClosedDirty, ClosedSetupFailed, ClosedResetFailed, ClosedCheckFailed:
+			continue // this network has no descriptors, these hooks do not fail
+		}
+		require.Greater(t, sum.Closed[r], uint64(steps/20_000), "connections closed as %v", r)
+	}
+}
+
+// modelTotals adds up the Stats of all pools of the long runs.
+var modelTotals = Stats{Closed: make(map[CloseReason]uint64)}
+
+// TestModelHoldsForShortPrograms looks for a small program that breaks a rule.
+func TestModelHoldsForShortPrograms(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		program := rapid.SliceOfN(rapid.Byte(), 12, 400).Draw(rt, "program")
+		if err := runProgram(t, program, len(program)); err != nil {
+			rt.Fatal(err)
+		}
+	})
+}
+
+// stress is by how much the long tests multiply their loops.
+func stress() int {
+	n, err := strconv.Atoi(os.Getenv("CONNPOOL_STRESS"))
+	if err != nil || n < 1 {
+		return 1
+	}
+	return max(n, 8)
+}
+
+func runProgram(t *testing.T, program []byte, steps int) (err error) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(program)
+		for range steps {
+			if len(w.program) == 0 {
+				break
+			}
+			if err = w.step(); err != nil {
+				err = fmt.Errorf("step %d (%s): %w\nconfig %+v", w.steps, w.op, err, w.cfg)
+				break
+			}
+		}
+		if e := w.finish(); err == nil {
+			err = e
+		}
+	})
+	return err
+}
+
+// borrower is one call of With, as its caller sees it.
+type borrower struct {
+	order  int // of its call
+	addr   Addr
+	cancel context.CancelFunc
+	orders chan verdict // what fn is told to do
+
+	// Written by the borrower's goroutine under world.mu.
+	holds uint64 // ID of its connection, 0 while it waits
+	done  bool
+	err   error
+
+	passedOver []uint64 // idle connections that were given back later than the one it got
+}
+
+type verdict uint8
+
+const (
+	vNil verdict = iota
+	vError
+	vKeep
+	vPanic
+	vGoexit
+	vClose
+	vDetach
+	vInFlight
+	vHalfClose
+	vTimeoutThenNil
+	numVerdicts
+)
+
+var errFn = errors.New("fn's own")
+
+type world struct {
+	program []byte
+	cfg     Config
+	net     *faultnet.Mem
+	hosts   []*faultnet.Host
+	addrs   []Addr
+	pool    *Pool
+	steps   int
+	op      string
+	calls   int
+
+	mu       sync.Mutex
+	live     []*borrower
+	detached []net.Conn
+	owner    map[uint64]*borrower // who holds a connection
+	closed   map[uint64]CloseReason
+	evicted  []uint64       // in this step
+	lastUse  map[uint64]int // the step in which a connection was parked last
+	wrong    error
+}
+
+func (w *world) byte() byte {
+	if len(w.program) == 0 {
+		return 0
+	}
+	b := w.program[0]
+	w.program = w.program[1:]
+	return b
+}
+
+func (w *world) pick(n int) int { return int(w.byte()) % n }
+
+func newWorld(program []byte) *world {
+	w := &world{
+		program: program,
+		net:     faultnet.NewMem(),
+		owner:   make(map[uint64]*borrower),
+		closed:  make(map[uint64]CloseReason),
+		lastUse: make(map[uint64]int),
+	}
+	for i := range 4 {
+		name := "h" + strconv.Itoa(i)
+		w.hosts = append(w.hosts, w.net.Host(name))
+		w.addrs = append(w.addrs, Addr{Transport: "mem", Host: name})
+	}
+	w.reopen()
+	return w
+}
+
+// reopen makes a pool of a random shape.
+func (w *world) reopen() {
+	of := func(choices ...int) int { return choices[w.pick(len(choices))] }
+	cfg := Config{
+		MaxOpen:           of(-1, 1, 2, 3, 5, 8),
+		MaxPerAddr:        of(0, 1, 2, 4),
+		MaxIdle:           of(0, 0, 2, -1),
+		MaxIdlePerAddr:    of(0, 0, 1),
+		MaxDialing:        of(0, 1, 2, 3),
+		MaxDialingPerAddr: of(0, 0, 1),
+		MaxWaiters:        of(0, 0, 2),
+		MaxUses:           of(0, 0, 3),
+		IdleTimeout:       time.Duration(of(0, -1, 1, 90)) * time.Second,
+		MaxLifetime:       time.Duration(of(0, 0, 10, 300)) * time.Second,
+		DialTimeout:       time.Duration(of(0, 1)) * time.Second,
+		WhenFull:          FullPolicy(of(0, 0, 0, 1, 2)),
+		Dialers: map[Transport]DialFunc{"mem": func(ctx context.Context, a Addr) (net.Conn, error) {
+			return w.net.Dial(ctx, a.Host)
+		}},
+		Trace: &Trace{Closed: w.onClosed},
+	}
+	if of(0, 1) == 1 {
+		cfg.Check = func(ctx context.Context, c Conn) error { return nil }
+	}
+	p, err := New(cfg)
+	if err != nil { // the shape makes no sense: the plainest that is near it
+		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull = 0, 0, 0, 0, 0, Wait
+		if p, err = New(cfg); err != nil {
+			panic(err)
+		}
+	}
+	w.cfg, w.pool = cfg, p
+}
+
+func (w *world) onClosed(i CloseInfo) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if i.ID == 0 {
+		return
+	}
+	if before, twice := w.closed[i.ID]; twice {
+		w.fail("connection %d closed twice: %v, %v", i.ID, before, i.Reason)
+	}
+	w.closed[i.ID] = i.Reason
+	if i.Reason == ClosedEvicted {
+		w.evicted = append(w.evicted, i.ID)
+		if b := w.owner[i.ID]; b != nil {
+			w.fail("connection %d was evicted while in use", i.ID)
+		}
+	}
+}
+
+func (w *world) fail(format string, args ...any) {
+	if w.wrong == nil {
+		w.wrong = fmt.Errorf(format, args...)
+	}
+}
+
+// snapshot is the idle stack of every address, as IDs, top first.
+func (w *world) snapshot() map[Addr][]uint64 {
+	w.pool.mu.Lock()
+	defer w.pool.mu.Unlock()
+	idle := make(map[Addr][]uint64)
+	for a, s := range w.pool.sites {
+		for c := s.top; c != nil; c = c.down {
+			idle[a] = append(idle[a], c.id)
+		}
+	}
+	return idle
+}
+
+// step runs one instruction to its end and looks at everything.
+func (w *world) step() error {
+	w.steps++
+	before := w.snapshot()
+	waitingBefore := w.waiting()
+	w.mu.Lock()
+	w.evicted = nil
+	w.mu.Unlock()
+	w.run()
+	synctest.Wait()
+	if err := w.pool.inconsistency(); err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.wrong != nil {
+		return w.wrong
+	}
+	after := w.snapshot()
+	// Whoever came out of a queue was older than whoever is still in it.
+	for _, b := range waitingBefore {
+		if b.holds == 0 {
+			continue
+		}
+		for _, other := range w.live {
+			if other.addr == b.addr && other.holds == 0 && !other.done && other.order < b.order {
+				return fmt.Errorf("call %d was served before the older call %d", b.order, other.order)
+			}
+		}
+	}
+	// Whoever got an idle connection got the one given back last of those
+	// that were fit; the others are closed by now.
+	for _, b := range w.live {
+		for _, id := range b.passedOver {
+			if _, gone := w.closed[id]; !gone && w.owner[id] == nil {
+				return fmt.Errorf("call %d got connection %d, %d was given back later", b.order, b.holds, id)
+			}
+		}
+		b.passedOver = nil
+	}
+	// A victim had been used before everything that was idle all along.
+	for a, ids := range after {
+		for _, id := range ids {
+			if !slices.Contains(before[a], id) {
+				w.lastUse[id] = w.steps
+				continue
+			}
+			for _, v := range w.evicted {
+				if use, known := w.lastUse[v]; known && use > w.lastUse[id] {
+					return fmt.Errorf("connection %d was evicted, %d had not been used for longer", v, id)
+				}
+			}
+		}
+	}
+	w.live = slices.DeleteFunc(w.live, func(b *borrower) bool { return b.done })
+	return nil
+}
+
+func (w *world) waiting() (all []*borrower) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, b := range w.live {
+		if b.holds == 0 && !b.done {
+			all = append(all, b)
+		}
+	}
+	return all
+}
+
+func (w *world) holding() (all []*borrower) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, b := range w.live {
+		if b.holds != 0 && !b.done {
+			all = append(all, b)
+		}
+	}
+	return all
+}
+
+func (w *world) run() {
+	switch op := w.pick(32); {
+	case op < 11:
+		w.borrow(op == 10)
+	case op < 19:
+		w.end()
+	case op < 21:
+		w.op = "cancel"
+		w.mu.Lock()
+		if len(w.live) > 0 {
+			w.live[w.pick(len(w.live))].cancel()
+		}
+		w.mu.Unlock()
+	case op < 24:
+		w.op = "server hurts a connection"
+		ends := w.hosts[w.pick(len(w.hosts))].Conns()
+		if len(ends) == 0 {
+			return
+		}
+		end := ends[w.pick(len(ends))]
+		switch w.pick(4) {
+		case 0:
+			end.Close()
+		case 1:
+			end.Reset()
+		case 2:
+			end.CloseWrite()
+		case 3:
+			end.Write([]byte("x"))
+		}
+	case op < 27:
+		w.op = "host changes"
+		h := w.hosts[w.pick(len(w.hosts))]
+		switch w.pick(8) {
+		case 0:
+			h.Down()
+		case 1:
+			h.BlackHole(true)
+		case 2:
+			h.SetLatency(time.Duration(w.pick(4)) * 15 * time.Millisecond)
+		case 3:
+			h.FailNext(errors.New("scripted"))
+		default:
+			h.Up()
+			h.BlackHole(false)
+		}
+	case op < 29:
+		d := []time.Duration{time.Millisecond, 20 * time.Millisecond, 200 * time.Millisecond, 5 * time.Second, 30 * time.Second, 3 * time.Minute}[w.pick(6)]
+		w.op = "time passes: " + d.String()
+		time.Sleep(d)
+	case op == 29:
+		w.op = "retire"
+		w.pool.Retire(w.addrs[w.pick(len(w.addrs))])
+	case op == 30:
+		w.op = "evict"
+		w.pool.EvictLRU()
+	case w.pick(8) > 0:
+		w.op = "close idle"
+		w.pool.CloseIdle()
+	default:
+		w.op = "close the pool"
+		w.closePool()
+		w.reopen()
+	}
+}
+
+func (w *world) borrow(impatient bool) {
+	if len(w.holding())+len(w.waiting()) >= 14 {
+		w.end()
+		return
+	}
+	w.op = "borrow"
+	w.calls++
+	b := &borrower{order: w.calls, addr: w.addrs[w.pick(len(w.addrs))], orders: make(chan verdict)}
+	ctx, cancel := context.WithCancel(context.Background())
+	if impatient {
+		w.op = "borrow with a deadline"
+		ctx, cancel = context.WithTimeout(context.Background(), time.Duration(1+w.pick(100))*time.Millisecond)
+	}
+	b.cancel = cancel
+	w.mu.Lock()
+	w.live = append(w.live, b)
+	w.mu.Unlock()
+	pool, top := w.pool, w.snapshot()[b.addr]
+	go func() {
+		defer cancel()
+		defer func() {
+			v := recover()
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			b.done = true
+			if v != nil && v != any(errFn) {
+				w.fail("With panicked: %v", v)
+			}
+		}()
+		err := pool.With(ctx, b.addr, func(c Conn) error { return w.use(ctx, b, c, top) })
+		w.mu.Lock()
+		b.err = err
+		w.mu.Unlock()
+	}()
+}
+
+// use is the body of every loan.
+func (w *world) use(ctx context.Context, b *borrower, c Conn, top []uint64) error {
+	id := c.ID()
+	w.mu.Lock()
+	if other := w.owner[id]; other != nil {
+		w.fail("connection %d lent to call %d while call %d has it", id, b.order, other.order)
+	}
+	if reason, was := w.closed[id]; was {
+		w.fail("connection %d was lent after it was closed (%v)", id, reason)
+	}
+	if c.Reused() {
+		if err := c.c.nc.(*faultnet.Conn).Probe(); err != nil && ctx.Err() == nil {
+			w.fail("connection %d was lent although %v", id, err)
+		}
+	}
+	if i := slices.Index(top, id); i > 0 {
+		b.passedOver = top[:i]
+	}
+	w.owner[id] = b
+	b.holds = id
+	w.mu.Unlock()
+
+	order := <-b.orders
+
+	w.mu.Lock()
+	delete(w.owner, id)
+	w.mu.Unlock()
+	switch order {
+	case vError:
+		return errFn
+	case vKeep:
+		return Keep(errFn)
+	case vPanic:
+		panic(errFn)
+	case vGoexit:
+		runtime.Goexit()
+	case vClose:
+		if err := c.Close(); err != nil {
+			w.failed("Close: %v", err)
+		}
+		if err := c.Close(); !errors.Is(err, net.ErrClosed) {
+			w.failed("second Close: %v", err)
+		}
+	case vDetach:
+		nc, err := c.Detach()
+		if err != nil && ctx.Err() == nil {
+			w.failed("Detach: %v", err)
+		}
+		if err == nil {
+			w.mu.Lock()
+			w.detached = append(w.detached, nc)
+			w.mu.Unlock()
+		}
+	case vInFlight:
+		var over atomic.Bool // at once, if the peer has sent or closed
+		go func() {
+			c.Read(make([]byte, 1))
+			over.Store(true)
+		}()
+		for c.c.word.Load()&inFlight == 0 && !over.Load() {
+			runtime.Gosched() // until it is in there
+		}
+	case vHalfClose:
+		c.CloseWrite()
+	case vTimeoutThenNil:
+		c.SetReadDeadline(time.Now().Add(-time.Second))
+		c.Read(make([]byte, 1))
+	}
+	return nil
+}
+
+func (w *world) failed(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fail(format, args...)
+}
+
+func (w *world) end() {
+	holders := w.holding()
+	if len(holders) == 0 {
+		w.op = "nothing to end"
+		return
+	}
+	b := holders[w.pick(len(holders))]
+	v := vNil
+	if n := w.pick(2 * int(numVerdicts)); n < int(numVerdicts) { // half of them in good order
+		v = verdict(n)
+	}
+	w.op = fmt.Sprintf("call %d ends by verdict %d", b.order, v)
+	b.orders <- v
+}
+
+func (w *world) closePool() {
+	waiting := w.waiting()
+	if err := w.pool.Close(); err != nil {
+		w.failed("Close: %v", err)
+	}
+	synctest.Wait()
+	for _, b := range waiting {
+		if !b.done || b.holds == 0 && b.err == nil {
+			w.failed("call %d still waits after Close, or got %v", b.order, b.err)
+		}
+	}
+	for _, b := range w.holding() {
+		b.orders <- vNil
+		synctest.Wait()
+	}
+	if err := w.pool.Shutdown(context.Background()); err != nil {
+		w.failed("Shutdown: %v", err)
+	}
+	st := w.pool.Stats()
+	modelTotals.Loans += st.Loans
+	modelTotals.Reused += st.Reused
+	modelTotals.Waits += st.Waits
+	modelTotals.Dials += st.Dials
+	modelTotals.DialErrors += st.DialErrors
+	modelTotals.Exhausted += st.Exhausted
+	modelTotals.Detached += st.Detached
+	for r, n := range st.Closed {
+		modelTotals.Closed[r] += n
+	}
+	if st.Open != 0 || st.Waiting != 0 || st.Addrs != 0 {
+		w.failed("after Close: %v", st)
+	}
+	var closes uint64
+	for _, n := range st.Closed {
+		closes += n
+	}
+	if made := st.Dials - st.DialErrors; made != closes+st.Detached {
+		w.failed("%d connections made, %d closed, %d detached", made, closes, st.Detached)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, nc := range w.detached {
+		nc.Close()
+	}
+	w.detached = nil
+	w.live = nil
+	clear(w.owner)
+	clear(w.closed)
+	clear(w.lastUse)
+	for _, h := range w.hosts {
+		if ends := h.Conns(); len(ends) > 0 {
+			// The server's ends are closed only by the test; what must be
+			// gone is the pool's.
+			for _, end := range ends {
+				if end.Probe() == nil {
+					w.fail("a socket of %v outlived its pool", end.LocalAddr())
+				}
+				end.Close()
+			}
+		}
+	}
+}
+
+func (w *world) finish() error {
+	w.op = "finish"
+	for _, h := range w.hosts {
+		h.Up()
+		h.BlackHole(false)
+	}
+	w.closePool()
+	w.net.Close()
+	if w.wrong != nil {
+		return w.wrong
+	}
+	return w.pool.inconsistency()
+}
