@@ -1,0 +1,39 @@
+# What each check does stands in .ci/run, once; the targets here are its names.
+
+FUZZTIME ?= 20s
+DEMO     ?= 10s
+export FUZZTIME
+
+.DEFAULT_GOAL := help
+.PHONY: help test race fuzz stress lint cross demo cover ci
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+test: ## all tests
+	go test ./...
+
+race: ## all tests under the race detector
+	@.ci/run race
+
+fuzz: ## each fuzz target for FUZZTIME (20s)
+	@.ci/run fuzz
+
+stress: ## the randomised and the racing tests, many times longer
+	CONNPOOL_STRESS=1 go test -race -timeout 60m -run 'Stress|Model|Desync|Race' ./...
+
+lint: ## gofmt, vet, staticcheck
+	@.ci/run gofmt vet staticcheck
+
+cross: ## build and vet for every supported system
+	@.ci/run cross
+
+demo: ## a pool at work, for DEMO (10s)
+	go run ./cmd/connpool demo -for $(DEMO)
+
+cover: ## coverage of the root package
+	@.ci/run cover
+
+ci: export FUZZTIME := 10s
+ci: ## everything a change must pass
+	@.ci/run
