@@ -174,11 +174,16 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 // loan's ctx is done. If the loan has ended meanwhile, stopping the watch has
 // failed, and the connection is discarded.
 func (c *conn) interrupt() {
+	defer func() {
+		if v := recover(); v != nil {
+			c.pool.log(slog.LevelError, "SetDeadline panicked", "addr", c.site.addr, "panic", v)
+		}
+	}()
 	c.word.Or(cut)
 	c.dmu.Lock()
+	defer c.dmu.Unlock()
 	c.deadlineSet = true
 	c.nc.SetDeadline(past)
-	c.dmu.Unlock()
 }
 
 // end ends the loan and returns the word as it was. Unless that says gone, the
@@ -195,6 +200,16 @@ func (c *conn) end() uint64 {
 		}
 	}
 	return word
+}
+
+// abort ends a loan whose connection will be discarded, and runs no foreign
+// code. It reports whether the caller is the owner.
+func (c *conn) abort() bool {
+	if c.word.And(^uint64(lent))&gone != 0 {
+		return false
+	}
+	c.stopWatch()
+	return true
 }
 
 // stopWatch reports whether the ctx of the loan had no effect, and will have
@@ -353,7 +368,7 @@ const closeTimeout = 5 * time.Second
 func (c *conn) closeFully(reason CloseReason) {
 	defer func() {
 		if v := recover(); v != nil {
-			c.pool.log(slog.LevelError, "closing panicked", "addr", c.site.addr.String(), "panic", v)
+			c.pool.log(slog.LevelError, "closing panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
 	if s, ok := c.state.(io.Closer); ok {

@@ -54,7 +54,10 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 		return ClosedCheckFailed, err
 	}
 	c.checked = p.now()
-	return ClosedUnknown, nil
+	if p.cfg.NoProbe {
+		return ClosedUnknown, nil
+	}
+	return c.probe.ask() // the answer may have been longer than Check read
 }
 
 // aged says whether a connection that has been idle for so long has outlived
@@ -128,7 +131,7 @@ type peeked struct {
 // ask looks whether an idle connection lives and is clean. The caller owns it.
 func (p *probe) ask() (CloseReason, error) {
 	if p.prober != nil {
-		if err := p.prober.Probe(); err != nil {
+		if err := p.askProber(); err != nil {
 			return ClosedStale, err
 		}
 		return ClosedUnknown, nil
@@ -150,6 +153,11 @@ func (p *probe) ask() (CloseReason, error) {
 	return p.readThrough(noWait, time.Millisecond)
 }
 
+func (p *probe) askProber() (err error) {
+	defer recoverInto(&err, "Probe")
+	return p.prober.Probe()
+}
+
 var errUnread = errors.New("bytes were waiting that nobody had asked for")
 
 // leftovers reports whether crypto/tls holds plaintext that was not read, or
@@ -165,7 +173,13 @@ func (p *probe) leftovers() bool {
 // readThrough reads one byte through crypto/tls without waiting for the peer.
 // Over a foreign socket, which cannot be switched, a deadline has to do: it
 // waits for patience at most.
-func (p *probe) readThrough(mode tlsMode, patience time.Duration) (CloseReason, error) {
+func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
+	defer func() {
+		if err != nil && reason == ClosedUnknown {
+			reason = ClosedStale
+		}
+	}()
+	defer recoverInto(&err, "the connection under TLS")
 	if p.sock != nil {
 		p.sock.enter(mode)
 		defer p.sock.enter(normal)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -43,14 +44,17 @@ type dialError struct {
 func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
-// dialing under way: one attempt to open c.
+// attempt is one dial under way.
 type attempt struct {
-	c       *conn
-	where   string // the foreign code that runs
-	stage   Stage
-	err     error
-	ended   bool // open returned, rather than panicked
-	settled atomic.Bool
+	c     *conn
+	where string // the foreign code that runs
+	stage Stage
+	err   error
+	ended bool // open returned, rather than panicked
+	state any  // what Setup returned
+
+	adopted atomic.Bool // c has its socket
+	settled atomic.Bool // somebody has booked the outcome
 }
 
 // dial opens c for the pool and books the outcome, whatever the dialer and the
@@ -66,7 +70,7 @@ func (p *Pool) dial(ctx context.Context, c *conn) {
 		late := time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
 			if a.settled.CompareAndSwap(false, true) {
 				p.abandoned("a dial", c.site.addr)
-				p.dialed(c, start, t, &dialError{StageDial, fmt.Errorf("the dialer or Setup ignores its ctx: %w", context.DeadlineExceeded)})
+				p.abandonDial(a, start, t)
 			}
 		})
 		defer late.Stop()
@@ -80,23 +84,45 @@ func (p *Pool) dial(ctx context.Context, c *conn) {
 			}
 			a.err = pan
 		}
-		if a.err != nil && c.nc != nil {
-			c.closeFully(ClosedSetupFailed) // before the slot is free
-		}
 		if !a.settled.CompareAndSwap(false, true) {
-			if a.err == nil {
-				c.closeFully(ClosedCanceled)
+			if s, ok := a.state.(io.Closer); ok {
+				defer func() { _ = recover() }()
+				s.Close()
 			}
 			return
 		}
-		if a.err != nil {
-			p.dialed(c, start, t, &dialError{a.stage, a.err})
-		} else {
+		c.state = a.state
+		if a.err == nil {
 			p.dialed(c, start, t, nil)
+			return
 		}
+		p.dialFailed(a, start, t, a.err)
 	}()
 	a.err = p.open(ctx, a)
 	a.ended = true
+}
+
+// dialFailed books a dial that came to nothing. If there is a socket already,
+// the slot is free when it is closed.
+func (p *Pool) dialFailed(a *attempt, start time.Time, t *Trace, err error) {
+	p.dialed(a.c, start, t, &dialError{a.stage, err})
+	if a.stage == StageSetup {
+		p.discard(a.c, ClosedSetupFailed, err)
+	}
+}
+
+// abandonDial goes on without a dialer, handshake or Setup that has not come
+// back long after its ctx was done. What it returns at last is closed.
+func (p *Pool) abandonDial(a *attempt, start time.Time, t *Trace) {
+	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
+	if !a.adopted.Load() {
+		p.dialed(a.c, start, t, &dialError{StageDial, fmt.Errorf("dialer: %w", late)})
+		return
+	}
+	a.c.word.And(^uint64(lent)) // shuts the guard
+	late = fmt.Errorf("Config.Setup: %w", late)
+	p.dialed(a.c, start, t, &dialError{StageSetup, late})
+	p.discard(a.c, ClosedSetupFailed, late)
 }
 
 // open dials, shakes hands and sets up.
@@ -106,23 +132,28 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	if err != nil {
 		return err
 	}
+	if a.settled.Load() {
+		go closeStray(nc)
+		return ctx.Err()
+	}
 	c.adopt(nc)
+	a.stage, a.where = StageSetup, "Config.Setup"
+	a.adopted.Store(true)
 	if p.cfg.Setup == nil {
 		return nil
 	}
-	a.stage, a.where = StageSetup, "Config.Setup"
 	c.begin(ctx, hooked)
-	c.state, err = p.cfg.Setup(ctx, c.site.addr, Conn{c, 0})
+	a.state, err = p.cfg.Setup(ctx, c.site.addr, Conn{c, 0})
 	word := c.end()
 	switch {
 	case err != nil:
 	case word&cut != 0:
 		err = causeOf(ctx)
 	case word&inFlight != 0:
-		err = errors.New("Config.Setup left an operation running")
+		err = &brokenContract{"Config.Setup left an operation running"}
 	case word&(gone|broken|timedOut|halfClosed) != 0:
 		if err = c.failure(); err == nil {
-			err = errors.New("Config.Setup closed the connection")
+			err = &brokenContract{"Config.Setup closed the connection"}
 		}
 	}
 	return err
@@ -172,7 +203,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	switch {
 	case err != nil:
 		if !isNil(nc) {
-			nc.Close()
+			go closeStray(nc)
 		}
 		return nil, err
 	case isNil(nc):
@@ -182,6 +213,13 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	}
 	a.stage, a.where = StageHandshake, "Config.TLSFor"
 	return p.handshake(ctx, addr, nc)
+}
+
+// closeStray closes a connection that never got into the books. A foreign one
+// may take its time over it.
+func closeStray(nc net.Conn) {
+	defer func() { _ = recover() }()
+	nc.Close()
 }
 
 // brokenContract is foreign code that did what its contract forbids.
@@ -245,13 +283,14 @@ func (p *Pool) dialed(c *conn, start time.Time, t *Trace, failure *dialError) {
 
 func (p *Pool) dialFailedLocked(c *conn, failure *dialError, now time.Time) {
 	s := c.site
-	p.moveLocked(c, none)
+	if failure.stage == StageSetup {
+		p.moveLocked(c, closing) // the slot is free when the socket is closed
+	} else {
+		p.moveLocked(c, none)
+	}
 	p.counts.DialErrors++
 	s.dialErrors++
 	s.lastErr = failure.err
-	if c.nc != nil {
-		p.closedBy[ClosedSetupFailed]++
-	}
 	// A failure for want of something local says nothing about the peer.
 	if kind := KindOf(failure.err); !p.closed && kind != KindResource && kind != KindUsage {
 		s.failures++

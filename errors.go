@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -180,6 +179,7 @@ func KindOf(err error) Kind {
 		pe  *Error
 		ioe *ioError
 		pan *PanicError
+		brk *brokenContract
 		dns *net.DNSError
 		rec tls.RecordHeaderError
 		ale tls.AlertError
@@ -195,7 +195,7 @@ func KindOf(err error) Kind {
 		return pe.Kind
 	case errors.As(err, &ioe):
 		return ioe.kind
-	case errors.As(err, &pan):
+	case errors.As(err, &pan), errors.As(err, &brk):
 		return KindInternal
 	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable):
 		return KindResource
@@ -208,7 +208,7 @@ func KindOf(err error) Kind {
 		return KindTimeout
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return KindEOF
-	case exhausted(err), errors.Is(err, syscall.EADDRNOTAVAIL), errors.Is(err, syscall.ENOMEM), errors.Is(err, syscall.ENOBUFS):
+	case exhausted(err), errors.Is(err, errAddrNotAvail), errors.Is(err, errNoMem), errors.Is(err, errNoBufs):
 		return KindResource
 	case errors.As(err, &dns):
 		if dns.IsTimeout {
@@ -217,15 +217,15 @@ func KindOf(err error) Kind {
 		return KindLookup
 	case errors.As(err, &rec), errors.As(err, &ale), errors.As(err, &ver):
 		return KindBadMessage
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, errRefused), errors.Is(err, fs.ErrNotExist):
 		return KindRefused // a Unix socket that is not there has nobody listening either
-	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNABORTED),
+	case errors.Is(err, errReset), errors.Is(err, errPipe), errors.Is(err, errAborted),
 		errors.Is(err, io.ErrClosedPipe), errors.Is(err, io.ErrShortWrite):
 		return KindBroken
 	case errors.Is(err, fs.ErrPermission):
 		return KindAccess
-	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.As(err, &ade),
-		errors.Is(err, syscall.EAFNOSUPPORT):
+	case errors.Is(err, errNetUnreach), errors.Is(err, errHostUnreach), errors.As(err, &ade),
+		errors.Is(err, errAFNoSupport):
 		return KindAddress
 	case errors.As(err, &ne) && ne.Timeout(), errors.As(err, &dur) && dur.Timeout():
 		return KindTimeout

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"math"
 	"net"
-	"syscall"
 )
 
 // lookAtHandles brings the budget up to date: the process's limit on file
@@ -26,7 +25,7 @@ func (p *Pool) lookAtHandles() {
 // exhausted reports whether err says that the process or the system has no
 // file handle left.
 func exhausted(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+	return errors.Is(err, errProcessFiles) || errors.Is(err, errSystemFiles)
 }
 
 // outOfHandles sees it also where it hides: without a free handle a name cannot

@@ -12,22 +12,19 @@ import (
 // runHook lends c to a hook that talks over it (Reset, Check) and waits for
 // its answer, HookTimeout at most. The caller owns c before and after; after an
 // error it must discard it, since the hook may still be running.
-func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) error {
+func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) (err error) {
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
+	defer recoverInto(&err, where) // from SetDeadline of a foreign net.Conn
 	loan := c.begin(ctx, hooked)
 	answer := make(chan error, 1)
 	go func() {
 		var err error = &PanicError{Where: where} // stays if the hook calls runtime.Goexit
-		defer func() {
-			if v := recover(); v != nil {
-				err = &PanicError{Where: where, Value: v, Stack: debug.Stack()}
-			}
-			answer <- err
-		}()
+		defer func() { answer <- err }()
+		defer recoverInto(&err, where)
 		err = hook(ctx, loan)
 	}()
-	err, late := error(nil), false
+	late := false
 	select {
 	case err = <-answer:
 	case <-ctx.Done():
@@ -45,13 +42,13 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 		p.abandoned(where, c.site.addr)
 	case err != nil:
 	case word&(cut|inFlight) != 0:
-		err = errors.New("it did not end its I/O in time")
+		err = &brokenContract{"it left an operation running"}
 	case word&(gone|broken|timedOut|halfClosed) != 0:
 		if err = c.failure(); err == nil {
-			err = errors.New("it closed the connection")
+			err = &brokenContract{"it closed the connection"}
 		}
 	case c.leftovers(word):
-		err = errors.New("it left unread bytes behind")
+		err = &brokenContract{"it left unread bytes behind"}
 	}
 	if err == nil {
 		return nil
@@ -72,6 +69,13 @@ func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, co
 	}
 	ctx, done := context.WithTimeout(ctx, d)
 	return ctx, func() { stop(); done(); cancel(nil) }
+}
+
+// recoverInto turns a panic of foreign code into an error. It must be deferred.
+func recoverInto(err *error, where string) {
+	if v := recover(); v != nil {
+		*err = &PanicError{Where: where, Value: v, Stack: debug.Stack()}
+	}
 }
 
 func isPanic(err error) bool {

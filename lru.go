@@ -30,9 +30,9 @@ func newRecency() recency {
 	return recency{lru}
 }
 
-func (r recency) add(c *conn)    { r.lru.Add(c, struct{}{}) }
-func (r recency) touch(c *conn)  { r.lru.Get(c) }
-func (r recency) remove(c *conn) { r.lru.Remove(c) }
+func (r recency) add(c *conn)         { r.lru.Add(c, struct{}{}) }
+func (r recency) touch(c *conn)       { r.lru.Get(c) }
+func (r recency) remove(c *conn) bool { return r.lru.Remove(c) }
 
 // oldestIdle is the least recently used of the n idle connections.
 func (r recency) oldestIdle(n int) *conn {

@@ -156,7 +156,7 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 		if v != nil {
 			reason = ClosedPanic
 		}
-		if c.end()&gone == 0 {
+		if c.abort() {
 			p.discard(c, reason, nil)
 		}
 		if v != nil {
@@ -313,7 +313,14 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start tim
 		return nil, refused
 	}
 	if t != nil && t.Wait != nil {
+		told := false
+		defer func() {
+			if !told { // it called runtime.Goexit
+				p.leave(s, w)
+			}
+		}()
 		p.observe(func() { t.Wait(WaitInfo{Addr: s.addr, Waiting: waiting}) })
+		told = true
 	}
 	return w, nil
 }
@@ -606,9 +613,11 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 		free()
 	})
 	go func() {
+		defer func() { // also after a runtime.Goexit
+			late.Stop()
+			free()
+		}()
 		c.closeFully(reason)
-		late.Stop()
-		free()
 	}()
 	return done
 }
@@ -622,12 +631,11 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	s := c.site
 	p.countLoanLocked(c)
 	p.moveLocked(c, none)
-	p.recency.remove(c)
+	if p.recency.remove(c) && c.unprobed() {
+		p.counts.Unprobed--
+	}
 	if reason != ClosedUnknown {
 		p.closedBy[reason]++
-	}
-	if c.unprobed() {
-		p.counts.Unprobed--
 	}
 	p.giveUpLocked(s)
 	p.refreshLocked(s)
@@ -671,10 +679,21 @@ func (a *agenda) close(c *conn, reason CloseReason, err error) {
 }
 
 func (a *agenda) run(p *Pool) {
+	if a.dials == nil && a.closes == nil {
+		return
+	}
 	for _, d := range a.dials {
 		go p.dial(d.ctx, d.c)
 	}
-	for _, o := range a.closes {
+	defer func() {
+		if len(a.closes) > 0 { // a Trace function called runtime.Goexit
+			rest := agenda{closes: a.closes}
+			go rest.run(p)
+		}
+	}()
+	for len(a.closes) > 0 {
+		o := a.closes[0]
+		a.closes = a.closes[1:]
 		p.discard(o.c, o.reason, o.err)
 	}
 }

@@ -8,7 +8,7 @@ import (
 
 // waiter is a borrower in the queue of an address. There are two ways out, and
 // a waiter takes exactly one of them, under Pool.mu: it is served (deliver), or
-// it leaves because its ctx is done (Pool.cancel). A waiter that left is never
+// it leaves because its ctx is done (Pool.leave). A waiter that left is never
 // handed anything, and serving one never blocks.
 type waiter struct {
 	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again
@@ -122,9 +122,22 @@ func (w *waiter) serve(c *conn, fresh bool, err error) {
 func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 	select {
 	case <-w.ready:
+		if ctx.Err() != nil && w.err == nil {
+			p.park(w.c, untouched)
+			return nil, causeOf(ctx)
+		}
 		return w.c, w.err
 	case <-ctx.Done():
+		if err := p.leave(s, w); err != nil {
+			return nil, err
+		}
+		return nil, causeOf(ctx)
 	}
+}
+
+// leave takes w out of the queue. If it was served meanwhile, a connection goes
+// back, and an error is returned.
+func (p *Pool) leave(s *site, w *waiter) error {
 	var todo agenda
 	p.mu.Lock()
 	if w.queued {
@@ -134,15 +147,14 @@ func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 		p.forgetLocked(s)
 		p.mu.Unlock()
 		todo.run(p)
-		return nil, causeOf(ctx)
+		return nil
 	}
 	p.mu.Unlock()
 	<-w.ready // served before the lock was ours
-	if w.err != nil {
-		return nil, w.err
+	if w.c != nil {
+		p.park(w.c, untouched)
 	}
-	p.park(w.c, untouched)
-	return nil, causeOf(ctx)
+	return w.err
 }
 
 // siteHeap orders the sites that could use a slot by the age of the waiter that
