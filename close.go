@@ -13,7 +13,7 @@ import (
 // after 5 seconds). false: nothing is idle; a connection in use is never
 // touched.
 func (p *Pool) EvictLRU() (Addr, bool) {
-	if p.sites == nil {
+	if p.stop == nil {
 		return Addr{}, false
 	}
 	return p.evict(context.Background())
@@ -25,7 +25,7 @@ func (p *Pool) EvictLRU() (Addr, bool) {
 // change of certificates or credentials. Other addresses are not affected; an
 // addr that the pool does not know, or that is invalid, is no error.
 func (p *Pool) Retire(addr Addr) {
-	if p.sites == nil {
+	if p.stop == nil {
 		return
 	}
 	addr, err := addr.canonical()
@@ -106,7 +106,7 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 func (p *Pool) shut() bool {
 	var todo agenda
 	p.mu.Lock()
-	if p.closed || p.sites == nil {
+	if p.closed || p.stop == nil {
 		p.mu.Unlock()
 		return false
 	}

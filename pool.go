@@ -131,7 +131,7 @@ func New(cfg Config) (*Pool, error) {
 // context.AfterFunc. A nil ctx or fn is an error.
 func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	switch {
-	case p.sites == nil:
+	case p.stop == nil:
 		return usage(addr, ErrClosed)
 	case ctx == nil:
 		return usage(addr, errors.New("ctx is nil: pass context.Background()"))

@@ -53,30 +53,26 @@ func (p *Pool) sweep() {
 	}
 	p.sweeping = true
 	var todo agenda
-	var found [][]sighting // by site, longest idle first
 	for _, s := range p.sites {
 		if s.failures > 0 && s.queue.len == 0 && now.Sub(s.failedAt) >= failureMemory {
 			p.stopRetryLocked(s)
 			s.failures = 0
 			p.forgetLocked(s)
 		}
-		if p.cfg.CheckInterval <= 0 {
-			continue
-		}
-		var here []sighting
-		for c := s.top; c != nil; {
-			below := c.down
+	}
+	found := make(map[*site][]sighting)
+	if p.cfg.CheckInterval > 0 {
+		for _, c := range p.recency.all() { // the longest idle first
+			if c.phase != idle {
+				continue
+			}
 			if reason := p.aged(c, elapsed(c.since, now), now); reason != ClosedUnknown {
 				p.takeLocked(c)
 				p.moveLocked(c, closing)
 				todo.close(c, reason, nil)
 			} else {
-				here = append(here, sighting{c, c.generation()})
+				found[c.site] = append(found[c.site], sighting{c, c.generation()})
 			}
-			c = below
-		}
-		if len(here) > 0 {
-			found = append(found, here)
 		}
 	}
 	p.mu.Unlock()
@@ -109,6 +105,9 @@ func (p *Pool) sweep() {
 	case p.closed:
 		p.leftLocked()
 	case len(p.sites) == 0:
+		// Go's maps never shrink: without this, ten thousand addresses that
+		// were visited once would leave megabytes behind.
+		p.sites, p.recency = make(map[Addr]*site), newRecency()
 		p.sweeper = nil
 	default:
 		p.sweeper.Reset(p.sweepPeriod())
