@@ -181,6 +181,10 @@ func (cfg Config) resolved() (Config, error) {
 		return senseless("MaxPerAddr", "MaxOpen", fmt.Sprintf("%d for one address can never be reached under %d in all", c.MaxPerAddr, c.MaxOpen))
 	case c.MaxOpen > 0 && c.MaxIdle > c.MaxOpen:
 		return senseless("MaxIdle", "MaxOpen", fmt.Sprintf("%d idle can never be reached under %d in all", c.MaxIdle, c.MaxOpen))
+	case c.MaxOpen > 0 && c.MaxIdlePerAddr > c.MaxOpen:
+		return senseless("MaxIdlePerAddr", "MaxOpen", fmt.Sprintf("%d idle can never be reached under %d in all", c.MaxIdlePerAddr, c.MaxOpen))
+	case c.MaxIdle < 0 && c.MaxIdlePerAddr > 0, c.MaxIdle > 0 && c.MaxIdlePerAddr < 0:
+		return senseless("MaxIdle", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none")
 	case c.MaxPerAddr > 0 && c.MaxIdlePerAddr > c.MaxPerAddr:
 		return senseless("MaxIdlePerAddr", "MaxPerAddr", fmt.Sprintf("%d idle can never be reached under %d for one address", c.MaxIdlePerAddr, c.MaxPerAddr))
 	case c.MaxIdle > 0 && c.MaxIdlePerAddr > c.MaxIdle:

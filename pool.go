@@ -283,9 +283,8 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start tim
 	if !again {
 		p.lastSeq++
 		seq = p.lastSeq
-		p.counts.Waits++
 	}
-	w := &waiter{seq: seq, ctx: ctx, since: start, ready: make(chan struct{}, 1)}
+	w := &waiter{seq: seq, ctx: ctx, since: p.now(), ready: make(chan struct{}, 1)}
 	s.queue.push(w)
 	p.refreshLocked(s)
 	p.admitLocked(todo)
@@ -307,6 +306,9 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start tim
 		}
 	}
 	waiting := s.queue.len
+	if refused == nil && !again {
+		p.counts.Waits++
+	}
 	p.mu.Unlock()
 	todo.run(p)
 	if refused != nil {
@@ -599,6 +601,7 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 		return nil
 	}
 	p.mu.Lock()
+	p.countLoanLocked(c)
 	if c.phase != closing {
 		p.moveLocked(c, closing)
 	}
