@@ -220,7 +220,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			if start.IsZero() {
 				start = now
 			}
-			w, err := p.enqueueLocked(ctx, s, seq, start, t, &todo) // unlocks
+			w, err := p.enqueueLocked(ctx, s, seq, start, now, t, &todo) // unlocks
 			if err != nil {
 				return nil, 0, err
 			}
@@ -270,7 +270,7 @@ func (p *Pool) forgetLocked(s *site) {
 
 // enqueueLocked puts a borrower into the queue of s and starts what may start,
 // or refuses it. It unlocks mu.
-func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start time.Time, t *Trace, todo *agenda) (*waiter, error) {
+func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start, now time.Time, t *Trace, todo *agenda) (*waiter, error) {
 	again := seq != 0
 	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
 		// Nothing will be given back, and one borrower is there already to
@@ -284,7 +284,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start tim
 		p.lastSeq++
 		seq = p.lastSeq
 	}
-	w := &waiter{seq: seq, ctx: ctx, since: p.now(), ready: make(chan struct{}, 1)}
+	w := &waiter{seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1)}
 	s.queue.push(w)
 	p.refreshLocked(s)
 	p.admitLocked(todo)
@@ -733,7 +733,7 @@ func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start time.Time) 
 	}
 	s := p.sites[addr]
 	if s == nil {
-		return e
+		s = &site{} // forgotten: nothing is open for it
 	}
 	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), s.n[borrowed], s.n[idle], s.queue.len
 	if stage != StageWait || p.closed {
