@@ -527,6 +527,11 @@ func (p *Pool) park(c *conn, u use) bool {
 func (p *Pool) parkLocked(c *conn, u use, now time.Time, todo *agenda) bool {
 	s := c.site
 	if u != untouched {
+		// Its clock was read before the lock: it may be a moment behind
+		// that of a connection that was parked meanwhile.
+		if s.top != nil && s.top.since.After(now) {
+			now = s.top.since
+		}
 		c.since, c.idleFor = now, 0
 	}
 	p.countLoanLocked(c)
