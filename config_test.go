@@ -1,0 +1,138 @@
+package connpool
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io/fs"
+	"math"
+	"net"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// APR-X01, APR-14
+func TestSenselessCombinationsAreRefusedByBothNames(t *testing.T) {
+	ping := func(context.Context, Conn) error { return nil }
+	for _, tc := range []struct {
+		cfg  Config
+		a, b string
+	}{
+		{Config{MaxOpen: 4, MaxPerAddr: 5}, "MaxPerAddr", "MaxOpen"},
+		{Config{MaxOpen: 4, MaxIdle: 5}, "MaxIdle", "MaxOpen"},
+		{Config{MaxOpen: 4, MaxIdlePerAddr: 5}, "MaxIdlePerAddr", "MaxOpen"},
+		{Config{MaxPerAddr: 4, MaxIdlePerAddr: 5}, "MaxIdlePerAddr", "MaxPerAddr"},
+		{Config{MaxIdle: 4, MaxIdlePerAddr: 5}, "MaxIdlePerAddr", "MaxIdle"},
+		{Config{MaxIdle: -1, MaxIdlePerAddr: 1}, "MaxIdlePerAddr", "MaxIdle"},
+		{Config{MaxIdle: 1, MaxIdlePerAddr: -1}, "MaxIdlePerAddr", "MaxIdle"},
+		{Config{MaxDialing: 4, MaxDialingPerAddr: 5}, "MaxDialingPerAddr", "MaxDialing"},
+		{Config{MaxOpen: 1, MaxWaiters: 1, WhenFull: Fail}, "MaxWaiters", "WhenFull"},
+		{Config{WhenFull: Overflow}, "WhenFull", "MaxPerAddr"},
+		{Config{WhenFull: Overflow, MaxPerAddr: -1, MaxOpen: -1}, "WhenFull", "MaxPerAddr"},
+		{Config{TrustIdle: time.Second}, "TrustIdle", "Check"},
+		{Config{TrustIdle: -1}, "TrustIdle", "Check"},
+	} {
+		p, err := New(tc.cfg)
+		require.Error(t, err, "%s and %s", tc.a, tc.b)
+		require.Nil(t, p)
+		require.ErrorContains(t, err, "Config."+tc.a)
+		require.ErrorContains(t, err, "Config."+tc.b)
+	}
+	for says, cfg := range map[string]Config{
+		"WhenFull": {WhenFull: 3},
+		`"TCP"`:    {Dialers: map[Transport]DialFunc{"TCP": func(context.Context, Addr) (net.Conn, error) { return nil, nil }}},
+		`""`:       {Dialers: map[Transport]DialFunc{"": func(context.Context, Addr) (net.Conn, error) { return nil, nil }}},
+		`["mem"]`:  {Dialers: map[Transport]DialFunc{memory: nil}},
+	} {
+		_, err := New(cfg)
+		require.ErrorContains(t, err, says)
+	}
+
+	// What touches a bound is fine, and so is what no bound limits.
+	for _, cfg := range []Config{
+		{},
+		{MaxOpen: 4, MaxPerAddr: 4, MaxIdle: 4, MaxIdlePerAddr: 4, MaxDialing: 4, MaxDialingPerAddr: 4, MaxWaiters: 1},
+		{MaxOpen: -1, MaxPerAddr: 1 << 20, MaxIdle: 1 << 20, MaxIdlePerAddr: 1 << 20, MaxDialing: -1, MaxDialingPerAddr: 1 << 20},
+		{MaxOpen: 4, MaxIdle: -1, MaxIdlePerAddr: -1},
+		{WhenFull: Overflow, MaxOpen: 1}, {WhenFull: Overflow, MaxPerAddr: 1}, {WhenFull: Fail},
+		{TrustIdle: -1, Check: ping}, {TrustIdle: time.Hour, Check: ping},
+		{IdleTimeout: time.Hour, MaxLifetime: time.Minute},
+	} {
+		p, err := New(cfg)
+		require.NoError(t, err)
+		require.NoError(t, p.Close())
+	}
+}
+
+func TestZeroIsTheDefaultAndNegativeIsOff(t *testing.T) {
+	ping := func(context.Context, Conn) error { return nil }
+	const none = math.MaxInt
+	for name, tc := range map[string]struct{ cfg, want Config }{
+		"zero": {Config{}, Config{
+			MaxOpen: 0, MaxPerAddr: none, MaxIdle: none, MaxIdlePerAddr: none, MaxDialing: 64, MaxDialingPerAddr: 32, MaxWaiters: none, MaxUses: none,
+			IdleTimeout: 2 * time.Minute, DialTimeout: 10 * time.Second, CheckInterval: 20 * time.Second, TrustIdle: 20 * time.Second, HookTimeout: 5 * time.Second,
+		}},
+		"negative": {Config{
+			MaxOpen: -1, MaxPerAddr: -2, MaxIdle: -3, MaxIdlePerAddr: -4, MaxDialing: -5, MaxDialingPerAddr: -6, MaxWaiters: -7, MaxUses: -8,
+			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, CheckInterval: -4, HookTimeout: -5,
+		}, Config{
+			MaxOpen: none, MaxPerAddr: none, MaxIdle: 0, MaxIdlePerAddr: 0, MaxDialing: none, MaxDialingPerAddr: none, MaxWaiters: none, MaxUses: none,
+			TrustIdle: 20 * time.Second,
+		}},
+		"positive": {Config{
+			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5,
+		}, Config{
+			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, TrustIdle: 4,
+		}},
+		"odd MaxDialing": {Config{MaxDialing: 1}, Config{
+			MaxOpen: 0, MaxPerAddr: none, MaxIdle: none, MaxIdlePerAddr: none, MaxDialing: 1, MaxDialingPerAddr: 1, MaxWaiters: none, MaxUses: none,
+			IdleTimeout: 2 * time.Minute, DialTimeout: 10 * time.Second, CheckInterval: 20 * time.Second, TrustIdle: 20 * time.Second, HookTimeout: 5 * time.Second,
+		}},
+	} {
+		got, err := tc.cfg.resolved()
+		require.NoError(t, err, name)
+		got.Dialers = nil
+		require.Equal(t, tc.want, got, name)
+	}
+	got, err := Config{Check: ping, TrustIdle: -1}.resolved()
+	require.NoError(t, err)
+	require.Zero(t, got.TrustIdle)
+	got, err = Config{MaxDialing: -1}.resolved()
+	require.NoError(t, err)
+	require.Greater(t, got.MaxDialingPerAddr, 1<<20, "no limit in all is none for one address")
+}
+
+// Each field of Config is in the table above, or is no number: a new limit
+// must say what 0 and negative mean.
+func TestEveryLimitOfConfigIsInTheTable(t *testing.T) {
+	numbers := 0
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
+		switch f.Type.Kind() {
+		case reflect.Int, reflect.Int64:
+			numbers++
+		}
+	}
+	require.Equal(t, 14, numbers)
+}
+
+func TestNewCopiesTheConfig(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newTestnet(t)
+		dialers := map[Transport]DialFunc{memory: n.dial}
+		cfg := Config{Dialers: dialers, TLS: &tls.Config{ServerName: "a"}, MaxPerAddr: 1}
+		n.open(cfg)
+		delete(dialers, memory)
+		cfg.TLS.ServerName = "b"
+		cfg.MaxPerAddr = 2
+		n.use(at("a"))
+		require.Equal(t, "a", n.p.cfg.TLS.ServerName)
+		require.Equal(t, 1, n.p.cfg.MaxPerAddr)
+	})
+	var invalid error = &addrError{"Host", "is empty"}
+	require.True(t, errors.Is(invalid, fs.ErrInvalid))
+}

@@ -1,0 +1,205 @@
+package connpool
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/net/nettest"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// What a borrower holds is a complete net.Conn.
+
+const conformTLS = "CONNPOOL_TEST_CONFORM_TLS"
+
+// BETA-14
+func TestALoanPassesTheConformanceTestOfNetConn(t *testing.T) {
+	for _, name := range []string{"tcp", "unix", "tls12", "tls13"} {
+		t.Run(name, func(t *testing.T) {
+			if strings.HasPrefix(name, "tls") && os.Getenv(conformTLS) == "" {
+				// Three parts of the test want to go on after a write that
+				// timed out. After that a crypto/tls connection writes no
+				// more, so it does not pass them either, and there is no way
+				// to leave them out but the command line.
+				run := "^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$" +
+					"/^(BasicIO|PingPong|RacyRead|RacyWrite|ReadTimeout|WriteTimeout|PresentTimeout|CloseTimeout)$"
+				child := exec.CommandContext(t.Context(), os.Args[0], "-test.run="+run, "-test.count=1", "-test.v", "-test.timeout=2m")
+				child.Env = append(os.Environ(), conformTLS+"=1")
+				out, err := child.CombinedOutput()
+				require.NoError(t, err, "%s", out)
+				require.Equal(t, 8, strings.Count(string(out), "--- PASS: "+t.Name()+"/"), "%s", out)
+				return
+			}
+			nothingLeaks(t)
+			nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
+				peers, over := make(chan *faultnet.Peer, 1), make(chan struct{})
+				n := startSock(t, name, faultnet.Options{Handler: func(p *faultnet.Peer) {
+					peers <- p
+					<-over
+				}})
+				p, err := New(n.cfg)
+				if err != nil {
+					return nil, nil, nil, err
+				}
+				h := hold(t, p, n.addr)
+				peer := <-peers
+				return h, peer, func() {
+					h.Close()
+					peer.Close()
+					close(over)
+					if err := h.end(nil); err != nil {
+						t.Error(err)
+					}
+					p.check(t)
+					if err := p.Close(); err != nil {
+						t.Error(err)
+					}
+					n.srv.Close()
+				}, nil
+			})
+		})
+	}
+}
+
+// BETA-14
+func TestCopyBetweenTwoLoansMovesEveryByte(t *testing.T) {
+	payload := bytes.Repeat([]byte("0123456789abcdef"), 1<<14)
+	for _, name := range sockNets {
+		t.Run(name, func(t *testing.T) {
+			sunk := make(chan []byte, 1)
+			n := startSock(t, name, faultnet.Options{Handler: func(p *faultnet.Peer) {
+				b := make([]byte, 1)
+				if p.Read(b); b[0] == 'G' {
+					p.Write(payload)
+					p.CloseWrite()
+					io.Copy(io.Discard, p)
+					return
+				}
+				all, _ := io.ReadAll(p)
+				sunk <- all
+			}})
+			p := n.pool(t, nil)
+			for _, copyWith := range []func(dst, src Conn) (int64, error){
+				func(dst, src Conn) (int64, error) { return io.Copy(dst, src) },
+				func(dst, src Conn) (int64, error) { return dst.ReadFrom(src) },
+				func(dst, src Conn) (int64, error) { return dst.ReadFrom(struct{ io.Reader }{src}) },
+				func(dst, src Conn) (int64, error) { return src.WriteTo(struct{ io.Writer }{dst}) },
+			} {
+				require.NoError(t, p.With(t.Context(), n.addr, func(src Conn) error {
+					io.WriteString(src, "G")
+					return p.With(t.Context(), n.addr, func(dst Conn) error {
+						io.WriteString(dst, "S")
+						moved, err := copyWith(dst, src)
+						require.NoError(t, err)
+						require.EqualValues(t, len(payload), moved)
+						if n.name == "custom" {
+							return dst.Close()
+						}
+						return dst.CloseWrite()
+					})
+				}))
+				require.True(t, bytes.Equal(payload, <-sunk))
+				p.CloseIdle()
+			}
+		})
+	}
+}
+
+// spy is a TCP connection that says what the kernel was asked to copy from.
+type spy struct {
+	*net.TCPConn
+	from *atomic.Value
+}
+
+func (s spy) ReadFrom(r io.Reader) (int64, error) {
+	s.from.Store(fmt.Sprintf("%T", r))
+	return s.TCPConn.ReadFrom(r)
+}
+
+// BETA-14: sendfile and splice work on sockets, not on handles.
+func TestTheKernelSeesBothSocketsOfACopy(t *testing.T) {
+	n := startSock(t, "tcp", faultnet.Options{Handler: func(p *faultnet.Peer) {
+		io.WriteString(p, "x")
+		p.CloseWrite()
+		io.Copy(io.Discard, p)
+	}})
+	var from atomic.Value
+	p := n.pool(t, func(c *Config) {
+		c.Dialers = map[Transport]DialFunc{TCP: func(ctx context.Context, a Addr) (net.Conn, error) {
+			var d net.Dialer
+			nc, err := d.DialContext(ctx, "tcp", net.JoinHostPort(a.Host, strconv.Itoa(int(a.Port))))
+			if err != nil {
+				return nil, err
+			}
+			return spy{nc.(*net.TCPConn), &from}, nil
+		}}
+	})
+	for _, copyWith := range []func(dst, src Conn) (int64, error){
+		func(dst, src Conn) (int64, error) { return io.Copy(dst, src) },
+		func(dst, src Conn) (int64, error) { return dst.ReadFrom(src) },
+	} {
+		from.Store("nothing")
+		require.NoError(t, p.With(t.Context(), n.addr, func(src Conn) error {
+			return p.With(t.Context(), n.addr, func(dst Conn) error {
+				moved, err := copyWith(dst, src)
+				require.EqualValues(t, 1, moved)
+				return err
+			})
+		}))
+		require.Contains(t, []any{"connpool.spy", "net.tcpConnWithoutWriteTo"}, from.Load())
+	}
+}
+
+// BETA-14, BETA-16: a copy counts as an operation on both loans.
+func TestACopyThatStillRunsCostsBothConnections(t *testing.T) {
+	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
+		p := n.pool(t, nil)
+		copied := make(chan error, 1)
+		src, dst := hold(t, p, n.addr), hold(t, p, n.addr)
+		go func() {
+			_, err := io.Copy(dst, src)
+			copied <- err
+		}()
+		soon(t, "the copy under way", func() bool {
+			return src.c.word.Load()&inFlight != 0 && dst.c.word.Load()&inFlight != 0
+		})
+		require.NoError(t, dst.end(nil))
+		require.NoError(t, src.end(nil))
+		require.Error(t, inTime(t, copied))
+		require.EqualValues(t, 2, settled(t, p).Closed[ClosedInFlight])
+	})
+}
+
+// BETA-X10
+func TestAHandleTellsAboutItsConnection(t *testing.T) {
+	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
+		p := n.pool(t, nil)
+		for i := range 3 {
+			require.NoError(t, p.With(t.Context(), n.addr, func(c Conn) error {
+				require.Equal(t, n.addr, c.Addr())
+				require.EqualValues(t, 1, c.ID())
+				require.Equal(t, i+1, c.Uses())
+				require.Equal(t, i > 0, c.Reused())
+				require.Positive(t, c.Age())
+				require.Less(t, c.Age(), time.Minute)
+				require.Equal(t, i > 0, c.IdleFor() > 0)
+				require.Equal(t, n.srv.Addr().String(), c.RemoteAddr().String())
+				require.NotEmpty(t, c.LocalAddr().Network())
+				require.Equal(t, n.tls, c.ConnectionState().HandshakeComplete)
+				return nil
+			}))
+		}
+	})
+}

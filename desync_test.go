@@ -1,0 +1,199 @@
+package connpool
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// The oracle against desynchronisation, the mistake that hands one user's data
+// to another. The server tags each reply with its connection and the token of
+// the request; borrowers lose patience, are canceled and stop reading at every
+// byte, and say nothing about it: fn returns nil. A pool that keeps one such
+// connection delivers the rest of its reply, or all of it, to the next
+// borrower, who sees a token that is not its own.
+//
+// What no pool can see is left out: a borrower that sends a request and
+// returns nil without having asked for the reply, which is yet to come.
+
+// A desyncer counts what happened to the borrowers of one server.
+type desyncer struct {
+	n *sockNet
+	p *Pool
+
+	exchanges, complete       atomic.Int64 // of complete ones the reply was read to its end
+	late, canceled, cut, none atomic.Int64 // time-outs and cancels inside fn, replies cut short; fn never ran
+	foreign                   atomic.Pointer[string]
+}
+
+// history is the state of a connection: what a borrower may expect of it.
+type history struct{ serial, seq int }
+
+// TestDesyncNobodyEverReadsAReplyThatIsNotTheirs makes 50,000 exchanges, a
+// million with CONNPOOL_STRESS set. The lines that it proves: BETA-07, BETA-X08,
+// ORA-26, ORA-75, G-04.
+func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
+	total := 50_000
+	switch {
+	case stress() > 1:
+		total = 1_000_000
+	case raceEnabled:
+		total = 10_000
+	}
+	const workers = 8
+	names := []string{"tcp", "tls13", "tls12", "unix"}
+	share := map[string]int{"tcp": 4, "tls13": 1, "tls12": 1, "unix": 4} // of ten; a handshake costs a hundred exchanges
+	for _, name := range names {
+		t.Run(name, func(t *testing.T) {
+			n := startSock(t, name, faultnet.Options{ReplyDelay: func(serial, seq int) time.Duration {
+				switch seq % 8 {
+				case 3: // too late for the impatient
+					return time.Duration(300+37*serial%400) * time.Microsecond
+				case 6: // a photo finish
+					return time.Duration(20+13*serial%100) * time.Microsecond
+				}
+				return 0
+			}})
+			d := &desyncer{n: n}
+			d.p = n.pool(t, func(c *Config) {
+				c.MaxPerAddr = workers / 2 // so that connections also go from hand to hand
+				c.Setup = func(context.Context, Addr, net.Conn) (any, error) { return new(history), nil }
+			})
+			var wg sync.WaitGroup
+			for w := range workers {
+				wg.Go(func() {
+					rng := rand.New(rand.NewPCG(uint64(w), uint64(total)))
+					for d.exchanges.Add(1) <= int64(total*share[name]/10) && d.foreign.Load() == nil {
+						d.exchange(rng)
+						if err := d.p.inconsistency(); err != nil {
+							d.accuse("%v", err)
+						}
+					}
+				})
+			}
+			wg.Wait()
+			if what := d.foreign.Load(); what != nil {
+				t.Fatal(*what)
+			}
+			st := settled(t, d.p)
+			t.Logf("%d exchanges, %d complete, %d timed out, %d canceled, %d cut short, %d never ran; %v",
+				d.exchanges.Load(), d.complete.Load(), d.late.Load(), d.canceled.Load(), d.cut.Load(), d.none.Load(), st.Closed)
+
+			// Was the hazard there? The pool must have had to give up
+			// connections on each of these grounds, and to reuse many.
+			for _, reason := range []CloseReason{ClosedTimeout, ClosedCanceled, ClosedDirty} {
+				require.Greater(t, st.Closed[reason], uint64(total/2000), reason)
+			}
+			require.Greater(t, st.Reused, uint64(total/50))
+			require.Zero(t, st.InUse+st.Waiting)
+			closed := uint64(0)
+			for _, k := range st.Closed {
+				closed += k
+			}
+			require.Equal(t, st.Dials-st.DialErrors, closed+uint64(st.Open))
+			soon(t, "the server with no more connections than the pool", func() bool { return n.srv.Open() == st.Open })
+		})
+	}
+}
+
+// exchange is one use of the pool, in one of the ways in which people use one.
+func (d *desyncer) exchange(rng *rand.Rand) {
+	ctx, cancel := context.Background(), func() {}
+	var patience time.Duration
+	readAll := true
+	switch rng.IntN(10) {
+	case 0, 1: // a deadline of its own
+		patience = time.Duration(rng.IntN(400)) * time.Microsecond
+	case 2: // the ctx's deadline
+		ctx, cancel = context.WithTimeout(ctx, time.Duration(50+rng.IntN(400))*time.Microsecond)
+	case 3: // canceled by somebody else, at any moment
+		var stop context.CancelFunc
+		ctx, stop = context.WithCancel(ctx)
+		timer := time.AfterFunc(time.Duration(rng.IntN(400))*time.Microsecond, stop)
+		cancel = func() { timer.Stop(); stop() }
+	case 4: // leaves in the middle of the reply
+		readAll = false
+	}
+	defer cancel()
+	swallow := rng.IntN(2) == 0
+
+	token := newToken()
+	ran := false
+	err := d.p.With(ctx, d.n.addr, func(c Conn) error {
+		ran = true
+		if patience > 0 {
+			c.SetReadDeadline(time.Now().Add(patience))
+		}
+		err := d.talk(c, token, readAll, rng)
+		switch KindOf(err) {
+		case KindTimeout, KindTimeoutInTransfer:
+			d.late.Add(1)
+		case KindCanceled:
+			d.canceled.Add(1)
+		default:
+			if err != nil {
+				return err
+			}
+		}
+		if swallow {
+			return nil // as if all was well
+		}
+		return err
+	})
+	switch KindOf(err) {
+	case KindTimeout, KindTimeoutInTransfer, KindCanceled:
+		err = nil
+	}
+	if err != nil {
+		d.accuse("%v", err) // nothing else may happen to anybody
+	}
+	if !ran {
+		d.none.Add(1)
+	}
+}
+
+func (d *desyncer) accuse(format string, args ...any) {
+	what := fmt.Sprintf(format, args...)
+	d.foreign.CompareAndSwap(nil, &what)
+}
+
+func (d *desyncer) talk(c Conn, token string, readAll bool, rng *rand.Rand) error {
+	h := State[*history](c)
+	h.seq++
+	if want := fmt.Sprintf("%d %d %s\n", h.serial, h.seq, token); !readAll && h.serial != 0 {
+		if _, err := io.WriteString(c, token+"\n"); err != nil {
+			return err
+		}
+		b := make([]byte, 1+rng.IntN(len(want)-1))
+		if _, err := io.ReadFull(c, b); err != nil {
+			return err
+		}
+		if d.cut.Add(1); !strings.HasPrefix(want, string(b)) {
+			d.accuse("%q is not how the reply begins that was to be %q", b, want)
+		}
+		return nil
+	}
+	r, err := ask(c, token)
+	if err != nil {
+		return err
+	}
+	d.complete.Add(1)
+	if h.serial == 0 {
+		h.serial = r.serial
+	}
+	if r.serial != h.serial || r.seq != h.seq {
+		d.accuse("request %d on connection %d was answered as %d on %d", h.seq, h.serial, r.seq, r.serial)
+	}
+	return nil
+}

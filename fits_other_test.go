@@ -1,0 +1,5 @@
+//go:build !unix
+
+package connpool
+
+func fits(uintptr) bool { return false }
