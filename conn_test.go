@@ -322,7 +322,7 @@ func TestOnlyKeepForgivesATimeOut(t *testing.T) {
 func TestCtxBoundsAllReadsOfALoanTogether(t *testing.T) {
 	run := func(t *testing.T, addr Addr, p *Pool, ctx context.Context, want error, kind Kind) {
 		start := time.Now()
-		err := p.With(ctx, addr, func(c Conn) error {
+		err := p.With(ctx, addr, func(c Conn) error { // an idle one, so that the time is all its own
 			var errs []error
 			for range 3 {
 				_, err := c.Read(make([]byte, 1))
@@ -336,11 +336,6 @@ func TestCtxBoundsAllReadsOfALoanTogether(t *testing.T) {
 		require.NoError(t, p.With(context.Background(), addr, func(Conn) error { return nil }), "the slot is free")
 		require.EqualValues(t, 1, p.Stats().Closed[ClosedCanceled])
 		require.Less(t, time.Since(start), 200*time.Millisecond+slack(t))
-	}
-	both := func(t *testing.T, p *Pool, addr Addr) {
-		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
-		defer cancel()
-		run(t, addr, p, ctx, context.DeadlineExceeded, KindTimeout)
 	}
 	t.Run("in a bubble", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
@@ -361,6 +356,7 @@ func TestCtxBoundsAllReadsOfALoanTogether(t *testing.T) {
 				p, err := New(Config{MaxPerAddr: 1, Dialers: map[Transport]DialFunc{
 					"mem": func(ctx context.Context, a Addr) (net.Conn, error) { return mem.Dial(ctx, a.Host) }}})
 				require.NoError(t, err)
+				require.NoError(t, p.With(context.Background(), addr, func(Conn) error { return nil }))
 				ctx, cancel, want, kind := cut(context.Background())
 				start := time.Now()
 				run(t, addr, p, ctx, want, kind)
@@ -371,7 +367,11 @@ func TestCtxBoundsAllReadsOfALoanTogether(t *testing.T) {
 		})
 	})
 	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
-		both(t, n.pool(t, func(c *Config) { c.MaxPerAddr = 1 }), n.addr)
+		p := n.pool(t, func(c *Config) { c.MaxPerAddr = 1 })
+		loan(t, p, n.addr)
+		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer cancel()
+		run(t, n.addr, p, ctx, context.DeadlineExceeded, KindTimeout)
 	})
 }
 

@@ -230,7 +230,7 @@ func TestABareConnectionThatDiedIsTheBorrowersToFind(t *testing.T) {
 		return err
 	}))
 	require.Equal(t, 2, loan(t, p, n.addr).serial)
-	require.Equal(t, 1, p.Stats().Unprobed)
+	require.Equal(t, 1, settled(t, p).Unprobed)
 }
 
 // A wrapper around a socket must not switch the look off in silence; one that

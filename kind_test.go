@@ -167,14 +167,16 @@ func TestEachKindOfErrorIsToldApart(t *testing.T) {
 		require.NoError(t, h.end(nil))
 	})
 	t.Run("timeout", func(t *testing.T) {
-		n, p := with(t, func(c *Config) {
-			c.MaxPerAddr, c.DialTimeout = 1, 20*time.Millisecond
+		_, hasty := with(t, func(c *Config) {
+			c.DialTimeout = 20 * time.Millisecond
 			c.Dialers = map[Transport]DialFunc{"hole": func(ctx context.Context, _ Addr) (net.Conn, error) {
 				<-ctx.Done()
 				return nil, ctx.Err()
 			}}
 		})
-		failsWith(t, p.With(t.Context(), Addr{Transport: "hole", Host: "black"}, notRun(t)), StageDial, KindTimeout)
+		failsWith(t, hasty.With(t.Context(), Addr{Transport: "hole", Host: "black"}, notRun(t)), StageDial, KindTimeout)
+
+		n, p := with(t, func(c *Config) { c.MaxPerAddr = 1 })
 		h := hold(t, p, n.addr)
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()

@@ -304,8 +304,12 @@ func TestBackOffLetsWaitersWaitForWhatIsInUse(t *testing.T) {
 		for range backoffAfter {
 			n.fail(bg, at("a"))
 		}
-		n.Host("a").BlackHole(true)
+		unlucky := n.queue(1, at("a"))[0] // for whom the probe is dialed
 		waiters := n.queue(3, at("a"))
+		require.ErrorIs(t, unlucky.result(), syscall.ECONNREFUSED)
+		n.Host("a").BlackHole(true)
+		synctest.Wait()
+		n.gauges(1, 0, 3)
 		require.NoError(t, holder.giveBack())
 		require.Equal(t, "a#1", who(waiters[0].conn()))
 		n.check()
@@ -356,12 +360,14 @@ func TestWantOfHandlesIsNoReasonToBackOff(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
 		n.Host("a").FailNext(syscall.EMFILE, syscall.EMFILE, syscall.EMFILE, syscall.EMFILE)
+		start := time.Now()
 		for range 4 {
 			pe := n.fail(bg, at("a"))
 			require.Equal(t, KindResource, pe.Kind)
 			require.ErrorIs(t, pe, ErrNoneRemovable)
 		}
 		n.use(at("a"))
+		require.Zero(t, time.Since(start))
 		n.check()
 	})
 }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 // APR-X07
@@ -180,6 +182,64 @@ func TestAWaitIsTimedOnceAndKeepsItsPlace(t *testing.T) {
 		n.closed(reasons{ClosedStale: 1})
 		n.check()
 	})
+}
+
+// On a real socket, whose close frees the slot at once.
+// APR-X07
+func TestAWaiterHandedADirtyConnectionKeepsItsPlace(t *testing.T) {
+	srv, err := faultnet.Start(faultnet.Options{Handler: func(p *faultnet.Peer) {
+		p.Write([]byte("ab"))
+		p.Read(make([]byte, 1))
+	}})
+	require.NoError(t, err)
+	defer srv.Close()
+	dialed := make(chan struct{}, 10)
+	p, err := New(Config{MaxPerAddr: 1, Trace: &Trace{
+		DialDone: func(DialInfo) { dialed <- struct{}{} },
+		Closed: func(i CloseInfo) { // the place must be taken by now
+			if i.Reason != ClosedDirty {
+				return
+			}
+			select {
+			case <-dialed:
+			case <-time.After(5 * time.Second):
+				t.Error("no dial in its place")
+			}
+		},
+	}})
+	require.NoError(t, err)
+	defer p.Close()
+	addr := Addr{Transport: TCP, Host: srv.Host(), Port: srv.Port()}
+	order := make(chan int, 5)
+	borrow := func(i int, fn func(Conn) error) <-chan error {
+		done := make(chan error, 1)
+		go func() {
+			done <- p.With(bg, addr, func(c Conn) error {
+				order <- i
+				return fn(c)
+			})
+		}()
+		require.Eventually(t, func() bool { st := p.Stats(); return st.InUse == 1 && st.Waiting == i }, 10*time.Second, time.Millisecond)
+		return done
+	}
+	// Who reads one byte of two leaves the other to be found.
+	half := func(c Conn) error {
+		_, err := c.Read(make([]byte, 1))
+		return err
+	}
+	release := make(chan struct{})
+	ends := []<-chan error{borrow(0, func(c Conn) error { <-release; return half(c) })}
+	for i := 1; i < 5; i++ {
+		ends = append(ends, borrow(i, half))
+	}
+	<-dialed
+	close(release)
+	for i, end := range ends {
+		require.NoError(t, <-end)
+		require.Equal(t, i, <-order)
+	}
+	require.Equal(t, uint64(4), p.Stats().Closed[ClosedDirty])
+	p.check(t)
 }
 
 // APR-X09
@@ -406,7 +466,9 @@ func TestABusyAddressCannotStarveAnOlderWaiter(t *testing.T) {
 					case <-stop:
 						return
 					default:
-						n.p.With(bg, at("a"), func(Conn) error { time.Sleep(time.Millisecond); return nil })
+					}
+					if n.p.With(bg, at("a"), func(Conn) error { time.Sleep(time.Millisecond); return nil }) != nil {
+						return
 					}
 				}
 			})

@@ -25,7 +25,7 @@ func TestRaceOfSixtyFourGoroutinesAndEveryOperation(t *testing.T) {
 		a.open(Config{MaxOpen: 10, MaxPerAddr: 4, MaxIdle: 7, MaxUses: 50, MaxDialing: 3,
 			MaxLifetime: time.Second, IdleTimeout: 100 * time.Millisecond, CheckInterval: 50 * time.Millisecond})
 		a.ring.fail = func() error {
-			if rand.IntN(8) == 0 {
+			if rand.IntN(10) == 0 {
 				return errors.New("no luck")
 			}
 			time.Sleep(time.Duration(rand.IntN(3)) * time.Millisecond)
@@ -38,6 +38,7 @@ func TestRaceOfSixtyFourGoroutinesAndEveryOperation(t *testing.T) {
 			wg.Go(func() {
 				rng := rand.New(rand.NewPCG(uint64(w), 99))
 				for range steps {
+					time.Sleep(time.Duration(rng.IntN(10)) * time.Millisecond) // or a back-off would eat all the steps
 					addr := ringAddr
 					addr.Scope = string(rune('a' + rng.IntN(4)))
 					ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rng.IntN(50))*time.Millisecond)

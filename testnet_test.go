@@ -69,7 +69,11 @@ func (n *testnet) open(cfg Config) *testnet {
 	p, err := New(cfg)
 	require.NoError(n.t, err)
 	n.p = p
-	n.t.Cleanup(n.takeDown)
+	hangs := time.AfterFunc(forever, func() { panic("the test hangs") })
+	n.t.Cleanup(func() {
+		hangs.Stop()
+		n.takeDown()
+	})
 	return n
 }
 
@@ -160,7 +164,7 @@ func (n *testnet) closed(want map[CloseReason]uint64) {
 
 // forever ends a test that would hang otherwise: a bubble in which a timer is
 // left, as that of the sweep, does not notice.
-const forever = 24 * time.Hour
+const forever = 1000 * time.Hour
 
 type reasons = map[CloseReason]uint64
 

@@ -82,7 +82,7 @@ func TestEveryTransportDiscardsOnError(t *testing.T) {
 			require.ErrorIs(t, p.With(t.Context(), n.addr, c.how), c.err)
 			require.Equal(t, c.keep, loan(t, p, n.addr).serial == before.serial, i)
 			if !c.keep {
-				require.EqualValues(t, 1, p.Stats().Closed[c.why])
+				require.EqualValues(t, 1, settled(t, p).Closed[c.why])
 			}
 		}
 		soon(t, "discarded connections gone at the server", func() bool { return n.srv.Open() == 1 })
