@@ -78,7 +78,7 @@ func (p *Pool) Close() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeGrace)
 	defer cancel()
-	p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping })
+	p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watcher == nil })
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if n := p.n[closing] + p.n[dialing]; n > 0 {
@@ -111,6 +111,7 @@ func (p *Pool) shut() bool {
 		return false
 	}
 	p.closed = true
+	watcher := p.watcher
 	if p.sweeper != nil {
 		p.sweeper.Stop()
 	}
@@ -126,6 +127,7 @@ func (p *Pool) shut() bool {
 	}
 	p.mu.Unlock()
 	p.stop()
+	watcher.close()
 	todo.run(p)
 	return true
 }

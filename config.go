@@ -56,8 +56,8 @@ type Config struct {
 	MaxDialing        int
 	MaxDialingPerAddr int
 
-	// MaxWaiters limits the borrowers in the queue of one address; one more
-	// gets ErrExhausted. 0 or negative: no limit.
+	// MaxWaiters limits the borrowers of one address that wait with no dial
+	// under way for them; one more gets ErrExhausted. 0 or negative: no limit.
 	MaxWaiters int
 
 	// MaxUses limits how often one connection is lent. 0 or negative: no
@@ -100,6 +100,12 @@ type Config struct {
 	// it sent something unasked, is then lent. It is meant for protocols
 	// whose every exchange begins with a ping anyway.
 	NoProbe bool
+
+	// NoIdentity switches off the check, at each loan and before each close,
+	// that the descriptor is still the socket that was dialled. It is meant
+	// for programs that are sure that nothing in them closes descriptors
+	// it does not own.
+	NoIdentity bool
 
 	// WhenFull is Wait, Fail or Overflow.
 	WhenFull FullPolicy
@@ -152,6 +158,11 @@ type Config struct {
 
 	// Trace observes the pool.
 	Trace *Trace
+
+	// Debug keeps the stack of each borrow and reports the use of a Conn
+	// after its loan to Logger, with the stacks of both. It costs some
+	// microseconds a loan.
+	Debug bool
 
 	// Logger gets what an operator should know: connections lost while
 	// idle, addresses that fail, hooks that break their contract. nil: no

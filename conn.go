@@ -2,7 +2,6 @@ package connpool
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"io"
 	"log/slog"
@@ -10,7 +9,6 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -57,6 +55,7 @@ type conn struct {
 	checked     time.Time       // when Config.Check last said yes
 	uses        int             // loans, this one included
 	counted     int             // those that are in Stats; Pool.mu
+	trace       *Trace          // of the loan
 	loanCtx     context.Context // of the loan; nil if it can never be done
 	unwatch     func() bool     // stops the watch on loanCtx
 	interruptFn func()          // c.interrupt, made once: a method value allocates
@@ -67,11 +66,12 @@ type conn struct {
 	limit       time.Time  // the ctx's deadline, which no deadline of fn's may exceed
 	deadlineSet bool       // there is one on the socket
 	firstErr    error      // of an operation of this loan
+	loans       []pastLoan // the last ones, in debug mode
 }
 
 // The state word:
 //
-//	 63            24 23          9 8            0
+//	 63            24 23         12 11           0
 //	+----------------+-------------+--------------+
 //	|   generation   | operations  |    flags     |
 //	|  of the loan   | in flight   |              |
@@ -94,9 +94,12 @@ const (
 	broken                 // an operation failed
 	timedOut               // an operation timed out
 	halfClosed             // closed for writing
+	hungUp                 // the peer was seen to hang up
+	stolen                 // the descriptor is proven to be another socket's
+	shut                   // the pool closes, or has closed, the socket
 
-	oneOp    = 1 << 9
-	inFlight = (1<<15 - 1) << 9
+	oneOp    = 1 << 12
+	inFlight = (1<<12 - 1) << 12
 	genShift = 24
 )
 
@@ -116,7 +119,7 @@ func (c *conn) adopt(nc net.Conn) {
 	if m := c.pool.cfg.MaxLifetime; m > 0 {
 		c.life = m - rand.N(m/10+1)
 	}
-	c.probe.init(nc)
+	c.probe.init(nc, c.pool.sys, &c.pool.cfg)
 }
 
 // link puts c on the idle stack of its site: on top, or, in order, where its
@@ -155,7 +158,6 @@ func (c *conn) generation() uint64 { return c.word.Load() >> genShift }
 
 // begin starts a loan under ctx. Only the owner calls it.
 func (c *conn) begin(ctx context.Context, flags uint64) Conn {
-	gen := c.generation() + 1
 	if ctx.Done() != nil {
 		c.loanCtx = ctx
 		if t, ok := ctx.Deadline(); ok {
@@ -163,9 +165,20 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 			c.nc.SetDeadline(t)
 		}
 	}
-	c.word.Store(gen<<genShift | lent | flags)
+	var gen uint64
+	for {
+		// What others find out about the connection outlives the change.
+		w := c.word.Load()
+		gen = w>>genShift + 1
+		if c.word.CompareAndSwap(w, gen<<genShift|w&(hungUp|stolen|broken)|lent|flags) {
+			break
+		}
+	}
 	if c.loanCtx != nil {
 		c.unwatch = context.AfterFunc(ctx, c.interruptFn)
+	}
+	if c.pool.cfg.Debug {
+		c.remember(gen)
 	}
 	return Conn{c, gen}
 }
@@ -237,9 +250,14 @@ func (c *conn) enter(gen uint64) error {
 		switch {
 		case gen == 0 && w&detached != 0:
 		case w&lent == 0, gen != 0 && w>>genShift != gen, w&detached != 0:
+			c.strayed(gen)
 			return ErrReturned
 		case w&gone != 0:
 			return net.ErrClosed
+		case w&inFlight == inFlight:
+			return errors.New("connpool: too many operations at once on one connection")
+		case w&stolen != 0:
+			return errStolen
 		}
 		if c.word.CompareAndSwap(w, w+oneOp) {
 			return nil
@@ -352,6 +370,39 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 	return c.probe.plain && (c.probe.tls == nil || !reason.clean())
 }
 
+// seal is the last step before the socket is closed: it finds out whether the
+// descriptor is still the connection's own. If it is not, the connection goes
+// into quarantine, and must not be closed.
+func (c *conn) seal() bool {
+	if c.word.Load()&stolen == 0 && !c.probe.isStolen() {
+		c.word.Or(shut)
+		return true
+	}
+	quarantine.add(c.nc)
+	// Wakes who is blocked in it: a deadline does not touch the descriptor.
+	defer func() { _ = recover() }()
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	c.nc.SetDeadline(past)
+	return false
+}
+
+// quarantine holds the connections whose descriptor has become somebody
+// else's, for as long as the process lives. They are never touched again, and
+// never garbage either: the finalizer of package net would close the number.
+var quarantine strays
+
+type strays struct {
+	mu    sync.Mutex // guards conns
+	conns []net.Conn
+}
+
+func (s *strays) add(nc net.Conn) {
+	s.mu.Lock()
+	s.conns = append(s.conns, nc)
+	s.mu.Unlock()
+}
+
 // closeAbruptly closes the socket without a farewell.
 func (c *conn) closeAbruptly() {
 	if c.probe.sock != nil {
@@ -374,8 +425,8 @@ func (c *conn) closeFully(reason CloseReason) {
 	if s, ok := c.state.(io.Closer); ok {
 		defer s.Close()
 	}
-	if c.probe.sock != nil && !reason.clean() {
-		c.probe.sock.Close()
+	if c.probe.tls != nil && !reason.clean() {
+		c.probe.tls.NetConn().Close() // crypto/tls would say goodbye
 		return
 	}
 	if c.probe.sock != nil {
@@ -392,295 +443,4 @@ func (r CloseReason) clean() bool {
 		return true
 	}
 	return false
-}
-
-// Conn is a connection on loan: a net.Conn, by value, that is valid until fn
-// returns. Kept longer, its methods fail with ErrReturned and touch nothing.
-// As for any net.Conn, its methods may be called by several goroutines at
-// once; but an operation that is still running when fn returns costs the
-// connection. The zero Conn is one that was returned.
-//
-// A deadline set here never exceeds the one of With's ctx, and is gone with
-// the loan. Errors are those of package net; a time-out is also the ctx's
-// error if it was the ctx whose time ran out.
-type Conn struct {
-	c   *conn
-	gen uint64
-}
-
-var (
-	_ net.Conn      = Conn{}
-	_ syscall.Conn  = Conn{}
-	_ io.ReaderFrom = Conn{}
-	_ io.WriterTo   = Conn{}
-)
-
-// Read reads as net.Conn does. io.EOF comes unwrapped.
-func (h Conn) Read(b []byte) (int, error) {
-	if err := h.c.enter(h.gen); err != nil {
-		return 0, err
-	}
-	n, err := h.c.nc.Read(b)
-	return n, h.c.leave(int64(n), err)
-}
-
-// Write writes as net.Conn does.
-func (h Conn) Write(b []byte) (int, error) {
-	if err := h.c.enter(h.gen); err != nil {
-		return 0, err
-	}
-	n, err := h.c.nc.Write(b)
-	return n, h.c.leaveWrite(int64(n), err)
-}
-
-// ReadFrom implements io.ReaderFrom by the kernel's zero-copy path where the
-// connection has one. An error of r counts as a failure of the connection,
-// since the peer has got half of something.
-func (h Conn) ReadFrom(r io.Reader) (int64, error) {
-	if err := h.c.enter(h.gen); err != nil {
-		return 0, err
-	}
-	n, err := readFrom(h.c.nc, r)
-	return n, h.c.leaveWrite(n, err)
-}
-
-func readFrom(nc net.Conn, r io.Reader) (int64, error) {
-	if src, ok := r.(Conn); ok { // the kernel must see both sockets
-		if err := src.c.enter(src.gen); err != nil {
-			return 0, err
-		}
-		n, err := readFrom(nc, src.c.nc)
-		return n, src.c.leave(n, err)
-	}
-	if rf, ok := nc.(io.ReaderFrom); ok {
-		return rf.ReadFrom(r)
-	}
-	return io.Copy(struct{ io.Writer }{nc}, r)
-}
-
-// WriteTo implements io.WriterTo in the same way. An error of w counts as a
-// failure of the connection, since bytes were read that nobody got.
-func (h Conn) WriteTo(w io.Writer) (int64, error) {
-	if err := h.c.enter(h.gen); err != nil {
-		return 0, err
-	}
-	n, err := writeTo(h.c.nc, w)
-	return n, h.c.leave(n, err)
-}
-
-func writeTo(nc net.Conn, w io.Writer) (int64, error) {
-	if dst, ok := w.(Conn); ok {
-		if err := dst.c.enter(dst.gen); err != nil {
-			return 0, err
-		}
-		n, err := writeTo(nc, dst.c.nc)
-		return n, dst.c.leaveWrite(n, err)
-	}
-	if wt, ok := nc.(io.WriterTo); ok {
-		return wt.WriteTo(w)
-	}
-	return io.Copy(w, struct{ io.Reader }{nc})
-}
-
-// Close discards the connection: it is closed now and never lent again, and
-// its slot is free for the next borrower. It interrupts operations that are
-// blocked. A second Close is net.ErrClosed.
-func (h Conn) Close() error {
-	word, err := h.leaveFor(gone)
-	if err != nil {
-		return err
-	}
-	if word&hooked != 0 { // the hook's caller finds it broken
-		h.c.closeAbruptly()
-		return nil
-	}
-	h.c.stopWatch()
-	h.c.pool.discard(h.c, ClosedByBorrower, nil)
-	return nil
-}
-
-// Detach takes the connection out of the pool for good: its slot is free, and
-// the caller owns the result, which is what the dialer or crypto/tls made, with
-// no deadline set. State and codecs built by Setup work on. It fails while an
-// operation is running, when ctx is done, and in a hook.
-func (h Conn) Detach() (net.Conn, error) {
-	if _, err := h.leaveFor(gone | detached); err != nil {
-		return nil, err
-	}
-	c, ctx := h.c, h.c.loanCtx
-	if !c.stopWatch() {
-		c.word.And(^uint64(detached))
-		c.pool.discard(c, ClosedCanceled, causeOf(ctx))
-		return nil, causeOf(ctx)
-	}
-	c.nc.SetDeadline(time.Time{})
-	c.pool.detached(c)
-	return c.nc, nil
-}
-
-// leaveFor makes the caller the owner of the connection in the place of the
-// borrower, by setting flags, and returns the word as it was.
-func (h Conn) leaveFor(flags uint64) (uint64, error) {
-	c := h.c
-	if c == nil {
-		return 0, ErrReturned
-	}
-	for {
-		w := c.word.Load()
-		switch {
-		case w&lent == 0, h.gen != 0 && w>>genShift != h.gen, w&detached != 0:
-			return 0, ErrReturned
-		case w&gone != 0:
-			return 0, net.ErrClosed
-		case flags&detached != 0 && w&hooked != 0:
-			return 0, errors.New("connpool: a hook cannot detach a connection")
-		case flags&detached != 0 && w&inFlight != 0:
-			return 0, errors.New("connpool: cannot detach while an operation is running")
-		}
-		if c.word.CompareAndSwap(w, w|flags) {
-			return w, nil
-		}
-	}
-}
-
-// CloseWrite shuts down the sending side. The connection is closed, not kept,
-// when the loan ends. It fails with errors.ErrUnsupported on a connection that
-// has no such thing.
-func (h Conn) CloseWrite() error {
-	if err := h.c.enter(h.gen); err != nil {
-		return err
-	}
-	cw, ok := h.c.nc.(interface{ CloseWrite() error })
-	if !ok {
-		h.c.leave(0, nil)
-		return errors.ErrUnsupported
-	}
-	h.c.word.Or(halfClosed)
-	return h.c.leave(0, cw.CloseWrite())
-}
-
-// LocalAddr is the local end, nil after the loan.
-func (h Conn) LocalAddr() net.Addr { return h.endpoint(net.Conn.LocalAddr) }
-
-// RemoteAddr is the peer's end, nil after the loan.
-func (h Conn) RemoteAddr() net.Addr { return h.endpoint(net.Conn.RemoteAddr) }
-
-func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
-	if h.c.enter(h.gen) != nil {
-		return nil
-	}
-	defer h.c.leave(0, nil)
-	return of(h.c.nc)
-}
-
-// SetDeadline sets both deadlines, as net.Conn does.
-func (h Conn) SetDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetDeadline) }
-
-// SetReadDeadline sets the deadline of reads, as net.Conn does.
-func (h Conn) SetReadDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetReadDeadline) }
-
-// SetWriteDeadline sets the deadline of writes, as net.Conn does.
-func (h Conn) SetWriteDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetWriteDeadline) }
-
-func (h Conn) deadline(t time.Time, set func(net.Conn, time.Time) error) error {
-	if err := h.c.enter(h.gen); err != nil {
-		return err
-	}
-	defer h.c.leave(0, nil)
-	return h.c.setDeadline(t, func(t time.Time) error { return set(h.c.nc, t) })
-}
-
-// SyscallConn gives access to the socket, also under TLS. What it returns is
-// as dead after the loan as the Conn. It fails with errors.ErrUnsupported on a
-// connection without a descriptor.
-func (h Conn) SyscallConn() (syscall.RawConn, error) {
-	if err := h.c.enter(h.gen); err != nil {
-		return nil, err
-	}
-	defer h.c.leave(0, nil)
-	if h.c.probe.raw == nil {
-		return nil, errors.ErrUnsupported
-	}
-	return rawLoan{h}, nil
-}
-
-// rawLoan is a RawConn that ends with its loan.
-type rawLoan struct{ h Conn }
-
-func (r rawLoan) during(op func(syscall.RawConn) error) error {
-	if err := r.h.c.enter(r.h.gen); err != nil {
-		return err
-	}
-	defer r.h.c.leave(0, nil)
-	return op(r.h.c.probe.raw)
-}
-
-func (r rawLoan) Control(f func(uintptr)) error {
-	return r.during(func(rc syscall.RawConn) error { return rc.Control(f) })
-}
-func (r rawLoan) Read(f func(uintptr) bool) error {
-	return r.during(func(rc syscall.RawConn) error { return rc.Read(f) })
-}
-func (r rawLoan) Write(f func(uintptr) bool) error {
-	return r.during(func(rc syscall.RawConn) error { return rc.Write(f) })
-}
-
-// ConnectionState is that of TLS; on other connections and after the loan it is
-// the zero value, which says HandshakeComplete false.
-func (h Conn) ConnectionState() tls.ConnectionState {
-	if h.c.enter(h.gen) != nil {
-		return tls.ConnectionState{}
-	}
-	defer h.c.leave(0, nil)
-	if t, ok := h.c.nc.(interface{ ConnectionState() tls.ConnectionState }); ok {
-		return t.ConnectionState()
-	}
-	return tls.ConnectionState{}
-}
-
-// Addr is the address that was borrowed, in its canonical form; the zero Addr
-// on the zero Conn.
-func (h Conn) Addr() Addr {
-	if h.c == nil {
-		return Addr{}
-	}
-	return h.c.site.addr
-}
-
-// ID is the number of the connection in its pool, from 1; 0 after the loan.
-func (h Conn) ID() uint64 { return about(h, func(c *conn) uint64 { return c.id }) }
-
-// Uses counts the loans of the connection, this one included; 0 after the loan.
-func (h Conn) Uses() int { return about(h, func(c *conn) int { return c.uses }) }
-
-// Reused reports whether the connection was lent before.
-func (h Conn) Reused() bool { return h.Uses() > 1 }
-
-// Age is the time since the connection was opened; 0 after the loan.
-func (h Conn) Age() time.Duration {
-	return about(h, func(c *conn) time.Duration { return elapsed(c.born, c.pool.now()) })
-}
-
-// IdleFor is how long the connection had been unused when it was lent; 0 on
-// its first use and after the loan.
-func (h Conn) IdleFor() time.Duration {
-	return about(h, func(c *conn) time.Duration { return c.idleFor })
-}
-
-func about[T any](h Conn, get func(*conn) T) (v T) {
-	if h.c.enter(h.gen) == nil {
-		v = get(h.c)
-		h.c.leave(0, nil)
-	}
-	return v
-}
-
-// State is what Config.Setup returned for the connection of h: its codec, its
-// session, its prepared statements. It is the zero T if there was no Setup, if
-// Setup returned something that is not a T, or after the loan.
-func State[T any](h Conn) T {
-	return about(h, func(c *conn) T {
-		v, _ := c.state.(T)
-		return v
-	})
 }

@@ -28,10 +28,8 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 	if reason := p.aged(c, c.idleFor, c.since); reason != ClosedUnknown {
 		return reason, nil
 	}
-	if !p.cfg.NoProbe {
-		if reason, err := c.probe.ask(); reason != ClosedUnknown {
-			return reason, err
-		}
+	if reason, err := c.ask(); reason != ClosedUnknown {
+		return reason, err
 	}
 	if p.cfg.Check == nil {
 		return ClosedUnknown, nil
@@ -54,10 +52,7 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 		return ClosedCheckFailed, err
 	}
 	c.checked = p.now()
-	if p.cfg.NoProbe {
-		return ClosedUnknown, nil
-	}
-	return c.probe.ask() // the answer may have been longer than Check read
+	return c.ask() // the answer may have been longer than Check read
 }
 
 // aged says whether a connection that has been idle for so long has outlived
@@ -72,27 +67,58 @@ func (p *Pool) aged(c *conn, idleFor time.Duration, now time.Time) CloseReason {
 	return ClosedUnknown
 }
 
-// probe is how a connection is asked whether it lives and is clean.
+// system is the seam through which every system call of the pool's own passes.
+// Tests put their own in its place.
+type system struct {
+	dial         func(context.Context, Addr) (net.Conn, error)
+	identify     func(fd uintptr) (identity, bool)
+	stillIs      func(fd uintptr, id identity) bool
+	peek         func(fd uintptr) peeked
+	readNow      func(fd uintptr, b []byte) (int, error)
+	handleLimit  func() (int, bool)
+	noHandleFree func() bool
+}
+
+var realSystem = system{dialSocket, identify, stillIs, peek, readNow, handleLimit, noHandleFree}
+
+// probe is how a connection is asked whether it is still itself, lives and is
+// clean.
 //
-// One peek at the socket answers it for a plain connection: nothing there is
-// good, bytes that nobody asked for are as bad as an end of stream. Under TLS
-// bytes prove nothing: they may be session tickets, and an end may look like
-// data. So if, and only if, the peek shows bytes, crypto/tls reads once, over a
-// socket that does not wait: it eats tickets and finds nothing (alive), finds
-// plaintext (dirty), or finds the end (stale).
+// First, identity. The operating system gives the number of a closed descriptor
+// to the next socket, so a descriptor that was closed behind the pool's back may
+// have become somebody else's: reading from it, writing to it and closing it
+// would hit a stranger. What the socket was is recorded when it is dialled and
+// compared before anything touches the descriptor again. It is check, then act:
+// a theft between the two goes unnoticed until the next look.
+//
+// Then one peek. On a plain connection nothing there is good; bytes that nobody
+// asked for are as bad as an end of stream. Under TLS bytes prove nothing: they
+// may be session tickets, and an end may look like data. So if, and only if, the
+// peek shows bytes, crypto/tls reads once, over a socket that does not wait: it
+// eats tickets and finds nothing (alive), finds plaintext (dirty), or finds the
+// end (stale).
 type probe struct {
+	sys    *system
 	prober Prober          // nil: the connection is not one
 	raw    syscall.RawConn // nil: no descriptor
 	plain  bool            // the descriptor is a socket whose close cannot block
 	tls    *tls.Conn       // nil: no crypto/tls above
 	sock   *tlsSocket      // what crypto/tls reads from; nil if a custom dialer made the TLS
 
-	look    func(fd uintptr) // peeks into seen; made once, because a closure allocates
+	fd    uintptr  // the number of the descriptor, if raw is there
+	who   identity // of its socket
+	known bool     // who is
+
+	// look is the one visit to the descriptor before a loan, made once because
+	// a closure allocates. It leaves what it found in stolen and seen.
+	look    func(fd uintptr)
+	stolen  bool
 	seen    peeked
 	scratch [1]byte
 }
 
-func (p *probe) init(nc net.Conn) {
+func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
+	p.sys = sys
 	p.prober, _ = nc.(Prober)
 	below := nc
 	if t, ok := nc.(*tls.Conn); ok {
@@ -113,14 +139,39 @@ func (p *probe) init(nc net.Conn) {
 		}
 		below = u.NetConn()
 	}
-	if sc, ok := below.(syscall.Conn); ok {
-		p.raw, _ = sc.SyscallConn()
+	sc, ok := below.(syscall.Conn)
+	if !ok {
+		return
 	}
-	p.look = func(fd uintptr) { p.seen = peek(fd) }
+	if p.raw, _ = sc.SyscallConn(); p.raw == nil {
+		return
+	}
+	p.raw.Control(func(fd uintptr) {
+		p.fd = fd
+		if !cfg.NoIdentity {
+			p.who, p.known = sys.identify(fd)
+		}
+	})
+	asking := !cfg.NoProbe
+	p.look = func(fd uintptr) {
+		p.stolen = p.known && !p.sys.stillIs(fd, p.who)
+		if p.seen = (peeked{}); asking && !p.stolen {
+			p.seen = p.sys.peek(fd)
+		}
+	}
 }
 
 // can reports whether there is anything to ask.
 func (p *probe) can() bool { return p.prober != nil || p.raw != nil && canPeek }
+
+// isStolen reports whether the descriptor has become another socket's.
+func (p *probe) isStolen() (stolen bool) {
+	if !p.known {
+		return false
+	}
+	p.raw.Control(func(fd uintptr) { stolen = !p.sys.stillIs(fd, p.who) })
+	return stolen
+}
 
 // peeked is what a look into a socket found.
 type peeked struct {
@@ -128,19 +179,31 @@ type peeked struct {
 	err   error // io.EOF, or why the socket is no good
 }
 
-// ask looks whether an idle connection lives and is clean. The caller owns it.
-func (p *probe) ask() (CloseReason, error) {
+// ask looks whether the connection may be lent. The caller owns it.
+func (c *conn) ask() (CloseReason, error) {
+	if c.word.Load()&hungUp != 0 {
+		c.word.And(^uint64(hungUp)) // before the look, so that the next one is not missed
+	}
+	return c.probe.ask(&c.pool.cfg)
+}
+
+func (p *probe) ask(cfg *Config) (CloseReason, error) {
+	if p.raw != nil && (p.known || !cfg.NoProbe) {
+		if err := p.raw.Control(p.look); err != nil {
+			return ClosedStale, err
+		}
+		if p.stolen {
+			return Quarantined, errStolen
+		}
+	}
+	if cfg.NoProbe {
+		return ClosedUnknown, nil
+	}
 	if p.prober != nil {
 		if err := p.askProber(); err != nil {
 			return ClosedStale, err
 		}
 		return ClosedUnknown, nil
-	}
-	if !p.can() {
-		return ClosedUnknown, nil
-	}
-	if err := p.raw.Control(p.look); err != nil {
-		return ClosedStale, err
 	}
 	switch {
 	case p.seen.err != nil:
@@ -150,7 +213,7 @@ func (p *probe) ask() (CloseReason, error) {
 	case p.tls == nil:
 		return ClosedDirty, errUnread
 	}
-	return p.readThrough(noWait, time.Millisecond)
+	return p.readThrough(noWait, lookPatience)
 }
 
 func (p *probe) askProber() (err error) {
@@ -158,7 +221,15 @@ func (p *probe) askProber() (err error) {
 	return p.prober.Probe()
 }
 
-var errUnread = errors.New("bytes were waiting that nobody had asked for")
+// lookPatience bounds what a look may wait for where it cannot do without
+// waiting: for crypto/tls over a foreign connection, and for the answer that
+// TLS 1.3 owes to a key update.
+const lookPatience = time.Millisecond
+
+var (
+	errUnread = errors.New("bytes were waiting that nobody had asked for")
+	errStolen = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
+)
 
 // leftovers reports whether crypto/tls holds plaintext that was not read, or
 // has seen the end.
@@ -171,8 +242,8 @@ func (p *probe) leftovers() bool {
 }
 
 // readThrough reads one byte through crypto/tls without waiting for the peer.
-// Over a foreign socket, which cannot be switched, a deadline has to do: it
-// waits for patience at most.
+// Over a foreign connection, which cannot be told not to wait, a deadline has to
+// do: it waits for patience at most.
 func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
 	defer func() {
 		if err != nil && reason == ClosedUnknown {
@@ -180,7 +251,7 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 		}
 	}()
 	defer recoverInto(&err, "the connection under TLS")
-	if p.sock != nil {
+	if p.sock != nil && (mode == sealed || p.sock.raw != nil) {
 		p.sock.enter(mode)
 		defer p.sock.enter(normal)
 	} else {
@@ -191,19 +262,28 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 		if patience > 0 {
 			deadline = time.Now().Add(patience)
 		}
-		p.tls.SetReadDeadline(deadline)
-		defer p.tls.SetReadDeadline(time.Time{})
+		p.tls.SetDeadline(deadline)
+		defer p.tls.SetDeadline(time.Time{})
 	}
 	n, err := p.tls.Read(p.scratch[:])
 	switch {
 	case n > 0:
 		return ClosedDirty, errUnread
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return ClosedUnknown, nil
 	case err == nil:
-		err = io.ErrNoProgress
+		return ClosedStale, io.ErrNoProgress
+	case !errors.Is(err, os.ErrDeadlineExceeded):
+		return ClosedStale, err
+	case p.sock != nil && p.sock.stuck:
+		return ClosedStale, errStuck
+	case p.sock != nil && p.sock.record.partial():
+		return ClosedDirty, errUnread
+	case p.sock == nil || p.sock.raw == nil:
+		// A write of nothing shows whether an answer could not be written.
+		if _, err := p.tls.Write(nil); err != nil {
+			return ClosedStale, err
+		}
 	}
-	return ClosedStale, err
+	return ClosedUnknown, nil
 }
 
 // isNil reports whether a dialer returned a nil pointer in an interface.

@@ -11,6 +11,26 @@ import (
 
 const canPeek = true
 
+// identity is the socket's cookie: 64 bits that the kernel gives to one socket
+// and never to another. It follows the socket through dup, and does not depend
+// on the number of the descriptor.
+type identity uint64
+
+func identify(fd uintptr) (identity, bool) {
+	var cookie uint64
+	size := uint32(unsafe.Sizeof(cookie))
+	_, _, errno := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_COOKIE,
+		uintptr(unsafe.Pointer(&cookie)), uintptr(unsafe.Pointer(&size)), 0)
+	return identity(cookie), errno == 0
+}
+
+// stillIs reports whether fd is the socket id. A descriptor that is closed, or
+// no socket at all, is not.
+func stillIs(fd uintptr, id identity) bool {
+	now, ok := identify(fd)
+	return ok && now == id
+}
+
 // peek looks into a socket without taking anything out of it or waiting. The
 // raw system call is right, since MSG_DONTWAIT never blocks, and it spares the
 // scheduler's part of an ordinary one.

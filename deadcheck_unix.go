@@ -3,6 +3,7 @@
 package connpool
 
 import (
+	"fmt"
 	"io"
 	"os"
 
@@ -10,6 +11,43 @@ import (
 )
 
 const canPeek = true
+
+// identity is what these systems tell of a socket: device and inode, which say
+// something about Unix sockets only, and the two addresses, which say something
+// about TCP. Two Unix connections to one path can look alike where the system
+// gives sockets no inode; then a theft among them goes unnoticed.
+type identity struct {
+	dev, ino      uint64
+	local, remote string
+}
+
+func identify(fd uintptr) (identity, bool) {
+	var id identity
+	var st unix.Stat_t
+	if err := unix.Fstat(int(fd), &st); err != nil || uint32(st.Mode)&unix.S_IFMT != unix.S_IFSOCK {
+		return identity{}, false
+	}
+	id.dev, id.ino = uint64(st.Dev), uint64(st.Ino)
+	local, err := unix.Getsockname(int(fd))
+	if err != nil {
+		return identity{}, false
+	}
+	id.local = fmt.Sprint(local)
+	if remote, err := unix.Getpeername(int(fd)); err == nil {
+		id.remote = fmt.Sprint(remote)
+	}
+	return id, true
+}
+
+// stillIs reports whether fd is the socket id. The system forgets the remote
+// address of a connection that was reset, so a missing one is no difference.
+func stillIs(fd uintptr, id identity) bool {
+	now, ok := identify(fd)
+	if now.remote == "" {
+		now.remote = id.remote
+	}
+	return ok && now == id
+}
 
 // peek looks into a socket without taking anything out of it or waiting.
 func peek(fd uintptr) peeked {

@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"fmt"
 	"io"
 	"os"
 	"unsafe"
@@ -9,6 +10,31 @@ import (
 )
 
 const canPeek = true
+
+// identity is the pair of addresses, all that this system tells of a socket.
+type identity struct{ local, remote string }
+
+func identify(fd uintptr) (identity, bool) {
+	local, err := windows.Getsockname(windows.Handle(fd))
+	if err != nil {
+		return identity{}, false
+	}
+	id := identity{local: fmt.Sprint(local)}
+	if remote, err := windows.Getpeername(windows.Handle(fd)); err == nil {
+		id.remote = fmt.Sprint(remote)
+	}
+	return id, true
+}
+
+// stillIs reports whether fd is the socket id. The system forgets the remote
+// address of a connection that was reset, so a missing one is no difference.
+func stillIs(fd uintptr, id identity) bool {
+	now, ok := identify(fd)
+	if now.remote == "" {
+		now.remote = id.remote
+	}
+	return ok && now == id
+}
 
 var wsaPoll = windows.NewLazySystemDLL("ws2_32.dll").NewProc("WSAPoll")
 

@@ -9,7 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"runtime/debug"
-	"sync/atomic"
+	"sync"
 	"time"
 )
 
@@ -53,8 +53,18 @@ type attempt struct {
 	ended bool // open returned, rather than panicked
 	state any  // what Setup returned
 
-	adopted atomic.Bool // c has its socket
-	settled atomic.Bool // somebody has booked the outcome
+	mu      sync.Mutex // guards adopted and settled; nothing else happens under it
+	adopted bool       // c has its socket, and the guard of Setup is open
+	settled bool       // somebody has booked, or is booking, the outcome
+}
+
+// settle makes the caller the one who books the outcome, if nobody was before.
+func (a *attempt) settle() (mine, adopted bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	mine = !a.settled
+	a.settled = true
+	return mine, a.adopted
 }
 
 // dial opens c for the pool and books the outcome, whatever the dialer and the
@@ -68,9 +78,9 @@ func (p *Pool) dial(ctx context.Context, c *conn) {
 
 	if p.cfg.DialTimeout > 0 {
 		late := time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
-			if a.settled.CompareAndSwap(false, true) {
+			if mine, adopted := a.settle(); mine {
 				p.abandoned("a dial", c.site.addr)
-				p.abandonDial(a, start, t)
+				p.abandonDial(a, adopted, start, t)
 			}
 		})
 		defer late.Stop()
@@ -84,7 +94,10 @@ func (p *Pool) dial(ctx context.Context, c *conn) {
 			}
 			a.err = pan
 		}
-		if !a.settled.CompareAndSwap(false, true) {
+		if mine, adopted := a.settle(); !mine {
+			if c.nc != nil && !adopted {
+				go closeStray(c.nc)
+			}
 			if s, ok := a.state.(io.Closer); ok {
 				defer func() { _ = recover() }()
 				s.Close()
@@ -113,9 +126,9 @@ func (p *Pool) dialFailed(a *attempt, start time.Time, t *Trace, err error) {
 
 // abandonDial goes on without a dialer, handshake or Setup that has not come
 // back long after its ctx was done. What it returns at last is closed.
-func (p *Pool) abandonDial(a *attempt, start time.Time, t *Trace) {
+func (p *Pool) abandonDial(a *attempt, adopted bool, start time.Time, t *Trace) {
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
-	if !a.adopted.Load() {
+	if !adopted {
 		p.dialed(a.c, start, t, &dialError{StageDial, fmt.Errorf("dialer: %w", late)})
 		return
 	}
@@ -132,21 +145,28 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	if err != nil {
 		return err
 	}
-	if a.settled.Load() {
-		go closeStray(nc)
-		return ctx.Err()
-	}
 	c.adopt(nc)
 	a.stage, a.where = StageSetup, "Config.Setup"
-	a.adopted.Store(true)
+	if p.cfg.Setup != nil {
+		c.begin(ctx, hooked)
+	}
+	a.mu.Lock()
+	late := a.settled
+	a.adopted = !late
+	a.mu.Unlock()
+	if late { // and closed by whoever finds that out, see dial
+		return ctx.Err()
+	}
+	p.enroll(c)
 	if p.cfg.Setup == nil {
 		return nil
 	}
-	c.begin(ctx, hooked)
 	a.state, err = p.cfg.Setup(ctx, c.site.addr, Conn{c, 0})
 	word := c.end()
 	switch {
 	case err != nil:
+	case word&stolen != 0:
+		err = errStolen
 	case word&cut != 0:
 		err = causeOf(ctx)
 	case word&inFlight != 0:
@@ -160,19 +180,21 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 }
 
 // connect makes the net.Conn. If that fails for want of a file handle, the
-// least recently used idle connection makes room and it is tried again: at most
-// as often as something could be closed, and once more if NoneRemovable says so.
+// least recently used idle connection makes room and it is tried again, as often
+// as something can be closed. If all are in use, it waits for a moment for one to
+// come back (handlePatience), and at last asks NoneRemovable whether to try once
+// more.
 func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
-	asked := false
+	asked, patience := false, handlePatience
 	for {
 		nc, err := p.connectOnce(ctx, a)
-		if err == nil || !outOfHandles(err) {
+		if err == nil || !p.outOfHandles(err) {
 			return nc, err
 		}
 		if ctx.Err() != nil {
 			return nil, err
 		}
-		if _, ok := p.evict(ctx); ok {
+		if _, ok := p.evict(ctx); ok || p.awaitHandle(ctx, &patience) {
 			continue
 		}
 		err = errors.Join(ErrNoneRemovable, err)
@@ -196,7 +218,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 		below, name = p.cfg.Dialers[TCP], TCP
 	}
 	if below == nil {
-		below = dialSocket
+		below = p.sys.dial
 	}
 	a.where = fmt.Sprintf("Config.Dialers[%q]", name)
 	nc, err := below(ctx, addr)
@@ -271,9 +293,12 @@ func (p *Pool) dialed(c *conn, start time.Time, t *Trace, failure *dialError) {
 	p.admitLocked(&todo)
 	p.forgetLocked(s)
 	p.leftLocked()
+	at := sighting{c, c.generation()}
 	p.mu.Unlock()
 	todo.run(p)
-	if failure != nil {
+	if failure == nil {
+		p.hearAgain(at)
+	} else {
 		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
 	if t != nil && t.DialDone != nil {
@@ -287,6 +312,9 @@ func (p *Pool) dialFailedLocked(c *conn, failure *dialError, now time.Time) {
 		p.moveLocked(c, closing) // the slot is free when the socket is closed
 	} else {
 		p.moveLocked(c, none)
+		if !errors.Is(failure.err, ErrNoneRemovable) { // which had no handle to give back
+			p.freedLocked()
+		}
 	}
 	p.counts.DialErrors++
 	s.dialErrors++
@@ -366,6 +394,8 @@ func (p *Pool) evict(ctx context.Context) (Addr, bool) {
 func (p *Pool) detached(c *conn) {
 	p.mu.Lock()
 	p.counts.Detached++
+	watcher := p.watcher
 	p.mu.Unlock()
+	watcher.remove(c)
 	p.removed(c, ClosedUnknown, nil)
 }

@@ -86,7 +86,8 @@ func nameOf[T ~uint8](names []string, v T) string {
 	return fmt.Sprintf("%T(%d)", v, v)
 }
 
-// Error is what [Pool.With] returns when fn never ran.
+// Error is what [Pool.With] returns when fn never ran. (An fn that borrows from
+// a pool itself may return the *Error of that.)
 type Error struct {
 	Addr   Addr
 	Stage  Stage
@@ -117,6 +118,12 @@ func (e *Error) Error() string {
 	if e.Limit > 0 {
 		fmt.Fprintf(&b, " (%d of %d in use, %d waiting; raise %s, borrow for a shorter time, or give ctx longer)",
 			e.InUse, e.Limit, e.Waiting, e.LimitName)
+	}
+	switch {
+	case errors.Is(e.Err, errAddrNotAvail):
+		b.WriteString(" (no local port is left for this peer: keep connections longer, or raise the range of local ports)")
+	case errors.Is(e.Err, ErrNoneRemovable):
+		b.WriteString(" (raise the process's limit on open files, or lower MaxOpen so that borrowers queue)")
 	}
 	if e.Waited > 0 {
 		fmt.Fprintf(&b, ", after %v", e.Waited.Round(time.Microsecond))
@@ -184,6 +191,7 @@ func KindOf(err error) Kind {
 		rec tls.RecordHeaderError
 		ale tls.AlertError
 		ver *tls.CertificateVerificationError
+		ope *net.OpError
 		ne  net.Error
 		ade *net.AddrError
 		dur interface{ Timeout() bool }
@@ -215,7 +223,8 @@ func KindOf(err error) Kind {
 			return KindTimeout
 		}
 		return KindLookup
-	case errors.As(err, &rec), errors.As(err, &ale), errors.As(err, &ver):
+	case errors.As(err, &rec), errors.As(err, &ale), errors.As(err, &ver),
+		errors.As(err, &ope) && (ope.Op == "remote error" || ope.Op == "local error"): // a TLS alert over TCP
 		return KindBadMessage
 	case errors.Is(err, errRefused), errors.Is(err, fs.ErrNotExist):
 		return KindRefused // a Unix socket that is not there has nobody listening either

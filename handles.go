@@ -1,25 +1,227 @@
 package connpool
 
 import (
+	"context"
 	"errors"
 	"math"
 	"net"
+	"syscall"
+	"time"
 )
 
-// lookAtHandles brings the budget up to date: the process's limit on file
-// handles less an eighth (16 at least), which is left to everything else in the
-// process. The limit may change while the program runs (Go itself raises it at
-// start), so every dial looks again.
+// The budget of file handles. MaxOpen 0 means the process's limit less a
+// reserve for everything else in it; but the pool is not alone, so it also
+// looks at what is really taken. The number of a new descriptor is the lowest
+// that is free, so a socket with number N proves that 0 to N are all in use,
+// whoever holds them. Above the low mark nothing is kept that nobody waits for;
+// above the high mark one idle connection dies for each new one.
+
+type pressure uint8
+
+const (
+	handlesPlenty   pressure = iota
+	handlesLow               // a connection that is given back is closed
+	handlesCritical          // and so is one idle one for each that is opened
+)
+
+// reserveOf is what is left to the rest of the process.
+func reserveOf(limit int) int { return min(max(16, limit/8), limit/2) }
+
+func pressureAt(fd uintptr, limit int) pressure {
+	switch left := limit - 1 - int(fd); {
+	case left < max(6, limit/32):
+		return handlesCritical
+	case left < max(10, limit/16):
+		return handlesLow
+	}
+	return handlesPlenty
+}
+
+// handlePatience is how long a dial without a handle waits while nothing of the
+// pool's is given back.
+const handlePatience = 250 * time.Millisecond
+
+// lookAtHandles brings the budget up to date. The limit may change while the
+// program runs (Go itself raises it at start), so every dial looks again.
 func (p *Pool) lookAtHandles() {
 	if p.cfg.MaxOpen != 0 {
 		return
 	}
-	limit, ok := handleLimit()
+	limit, ok := p.sys.handleLimit()
 	if !ok {
 		p.handles.Store(math.MaxInt)
 		return
 	}
-	p.handles.Store(int64(max(1, limit-max(16, limit/8))))
+	p.handles.Store(int64(max(1, limit-reserveOf(limit))))
+}
+
+// enroll files a connection that was just dialled under the number of its
+// descriptor. An older entry with that number must have been closed behind the
+// pool's back; and the number says how many handles are taken.
+func (p *Pool) enroll(c *conn) {
+	if c.probe.raw == nil {
+		return
+	}
+	if !p.cfg.NoProbe {
+		p.watchOnce.Do(p.startWatcher)
+	}
+	limit, limited := p.sys.handleLimit()
+	var todo agenda
+	p.mu.Lock()
+	if old := p.byFD[c.probe.fd]; old != nil && old.word.Load()&shut == 0 {
+		p.disownLocked(old, &todo)
+	}
+	p.byFD[c.probe.fd] = c
+	watcher := p.watcher
+	if limited && p.cfg.MaxOpen < math.MaxInt {
+		p.pressure = pressureAt(c.probe.fd, limit)
+		if p.pressure == handlesCritical {
+			if v := p.recency.oldestIdle(p.n[idle]); v != nil {
+				p.takeLocked(v)
+				p.moveLocked(v, closing)
+				todo.close(v, ClosedLowHandles, nil)
+			}
+		}
+	}
+	p.mu.Unlock()
+	watcher.add(c)
+	todo.run(p)
+}
+
+// disownLocked books that the descriptor of c is another socket's. An idle
+// connection goes into quarantine now, any other when its owner is done with it.
+func (p *Pool) disownLocked(c *conn, todo *agenda) {
+	c.word.Or(stolen)
+	if c.phase == idle {
+		p.takeLocked(c)
+		p.moveLocked(c, closing)
+		todo.close(c, Quarantined, errStolen)
+	}
+}
+
+// MarkDead is for a program that opens sockets beside the pool. The caller
+// holds the socket nc, so every pooled connection with the number of its
+// descriptor has died silently, and one that is the same socket under another
+// number is driven by two. Both leave the pool, idle ones at once and borrowed
+// ones when they are given back: the former without being touched, the latter
+// by closing the pool's own descriptor. MarkDead returns how many there were; 0
+// also if nc has no descriptor. The pool finds such connections by itself when
+// it is about to lend or close them, or when it dials; MarkDead is quicker.
+func (p *Pool) MarkDead(nc syscall.Conn) int {
+	if p.stop == nil || nc == nil {
+		return 0
+	}
+	fd, who, known, err := p.socketOf(nc)
+	if err != nil {
+		return 0
+	}
+	marked := 0
+	var todo agenda
+	p.mu.Lock()
+	for _, c := range p.recency.all() {
+		word := c.word.Load()
+		switch {
+		case c.probe.raw == nil || c.phase == closing || word&(stolen|shut) != 0:
+		case c.probe.fd == fd:
+			p.disownLocked(c, &todo)
+			marked++
+		case known && c.probe.known && c.probe.who == who:
+			marked++
+			if c.phase != idle {
+				c.word.Or(broken)
+				continue
+			}
+			p.takeLocked(c)
+			p.moveLocked(c, closing)
+			todo.close(c, ClosedMarkedDead, nil)
+		}
+	}
+	p.mu.Unlock()
+	todo.run(p)
+	return marked
+}
+
+func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who identity, known bool, err error) {
+	raw, err := nc.SyscallConn()
+	if err != nil {
+		return 0, who, false, err
+	}
+	err = raw.Control(func(n uintptr) {
+		fd = n
+		who, known = p.sys.identify(n)
+	})
+	return fd, who, known, err
+}
+
+// SameConn reports whether a and b talk to one socket of the operating system:
+// a connection and its duplicate do, two connections to one server do not, and
+// a connection whose descriptor was closed behind its back is the same as
+// whatever has the number now. The error is errors.ErrUnsupported where the
+// system does not tell. A *tls.Conn is asked through its NetConn.
+func SameConn(a, b syscall.Conn) (bool, error) {
+	var who [2]identity
+	for i, nc := range []syscall.Conn{a, b} {
+		if nc == nil {
+			return false, errors.New("connpool: SameConn: a connection is nil")
+		}
+		raw, err := nc.SyscallConn()
+		if err != nil {
+			return false, err
+		}
+		known := false
+		if err := raw.Control(func(fd uintptr) { who[i], known = identify(fd) }); err != nil {
+			return false, err
+		}
+		if !known {
+			return false, errors.ErrUnsupported
+		}
+	}
+	return who[0] == who[1], nil
+}
+
+// awaitHandle waits until something happens that may have freed a handle. What
+// the pool itself frees is heard at once, and costs no patience: as long as
+// connections come back there is hope, until the dial's time is up. Handles that
+// others give back are not heard of, so half of what is left of patience ends the
+// wait too: about six more tries. It gives up at once if the pool has nothing
+// that could come back.
+func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
+	if *patience <= 0 {
+		return false
+	}
+	p.mu.Lock()
+	if p.n[idle] > 0 { // given back since the caller looked
+		p.mu.Unlock()
+		return true
+	}
+	if openOf(&p.n) <= 1 { // this dial
+		p.mu.Unlock()
+		return false
+	}
+	p.starving++
+	freed := p.freed
+	p.mu.Unlock()
+	pause := max(*patience/2, 5*time.Millisecond)
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-freed:
+	case <-timer.C:
+		*patience -= pause
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	p.starving--
+	p.mu.Unlock()
+	return ctx.Err() == nil
+}
+
+// freedLocked tells the dials that lack a handle that there may be one.
+func (p *Pool) freedLocked() {
+	if p.starving > 0 {
+		close(p.freed)
+		p.freed = make(chan struct{})
+	}
 }
 
 // exhausted reports whether err says that the process or the system has no
@@ -30,7 +232,7 @@ func exhausted(err error) bool {
 
 // outOfHandles sees it also where it hides: without a free handle a name cannot
 // be looked up, and package net says "no such host".
-func outOfHandles(err error) bool {
+func (p *Pool) outOfHandles(err error) bool {
 	var dns *net.DNSError
-	return exhausted(err) || errors.As(err, &dns) && noHandleFree()
+	return exhausted(err) || errors.As(err, &dns) && p.sys.noHandleFree()
 }

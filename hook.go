@@ -102,6 +102,39 @@ func (p *Pool) observe(f func()) {
 	f()
 }
 
+// strayed reports, in debug mode, the use of a handle whose loan is over.
+func (c *conn) strayed(gen uint64) {
+	if !c.pool.cfg.Debug {
+		return
+	}
+	loan := "not known any more"
+	c.dmu.Lock()
+	for _, l := range c.loans {
+		if l.gen == gen {
+			loan = string(l.stack)
+		}
+	}
+	c.dmu.Unlock()
+	c.pool.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
+		"borrowed by", loan, "used by", string(debug.Stack()))
+}
+
+// remember keeps, in debug mode, who borrowed the connection, for the last few
+// loans.
+func (c *conn) remember(gen uint64) {
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	if len(c.loans) == 8 {
+		c.loans = append(c.loans[:0], c.loans[1:]...)
+	}
+	c.loans = append(c.loans, pastLoan{gen, debug.Stack()})
+}
+
+type pastLoan struct {
+	gen   uint64
+	stack []byte
+}
+
 func (p *Pool) log(level slog.Level, msg string, args ...any) {
 	if p.cfg.Logger == nil {
 		return
@@ -115,6 +148,8 @@ func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 	switch reason {
 	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed:
 		level = slog.LevelWarn
+	case Quarantined:
+		level = slog.LevelError
 	case ClosedStale:
 		level = slog.LevelInfo
 	}

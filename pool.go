@@ -39,9 +39,12 @@ type Pool struct {
 	stop context.CancelFunc
 	now  func() time.Time
 
+	sys *system
+
 	sessions *sessionCaches // for TLS
 
-	handles atomic.Int64 // what the process's handle limit leaves, as of the last look
+	watchOnce sync.Once    // starts watcher
+	handles   atomic.Int64 // what the process's handle limit leaves, as of the last look
 
 	// mu guards everything below, and the fields of site, conn and waiter
 	// that say so. See invariant 1 for what must not happen under it.
@@ -49,14 +52,19 @@ type Pool struct {
 	closed   bool
 	sites    map[Addr]*site
 	recency  recency
-	n        [numPhases]int // connections by phase
-	ready    siteHeap       // sites with want > 0
-	want     int            // dials that could start if there was room: the sum of site.want
-	overtook int            // hand-overs to a younger waiter since a slot was last given away
-	lastSeq  uint64         // of waiters
-	lastID   uint64         // of connections
-	counts   Stats          // but for the gauges that are made from n
+	byFD     map[uintptr]*conn // by descriptor, from the dial to the removal
+	n        [numPhases]int    // connections by phase
+	ready    siteHeap          // sites with want > 0
+	want     int               // dials that could start if there was room: the sum of site.want
+	overtook int               // hand-overs to a younger waiter since a slot was last given away
+	lastSeq  uint64            // of waiters
+	lastID   uint64            // of connections
+	counts   Stats             // but for the gauges that are made from n
 	closedBy [numCloseReasons]uint64
+	pressure pressure      // on file handles, as of the last dial
+	starving int           // dials that wait for a handle
+	freed    chan struct{} // closed and renewed when something may have freed one
+	watcher  *watcher      // nil where there is none, and before the first connection
 	sweeping bool          // a sweep is under way
 	sweeper  *time.Timer   // nil until there is something to sweep
 	left     chan struct{} // closed and renewed when, after Close, something leaves the books
@@ -94,10 +102,13 @@ func New(cfg Config) (*Pool, error) {
 	p := &Pool{
 		cfg:      cfg,
 		now:      time.Now,
+		sys:      &realSystem,
 		sites:    make(map[Addr]*site),
+		byFD:     make(map[uintptr]*conn),
 		recency:  newRecency(),
 		sessions: newSessionCaches(),
 		left:     make(chan struct{}),
+		freed:    make(chan struct{}),
 	}
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	p.lookAtHandles()
@@ -164,6 +175,7 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 		}
 	}()
 	c.uses++
+	c.trace = t
 	loan := c.begin(ctx, 0)
 	if t != nil && t.GotConn != nil {
 		t.GotConn(GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
@@ -235,7 +247,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 				}
 				return nil, 0, p.failed(addr, stage, err, start)
 			}
-			if w.fresh {
+			if w.fresh && c.word.Load()&(hungUp|stolen) == 0 && !c.probe.isStolen() { // Setup may have taken its time
 				return c, waited, nil
 			}
 		}
@@ -251,20 +263,6 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		// Its slot must not be free before this borrower has its place in
 		// the queue again, or a younger one would get it.
 		unload.close(c, reason, err)
-	}
-}
-
-func (p *Pool) newSiteLocked(addr Addr) *site {
-	s := &site{addr: addr, heapIndex: -1}
-	p.sites[addr] = s
-	p.armSweepLocked()
-	return s
-}
-
-// forgetLocked drops the books of s if they say nothing.
-func (p *Pool) forgetLocked(s *site) {
-	if openOf(&s.n) == 0 && s.queue.len == 0 && s.failures == 0 && p.sites[s.addr] == s {
-		delete(p.sites, s.addr)
 	}
 }
 
@@ -310,20 +308,21 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start, no
 		p.counts.Waits++
 	}
 	p.mu.Unlock()
-	todo.run(p)
 	if refused != nil {
+		todo.run(p)
 		return nil, refused
 	}
+	here := false
+	defer func() {
+		if !here { // a Trace function called runtime.Goexit
+			p.leave(s, w)
+		}
+	}()
+	todo.run(p)
 	if t != nil && t.Wait != nil {
-		told := false
-		defer func() {
-			if !told { // it called runtime.Goexit
-				p.leave(s, w)
-			}
-		}()
 		p.observe(func() { t.Wait(WaitInfo{Addr: s.addr, Waiting: waiting}) })
-		told = true
 	}
+	here = true
 	return w, nil
 }
 
@@ -337,117 +336,6 @@ func (p *Pool) waitEnded(w *waiter, err error) {
 	p.mu.Unlock()
 }
 
-// limitLocked is MaxOpen in force, math.MaxInt if there is none.
-func (p *Pool) limitLocked() int {
-	if p.cfg.MaxOpen > 0 {
-		return p.cfg.MaxOpen
-	}
-	return int(p.handles.Load())
-}
-
-// fullLocked names the limit that forbids a dial to s; "" if none does. What is
-// being closed, or could be evicted, is room; those who are ahead in the queue
-// of s, and in all queues, will take it.
-func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
-	switch {
-	case openOf(&s.n)-s.n[closing]+aheadHere >= p.cfg.MaxPerAddr:
-		return "MaxPerAddr"
-	case openOf(&p.n)-p.n[closing]-p.n[idle]+ahead >= p.limitLocked():
-		return "MaxOpen"
-	}
-	return ""
-}
-
-// refreshLocked brings the pool's view of what s wants up to date. It follows
-// every change to the queue, the phases or the back-off of s.
-func (p *Pool) refreshLocked(s *site) {
-	want := s.queue.len - s.queue.dials
-	switch {
-	case want <= 0:
-		want = 0
-	case s.retry != nil, s.backingOff() && s.queue.dials > 0:
-		want = 0
-	default:
-		if s.backingOff() {
-			want = 1
-		}
-		want = min(want, p.cfg.MaxDialingPerAddr-s.queue.dials)
-		if p.cfg.WhenFull != Overflow {
-			want = min(want, p.cfg.MaxPerAddr-openOf(&s.n))
-		}
-		want = max(want, 0)
-	}
-	p.want += want - s.want
-	s.want = want
-	p.counts.Waiting += s.queue.len - s.waiting
-	s.waiting = s.queue.len
-	p.ready.set(s, want > 0)
-}
-
-// admitLocked gives away what is free: it starts dials for the waiters that
-// have none, oldest first, and evicts idle connections as long as that is what
-// they lack.
-func (p *Pool) admitLocked(todo *agenda) {
-	for p.want > 0 && !p.closed {
-		room := p.cfg.MaxDialing - p.n[dialing]
-		if room <= 0 {
-			return
-		}
-		if openOf(&p.n) >= p.limitLocked() {
-			if p.n[closing] >= min(p.want, room) {
-				return // enough is on its way
-			}
-			if v := p.recency.oldestIdle(p.n[idle]); v != nil {
-				p.takeLocked(v)
-				p.moveLocked(v, closing)
-				todo.close(v, ClosedEvicted, nil)
-				continue
-			}
-			if p.cfg.WhenFull != Overflow || p.cfg.MaxOpen <= 0 {
-				return
-			}
-		}
-		s := p.ready[0]
-		c := newConn(p, s)
-		todo.dial(c, s.queue.bare.ctx)
-		p.moveLocked(c, dialing)
-		s.queue.dialStarted()
-		s.dials++
-		p.counts.Dials++
-		p.overtook = 0
-		p.refreshLocked(s)
-	}
-}
-
-// moveLocked is the only place where a connection changes its phase.
-func (p *Pool) moveLocked(c *conn, to phase) {
-	p.n[c.phase]--
-	c.site.n[c.phase]--
-	c.phase = to
-	p.n[to]++
-	c.site.n[to]++
-	p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
-}
-
-// countLoanLocked counts the loan of c that has just ended, if one has.
-func (p *Pool) countLoanLocked(c *conn) {
-	if c.counted == c.uses {
-		return
-	}
-	c.counted = c.uses
-	p.counts.Loans++
-	c.site.loans++
-	if c.uses > 1 {
-		p.counts.Reused++
-	}
-}
-
-// takeLocked makes the caller the owner of an idle connection.
-func (p *Pool) takeLocked(c *conn) {
-	c.unlink()
-	p.moveLocked(c, borrowed)
-}
-
 // settle is the end of a loan that ended by return: the verdict.
 func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *bool) error {
 	word := c.end()
@@ -456,8 +344,10 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 		return unkeep(err)
 	}
 	forgiven := err != nil && isKept(err)
-	reason, why := ClosedUnknown, error(nil)
+	reason, why, own := ClosedUnknown, error(nil), false // own: why is of Reset, which ran for this borrower
 	switch {
+	case word&stolen != 0:
+		reason, why = Quarantined, errStolen
 	case word&cut != 0 || ctx.Err() != nil:
 		reason, why = ClosedCanceled, causeOf(ctx)
 	case err != nil && !forgiven:
@@ -472,15 +362,23 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 		reason, why = ClosedTimeout, c.failure()
 	case c.leftovers(word):
 		reason = ClosedDirty
-	case p.cfg.Reset != nil:
-		if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
-			reason = ClosedResetFailed
+	}
+	if reason == ClosedUnknown && word&hungUp != 0 {
+		reason, why = c.ask()
+	}
+	if reason == ClosedUnknown && p.cfg.Reset != nil {
+		if c.probe.isStolen() {
+			reason, why = Quarantined, errStolen
+		} else if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
+			reason, own = ClosedResetFailed, true
 		}
 	}
 	*owner = false
 	if reason != ClosedUnknown {
 		p.discard(c, reason, why)
-		passOn(why)
+		if own {
+			passOn(why)
+		}
 		return unkeep(err)
 	}
 	id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
@@ -500,210 +398,6 @@ func unkeep(err error) error {
 		return k.err
 	}
 	return err
-}
-
-// use says what lies behind a connection that is parked.
-type use uint8
-
-const (
-	used      use = iota // a loan ended in good order
-	untouched            // it was handed to a waiter that had given up, or looked at by a sweep
-	justBorn             // its dial ended
-)
-
-// park is what an owner does who has no more use for a connection: it goes to
-// the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
-// It reports whether the connection was kept.
-func (p *Pool) park(c *conn, u use) bool {
-	now := p.now()
-	var todo agenda
-	p.mu.Lock()
-	kept := p.parkLocked(c, u, now, &todo)
-	p.mu.Unlock()
-	todo.run(p)
-	return kept
-}
-
-func (p *Pool) parkLocked(c *conn, u use, now time.Time, todo *agenda) bool {
-	s := c.site
-	if u != untouched {
-		// Its clock was read before the lock: it may be a moment behind
-		// that of a connection that was parked meanwhile.
-		if s.top != nil && s.top.since.After(now) {
-			now = s.top.since
-		}
-		c.since, c.idleFor = now, 0
-	}
-	p.countLoanLocked(c)
-	if reason := p.unwantedLocked(c, u, now); reason != ClosedUnknown {
-		p.moveLocked(c, closing)
-		todo.close(c, reason, nil)
-		p.admitLocked(todo)
-		return false
-	}
-	if u == used {
-		p.recency.touch(c)
-	}
-	if s.queue.head != nil {
-		s.queue.deliver(c, u == justBorn, nil)
-		p.refreshLocked(s)
-		return true
-	}
-	p.moveLocked(c, idle)
-	c.link(u == untouched)
-	p.armSweepLocked()
-	if p.want > 0 {
-		p.admitLocked(todo)
-	}
-	return true
-}
-
-// unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
-func (p *Pool) unwantedLocked(c *conn, u use, now time.Time) CloseReason {
-	s, limit := c.site, p.limitLocked()
-	switch {
-	case p.closed:
-		return ClosedWithPool
-	case c.epoch != s.epoch:
-		return ClosedRetired
-	case u == justBorn && s.queue.head != nil:
-		// It was opened for a borrower that waits; whatever else may be
-		// said against it, another dial would end no better.
-		return ClosedUnknown
-	case c.uses >= p.cfg.MaxUses:
-		return ClosedMaxUses
-	case c.life > 0 && elapsed(c.born, now) >= c.life:
-		return ClosedLifetime
-	case openOf(&s.n)-s.n[closing] > p.cfg.MaxPerAddr, openOf(&p.n)-p.n[closing] > limit:
-		return ClosedSurplus
-	case p.cfg.MaxIdle == 0 && c.uses > 0, p.cfg.MaxIdlePerAddr == 0 && c.uses > 0:
-		return ClosedSurplus
-	}
-	if s.queue.head == nil {
-		if p.n[idle] >= p.cfg.MaxIdle || s.n[idle] >= p.cfg.MaxIdlePerAddr {
-			return ClosedSurplus
-		}
-		return ClosedUnknown
-	}
-	// A busy address could keep its connections for ever while older
-	// waiters of other addresses need the slot. They are overtaken at most
-	// as often as there are slots.
-	if p.want > 0 && openOf(&p.n) >= limit && p.ready[0].queue.bare.seq < s.queue.head.seq {
-		if p.overtook++; p.overtook > limit {
-			p.overtook = 0
-			return ClosedEvicted
-		}
-	}
-	return ClosedUnknown
-}
-
-// discard closes a connection that its owner gives up, and frees the slot. The
-// channel is closed when the socket is; it is nil if that has happened already.
-func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
-	if c.closesAtOnce(reason) {
-		c.closeAbruptly()
-		p.removed(c, reason, err)
-		return nil
-	}
-	p.mu.Lock()
-	p.countLoanLocked(c)
-	if c.phase != closing {
-		p.moveLocked(c, closing)
-	}
-	p.mu.Unlock()
-	done := make(chan struct{})
-	free := sync.OnceFunc(func() {
-		p.removed(c, reason, err)
-		close(done)
-	})
-	late := time.AfterFunc(closeTimeout, func() {
-		p.abandoned("close", c.site.addr)
-		free()
-	})
-	go func() {
-		defer func() { // also after a runtime.Goexit
-			late.Stop()
-			free()
-		}()
-		c.closeFully(reason)
-	}()
-	return done
-}
-
-// removed is the one place where a slot becomes free: the socket of c is closed
-// (or is no longer the pool's, with ClosedUnknown).
-func (p *Pool) removed(c *conn, reason CloseReason, err error) {
-	var todo agenda
-	age := p.now().Sub(c.born)
-	p.mu.Lock()
-	s := c.site
-	p.countLoanLocked(c)
-	p.moveLocked(c, none)
-	if p.recency.remove(c) && c.unprobed() {
-		p.counts.Unprobed--
-	}
-	if reason != ClosedUnknown {
-		p.closedBy[reason]++
-	}
-	p.giveUpLocked(s)
-	p.refreshLocked(s)
-	p.admitLocked(&todo)
-	p.forgetLocked(s)
-	p.leftLocked()
-	p.mu.Unlock()
-	todo.run(p)
-	if reason == ClosedUnknown {
-		return
-	}
-	if t := p.cfg.Trace; t != nil && t.Closed != nil {
-		p.observe(func() {
-			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
-		})
-	}
-	p.logClosed(c, reason, err)
-}
-
-// agenda is what a critical section decided and its caller does after the
-// unlock. The connections in it are the caller's.
-type agenda struct {
-	dials  []dialOrder
-	closes []closeOrder
-}
-
-type dialOrder struct {
-	c   *conn
-	ctx context.Context
-}
-
-type closeOrder struct {
-	c      *conn
-	reason CloseReason
-	err    error
-}
-
-func (a *agenda) dial(c *conn, ctx context.Context) { a.dials = append(a.dials, dialOrder{c, ctx}) }
-func (a *agenda) close(c *conn, reason CloseReason, err error) {
-	a.closes = append(a.closes, closeOrder{c, reason, err})
-}
-
-func (a *agenda) run(p *Pool) {
-	if a.dials == nil && a.closes == nil {
-		return
-	}
-	for _, d := range a.dials {
-		go p.dial(d.ctx, d.c)
-	}
-	defer func() {
-		if len(a.closes) > 0 { // a Trace function called runtime.Goexit
-			rest := agenda{closes: a.closes}
-			go rest.run(p)
-		}
-	}()
-	for len(a.closes) > 0 {
-		o := a.closes[0]
-		a.closes = a.closes[1:]
-		p.discard(o.c, o.reason, o.err)
-	}
 }
 
 // elapsed is the longer of what the monotonic and the wall clock say: a laptop

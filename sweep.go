@@ -91,7 +91,7 @@ func (p *Pool) sweep() {
 		if len(rest) > 0 {
 			group.Go(func() error {
 				for _, at := range rest {
-					p.examine(at)
+					p.examine(at, true)
 				}
 				return nil
 			})
@@ -115,9 +115,21 @@ func (p *Pool) sweep() {
 	p.mu.Unlock()
 }
 
-// looksFine peeks at a connection that it does not own.
+// looksFine looks at a connection that it does not own.
 func (p *Pool) looksFine(at sighting) bool {
 	pr := &at.c.probe
+	var taken bool
+	var seen peeked
+	if pr.raw != nil {
+		err := pr.raw.Control(func(fd uintptr) {
+			if taken = pr.known && !p.sys.stillIs(fd, pr.who); !taken && !p.cfg.NoProbe {
+				seen = p.sys.peek(fd)
+			}
+		})
+		if err != nil || taken {
+			return false
+		}
+	}
 	switch {
 	case p.cfg.Check != nil:
 		return false
@@ -125,19 +137,13 @@ func (p *Pool) looksFine(at sighting) bool {
 		return true
 	case pr.prober != nil:
 		return false
-	case !pr.can():
-		return true
-	}
-	var seen peeked
-	if err := pr.raw.Control(func(fd uintptr) { seen = peek(fd) }); err != nil {
-		return false
 	}
 	return seen == peeked{}
 }
 
 // examine takes a connection, unless it was lent since it was sighted, and asks
 // it all that can be asked.
-func (p *Pool) examine(at sighting) {
+func (p *Pool) examine(at sighting, ping bool) {
 	c := at.c
 	p.mu.Lock()
 	if c.phase != idle || c.generation() != at.gen {
@@ -146,11 +152,8 @@ func (p *Pool) examine(at sighting) {
 	}
 	p.takeLocked(c)
 	p.mu.Unlock()
-	reason, err := ClosedUnknown, error(nil)
-	if !p.cfg.NoProbe {
-		reason, err = c.probe.ask()
-	}
-	if reason == ClosedUnknown && p.cfg.Check != nil {
+	reason, err := c.ask()
+	if reason == ClosedUnknown && ping && p.cfg.Check != nil {
 		reason, err = p.ping(context.Background(), c)
 	}
 	if reason != ClosedUnknown {
@@ -158,4 +161,28 @@ func (p *Pool) examine(at sighting) {
 		return
 	}
 	p.park(c, untouched)
+}
+
+// hangUp is told that the peer of the connection with this descriptor has
+// closed its end. An idle one leaves the pool now; one in use is looked at when
+// it is given back.
+func (p *Pool) hangUp(fd uintptr) {
+	p.mu.Lock()
+	c := p.byFD[fd]
+	if c == nil {
+		p.mu.Unlock()
+		return
+	}
+	c.word.Or(hungUp)
+	at := sighting{c, c.generation()}
+	p.mu.Unlock()
+	p.examine(at, false)
+}
+
+// hearAgain is for a connection that was given back, or opened, while its peer
+// hung up: the news found it in use, and comes only once.
+func (p *Pool) hearAgain(at sighting) {
+	if at.c.word.Load()&hungUp != 0 {
+		p.examine(at, false)
+	}
 }

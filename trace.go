@@ -33,12 +33,15 @@ const (
 	ClosedRetired                 // opened before Pool.Retire of its address
 	ClosedOnRequest               // Pool.CloseIdle
 	ClosedWithPool                // Pool.Close or Pool.Shutdown
+	ClosedLowHandles              // by us: the process is running out of file handles
+	ClosedMarkedDead              // Pool.MarkDead: the caller holds the same socket
+	Quarantined                   // not closed: its descriptor has become somebody else's, and is never touched again
 	numCloseReasons
 )
 
 var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeout", "lifetime", "max-uses",
 	"surplus", "stale", "dirty", "fn-error", "panic", "goexit", "canceled", "in-flight", "broken", "timeout",
-	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "retired", "on-request", "with-pool"}
+	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "quarantined"}
 
 func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 
@@ -49,12 +52,17 @@ func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), 
 // Trace observes a pool ([Config.Trace]) or one use of it ([WithTrace]). Any
 // field may be nil. The functions are called on the goroutine where the thing
 // happens, with no lock held; they may use the pool. Those of many goroutines
-// run at the same time. A panic in one is passed on.
+// run at the same time. They should be quick: the pool waits for them.
+//
+// A panic of GetConn, GotConn or PutConn is passed on to the caller of With.
+// Wait, DialDone and Closed run in the middle of the pool's own work, where a
+// panic is logged and goes no further.
 //
 // Where both a pool's and a use's Trace are set, both are called, the pool's
-// first. What happens to a connection while nobody borrows it, and what a dial
-// does that outlives the borrower it was started for, is told to the pool's
-// Trace and, for a dial, to the Trace of the borrower that started it.
+// first. A use's Trace hears of the close that ends the use; what happens to a
+// connection while nobody borrows it is told to the pool's alone. A dial is
+// told to the Trace of the borrower it was started for, even if it outlives
+// that borrower.
 type Trace struct {
 	GetConn  func(Addr)     // With begins
 	Wait     func(WaitInfo) // no connection was idle: the borrower queues

@@ -1,0 +1,359 @@
+package connpool
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+// The books: every function that changes them, and the agenda in which a
+// critical section writes what its caller does after the unlock.
+
+func (p *Pool) newSiteLocked(addr Addr) *site {
+	s := &site{addr: addr, heapIndex: -1}
+	p.sites[addr] = s
+	p.armSweepLocked()
+	return s
+}
+
+// forgetLocked drops the books of s if they say nothing.
+func (p *Pool) forgetLocked(s *site) {
+	if openOf(&s.n) == 0 && s.queue.len == 0 && s.failures == 0 && p.sites[s.addr] == s {
+		delete(p.sites, s.addr)
+	}
+}
+
+// limitLocked is MaxOpen in force, math.MaxInt if there is none.
+func (p *Pool) limitLocked() int {
+	if p.cfg.MaxOpen > 0 {
+		return p.cfg.MaxOpen
+	}
+	return int(p.handles.Load())
+}
+
+// fullLocked names the limit that forbids a dial to s; "" if none does. What is
+// being closed, or could be evicted, is room; those who are ahead in the queue
+// of s, and in all queues, will take it.
+func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
+	switch {
+	case openOf(&s.n)-s.n[closing]+aheadHere >= p.cfg.MaxPerAddr:
+		return "MaxPerAddr"
+	case openOf(&p.n)-p.n[closing]-p.n[idle]+ahead >= p.limitLocked():
+		return "MaxOpen"
+	}
+	return ""
+}
+
+// refreshLocked brings the pool's view of what s wants up to date. It follows
+// every change to the queue, the phases or the back-off of s.
+func (p *Pool) refreshLocked(s *site) {
+	want := s.queue.len - s.queue.dials
+	switch {
+	case want <= 0:
+		want = 0
+	case s.retry != nil, s.backingOff() && s.queue.dials > 0:
+		want = 0
+	default:
+		if s.backingOff() {
+			want = 1
+		}
+		want = min(want, p.cfg.MaxDialingPerAddr-s.queue.dials)
+		if p.cfg.WhenFull != Overflow {
+			want = min(want, p.cfg.MaxPerAddr-openOf(&s.n))
+		}
+		want = max(want, 0)
+	}
+	p.want += want - s.want
+	s.want = want
+	p.counts.Waiting += s.queue.len - s.waiting
+	s.waiting = s.queue.len
+	p.ready.set(s, want > 0)
+}
+
+// admitLocked gives away what is free: it starts dials for the waiters that
+// have none, oldest first, and evicts idle connections as long as that is what
+// they lack.
+func (p *Pool) admitLocked(todo *agenda) {
+	for p.want > 0 && !p.closed {
+		room := p.cfg.MaxDialing - p.n[dialing]
+		if room <= 0 {
+			return
+		}
+		if openOf(&p.n) >= p.limitLocked() {
+			if p.n[closing] >= min(p.want, room) {
+				return // enough is on its way
+			}
+			if v := p.recency.oldestIdle(p.n[idle]); v != nil {
+				p.takeLocked(v)
+				p.moveLocked(v, closing)
+				todo.close(v, ClosedEvicted, nil)
+				continue
+			}
+			if p.cfg.WhenFull != Overflow || p.cfg.MaxOpen <= 0 {
+				return
+			}
+		}
+		s := p.ready[0]
+		c := newConn(p, s)
+		todo.dial(c, s.queue.bare.ctx)
+		p.moveLocked(c, dialing)
+		s.queue.dialStarted()
+		s.dials++
+		p.counts.Dials++
+		p.overtook = 0
+		p.refreshLocked(s)
+	}
+}
+
+// moveLocked is the only place where a connection changes its phase.
+func (p *Pool) moveLocked(c *conn, to phase) {
+	p.n[c.phase]--
+	c.site.n[c.phase]--
+	c.phase = to
+	p.n[to]++
+	c.site.n[to]++
+	p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
+}
+
+// countLoanLocked counts the loan of c that has just ended, if one has.
+func (p *Pool) countLoanLocked(c *conn) {
+	if c.counted == c.uses {
+		return
+	}
+	c.counted = c.uses
+	p.counts.Loans++
+	c.site.loans++
+	if c.uses > 1 {
+		p.counts.Reused++
+	}
+}
+
+// takeLocked makes the caller the owner of an idle connection.
+func (p *Pool) takeLocked(c *conn) {
+	c.unlink()
+	p.moveLocked(c, borrowed)
+}
+
+// use says what lies behind a connection that is parked.
+type use uint8
+
+const (
+	used      use = iota // a loan ended in good order
+	untouched            // it was handed to a waiter that had given up, or looked at by a sweep
+	justBorn             // its dial ended
+)
+
+// park is what an owner does who has no more use for a connection: it goes to
+// the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
+// It reports whether the connection was kept.
+func (p *Pool) park(c *conn, u use) bool {
+	now := p.now()
+	var todo agenda
+	p.mu.Lock()
+	kept := p.parkLocked(c, u, now, &todo)
+	at := sighting{c, c.generation()}
+	p.mu.Unlock()
+	todo.run(p)
+	p.hearAgain(at)
+	return kept
+}
+
+func (p *Pool) parkLocked(c *conn, u use, now time.Time, todo *agenda) bool {
+	s := c.site
+	if u != untouched {
+		// Its clock was read before the lock: it may be a moment behind
+		// that of a connection that was parked meanwhile.
+		if s.top != nil && s.top.since.After(now) {
+			now = s.top.since
+		}
+		c.since, c.idleFor = now, 0
+	}
+	p.countLoanLocked(c)
+	if reason := p.unwantedLocked(c, u, now); reason != ClosedUnknown {
+		p.moveLocked(c, closing)
+		todo.close(c, reason, nil)
+		p.admitLocked(todo)
+		return false
+	}
+	c.trace = nil
+	if u == used {
+		p.recency.touch(c)
+	}
+	if s.queue.head != nil {
+		s.queue.deliver(c, u == justBorn, nil)
+		p.refreshLocked(s)
+		return true
+	}
+	p.moveLocked(c, idle)
+	c.link(u == untouched)
+	p.freedLocked() // a dial that lacks a handle may evict it
+	p.armSweepLocked()
+	if p.want > 0 {
+		p.admitLocked(todo)
+	}
+	return true
+}
+
+// unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
+func (p *Pool) unwantedLocked(c *conn, u use, now time.Time) CloseReason {
+	s, limit := c.site, p.limitLocked()
+	switch {
+	case p.closed:
+		return ClosedWithPool
+	case c.epoch != s.epoch:
+		return ClosedRetired
+	case u == justBorn && s.queue.head != nil:
+		// It was opened for a borrower that waits; whatever else may be
+		// said against it, another dial would end no better.
+		return ClosedUnknown
+	case c.uses >= p.cfg.MaxUses:
+		return ClosedMaxUses
+	case c.life > 0 && elapsed(c.born, now) >= c.life:
+		return ClosedLifetime
+	case openOf(&s.n)-s.n[closing] > p.cfg.MaxPerAddr, openOf(&p.n)-p.n[closing] > limit:
+		return ClosedSurplus
+	case p.cfg.MaxIdle == 0 && c.uses > 0, p.cfg.MaxIdlePerAddr == 0 && c.uses > 0:
+		return ClosedSurplus
+	}
+	if s.queue.head == nil {
+		if p.n[idle] >= p.cfg.MaxIdle || s.n[idle] >= p.cfg.MaxIdlePerAddr {
+			return ClosedSurplus
+		}
+		if p.pressure >= handlesLow {
+			return ClosedLowHandles
+		}
+		return ClosedUnknown
+	}
+	// A busy address could keep its connections for ever while older
+	// waiters of other addresses need the slot. They are overtaken at most
+	// as often as there are slots.
+	if p.want > 0 && openOf(&p.n) >= limit && p.ready[0].queue.bare.seq < s.queue.head.seq {
+		if p.overtook++; p.overtook > limit {
+			p.overtook = 0
+			return ClosedEvicted
+		}
+	}
+	return ClosedUnknown
+}
+
+// discard closes a connection that its owner gives up, and frees the slot. The
+// channel is closed when the socket is; it is nil if that has happened already.
+func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
+	if !c.seal() {
+		p.removed(c, Quarantined, errStolen)
+		return nil
+	}
+	if c.closesAtOnce(reason) {
+		c.closeAbruptly()
+		p.removed(c, reason, err)
+		return nil
+	}
+	p.mu.Lock()
+	p.countLoanLocked(c)
+	if c.phase != closing {
+		p.moveLocked(c, closing)
+	}
+	p.mu.Unlock()
+	done := make(chan struct{})
+	free := sync.OnceFunc(func() {
+		p.removed(c, reason, err)
+		close(done)
+	})
+	late := time.AfterFunc(closeTimeout, func() {
+		p.abandoned("close", c.site.addr)
+		free()
+	})
+	go func() {
+		defer func() { // also after a runtime.Goexit
+			late.Stop()
+			free()
+		}()
+		c.closeFully(reason)
+	}()
+	return done
+}
+
+// removed is the one place where a slot becomes free: the socket of c is closed,
+// or is no longer the pool's (Quarantined; ClosedUnknown for one that was
+// detached).
+func (p *Pool) removed(c *conn, reason CloseReason, err error) {
+	var todo agenda
+	age := p.now().Sub(c.born)
+	p.mu.Lock()
+	s := c.site
+	p.countLoanLocked(c)
+	p.moveLocked(c, none)
+	if c.probe.raw != nil && p.byFD[c.probe.fd] == c {
+		delete(p.byFD, c.probe.fd)
+	}
+	p.freedLocked()
+	if p.recency.remove(c) && c.unprobed() {
+		p.counts.Unprobed--
+	}
+	if reason != ClosedUnknown {
+		p.closedBy[reason]++
+	}
+	p.giveUpLocked(s)
+	p.refreshLocked(s)
+	p.admitLocked(&todo)
+	p.forgetLocked(s)
+	p.leftLocked()
+	p.mu.Unlock()
+	todo.run(p)
+	if reason == ClosedUnknown {
+		return
+	}
+	t := p.cfg.Trace
+	if c.trace != nil { // the loan's, which has the pool's in it
+		t = c.trace
+	}
+	if t != nil && t.Closed != nil {
+		p.observe(func() {
+			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
+		})
+	}
+	p.logClosed(c, reason, err)
+}
+
+// agenda is what a critical section decided and its caller does after the
+// unlock. The connections in it are the caller's.
+type agenda struct {
+	dials  []dialOrder
+	closes []closeOrder
+}
+
+type dialOrder struct {
+	c   *conn
+	ctx context.Context
+}
+
+type closeOrder struct {
+	c      *conn
+	reason CloseReason
+	err    error
+}
+
+func (a *agenda) dial(c *conn, ctx context.Context) { a.dials = append(a.dials, dialOrder{c, ctx}) }
+func (a *agenda) close(c *conn, reason CloseReason, err error) {
+	a.closes = append(a.closes, closeOrder{c, reason, err})
+}
+
+func (a *agenda) run(p *Pool) {
+	if a.dials == nil && a.closes == nil {
+		return
+	}
+	for _, d := range a.dials {
+		go p.dial(d.ctx, d.c)
+	}
+	defer func() {
+		if len(a.closes) > 0 { // a Trace function called runtime.Goexit
+			rest := agenda{closes: a.closes}
+			go rest.run(p)
+		}
+	}()
+	for len(a.closes) > 0 {
+		o := a.closes[0]
+		a.closes = a.closes[1:]
+		p.discard(o.c, o.reason, o.err)
+	}
+}

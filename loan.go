@@ -1,0 +1,303 @@
+package connpool
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"syscall"
+	"time"
+)
+
+// Conn is a connection on loan: a net.Conn, by value, that is valid until fn
+// returns. Kept longer, its methods fail with ErrReturned and touch nothing.
+// As for any net.Conn, its methods may be called by several goroutines at
+// once; but an operation that is still running when fn returns costs the
+// connection. The zero Conn is one that was returned.
+//
+// A deadline set here never exceeds the one of With's ctx, and is gone with
+// the loan. Errors are those of package net; a time-out is also the ctx's
+// error if it was the ctx whose time ran out.
+type Conn struct {
+	c   *conn
+	gen uint64
+}
+
+var (
+	_ net.Conn      = Conn{}
+	_ syscall.Conn  = Conn{}
+	_ io.ReaderFrom = Conn{}
+	_ io.WriterTo   = Conn{}
+)
+
+// Read reads as net.Conn does. io.EOF comes unwrapped.
+func (h Conn) Read(b []byte) (int, error) {
+	if err := h.c.enter(h.gen); err != nil {
+		return 0, err
+	}
+	n, err := h.c.nc.Read(b)
+	return n, h.c.leave(int64(n), err)
+}
+
+// Write writes as net.Conn does.
+func (h Conn) Write(b []byte) (int, error) {
+	if err := h.c.enter(h.gen); err != nil {
+		return 0, err
+	}
+	n, err := h.c.nc.Write(b)
+	return n, h.c.leaveWrite(int64(n), err)
+}
+
+// ReadFrom implements io.ReaderFrom by the kernel's zero-copy path where the
+// connection has one. An error of r counts as a failure of the connection,
+// since the peer has got half of something.
+func (h Conn) ReadFrom(r io.Reader) (int64, error) {
+	if err := h.c.enter(h.gen); err != nil {
+		return 0, err
+	}
+	n, err := readFrom(h.c.nc, r)
+	return n, h.c.leaveWrite(n, err)
+}
+
+func readFrom(nc net.Conn, r io.Reader) (int64, error) {
+	if src, ok := r.(Conn); ok { // the kernel must see both sockets
+		if err := src.c.enter(src.gen); err != nil {
+			return 0, err
+		}
+		n, err := readFrom(nc, src.c.nc)
+		return n, src.c.leave(n, err)
+	}
+	if rf, ok := nc.(io.ReaderFrom); ok {
+		return rf.ReadFrom(r)
+	}
+	return io.Copy(struct{ io.Writer }{nc}, r)
+}
+
+// WriteTo implements io.WriterTo in the same way. An error of w counts as a
+// failure of the connection, since bytes were read that nobody got.
+func (h Conn) WriteTo(w io.Writer) (int64, error) {
+	if err := h.c.enter(h.gen); err != nil {
+		return 0, err
+	}
+	n, err := writeTo(h.c.nc, w)
+	return n, h.c.leave(n, err)
+}
+
+func writeTo(nc net.Conn, w io.Writer) (int64, error) {
+	if dst, ok := w.(Conn); ok {
+		if err := dst.c.enter(dst.gen); err != nil {
+			return 0, err
+		}
+		n, err := writeTo(nc, dst.c.nc)
+		return n, dst.c.leaveWrite(n, err)
+	}
+	if wt, ok := nc.(io.WriterTo); ok {
+		return wt.WriteTo(w)
+	}
+	return io.Copy(w, struct{ io.Reader }{nc})
+}
+
+// Close discards the connection: it is closed now and never lent again, and
+// its slot is free for the next borrower. It interrupts operations that are
+// blocked. A second Close is net.ErrClosed.
+func (h Conn) Close() error {
+	word, err := h.leaveFor(gone)
+	if err != nil {
+		return err
+	}
+	if word&hooked != 0 { // the hook's caller finds it broken
+		if h.c.seal() {
+			h.c.closeAbruptly()
+		}
+		return nil
+	}
+	h.c.stopWatch()
+	h.c.pool.discard(h.c, ClosedByBorrower, nil)
+	return nil
+}
+
+// Detach takes the connection out of the pool for good: its slot is free, and
+// the caller owns the result, which is what the dialer or crypto/tls made, with
+// no deadline set. State and codecs built by Setup work on. It fails while an
+// operation is running, when ctx is done, and in a hook.
+func (h Conn) Detach() (net.Conn, error) {
+	if _, err := h.leaveFor(gone | detached); err != nil {
+		return nil, err
+	}
+	c, ctx := h.c, h.c.loanCtx
+	if !c.stopWatch() {
+		c.word.And(^uint64(detached))
+		c.pool.discard(c, ClosedCanceled, causeOf(ctx))
+		return nil, causeOf(ctx)
+	}
+	c.nc.SetDeadline(time.Time{})
+	c.pool.detached(c)
+	return c.nc, nil
+}
+
+// leaveFor makes the caller the owner of the connection in the place of the
+// borrower, by setting flags, and returns the word as it was.
+func (h Conn) leaveFor(flags uint64) (uint64, error) {
+	c := h.c
+	if c == nil {
+		return 0, ErrReturned
+	}
+	for {
+		w := c.word.Load()
+		switch {
+		case w&lent == 0, h.gen != 0 && w>>genShift != h.gen, w&detached != 0:
+			return 0, ErrReturned
+		case w&gone != 0:
+			return 0, net.ErrClosed
+		case flags&detached != 0 && w&hooked != 0:
+			return 0, errors.New("connpool: a hook cannot detach a connection")
+		case flags&detached != 0 && w&inFlight != 0:
+			return 0, errors.New("connpool: cannot detach while an operation is running")
+		}
+		if c.word.CompareAndSwap(w, w|flags) {
+			return w, nil
+		}
+	}
+}
+
+// CloseWrite shuts down the sending side. The connection is closed, not kept,
+// when the loan ends. It fails with errors.ErrUnsupported on a connection that
+// has no such thing.
+func (h Conn) CloseWrite() error {
+	if err := h.c.enter(h.gen); err != nil {
+		return err
+	}
+	cw, ok := h.c.nc.(interface{ CloseWrite() error })
+	if !ok {
+		h.c.leave(0, nil)
+		return errors.ErrUnsupported
+	}
+	h.c.word.Or(halfClosed)
+	return h.c.leave(0, cw.CloseWrite())
+}
+
+// LocalAddr is the local end, nil after the loan.
+func (h Conn) LocalAddr() net.Addr { return h.endpoint(net.Conn.LocalAddr) }
+
+// RemoteAddr is the peer's end, nil after the loan.
+func (h Conn) RemoteAddr() net.Addr { return h.endpoint(net.Conn.RemoteAddr) }
+
+func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
+	if h.c.enter(h.gen) != nil {
+		return nil
+	}
+	defer h.c.leave(0, nil)
+	return of(h.c.nc)
+}
+
+// SetDeadline sets both deadlines, as net.Conn does.
+func (h Conn) SetDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetDeadline) }
+
+// SetReadDeadline sets the deadline of reads, as net.Conn does.
+func (h Conn) SetReadDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetReadDeadline) }
+
+// SetWriteDeadline sets the deadline of writes, as net.Conn does.
+func (h Conn) SetWriteDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetWriteDeadline) }
+
+func (h Conn) deadline(t time.Time, set func(net.Conn, time.Time) error) error {
+	if err := h.c.enter(h.gen); err != nil {
+		return err
+	}
+	defer h.c.leave(0, nil)
+	return h.c.setDeadline(t, func(t time.Time) error { return set(h.c.nc, t) })
+}
+
+// SyscallConn gives access to the socket, also under TLS. What it returns is
+// as dead after the loan as the Conn. It fails with errors.ErrUnsupported on a
+// connection without a descriptor.
+func (h Conn) SyscallConn() (syscall.RawConn, error) {
+	if err := h.c.enter(h.gen); err != nil {
+		return nil, err
+	}
+	defer h.c.leave(0, nil)
+	if h.c.probe.raw == nil {
+		return nil, errors.ErrUnsupported
+	}
+	return rawLoan{h}, nil
+}
+
+// rawLoan is a RawConn that ends with its loan.
+type rawLoan struct{ h Conn }
+
+func (r rawLoan) during(op func(syscall.RawConn) error) error {
+	if err := r.h.c.enter(r.h.gen); err != nil {
+		return err
+	}
+	defer r.h.c.leave(0, nil)
+	return op(r.h.c.probe.raw)
+}
+
+func (r rawLoan) Control(f func(uintptr)) error {
+	return r.during(func(rc syscall.RawConn) error { return rc.Control(f) })
+}
+func (r rawLoan) Read(f func(uintptr) bool) error {
+	return r.during(func(rc syscall.RawConn) error { return rc.Read(f) })
+}
+func (r rawLoan) Write(f func(uintptr) bool) error {
+	return r.during(func(rc syscall.RawConn) error { return rc.Write(f) })
+}
+
+// ConnectionState is that of TLS; on other connections and after the loan it is
+// the zero value, which says HandshakeComplete false.
+func (h Conn) ConnectionState() tls.ConnectionState {
+	if h.c.enter(h.gen) != nil {
+		return tls.ConnectionState{}
+	}
+	defer h.c.leave(0, nil)
+	if t, ok := h.c.nc.(interface{ ConnectionState() tls.ConnectionState }); ok {
+		return t.ConnectionState()
+	}
+	return tls.ConnectionState{}
+}
+
+// Addr is the address that was borrowed, in its canonical form; the zero Addr
+// on the zero Conn.
+func (h Conn) Addr() Addr {
+	if h.c == nil {
+		return Addr{}
+	}
+	return h.c.site.addr
+}
+
+// ID is the number of the connection in its pool, from 1; 0 after the loan.
+func (h Conn) ID() uint64 { return about(h, func(c *conn) uint64 { return c.id }) }
+
+// Uses counts the loans of the connection, this one included; 0 after the loan.
+func (h Conn) Uses() int { return about(h, func(c *conn) int { return c.uses }) }
+
+// Reused reports whether the connection was lent before.
+func (h Conn) Reused() bool { return h.Uses() > 1 }
+
+// Age is the time since the connection was opened; 0 after the loan.
+func (h Conn) Age() time.Duration {
+	return about(h, func(c *conn) time.Duration { return elapsed(c.born, c.pool.now()) })
+}
+
+// IdleFor is how long the connection had been unused when it was lent; 0 on
+// its first use and after the loan.
+func (h Conn) IdleFor() time.Duration {
+	return about(h, func(c *conn) time.Duration { return c.idleFor })
+}
+
+func about[T any](h Conn, get func(*conn) T) (v T) {
+	if h.c.enter(h.gen) == nil {
+		v = get(h.c)
+		h.c.leave(0, nil)
+	}
+	return v
+}
+
+// State is what Config.Setup returned for the connection of h: its codec, its
+// session, its prepared statements. It is the zero T if there was no Setup, if
+// Setup returned something that is not a T, or after the loan.
+func State[T any](h Conn) T {
+	return about(h, func(c *conn) T {
+		v, _ := c.state.(T)
+		return v
+	})
+}
