@@ -105,8 +105,8 @@ func (p *Pool) inconsistency() error {
 		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
 	case want != p.want || waiting != p.counts.Waiting:
 		return fmt.Errorf("4: the pool wants %d dials and has %d waiting, its sites %d and %d", p.want, p.counts.Waiting, want, waiting)
-	case p.recency.lru.Len() != openOf(&p.n)-p.n[dialing]:
-		return fmt.Errorf("6: recency knows %d of %d", p.recency.lru.Len(), openOf(&p.n)-p.n[dialing])
+	case p.recency.lru.Len() < p.n[idle]+p.n[borrowed], p.recency.lru.Len() > openOf(&p.n)-p.n[dialing]:
+		return fmt.Errorf("6: recency knows %d of %d (%d closing)", p.recency.lru.Len(), openOf(&p.n)-p.n[dialing], p.n[closing])
 	case p.cfg.MaxIdle < math.MaxInt && p.n[idle] > p.cfg.MaxIdle:
 		return fmt.Errorf("%d idle of %d", p.n[idle], p.cfg.MaxIdle)
 	case p.closed && (p.n[idle] > 0 || waiting > 0):

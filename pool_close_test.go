@@ -336,13 +336,13 @@ func TestForeignCodeMayUseThePool(t *testing.T) {
 				Closed:   func(CloseInfo) { nosy(whose + " Closed") },
 			}
 		}
-		fail := true
+		var fail atomic.Bool
+		fail.Store(true)
 		n.open(Config{
 			CheckInterval: time.Second, TrustIdle: -1,
 			Dialers: map[Transport]DialFunc{memory: func(ctx context.Context, addr Addr) (net.Conn, error) {
 				nosy("dialer")
-				if addr.Host == "full" && fail {
-					fail = false
+				if addr.Host == "full" && fail.Load() {
 					return nil, &exhaustion
 				}
 				nc, err := n.dial(ctx, addr)
@@ -357,7 +357,7 @@ func TestForeignCodeMayUseThePool(t *testing.T) {
 			Setup:         func(context.Context, Addr, net.Conn) (any, error) { nosy("Setup"); return nil, nil },
 			Reset:         func(context.Context, Conn) error { nosy("Reset"); return nil },
 			Check:         func(context.Context, Conn) error { nosy("Check"); return nil },
-			NoneRemovable: func(*Error) bool { nosy("NoneRemovable"); return true },
+			NoneRemovable: func(*Error) bool { nosy("NoneRemovable"); fail.Store(false); return true },
 			Trace:         trace("pool's"),
 			Logger:        slog.New(nosyHandler{func() { nosy("Logger") }}),
 		})

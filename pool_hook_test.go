@@ -36,6 +36,7 @@ func TestSetupRunsOncePerConnectionBeforeAnyBorrower(t *testing.T) {
 				require.NoError(t, b.finish(func(c Conn) error { _, err := askLine(c, "work"); return err }))
 			}
 		}
+		synctest.Wait() // a dial that nobody needed any more may be in its Setup
 		require.EqualValues(t, n.Host("a").Accepts(), setups.Load())
 		for serial := range n.Host("a").Accepts() {
 			lines := j.of(serial + 1)

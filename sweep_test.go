@@ -338,7 +338,10 @@ func onTheWall(t time.Time, d time.Duration) time.Time {
 
 // PLT-03
 func TestTenThousandAddressesVisitedOnceLeaveNothing(t *testing.T) {
-	const visits = 10_000
+	visits := 10_000
+	if raceEnabled {
+		visits = 1000 // a goroutine costs the race detector much memory, and these close all at once
+	}
 	heap := func() int64 {
 		runtime.GC()
 		runtime.GC()
@@ -379,7 +382,7 @@ func TestTenThousandAddressesVisitedOnceLeaveNothing(t *testing.T) {
 				require.Empty(t, n.Host(fmt.Sprintf("%02d", i)).Conns())
 			}
 			n.check()
-			require.Less(t, heap()-start, int64(visits*100), "bytes kept, round %d", round)
+			require.Less(t, heap()-start, int64(1<<20), "bytes kept, round %d", round)
 		}
 	})
 }

@@ -287,7 +287,7 @@ func settled(t *testing.T, p *Pool) Stats {
 	t.Helper()
 	soon(t, "dials and closes at their end", func() bool {
 		st := p.Stats()
-		return st.Dialing+st.Closing == 0
+		return st.Dialing+st.Closing == 0 && !p.hearing()
 	})
 	p.check(t)
 	return p.Stats()
@@ -310,4 +310,17 @@ func stirs(t *testing.T, p *Pool, addr Addr) {
 		s.top.probe.raw.Control(func(fd uintptr) { seen = peek(fd) })
 		return seen != peeked{}
 	})
+}
+
+// hearing reports whether the watcher is about to act on a hang-up: a connection
+// is marked and still there.
+func (p *Pool) hearing() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.recency.all() {
+		if c.word.Load()&(hungUp|lent) == hungUp {
+			return true
+		}
+	}
+	return false
 }

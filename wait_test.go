@@ -46,7 +46,7 @@ func requireSameQueue(t *testing.T, want *naiveQueue, q *queue) {
 }
 
 func TestQueueAgreesWithTheNaiveOne(t *testing.T) {
-	for seed := range uint64(100) {
+	for seed := range uint64(50) {
 		r := rand.New(rand.NewPCG(seed, 0))
 		var q queue
 		var want naiveQueue
@@ -114,7 +114,7 @@ func TestDeliveryNeverBlocks(t *testing.T) {
 }
 
 func TestSiteHeapAgreesWithTheNaiveOne(t *testing.T) {
-	for seed := range uint64(60) {
+	for seed := range uint64(30) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		sites := make([]*site, 8)
 		for i := range sites {
