@@ -1,11 +1,12 @@
 # What each check does stands in .ci/run, once; the targets here are its names.
 
 FUZZTIME ?= 20s
+SOAKTIME ?= 30m
 DEMO     ?= 10s
-export FUZZTIME
+export FUZZTIME SOAKTIME
 
 .DEFAULT_GOAL := help
-.PHONY: help test race fuzz stress lint cross demo cover ci
+.PHONY: help test race fuzz stress soak mutants servers lint cross demo cover ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +23,15 @@ fuzz: ## each fuzz target for FUZZTIME (20s)
 stress: ## the randomised and the racing tests, many times longer
 	CONNPOOL_STRESS=1 go test -race -timeout 60m -run 'Stress|Model|Desync|Race' ./...
 
+soak: ## everything at random over real sockets, for SOAKTIME (30m)
+	@.ci/run soak
+
+mutants: ## each defence removed: do the tests notice? (some minutes)
+	@.ci/run mutants
+
+servers: ## install the servers that tests run against (root, apt-get)
+	@.ci/run servers
+
 lint: ## gofmt, vet, staticcheck
 	@.ci/run gofmt vet staticcheck
 
@@ -35,5 +45,6 @@ cover: ## coverage of the root package
 	@.ci/run cover
 
 ci: export FUZZTIME := 10s
+ci: export SOAKTIME := 20s
 ci: ## everything a change must pass
 	@.ci/run
