@@ -342,22 +342,22 @@ func TestCtxBoundsAllReadsOfALoanTogether(t *testing.T) {
 			mem := faultnet.NewMem()
 			defer mem.Close()
 			addr := Addr{Transport: "mem", Host: "silent"}
-			for _, cut := range []func(context.Context) (context.Context, context.CancelFunc, error, Kind){
-				func(ctx context.Context) (context.Context, context.CancelFunc, error, Kind) {
+			for _, cut := range []func(context.Context) (context.Context, context.CancelFunc, Kind, error){
+				func(ctx context.Context) (context.Context, context.CancelFunc, Kind, error) {
 					ctx, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
-					return ctx, cancel, context.DeadlineExceeded, KindTimeout
+					return ctx, cancel, KindTimeout, context.DeadlineExceeded
 				},
-				func(ctx context.Context) (context.Context, context.CancelFunc, error, Kind) {
+				func(ctx context.Context) (context.Context, context.CancelFunc, Kind, error) {
 					ctx, cancel := context.WithCancel(ctx)
 					time.AfterFunc(100*time.Millisecond, cancel)
-					return ctx, cancel, context.Canceled, KindCanceled
+					return ctx, cancel, KindCanceled, context.Canceled
 				},
 			} {
 				p, err := New(Config{MaxPerAddr: 1, Dialers: map[Transport]DialFunc{
 					"mem": func(ctx context.Context, a Addr) (net.Conn, error) { return mem.Dial(ctx, a.Host) }}})
 				require.NoError(t, err)
 				require.NoError(t, p.With(context.Background(), addr, func(Conn) error { return nil }))
-				ctx, cancel, want, kind := cut(context.Background())
+				ctx, cancel, kind, want := cut(context.Background())
 				start := time.Now()
 				run(t, addr, p, ctx, want, kind)
 				require.Equal(t, 100*time.Millisecond, time.Since(start))

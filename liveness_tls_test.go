@@ -716,11 +716,8 @@ func TestDeathOfAllParkedConnectionsCostsNobodyAnError(t *testing.T) {
 					}
 					together()
 					require.Equal(t, parked, s.accepts())
-					var idles []*conn
 					p.mu.Lock()
-					for _, c := range p.recency.all() {
-						idles = append(idles, c)
-					}
+					idles := p.recency.all()
 					p.mu.Unlock()
 					for _, c := range s.all() {
 						kill(c)

@@ -130,7 +130,8 @@ func New(cfg Config) (*Pool, error) {
 // on it is still running, failed, or timed out (only Keep forgives a
 // time-out); if it was closed for writing; if bytes are left unread in the
 // connection, in crypto/tls or in the state's buffer; or if Config.Reset
-// fails. Conn.Detach takes it out of the pool for good.
+// fails. Conn.Detach takes it out of the pool for good. A panic of Reset, Check
+// or a Prober on the borrower's time reaches the borrower, as a *PanicError.
 //
 // An *[Error] means that fn never ran, and says at which stage and why:
 // errors.Is finds ErrClosed, ErrExhausted, ErrNoneRemovable, the ctx's error

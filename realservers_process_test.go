@@ -128,10 +128,6 @@ func freePort(t *testing.T) int {
 
 func (s *realServer) file(name string) string { return filepath.Join(s.dir, name) }
 
-func (s *realServer) write(t *testing.T, name, content string) {
-	require.NoError(t, os.WriteFile(s.file(name), []byte(content), 0o644))
-}
-
 // command is a program of the server's, run by its user.
 func (s *realServer) command(argv []string) (*exec.Cmd, error) {
 	log, err := os.OpenFile(s.file("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)

@@ -1,0 +1,54 @@
+package connpool
+
+import (
+	"context"
+	"net"
+	"strconv"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// The limit of each address alone would let twelve dials run here.
+//
+// ORA-70
+func TestMaxDialingBoundsTheDialsToAllAddressesTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		mem := faultnet.NewMem()
+		defer mem.Close()
+		p, err := New(Config{MaxDialing: 3, MaxDialingPerAddr: 3, Dialers: map[Transport]DialFunc{
+			"mem": func(ctx context.Context, a Addr) (net.Conn, error) { return mem.Dial(ctx, a.Host) },
+		}})
+		require.NoError(t, err)
+		var all sync.WaitGroup
+		for n := range 12 {
+			host := "h" + strconv.Itoa(n%4)
+			mem.Host(host).SetLatency(time.Second)
+			all.Go(func() {
+				err := p.With(context.Background(), Addr{Transport: "mem", Host: host}, func(Conn) error {
+					time.Sleep(time.Minute) // so that nobody is served by a return
+					return nil
+				})
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		for second := range 4 {
+			synctest.Wait()
+			p.check(t)
+			require.Equal(t, 3, p.Stats().Dialing, "in second %d", second)
+			time.Sleep(time.Second)
+		}
+		synctest.Wait()
+		require.Zero(t, p.Stats().Dialing)
+		require.Equal(t, 12, p.Stats().InUse)
+		all.Wait()
+		require.NoError(t, p.Close())
+	})
+}
