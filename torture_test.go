@@ -36,7 +36,7 @@ var errTorture = errors.New("torture")
 
 type torture struct {
 	mode   failure
-	target int64 // fails the call of this number
+	target atomic.Int64 // fails the call of this number
 	calls  atomic.Int64
 	hit    atomic.Value  // what was hit
 	thaw   chan struct{} // ends what hangs
@@ -47,7 +47,7 @@ type torture struct {
 // call is where every foreign call passes. ctx interrupts a call that hangs, if
 // it is one that must honour it.
 func (x *torture) call(ctx context.Context, what string) error {
-	if x.calls.Add(1) != x.target {
+	if x.calls.Add(1) != x.target.Load() {
 		return nil
 	}
 	x.hit.Store(what)
@@ -122,7 +122,8 @@ func TestNothingIsLostWhicheverForeignCallFails(t *testing.T) {
 		t.Run(mode.String(), func(t *testing.T) {
 			hits := make(map[string]int)
 			for k := int64(1); ; k++ {
-				x := &torture{mode: mode, target: k}
+				x := &torture{mode: mode}
+				x.target.Store(k)
 				var err error
 				synctest.Test(t, func(t *testing.T) { err = x.run() })
 				if err != nil {
@@ -264,7 +265,7 @@ func (x *torture) run() error {
 		return fmt.Errorf("something is lost: %v", st)
 	}
 	// All slots are there, at once.
-	x.target = -1
+	x.target.Store(-1)
 	full := make(chan error, 3)
 	hold := make(chan struct{})
 	for _, a := range []Addr{addrs[0], addrs[0], addrs[1]} {
