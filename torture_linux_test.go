@@ -1,0 +1,209 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// The other half of the torture: the same over real sockets, with the k-th
+// system call of the pool's own giving the worst answer it can give.
+
+// tortureSystem is realSystem, the target-th call of which goes wrong.
+type tortureSystem struct {
+	target, calls atomic.Int64
+	hit           atomic.Value
+}
+
+func (x *tortureSystem) fails(what string) bool {
+	if x.calls.Add(1) != x.target.Load() {
+		return false
+	}
+	x.hit.Store(what)
+	return true
+}
+
+func (x *tortureSystem) system() *system {
+	worse := os.NewSyscallError("torture", syscall.EIO)
+	return &system{
+		dial: func(ctx context.Context, a Addr) (net.Conn, error) {
+			if x.fails("dial") {
+				return nil, worse
+			}
+			if x.fails("dial, without a handle") {
+				return nil, os.NewSyscallError("socket", errProcessFiles)
+			}
+			return dialSocket(ctx, a)
+		},
+		identify: func(fd uintptr) (identity, bool) {
+			if x.fails("identify") {
+				return identity(0), false
+			}
+			return identify(fd)
+		},
+		stillIs: func(fd uintptr, id identity) bool { return !x.fails("stillIs") && stillIs(fd, id) },
+		peek: func(fd uintptr) peeked {
+			if x.fails("peek: error") {
+				return peeked{err: worse}
+			}
+			if x.fails("peek: bytes") {
+				return peeked{bytes: true}
+			}
+			return peek(fd)
+		},
+		readNow: func(fd uintptr, b []byte) (int, error) {
+			if x.fails("readNow") {
+				return 0, worse
+			}
+			return readNow(fd, b)
+		},
+		handleLimit: func() (int, bool) {
+			if x.fails("handleLimit: none") {
+				return 0, false
+			}
+			if x.fails("handleLimit: tiny") {
+				return 1, true
+			}
+			return handleLimit()
+		},
+		noHandleFree: func() bool { return x.fails("noHandleFree") || noHandleFree() },
+	}
+}
+
+func TestNothingIsLostWhicheverSystemCallFails(t *testing.T) {
+	plain, err := faultnet.Start(faultnet.Options{})
+	require.NoError(t, err)
+	defer plain.Close()
+	secret, err := faultnet.Start(faultnet.Options{Network: "tls"})
+	require.NoError(t, err)
+	defer secret.Close()
+	hits := make(map[string]int)
+	for k := int64(1); ; k++ {
+		x := new(tortureSystem)
+		x.target.Store(k)
+		if err := x.run(plain, secret); err != nil {
+			t.Fatalf("call %d (%v): %v", k, x.hit.Load(), err)
+		}
+		if x.hit.Load() == nil {
+			t.Logf("%d calls tortured: %v", k-1, hits)
+			require.Greater(t, k, int64(60))
+			break
+		}
+		hits[x.hit.Load().(string)]++
+	}
+	// What was taken for stolen is kept for good, as it must be; here it was
+	// the pool's own, and the test may close it.
+	quarantine.mu.Lock()
+	defer quarantine.mu.Unlock()
+	for _, nc := range quarantine.conns {
+		nc.Close()
+	}
+	require.Eventually(t, func() bool { return plain.Open()+secret.Open() == 0 }, 5*time.Second, time.Millisecond)
+}
+
+func (x *tortureSystem) run(plain, secret *faultnet.Server) error {
+	p, err := New(Config{MaxPerAddr: 2, TLS: secret.ClientTLS(), DialTimeout: time.Second,
+		Reset: func(context.Context, Conn) error { return nil }})
+	if err != nil {
+		return err
+	}
+	p.sys = x.system()
+	addrs := []Addr{
+		{Transport: TCP, Host: plain.Host(), Port: plain.Port()},
+		{Transport: TLS, Host: secret.Host(), Port: secret.Port()},
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	token := func(c Conn) error {
+		text := fmt.Sprintf("%d-%d", c.ID(), c.Uses())
+		if _, err := fmt.Fprintf(c, "%s\n", text); err != nil {
+			return err
+		}
+		var serial, seq int
+		var got string
+		if _, err := fmt.Fscanf(c, "%d %d %s\n", &serial, &seq, &got); err != nil {
+			return err
+		}
+		if got != text {
+			return fmt.Errorf("sent %s, got %s", text, got)
+		}
+		return nil
+	}
+	with := func(a Addr, fn func(Conn) error) error {
+		err := p.With(ctx, a, fn)
+		if err != nil && x.hit.Load() == nil && !errors.Is(err, errFn) {
+			return fmt.Errorf("nothing was tortured yet: %w", err)
+		}
+		return nil
+	}
+	for range 3 {
+		for _, a := range addrs {
+			if err := with(a, token); err != nil {
+				return err
+			}
+		}
+	}
+	var group sync.WaitGroup
+	for range 6 { // two at a time
+		group.Go(func() { p.With(ctx, addrs[0], token) })
+	}
+	group.Wait()
+	if err := with(addrs[1], func(Conn) error { return errFn }); err != nil {
+		return err
+	}
+	with(addrs[1], token)
+	p.sweep()
+	p.EvictLRU()
+	with(addrs[0], token)
+	p.Retire(addrs[0])
+	if err := p.inconsistency(); err != nil {
+		return err
+	}
+	x.target.Store(-1)
+	p.lookAtHandles()
+	for _, a := range addrs { // both slots, of both
+		hold := make(chan struct{})
+		held := make(chan error, 2)
+		in := make(chan struct{}, 2)
+		for range 2 {
+			go func() {
+				held <- p.With(ctx, a, func(c Conn) error {
+					in <- struct{}{}
+					<-hold
+					return token(c)
+				})
+			}()
+		}
+		for range 2 {
+			select {
+			case <-in:
+			case err := <-held:
+				return fmt.Errorf("the pool is not usable: %w", err)
+			}
+		}
+		close(hold)
+		for range 2 {
+			if err := <-held; err != nil {
+				return fmt.Errorf("the pool is not usable: %w", err)
+			}
+		}
+	}
+	if err := p.Close(); err != nil {
+		return err
+	}
+	if st := p.Stats(); st.Open != 0 || st.Waiting != 0 {
+		return fmt.Errorf("left over: %v", st)
+	}
+	return p.inconsistency()
+}
