@@ -21,7 +21,7 @@ fuzz: ## each fuzz target for FUZZTIME (20s)
 	@.ci/run fuzz
 
 stress: ## the randomised and the racing tests, many times longer
-	CONNPOOL_STRESS=1 go test -race -timeout 60m -run 'Stress|Model|Desync|Race' ./...
+	CONNPOOL_STRESS=1 go test -race -timeout 120m -run 'Stress|Model|Desync|Race|Stolen|Thieves|Restless|ThousandAddresses|NoReplyEver|Records' ./...
 
 soak: ## everything at random over real sockets, for SOAKTIME (30m)
 	@.ci/run soak

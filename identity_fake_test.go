@@ -356,6 +356,27 @@ func TestDisownedBetweenTheLookAndTheLoanIsStillStolen(t *testing.T) {
 	p.check(t)
 }
 
+// BETA-25: what is somebody else's cannot be taken away from them either.
+func TestAStolenConnectionCannotBeDetached(t *testing.T) {
+	f := newFakeSystem(t)
+	p := f.pool(t, Config{})
+	require.NoError(t, p.With(context.Background(), fakeAddr("home"), func(c Conn) error {
+		f.steal(f.sock(0))
+		nc, err := c.Detach()
+		require.Nil(t, nc)
+		require.ErrorIs(t, err, errStolen)
+		return nil
+	}))
+	closed, wrong := f.sock(0).state()
+	require.Empty(t, wrong)
+	require.False(t, closed)
+	st := p.Stats()
+	require.Equal(t, uint64(1), st.Closed[Quarantined])
+	require.Zero(t, st.Open)
+	require.Zero(t, st.Detached)
+	p.check(t)
+}
+
 // BETA-23, BETA-27
 func TestMarkDeadGoesByNumberAndByIdentity(t *testing.T) {
 	var a, b identity

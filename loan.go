@@ -119,7 +119,8 @@ func (h Conn) Close() error {
 // Detach takes the connection out of the pool for good: its slot is free, and
 // the caller owns the result, which is what the dialer or crypto/tls made, with
 // no deadline set. State and codecs built by Setup work on. It fails while an
-// operation is running, when ctx is done, and in a hook.
+// operation is running, when ctx is done, in a hook, and if the descriptor has
+// become another socket's.
 func (h Conn) Detach() (net.Conn, error) {
 	if _, err := h.leaveFor(gone | detached); err != nil {
 		return nil, err
@@ -129,6 +130,11 @@ func (h Conn) Detach() (net.Conn, error) {
 		c.word.And(^uint64(detached))
 		c.pool.discard(c, ClosedCanceled, causeOf(ctx))
 		return nil, causeOf(ctx)
+	}
+	if c.word.Load()&stolen != 0 || c.probe.isStolen() {
+		c.word.And(^uint64(detached))
+		c.pool.discard(c, Quarantined, errStolen)
+		return nil, errStolen
 	}
 	c.nc.SetDeadline(time.Time{})
 	c.pool.detached(c)
