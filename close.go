@@ -78,13 +78,12 @@ func (p *Pool) Close() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeGrace)
 	defer cancel()
-	p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watcher == nil })
+	if p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watcher == nil }) {
+		return nil
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if n := p.n[closing] + p.n[dialing]; n > 0 {
-		return fmt.Errorf("connpool: closed, but %d closes and %d dials have not ended after %v", p.n[closing], p.n[dialing], closeGrace)
-	}
-	return nil
+	return fmt.Errorf("connpool: closed, but %d closes and %d dials have not ended after %v", p.n[closing], p.n[dialing], closeGrace)
 }
 
 // Shutdown closes the pool as Close does, and waits until every borrowed
