@@ -57,6 +57,9 @@ func inChild(t *testing.T, serve func() map[string]Addr) (map[string]Addr, bool)
 	if stress() > 1 {
 		limit = time.Hour
 	}
+	if end, ok := t.Deadline(); ok { // the child must not outlive this process
+		limit = min(limit, time.Until(end)*9/10)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	args := []string{"-test.v", "-test.count=1", "-test.run=^" + t.Name() + "$", "-test.cpu=" + strconv.Itoa(runtime.GOMAXPROCS(0)),
