@@ -6,7 +6,7 @@ DEMO     ?= 10s
 export FUZZTIME SOAKTIME
 
 .DEFAULT_GOAL := help
-.PHONY: help test race fuzz stress soak mutants servers lint cross demo cover ci
+.PHONY: help test race fuzz stress soak mutants bench servers lint cross demo cover ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ soak: ## everything at random over real sockets, for SOAKTIME (30m)
 
 mutants: ## each defence removed: do the tests notice? (some minutes)
 	@.ci/run mutants
+
+bench: ## this pool beside its rivals in one run, into docs/performance.md (minutes, on a quiet machine)
+	cd bench && go run ./cmd/table
 
 servers: ## install the servers that tests run against (root, apt-get)
 	@.ci/run servers
