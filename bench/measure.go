@@ -68,7 +68,7 @@ func measureMemory(t task) (memory, error) {
 
 		before, stacks := inUse()
 		goroutines := runtime.NumGoroutine()
-		s := &Settings{Servers: t.Servers[len(t.Servers)-1:], TLS: t.TLS, Max: t.N, Check: CheckAll}
+		s := &Settings{Servers: t.Servers[len(t.Servers)-1:], TLS: t.TLS, Max: t.N, MaxOpen: -1, Check: CheckAll}
 		r := Rivals[t.Rival](s)
 		defer r.Close()
 		if err := Fill(ctx, r, n, Same); err != nil {
