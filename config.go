@@ -35,7 +35,8 @@ type Config struct {
 	// MaxOpen limits the connections of the whole pool, idle, in use, being
 	// opened or being closed. When it is reached, the least recently used
 	// idle connection of any address makes room.
-	// 0: what the process's limit on file handles leaves (see handles.go);
+	// 0: what the process's limit on file handles leaves, less a reserve of an
+	// eighth, 16 at least (but never more than half);
 	// negative: no limit.
 	MaxOpen int
 
