@@ -1,7 +1,6 @@
 package connpool
 
 import (
-	"context"
 	"sync"
 	"time"
 )
@@ -10,16 +9,16 @@ import (
 // critical section writes what its caller does after the unlock.
 
 func (p *Pool) newSiteLocked(addr Addr) *site {
-	s := &site{addr: addr, heapIndex: -1}
-	p.sites[addr] = s
+	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1}
+	p.sites.add(s)
 	p.armSweepLocked()
 	return s
 }
 
 // forgetLocked drops the books of s if they say nothing.
 func (p *Pool) forgetLocked(s *site) {
-	if openOf(&s.n) == 0 && s.queue.len == 0 && s.failures == 0 && p.sites[s.addr] == s {
-		delete(p.sites, s.addr)
+	if openOf(&s.n) == 0 && s.queue.len == 0 && !s.failing() {
+		p.sites.remove(s)
 	}
 }
 
@@ -36,9 +35,9 @@ func (p *Pool) limitLocked() int {
 // of s, and in all queues, will take it.
 func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
-	case openOf(&s.n)-s.n[closing]+aheadHere >= p.cfg.MaxPerAddr:
+	case openOf(&s.n)-int(s.n[closing])+aheadHere >= p.cfg.MaxPerAddr:
 		return "MaxPerAddr"
-	case openOf(&p.n)-p.n[closing]-p.n[idle]+ahead >= p.limitLocked():
+	case openOf(&p.n)-int(p.n[closing]+p.n[idle])+ahead >= p.limitLocked():
 		return "MaxOpen"
 	}
 	return ""
@@ -47,26 +46,26 @@ func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
 // refreshLocked brings the pool's view of what s wants up to date. It follows
 // every change to the queue, the phases or the back-off of s.
 func (p *Pool) refreshLocked(s *site) {
-	want := s.queue.len - s.queue.dials
+	want := int32(s.queue.len - s.queue.dials)
 	switch {
 	case want <= 0:
 		want = 0
-	case s.retry != nil, s.backingOff() && s.queue.dials > 0:
+	case s.retrying(), s.backingOff() && s.queue.dials > 0:
 		want = 0
 	default:
 		if s.backingOff() {
 			want = 1
 		}
-		want = min(want, p.cfg.MaxDialingPerAddr-s.queue.dials)
+		want = int32(min(int(want), p.cfg.MaxDialingPerAddr-int(s.n[dialing])))
 		if p.cfg.WhenFull != Overflow {
-			want = min(want, p.cfg.MaxPerAddr-openOf(&s.n))
+			want = int32(min(int(want), p.cfg.MaxPerAddr-openOf(&s.n)))
 		}
 		want = max(want, 0)
 	}
-	p.want += want - s.want
+	p.want += int(want - s.want)
 	s.want = want
-	p.counts.Waiting += s.queue.len - s.waiting
-	s.waiting = s.queue.len
+	p.counts.Waiting += s.queue.len - int(s.waiting)
+	s.waiting = int32(s.queue.len)
 	p.ready.set(s, want > 0)
 }
 
@@ -75,15 +74,15 @@ func (p *Pool) refreshLocked(s *site) {
 // they lack.
 func (p *Pool) admitLocked(todo *agenda) {
 	for p.want > 0 && !p.closed {
-		room := p.cfg.MaxDialing - p.n[dialing]
+		room := p.cfg.MaxDialing - int(p.n[dialing])
 		if room <= 0 {
 			return
 		}
 		if openOf(&p.n) >= p.limitLocked() {
-			if p.n[closing] >= min(p.want, room) {
+			if int(p.n[closing]) >= min(p.want, room) {
 				return // enough is on its way
 			}
-			if v := p.recency.oldestIdle(p.n[idle]); v != nil {
+			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
 				p.takeLocked(v)
 				p.moveLocked(v, closing)
 				todo.close(v, ClosedEvicted, nil)
@@ -94,8 +93,13 @@ func (p *Pool) admitLocked(todo *agenda) {
 			}
 		}
 		s := p.ready[0]
-		c := newConn(p, s)
-		todo.dial(c, s.queue.bare.ctx)
+		c := &conn{site: s, epoch: s.epoch}
+		a := &attempt{c: c, ctx: s.queue.bare.ctx, older: s.dial}
+		if s.dial != nil {
+			s.dial.newer = a
+		}
+		s.dial = a
+		todo.dials = append(todo.dials, a)
 		p.moveLocked(c, dialing)
 		s.queue.dialStarted()
 		s.dials++
@@ -107,20 +111,23 @@ func (p *Pool) admitLocked(todo *agenda) {
 
 // moveLocked is the only place where a connection changes its phase.
 func (p *Pool) moveLocked(c *conn, to phase) {
-	p.n[c.phase]--
-	c.site.n[c.phase]--
+	s, from := c.site, c.phase
+	p.n[from]--
+	s.n[from]--
 	c.phase = to
 	p.n[to]++
-	c.site.n[to]++
-	p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
+	s.n[to]++
+	if from == none {
+		p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
+	}
 }
 
 // countLoanLocked counts the loan of c that has just ended, if one has.
 func (p *Pool) countLoanLocked(c *conn) {
-	if c.counted == c.uses {
+	if !c.uncounted {
 		return
 	}
-	c.counted = c.uses
+	c.uncounted = false
 	p.counts.Loans++
 	c.site.loans++
 	if c.uses > 1 {
@@ -147,7 +154,7 @@ const (
 // the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
 // It reports whether the connection was kept.
 func (p *Pool) park(c *conn, u use) bool {
-	now := p.now()
+	now := p.clock.now()
 	var todo agenda
 	p.mu.Lock()
 	kept := p.parkLocked(c, u, now, &todo)
@@ -158,13 +165,13 @@ func (p *Pool) park(c *conn, u use) bool {
 	return kept
 }
 
-func (p *Pool) parkLocked(c *conn, u use, now time.Time, todo *agenda) bool {
+func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 	s := c.site
 	if u != untouched {
 		// Its clock was read before the lock: it may be a moment behind
 		// that of a connection that was parked meanwhile.
-		if s.top != nil && s.top.since.After(now) {
-			now = s.top.since
+		if s.top != nil {
+			now = max(now, s.top.since)
 		}
 		c.since, c.idleFor = now, 0
 	}
@@ -175,12 +182,15 @@ func (p *Pool) parkLocked(c *conn, u use, now time.Time, todo *agenda) bool {
 		p.admitLocked(todo)
 		return false
 	}
-	c.trace = nil
+	c.forget()
 	if u == used {
 		p.recency.touch(c)
 	}
 	if s.queue.head != nil {
-		s.queue.deliver(c, u == justBorn, nil)
+		p.deliverLocked(s, c, u == justBorn, nil)
+		if s.queue.surplus() > 0 {
+			p.doubtDialsLocked(s)
+		}
 		p.refreshLocked(s)
 		return true
 	}
@@ -195,7 +205,7 @@ func (p *Pool) parkLocked(c *conn, u use, now time.Time, todo *agenda) bool {
 }
 
 // unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
-func (p *Pool) unwantedLocked(c *conn, u use, now time.Time) CloseReason {
+func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 	s, limit := c.site, p.limitLocked()
 	switch {
 	case p.closed:
@@ -208,15 +218,15 @@ func (p *Pool) unwantedLocked(c *conn, u use, now time.Time) CloseReason {
 		return ClosedUnknown
 	case c.uses >= p.cfg.MaxUses:
 		return ClosedMaxUses
-	case c.life > 0 && elapsed(c.born, now) >= c.life:
+	case c.life > 0 && now.sub(c.born) >= c.life:
 		return ClosedLifetime
-	case openOf(&s.n)-s.n[closing] > p.cfg.MaxPerAddr, openOf(&p.n)-p.n[closing] > limit:
+	case openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr, openOf(&p.n)-int(p.n[closing]) > limit:
 		return ClosedSurplus
 	case p.cfg.MaxIdle == 0 && c.uses > 0, p.cfg.MaxIdlePerAddr == 0 && c.uses > 0:
 		return ClosedSurplus
 	}
 	if s.queue.head == nil {
-		if p.n[idle] >= p.cfg.MaxIdle || s.n[idle] >= p.cfg.MaxIdlePerAddr {
+		if int(p.n[idle]) >= p.cfg.MaxIdle || int(s.n[idle]) >= p.cfg.MaxIdlePerAddr {
 			return ClosedSurplus
 		}
 		if p.pressure >= handlesLow {
@@ -278,7 +288,7 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 // detached).
 func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	var todo agenda
-	age := p.now().Sub(c.born)
+	age := p.clock.now().sub(c.born)
 	p.mu.Lock()
 	s := c.site
 	p.countLoanLocked(c)
@@ -303,11 +313,7 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	if reason == ClosedUnknown {
 		return
 	}
-	t := p.cfg.Trace
-	if c.trace != nil { // the loan's, which has the pool's in it
-		t = c.trace
-	}
-	if t != nil && t.Closed != nil {
+	if t := c.trace(); t != nil && t.Closed != nil {
 		p.observe(func() {
 			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
 		})
@@ -318,13 +324,8 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 // agenda is what a critical section decided and its caller does after the
 // unlock. The connections in it are the caller's.
 type agenda struct {
-	dials  []dialOrder
+	dials  []*attempt
 	closes []closeOrder
-}
-
-type dialOrder struct {
-	c   *conn
-	ctx context.Context
 }
 
 type closeOrder struct {
@@ -333,7 +334,6 @@ type closeOrder struct {
 	err    error
 }
 
-func (a *agenda) dial(c *conn, ctx context.Context) { a.dials = append(a.dials, dialOrder{c, ctx}) }
 func (a *agenda) close(c *conn, reason CloseReason, err error) {
 	a.closes = append(a.closes, closeOrder{c, reason, err})
 }
@@ -343,7 +343,7 @@ func (a *agenda) run(p *Pool) {
 		return
 	}
 	for _, d := range a.dials {
-		go p.dial(d.ctx, d.c)
+		go p.dial(d)
 	}
 	defer func() {
 		if len(a.closes) > 0 { // a Trace function called runtime.Goexit

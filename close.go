@@ -35,7 +35,7 @@ func (p *Pool) Retire(addr Addr) {
 	p.sessions.forget(addr)
 	var todo agenda
 	p.mu.Lock()
-	if s := p.sites[addr]; s != nil {
+	if s := p.sites.find(addr); s != nil {
 		s.epoch++
 		p.dropIdleLocked(s, ClosedRetired, &todo)
 	}
@@ -47,7 +47,7 @@ func (p *Pool) Retire(addr Addr) {
 func (p *Pool) CloseIdle() {
 	var todo agenda
 	p.mu.Lock()
-	for _, s := range p.sites {
+	for s := range p.sites.all() {
 		p.dropIdleLocked(s, ClosedOnRequest, &todo)
 	}
 	p.mu.Unlock()
@@ -114,12 +114,12 @@ func (p *Pool) shut() bool {
 	if p.sweeper != nil {
 		p.sweeper.Stop()
 	}
-	for _, s := range p.sites {
+	for s := range p.sites.all() {
 		p.dropIdleLocked(s, ClosedWithPool, &todo)
 		p.stopRetryLocked(s)
-		s.failures = 0
+		s.trouble = nil
 		for s.queue.head != nil {
-			s.queue.deliver(nil, false, ErrClosed)
+			p.deliverLocked(s, nil, false, ErrClosed)
 		}
 		p.refreshLocked(s)
 		p.forgetLocked(s)
@@ -159,7 +159,7 @@ func (p *Pool) awaitLeft(ctx context.Context, done func() bool) bool {
 
 // stillOut lists the connections that are in use, by address.
 func (p *Pool) stillOut() string {
-	now := p.now()
+	now := p.clock.exactly()
 	type out struct {
 		n    int
 		held time.Duration
@@ -176,7 +176,7 @@ func (p *Pool) stillOut() string {
 			order = append(order, c.site.addr)
 		}
 		o.n++
-		o.held = max(o.held, now.Sub(c.since))
+		o.held = max(o.held, now.sub(c.since))
 		byAddr[c.site.addr] = o
 	}
 	dials, closes := p.n[dialing], p.n[closing]

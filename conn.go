@@ -29,44 +29,95 @@ const (
 	numPhases
 )
 
-// conn is a connection of the pool's.
+// conn is a connection of the pool's. There may be a hundred thousand of them,
+// so what only a loan under a ctx needs is in a lending, and times are instants.
 //
 // Nothing of one loan is visible in the next: end clears the deadlines, stops
 // the watch on ctx and revokes the handles; what cannot be cleared (unread
 // bytes, operations in flight, a socket that failed) makes settle discard it.
 type conn struct {
-	// Fixed once the dial has ended.
-	pool  *Pool
-	site  *site
-	id    uint64
-	epoch uint64 // of the site when the dial began
-	nc    net.Conn
-	born  time.Time
-	life  time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
-	state any           // what Setup returned
-	probe probe
-
-	phase    phase // Pool.mu
-	up, down *conn // neighbours in the idle stack; Pool.mu
-
-	// The owner's.
-	since       time.Time       // given back, or lent, at; written under Pool.mu
-	idleFor     time.Duration   // before this loan
-	checked     time.Time       // when Config.Check last said yes
-	uses        int             // loans, this one included
-	counted     int             // those that are in Stats; Pool.mu
-	trace       *Trace          // of the loan
-	loanCtx     context.Context // of the loan; nil if it can never be done
-	unwatch     func() bool     // stops the watch on loanCtx
-	interruptFn func()          // c.interrupt, made once: a method value allocates
-
+	site *site         // for life
 	word atomic.Uint64 // see below
 
-	dmu         sync.Mutex // orders deadlines against the interrupt; nothing else happens under it but SetDeadline
-	limit       time.Time  // the ctx's deadline, which no deadline of fn's may exceed
-	deadlineSet bool       // there is one on the socket
-	firstErr    error      // of an operation of this loan
-	loans       []pastLoan // the last ones, in debug mode
+	// Pool.mu guards these; since is the owner's too.
+	up, down       *conn   // neighbours in the idle stack
+	younger, older *conn   // neighbours in the recency
+	since          instant // given back, or lent, at
+	phase          phase
+	uncounted      bool // the current loan is not in Stats yet; the owner's too
+
+	deadlineSet bool   // there is one on the socket; dmu, between loans the owner's
+	epoch       uint32 // of the site when the dial began
+
+	// The owner's.
+	idleFor time.Duration // before this loan
+	checked instant       // when Config.Check last said yes
+	uses    int           // loans, this one included
+
+	loan atomic.Pointer[lending] // nil while nothing has to be remembered
+	dmu  sync.Mutex           // orders deadlines against the interrupt; nothing else happens under it but SetDeadline
+
+	// Fixed once the dial has ended.
+	nc    net.Conn
+	probe probe
+	state any // what Setup returned
+	id    uint64
+	born  instant
+	life  time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
+	past  *[]pastLoan   // the last ones, in debug mode; dmu
+}
+
+// lending is what a connection remembers while it is lent. Most loans remember
+// nothing; the others take one that an earlier loan has left (see forget).
+type lending struct {
+	c     *conn
+	trace *Trace // nil: none
+
+	// dmu of c guards these once the loan has begun.
+	ctx      context.Context // nil if it can never be done
+	limit    time.Time       // the ctx's deadline, which no deadline of fn's may exceed
+	firstErr error           // of an operation
+
+	unwatch   func() bool // stops the watch on ctx
+	interrupt func()      // c.interrupt, made once: a method value allocates
+}
+
+var lendings = sync.Pool{New: func() any {
+	l := new(lending)
+	l.interrupt = func() { l.c.interrupt() }
+	return l
+}}
+
+// remember returns the lending of c, which there is from now on.
+func (c *conn) remember() *lending {
+	for {
+		if l := c.loan.Load(); l != nil {
+			return l
+		}
+		l := lendings.Get().(*lending)
+		l.c = c
+		if c.loan.CompareAndSwap(nil, l) {
+			return l
+		}
+	}
+}
+
+// forget ends what remember began. Only the owner calls it, after a loan that
+// ended in good order: no operation is left that could look, and no watch.
+func (c *conn) forget() {
+	if l := c.loan.Load(); l != nil {
+		c.loan.Store(nil)
+		*l = lending{interrupt: l.interrupt}
+		lendings.Put(l)
+	}
+}
+
+// trace is that of the loan, or of the pool.
+func (c *conn) trace() *Trace {
+	if l := c.loan.Load(); l != nil && l.trace != nil {
+		return l.trace
+	}
+	return c.site.pool.cfg.Trace
 }
 
 // The state word:
@@ -105,21 +156,16 @@ const (
 
 var past = time.Unix(1, 0)
 
-func newConn(p *Pool, s *site) *conn {
-	c := &conn{pool: p, site: s, epoch: s.epoch}
-	c.interruptFn = c.interrupt
-	return c
-}
-
 // adopt makes nc the socket of c.
 func (c *conn) adopt(nc net.Conn) {
+	p := c.site.pool
 	c.nc = nc
-	c.born = c.pool.now()
+	c.born = p.clock.exactly()
 	c.since = c.born
-	if m := c.pool.cfg.MaxLifetime; m > 0 {
+	if m := p.cfg.MaxLifetime; m > 0 {
 		c.life = m - rand.N(m/10+1)
 	}
-	c.probe.init(nc, c.pool.sys, &c.pool.cfg)
+	c.probe.init(nc, p.sys, &p.cfg)
 }
 
 // link puts c on the idle stack of its site: on top, or, in order, where its
@@ -127,7 +173,7 @@ func (c *conn) adopt(nc net.Conn) {
 func (c *conn) link(inOrder bool) {
 	s := c.site
 	above, below := (*conn)(nil), s.top
-	for inOrder && below != nil && below.since.After(c.since) {
+	for inOrder && below != nil && below.since > c.since {
 		above, below = below, below.down
 	}
 	c.up, c.down = above, below
@@ -158,10 +204,16 @@ func (c *conn) generation() uint64 { return c.word.Load() >> genShift }
 
 // begin starts a loan under ctx. Only the owner calls it.
 func (c *conn) begin(ctx context.Context, flags uint64) Conn {
-	if ctx.Done() != nil {
-		c.loanCtx = ctx
+	l := c.loan.Load()
+	if l != nil { // of the loan that this one, a hook's, is part of
+		l.ctx, l.limit, l.firstErr = nil, time.Time{}, nil
+	}
+	watch := ctx.Done() != nil
+	if watch {
+		l = c.remember()
+		l.ctx = ctx
 		if t, ok := ctx.Deadline(); ok {
-			c.limit, c.deadlineSet = t, true
+			l.limit, c.deadlineSet = t, true
 			c.nc.SetDeadline(t)
 		}
 	}
@@ -174,11 +226,11 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 			break
 		}
 	}
-	if c.loanCtx != nil {
-		c.unwatch = context.AfterFunc(ctx, c.interruptFn)
+	if watch {
+		l.unwatch = context.AfterFunc(ctx, l.interrupt)
 	}
-	if c.pool.cfg.Debug {
-		c.remember(gen)
+	if c.site.pool.cfg.Debug {
+		c.recordBorrower(gen)
 	}
 	return Conn{c, gen}
 }
@@ -189,7 +241,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 func (c *conn) interrupt() {
 	defer func() {
 		if v := recover(); v != nil {
-			c.pool.log(slog.LevelError, "SetDeadline panicked", "addr", c.site.addr, "panic", v)
+			c.site.pool.log(slog.LevelError, "SetDeadline panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
 	c.word.Or(cut)
@@ -228,14 +280,15 @@ func (c *conn) abort() bool {
 // stopWatch reports whether the ctx of the loan had no effect, and will have
 // none. Only the owner calls it.
 func (c *conn) stopWatch() bool {
-	if c.unwatch == nil {
+	l := c.loan.Load()
+	if l == nil || l.unwatch == nil {
 		return true
 	}
-	if !c.unwatch() {
+	if !l.unwatch() {
 		return false
 	}
 	c.dmu.Lock() // a guard that was detached may set deadlines already
-	c.unwatch, c.loanCtx, c.limit = nil, nil, time.Time{}
+	l.unwatch, l.ctx, l.limit = nil, nil, time.Time{}
 	c.dmu.Unlock()
 	return true
 }
@@ -301,38 +354,53 @@ func (c *conn) note(err error) error {
 		c.word.Or(broken)
 	}
 	word := c.word.Load()
+	if word&detached != 0 {
+		if late {
+			err = ioErrorOf(word, err)
+		}
+		return err
+	}
+	l := c.remember()
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	if late || word&cut != 0 {
-		ioe := &ioError{kind: KindTimeout, err: err}
-		if word&moved != 0 {
-			ioe.kind = KindTimeoutInTransfer
-		}
-		switch ctx := c.loanCtx; {
-		case word&detached != 0 || ctx == nil:
-		case ctx.Err() != nil:
-			ioe.cause = causeOf(ctx)
+		ioe := ioErrorOf(word, err)
+		switch {
+		case l.ctx == nil:
+		case l.ctx.Err() != nil:
+			ioe.cause = causeOf(l.ctx)
 			if errors.Is(ioe.cause, context.Canceled) {
 				ioe.kind = KindCanceled
 			}
-		case !c.limit.IsZero() && !c.pool.now().Before(c.limit):
+		case !l.limit.IsZero() && !c.site.pool.clock.read().Before(l.limit):
 			// The socket's clock was a moment faster than the ctx's.
 			ioe.cause = context.DeadlineExceeded
 			c.word.Or(cut)
 		}
 		err = ioe
 	}
-	if c.firstErr == nil {
-		c.firstErr = err
+	if l.firstErr == nil {
+		l.firstErr = err
 	}
 	return err
+}
+
+func ioErrorOf(word uint64, err error) *ioError {
+	ioe := &ioError{kind: KindTimeout, err: err}
+	if word&moved != 0 {
+		ioe.kind = KindTimeoutInTransfer
+	}
+	return ioe
 }
 
 // failure is the first error of the loan.
 func (c *conn) failure() error {
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	return c.firstErr
+	if l := c.loan.Load(); l != nil {
+		return l.firstErr
+	}
+	return nil
 }
 
 // setDeadline applies a deadline of fn's. The ctx has the last word.
@@ -342,8 +410,8 @@ func (c *conn) setDeadline(t time.Time, set func(time.Time) error) error {
 	if c.word.Load()&cut != 0 {
 		return nil // interrupted: the past deadline stays
 	}
-	if !c.limit.IsZero() && (t.IsZero() || t.After(c.limit)) {
-		t = c.limit
+	if l := c.loan.Load(); l != nil && !l.limit.IsZero() && (t.IsZero() || t.After(l.limit)) {
+		t = l.limit
 	}
 	c.deadlineSet = true
 	return set(t)
@@ -419,7 +487,7 @@ const closeTimeout = 5 * time.Second
 func (c *conn) closeFully(reason CloseReason) {
 	defer func() {
 		if v := recover(); v != nil {
-			c.pool.log(slog.LevelError, "closing panicked", "addr", c.site.addr, "panic", v)
+			c.site.pool.log(slog.LevelError, "closing panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
 	if s, ok := c.state.(io.Closer); ok {

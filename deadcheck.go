@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"reflect"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -35,8 +36,8 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 		return ClosedUnknown, nil
 	}
 	unproven := c.idleFor
-	if !c.checked.IsZero() {
-		unproven = min(unproven, elapsed(c.checked, c.since))
+	if c.checked != 0 {
+		unproven = min(unproven, c.since.sub(c.checked))
 	}
 	if unproven < p.cfg.TrustIdle {
 		return ClosedUnknown, nil
@@ -51,17 +52,17 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 		}
 		return ClosedCheckFailed, err
 	}
-	c.checked = p.now()
+	c.checked = p.clock.exactly()
 	return c.ask() // the answer may have been longer than Check read
 }
 
 // aged says whether a connection that has been idle for so long has outlived
 // its time.
-func (p *Pool) aged(c *conn, idleFor time.Duration, now time.Time) CloseReason {
+func (p *Pool) aged(c *conn, idleFor time.Duration, now instant) CloseReason {
 	switch {
 	case p.cfg.IdleTimeout > 0 && idleFor >= p.cfg.IdleTimeout:
 		return ClosedIdleTimeout
-	case c.life > 0 && elapsed(c.born, now) >= c.life:
+	case c.life > 0 && now.sub(c.born) >= c.life:
 		return ClosedLifetime
 	}
 	return ClosedUnknown
@@ -98,28 +99,55 @@ var realSystem = system{dialSocket, identify, stillIs, peek, readNow, handleLimi
 // eats tickets and finds nothing (alive), finds plaintext (dirty), or finds the
 // end (stale).
 type probe struct {
-	sys    *system
-	prober Prober          // nil: the connection is not one
-	raw    syscall.RawConn // nil: no descriptor
-	plain  bool            // the descriptor is a socket whose close cannot block
-	tls    *tls.Conn       // nil: no crypto/tls above
-	sock   *tlsSocket      // what crypto/tls reads from; nil if a custom dialer made the TLS
+	sys  *system
+	raw  syscall.RawConn // nil: no descriptor
+	tls  *tls.Conn       // nil: no crypto/tls above
+	sock *tlsSocket      // what crypto/tls reads from; nil if a custom dialer made the TLS
 
-	fd    uintptr  // the number of the descriptor, if raw is there
-	who   identity // of its socket
-	known bool     // who is
+	fd     uintptr  // the number of the descriptor, if raw is there
+	who    identity // of its socket
+	known  bool     // who is
+	plain  bool     // the descriptor is a socket whose close cannot block
+	prober bool     // the connection is a Prober
+}
 
-	// look is the one visit to the descriptor before a loan, made once because
-	// a closure allocates. It leaves what it found in stolen and seen.
-	look    func(fd uintptr)
+// look is one visit to a descriptor: what it is to find out, and what it found.
+// It is used again and again, because a closure allocates.
+type look struct {
+	probe   *probe
+	peek    bool          // not only compare the identity
+	visit   func(uintptr) // made once
 	stolen  bool
 	seen    peeked
-	scratch [1]byte
+	scratch [1]byte // for readThrough
+}
+
+var looks = sync.Pool{New: func() any {
+	l := new(look)
+	l.visit = func(fd uintptr) {
+		p := l.probe
+		l.stolen = p.known && !p.sys.stillIs(fd, p.who)
+		if l.seen = (peeked{}); l.peek && !l.stolen {
+			l.seen = p.sys.peek(fd)
+		}
+	}
+	return l
+}}
+
+func newLook(p *probe, peek bool) *look {
+	l := looks.Get().(*look)
+	l.probe, l.peek = p, peek
+	return l
+}
+
+func (l *look) done() {
+	l.probe, l.seen = nil, peeked{}
+	looks.Put(l)
 }
 
 func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 	p.sys = sys
-	p.prober, _ = nc.(Prober)
+	_, p.prober = nc.(Prober)
 	below := nc
 	if t, ok := nc.(*tls.Conn); ok {
 		p.tls = t
@@ -152,17 +180,10 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 			p.who, p.known = sys.identify(fd)
 		}
 	})
-	asking := !cfg.NoProbe
-	p.look = func(fd uintptr) {
-		p.stolen = p.known && !p.sys.stillIs(fd, p.who)
-		if p.seen = (peeked{}); asking && !p.stolen {
-			p.seen = p.sys.peek(fd)
-		}
-	}
 }
 
 // can reports whether there is anything to ask.
-func (p *probe) can() bool { return p.prober != nil || p.raw != nil && canPeek }
+func (p *probe) can() bool { return p.prober || p.raw != nil && canPeek }
 
 // isStolen reports whether the descriptor has become another socket's.
 func (p *probe) isStolen() (stolen bool) {
@@ -184,31 +205,35 @@ func (c *conn) ask() (CloseReason, error) {
 	if c.word.Load()&hungUp != 0 {
 		c.word.And(^uint64(hungUp)) // before the look, so that the next one is not missed
 	}
-	return c.probe.ask(&c.pool.cfg)
+	return c.probe.ask(&c.site.pool.cfg, c.nc)
 }
 
-func (p *probe) ask(cfg *Config) (CloseReason, error) {
+func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
+	var seen peeked
 	if p.raw != nil && (p.known || !cfg.NoProbe) {
-		if err := p.raw.Control(p.look); err != nil {
+		l := newLook(p, !cfg.NoProbe)
+		err := p.raw.Control(l.visit)
+		stolen := l.stolen
+		seen = l.seen
+		l.done()
+		switch {
+		case err != nil:
 			return ClosedStale, err
-		}
-		if p.stolen {
+		case stolen:
 			return Quarantined, errStolen
 		}
 	}
-	if cfg.NoProbe {
+	switch {
+	case cfg.NoProbe:
 		return ClosedUnknown, nil
-	}
-	if p.prober != nil {
-		if err := p.askProber(); err != nil {
+	case p.prober:
+		if err := askProber(nc.(Prober)); err != nil {
 			return ClosedStale, err
 		}
 		return ClosedUnknown, nil
-	}
-	switch {
-	case p.seen.err != nil:
-		return ClosedStale, p.seen.err
-	case !p.seen.bytes:
+	case seen.err != nil:
+		return ClosedStale, seen.err
+	case !seen.bytes:
 		return ClosedUnknown, nil
 	case p.tls == nil:
 		return ClosedDirty, errUnread
@@ -216,9 +241,9 @@ func (p *probe) ask(cfg *Config) (CloseReason, error) {
 	return p.readThrough(noWait, lookPatience)
 }
 
-func (p *probe) askProber() (err error) {
+func askProber(pr Prober) (err error) {
 	defer recoverInto(&err, "Probe")
-	return p.prober.Probe()
+	return pr.Probe()
 }
 
 // lookPatience bounds what a look may wait for where it cannot do without
@@ -265,7 +290,9 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 		p.tls.SetDeadline(deadline)
 		defer p.tls.SetDeadline(time.Time{})
 	}
-	n, err := p.tls.Read(p.scratch[:])
+	l := newLook(p, false)
+	defer l.done()
+	n, err := p.tls.Read(l.scratch[:])
 	switch {
 	case n > 0:
 		return ClosedDirty, errUnread

@@ -98,7 +98,7 @@ func TestARestartedServerFailsNobody(t *testing.T) {
 func stale(p *Pool, addr Addr) (n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := p.sites[addr]
+	s := p.sites.find(addr)
 	if s == nil {
 		return 0
 	}

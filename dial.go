@@ -33,7 +33,23 @@ const (
 	failureMemory = time.Minute
 )
 
-func (s *site) backingOff() bool { return s.failures >= backoffAfter }
+// trouble is what an address remembers of dials that failed.
+type trouble struct {
+	failures int         // in a row
+	failedAt instant     // the last of them
+	lastErr  error       // its error
+	retry    *time.Timer // running while the next probe is not due
+}
+
+func (s *site) failing() bool    { return s.trouble != nil && s.trouble.failures > 0 }
+func (s *site) backingOff() bool { return s.trouble != nil && s.trouble.failures >= backoffAfter }
+func (s *site) retrying() bool   { return s.trouble != nil && s.trouble.retry != nil }
+func (s *site) lastErr() error {
+	if s.trouble == nil {
+		return nil
+	}
+	return s.trouble.lastErr
+}
 
 // dialError is a dial's failure with its stage, on its way to a waiter.
 type dialError struct {
@@ -46,7 +62,14 @@ func (e *dialError) Unwrap() error { return e.err }
 
 // attempt is one dial under way.
 type attempt struct {
-	c     *conn
+	c   *conn
+	ctx context.Context // of the borrower for whom it was started: its values
+
+	// Pool.mu guards these.
+	newer, older *attempt           // among those of the site that waiters count on
+	surplus      bool               // it is not one of them any more
+	giveUp       context.CancelFunc // nil before it runs
+
 	where string // the foreign code that runs
 	stage Stage
 	err   error
@@ -69,12 +92,19 @@ func (a *attempt) settle() (mine, adopted bool) {
 
 // dial opens c for the pool and books the outcome, whatever the dialer and the
 // hooks do: return, panic, end their goroutine, or never come back.
-func (p *Pool) dial(ctx context.Context, c *conn) {
+func (p *Pool) dial(a *attempt) {
 	p.lookAtHandles()
-	start := p.now()
-	t := p.trace(ctx)
-	ctx, cancel := p.within(context.WithoutCancel(ctx), p.cfg.DialTimeout)
-	a := &attempt{c: c, stage: StageDial}
+	c, start := a.c, p.clock.exactly()
+	t := p.trace(a.ctx)
+	ctx, cancel := p.within(context.WithoutCancel(a.ctx), p.cfg.DialTimeout)
+	a.stage = StageDial
+	p.mu.Lock()
+	a.giveUp = cancel
+	surplus := a.surplus
+	p.mu.Unlock()
+	if surplus {
+		cancel()
+	}
 
 	if p.cfg.DialTimeout > 0 {
 		late := time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
@@ -106,7 +136,7 @@ func (p *Pool) dial(ctx context.Context, c *conn) {
 		}
 		c.state = a.state
 		if a.err == nil {
-			p.dialed(c, start, t, nil)
+			p.dialed(a, start, t, nil)
 			return
 		}
 		p.dialFailed(a, start, t, a.err)
@@ -117,8 +147,8 @@ func (p *Pool) dial(ctx context.Context, c *conn) {
 
 // dialFailed books a dial that came to nothing. If there is a socket already,
 // the slot is free when it is closed.
-func (p *Pool) dialFailed(a *attempt, start time.Time, t *Trace, err error) {
-	p.dialed(a.c, start, t, &dialError{a.stage, err})
+func (p *Pool) dialFailed(a *attempt, start instant, t *Trace, err error) {
+	p.dialed(a, start, t, &dialError{a.stage, err})
 	if a.stage == StageSetup {
 		p.discard(a.c, ClosedSetupFailed, err)
 	}
@@ -126,15 +156,15 @@ func (p *Pool) dialFailed(a *attempt, start time.Time, t *Trace, err error) {
 
 // abandonDial goes on without a dialer, handshake or Setup that has not come
 // back long after its ctx was done. What it returns at last is closed.
-func (p *Pool) abandonDial(a *attempt, adopted bool, start time.Time, t *Trace) {
+func (p *Pool) abandonDial(a *attempt, adopted bool, start instant, t *Trace) {
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
 	if !adopted {
-		p.dialed(a.c, start, t, &dialError{StageDial, fmt.Errorf("dialer: %w", late)})
+		p.dialed(a, start, t, &dialError{StageDial, fmt.Errorf("dialer: %w", late)})
 		return
 	}
 	a.c.word.And(^uint64(lent)) // shuts the guard
 	late = fmt.Errorf("Config.Setup: %w", late)
-	p.dialed(a.c, start, t, &dialError{StageSetup, late})
+	p.dialed(a, start, t, &dialError{StageSetup, late})
 	p.discard(a.c, ClosedSetupFailed, late)
 }
 
@@ -203,7 +233,7 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 		}
 		asked = true
 		a.where = "Config.NoneRemovable"
-		if !p.cfg.NoneRemovable(p.failed(a.c.site.addr, a.stage, err, time.Time{})) {
+		if !p.cfg.NoneRemovable(p.failed(a.c.site.addr, a.stage, err, 0)) {
 			return nil, err
 		}
 	}
@@ -266,13 +296,16 @@ func (p *Pool) resolve(addr Addr) (Addr, error) {
 }
 
 // dialed books the outcome of a dial.
-func (p *Pool) dialed(c *conn, start time.Time, t *Trace, failure *dialError) {
-	now := p.now()
+func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
+	now := p.clock.exactly()
 	var todo agenda
-	s := c.site
+	c, s := a.c, a.c.site
+	info := DialInfo{Addr: s.addr, Took: now.sub(start)}
 	p.mu.Lock()
-	s.queue.dialEnded()
-	info := DialInfo{Addr: s.addr, Took: now.Sub(start)}
+	if a.giveUp = nil; !a.surplus {
+		s.dropLocked(a)
+		s.queue.dialEnded()
+	}
 	if failure == nil {
 		p.lastID++
 		c.id = p.lastID
@@ -281,13 +314,16 @@ func (p *Pool) dialed(c *conn, start time.Time, t *Trace, failure *dialError) {
 		if c.unprobed() {
 			p.counts.Unprobed++
 		}
-		s.failures, s.lastErr = 0, nil
 		p.stopRetryLocked(s)
+		s.trouble = nil
 		p.moveLocked(c, borrowed)
 		p.parkLocked(c, justBorn, now, &todo)
 	} else {
 		info.Err = failure.err
-		p.dialFailedLocked(c, failure, now)
+		p.dialFailedLocked(a, failure, now)
+	}
+	if s.queue.len+s.queue.dials == 0 {
+		s.queue = &noQueue
 	}
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
@@ -296,9 +332,10 @@ func (p *Pool) dialed(c *conn, start time.Time, t *Trace, failure *dialError) {
 	at := sighting{c, c.generation()}
 	p.mu.Unlock()
 	todo.run(p)
-	if failure == nil {
+	switch {
+	case failure == nil:
 		p.hearAgain(at)
-	} else {
+	case !a.givenUp(failure):
 		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
 	if t != nil && t.DialDone != nil {
@@ -306,8 +343,59 @@ func (p *Pool) dialed(c *conn, start time.Time, t *Trace, failure *dialError) {
 	}
 }
 
-func (p *Pool) dialFailedLocked(c *conn, failure *dialError, now time.Time) {
-	s := c.site
+// surplusPatience is how long a dial that no waiter needs any more goes on all
+// the same: most end sooner, and the next borrowers may want them.
+const surplusPatience = 25 * time.Millisecond
+
+// doubtDialsLocked sees to it that a burst which the connections that came back
+// have served does not leave one behind for each of its borrowers: what is
+// surplus after surplusPatience is given up.
+func (p *Pool) doubtDialsLocked(s *site) {
+	q := s.queue
+	if q.doubted {
+		return
+	}
+	q.doubted = true
+	time.AfterFunc(surplusPatience, func() {
+		var surplus []context.CancelFunc
+		p.mu.Lock()
+		q.doubted = false
+		for q == s.queue && q.surplus() > 0 {
+			a := s.dial // the youngest
+			s.dropLocked(a)
+			a.surplus = true
+			q.dialEnded()
+			if a.giveUp != nil {
+				surplus = append(surplus, a.giveUp)
+			}
+		}
+		p.mu.Unlock()
+		for _, giveUp := range surplus {
+			giveUp()
+		}
+	})
+}
+
+// dropLocked takes a out of the list of the dials that waiters count on.
+func (s *site) dropLocked(a *attempt) {
+	if a.newer == nil {
+		s.dial = a.older
+	} else {
+		a.newer.older = a.older
+	}
+	if a.older != nil {
+		a.older.newer = a.newer
+	}
+	a.newer, a.older = nil, nil
+}
+
+// givenUp reports whether the pool itself is the cause of a failure.
+func (a *attempt) givenUp(failure *dialError) bool {
+	return a.surplus && errors.Is(failure.err, context.Canceled)
+}
+
+func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
+	c, s := a.c, a.c.site
 	if failure.stage == StageSetup {
 		p.moveLocked(c, closing) // the slot is free when the socket is closed
 	} else {
@@ -318,23 +406,29 @@ func (p *Pool) dialFailedLocked(c *conn, failure *dialError, now time.Time) {
 	}
 	p.counts.DialErrors++
 	s.dialErrors++
-	s.lastErr = failure.err
+	if a.givenUp(failure) {
+		return
+	}
+	if s.trouble == nil {
+		s.trouble = new(trouble)
+	}
+	s.trouble.lastErr = failure.err
 	// A failure for want of something local says nothing about the peer.
 	if kind := KindOf(failure.err); !p.closed && kind != KindResource && kind != KindUsage {
-		s.failures++
-		s.failedAt = now
+		s.trouble.failures++
+		s.trouble.failedAt = now
 	}
-	if s.queue.head != nil {
-		s.queue.deliver(nil, false, failure)
+	if s.queue.head != nil && !a.surplus {
+		p.deliverLocked(s, nil, false, failure)
 	}
 	if !s.backingOff() {
 		return
 	}
 	p.giveUpLocked(s)
-	if s.retry == nil && !p.closed {
-		pause := min(backoffMax, backoffMin<<min(s.failures-backoffAfter, 16))
+	if s.trouble.retry == nil && !p.closed {
+		pause := min(backoffMax, backoffMin<<min(s.trouble.failures-backoffAfter, 16))
 		pause -= rand.N(pause / 2)
-		s.retry = time.AfterFunc(pause, func() { p.retry(s) })
+		s.trouble.retry = time.AfterFunc(pause, func() { p.retry(s) })
 	}
 }
 
@@ -346,8 +440,9 @@ func (p *Pool) giveUpLocked(s *site) {
 	}
 	for s.queue.len > max(1, s.queue.dials) {
 		w := s.queue.tail
+		p.waitedLocked(w, true)
 		s.queue.remove(w)
-		w.serve(nil, false, &dialError{StageBackoff, s.lastErr})
+		w.serve(nil, false, &dialError{StageBackoff, s.lastErr()})
 	}
 }
 
@@ -355,7 +450,9 @@ func (p *Pool) giveUpLocked(s *site) {
 func (p *Pool) retry(s *site) {
 	var todo agenda
 	p.mu.Lock()
-	s.retry = nil
+	if s.trouble != nil {
+		s.trouble.retry = nil
+	}
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
 	p.mu.Unlock()
@@ -363,9 +460,9 @@ func (p *Pool) retry(s *site) {
 }
 
 func (p *Pool) stopRetryLocked(s *site) {
-	if s.retry != nil {
-		s.retry.Stop()
-		s.retry = nil
+	if s.retrying() {
+		s.trouble.retry.Stop()
+		s.trouble.retry = nil
 	}
 }
 
@@ -373,7 +470,7 @@ func (p *Pool) stopRetryLocked(s *site) {
 // it is closed or ctx is done.
 func (p *Pool) evict(ctx context.Context) (Addr, bool) {
 	p.mu.Lock()
-	c := p.recency.oldestIdle(p.n[idle])
+	c := p.recency.oldestIdle(int(p.n[idle]))
 	if c == nil {
 		p.mu.Unlock()
 		return Addr{}, false

@@ -76,7 +76,7 @@ func (p *Pool) enroll(c *conn) {
 	if limited && p.cfg.MaxOpen < math.MaxInt {
 		p.pressure = pressureAt(c.probe.fd, limit)
 		if p.pressure == handlesCritical {
-			if v := p.recency.oldestIdle(p.n[idle]); v != nil {
+			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
 				p.takeLocked(v)
 				p.moveLocked(v, closing)
 				todo.close(v, ClosedLowHandles, nil)

@@ -104,30 +104,36 @@ func (p *Pool) observe(f func()) {
 
 // strayed reports, in debug mode, the use of a handle whose loan is over.
 func (c *conn) strayed(gen uint64) {
-	if !c.pool.cfg.Debug {
+	p := c.site.pool
+	if !p.cfg.Debug {
 		return
 	}
 	loan := "not known any more"
 	c.dmu.Lock()
-	for _, l := range c.loans {
-		if l.gen == gen {
-			loan = string(l.stack)
+	if c.past != nil {
+		for _, l := range *c.past {
+			if l.gen == gen {
+				loan = string(l.stack)
+			}
 		}
 	}
 	c.dmu.Unlock()
-	c.pool.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
+	p.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
 		"borrowed by", loan, "used by", string(debug.Stack()))
 }
 
-// remember keeps, in debug mode, who borrowed the connection, for the last few
-// loans.
-func (c *conn) remember(gen uint64) {
+// recordBorrower keeps, in debug mode, who borrowed the connection, for the
+// last few loans.
+func (c *conn) recordBorrower(gen uint64) {
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	if len(c.loans) == 8 {
-		c.loans = append(c.loans[:0], c.loans[1:]...)
+	if c.past == nil {
+		c.past = new([]pastLoan)
 	}
-	c.loans = append(c.loans, pastLoan{gen, debug.Stack()})
+	if len(*c.past) == 8 {
+		*c.past = append((*c.past)[:0], (*c.past)[1:]...)
+	}
+	*c.past = append(*c.past, pastLoan{gen, debug.Stack()})
 }
 
 type pastLoan struct {

@@ -19,16 +19,17 @@ func (p *Pool) check(t testing.TB) {
 func (p *Pool) inconsistency() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var n [numPhases]int
+	var n tally
 	want, waiting := 0, 0
-	for addr, s := range p.sites {
-		if s.addr != addr {
-			return fmt.Errorf("7: site of %v is filed under %v", s.addr, addr)
+	for s := range p.sites.all() {
+		addr := s.addr
+		if found := p.sites.find(addr); found != s {
+			return fmt.Errorf("7: looking up %v finds %p instead of %p", addr, found, s)
 		}
 		if canon, err := addr.canonical(); err != nil || canon != addr {
 			return fmt.Errorf("7: key %v is not canonical: %v", addr, err)
 		}
-		if openOf(&s.n) == 0 && s.queue.len == 0 && s.failures == 0 {
+		if openOf(&s.n) == 0 && s.queue.len == 0 && !s.failing() {
 			return fmt.Errorf("%v: empty books were kept", addr)
 		}
 		stack := 0
@@ -40,15 +41,15 @@ func (p *Pool) inconsistency() error {
 				return fmt.Errorf("2: a connection in phase %d is on the idle stack of %v", c.phase, addr)
 			case c.up != above:
 				return fmt.Errorf("2: the idle stack of %v is torn", addr)
-			case above != nil && c.since.After(above.since):
+			case above != nil && c.since > above.since:
 				return fmt.Errorf("2: the idle stack of %v is out of order", addr)
 			case c.word.Load()&(lent|gone|broken|inFlight) != 0:
 				return fmt.Errorf("2: an idle connection of %v has the word %#x", addr, c.word.Load())
-			case c.deadlineSet || c.unwatch != nil || c.loanCtx != nil || !c.limit.IsZero():
+			case c.deadlineSet || c.loan.Load() != nil:
 				return fmt.Errorf("8: an idle connection of %v remembers its last loan", addr)
 			}
 		}
-		if stack != s.n[idle] {
+		if stack != int(s.n[idle]) {
 			return fmt.Errorf("3: %v counts %d idle, its stack has %d", addr, s.n[idle], stack)
 		}
 		for ph := dialing; ph < numPhases; ph++ {
@@ -60,9 +61,18 @@ func (p *Pool) inconsistency() error {
 		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.cfg.MaxPerAddr {
 			return fmt.Errorf("3: %d of %d open for %v", openOf(&s.n), p.cfg.MaxPerAddr, addr)
 		}
-		q := &s.queue
-		if q.dials != s.n[dialing] {
-			return fmt.Errorf("4: the queue of %v knows %d dials of %d", addr, q.dials, s.n[dialing])
+		q := s.queue
+		dials := 0
+		for a := s.dial; a != nil; a = a.older {
+			if dials++; a.surplus || a.c.site != s || a.older != nil && a.older.newer != a {
+				return fmt.Errorf("4: the dials of %v are torn", addr)
+			}
+		}
+		if q.dials != dials || dials > int(s.n[dialing]) {
+			return fmt.Errorf("4: the queue of %v knows %d dials, its list has %d, the books %d", addr, q.dials, dials, s.n[dialing])
+		}
+		if noQueue != (queue{}) {
+			return fmt.Errorf("4: somebody wrote into the queue of all who have none: %+v", noQueue)
 		}
 		length, bare := 0, (*waiter)(nil)
 		var prev *waiter
@@ -82,14 +92,14 @@ func (p *Pool) inconsistency() error {
 			return fmt.Errorf("4: the queue of %v is wrong about who has no dial", addr)
 		case length > 0 && s.top != nil:
 			return fmt.Errorf("4: %d wait for %v beside %d idle", length, addr, s.n[idle])
-		case s.waiting != length:
+		case int(s.waiting) != length:
 			return fmt.Errorf("4: %v reports %d waiting of %d", addr, s.waiting, length)
 		case (s.want > 0) != (s.heapIndex >= 0):
 			return fmt.Errorf("4: %v wants %d and is at %d in the heap", addr, s.want, s.heapIndex)
 		case s.heapIndex >= 0 && p.ready[s.heapIndex] != s:
 			return fmt.Errorf("4: %v is not where the heap has it", addr)
 		}
-		want += s.want
+		want += int(s.want)
 		waiting += length
 	}
 	for ph := dialing; ph < numPhases; ph++ {
@@ -101,19 +111,19 @@ func (p *Pool) inconsistency() error {
 	switch {
 	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit:
 		return fmt.Errorf("3: %d of %d open", openOf(&p.n), limit)
-	case p.n[dialing] > p.cfg.MaxDialing:
+	case int(p.n[dialing]) > p.cfg.MaxDialing:
 		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
 	case want != p.want || waiting != p.counts.Waiting:
 		return fmt.Errorf("4: the pool wants %d dials and has %d waiting, its sites %d and %d", p.want, p.counts.Waiting, want, waiting)
-	case p.recency.lru.Len() < p.n[idle]+p.n[borrowed], p.recency.lru.Len() > openOf(&p.n)-p.n[dialing]:
-		return fmt.Errorf("6: recency knows %d of %d (%d closing)", p.recency.lru.Len(), openOf(&p.n)-p.n[dialing], p.n[closing])
-	case p.cfg.MaxIdle < math.MaxInt && p.n[idle] > p.cfg.MaxIdle:
+	case p.recency.len < int(p.n[idle]+p.n[borrowed]), p.recency.len > openOf(&p.n)-int(p.n[dialing]), len(p.recency.all()) != p.recency.len:
+		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), openOf(&p.n)-int(p.n[dialing]), p.n[closing])
+	case p.cfg.MaxIdle < math.MaxInt && int(p.n[idle]) > p.cfg.MaxIdle:
 		return fmt.Errorf("%d idle of %d", p.n[idle], p.cfg.MaxIdle)
 	case p.closed && (p.n[idle] > 0 || waiting > 0):
 		return fmt.Errorf("closed with %d idle and %d waiting", p.n[idle], waiting)
 	}
 	// Nobody waits for something that could be given now.
-	if p.want > 0 && !p.closed && p.n[dialing] < p.cfg.MaxDialing && p.n[closing] == 0 {
+	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.cfg.MaxDialing && p.n[closing] == 0 {
 		if openOf(&p.n) < limit {
 			return fmt.Errorf("4: %d dials could start", p.want)
 		}

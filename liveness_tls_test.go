@@ -346,7 +346,7 @@ func tlSettle(t testing.TB, p *Pool, addr Addr) {
 	require.NoError(t, err)
 	p.mu.Lock()
 	var c *conn
-	if s := p.sites[addr]; s != nil {
+	if s := p.sites.find(addr); s != nil {
 		c = s.top
 	}
 	p.mu.Unlock()
@@ -1019,9 +1019,8 @@ func TestTLSOfACustomDialerIsLookedInto(t *testing.T) {
 				var longest time.Duration
 				for range 20 {
 					p.mu.Lock()
-					c := p.sites[s.addr()].top
+					c := p.sites.find(s.addr()).top
 					p.mu.Unlock()
-					c.probe.seen = peeked{}
 					began := time.Now()
 					reason, err := c.probe.readThrough(noWait, time.Millisecond)
 					longest = max(longest, time.Since(began))
@@ -1111,7 +1110,7 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			p.mu.Unlock()
 			for _, c := range all {
 				c.probe.sys = &sys
-				reason, err := c.probe.ask(&p.cfg)
+				reason, err := c.probe.ask(&p.cfg, c.nc)
 				require.NoError(t, err)
 				require.Equal(t, ClosedUnknown, reason)
 			}
@@ -1119,7 +1118,7 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			if !raceEnabled {
 				c := all[0]
 				c.probe.sys = &realSystem
-				require.Zero(t, testing.AllocsPerRun(100, func() { c.probe.ask(&p.cfg) }), "a timer, a goroutine, a closure: all of them allocate")
+				require.Zero(t, testing.AllocsPerRun(100, func() { c.probe.ask(&p.cfg, c.nc) }), "a timer, a goroutine, a closure: all of them allocate")
 			}
 		})
 	}

@@ -112,7 +112,7 @@ func (h Conn) Close() error {
 		return nil
 	}
 	h.c.stopWatch()
-	h.c.pool.discard(h.c, ClosedByBorrower, nil)
+	h.c.site.pool.discard(h.c, ClosedByBorrower, nil)
 	return nil
 }
 
@@ -125,19 +125,20 @@ func (h Conn) Detach() (net.Conn, error) {
 	if _, err := h.leaveFor(gone | detached); err != nil {
 		return nil, err
 	}
-	c, ctx := h.c, h.c.loanCtx
+	c, p := h.c, h.c.site.pool
 	if !c.stopWatch() {
 		c.word.And(^uint64(detached))
-		c.pool.discard(c, ClosedCanceled, causeOf(ctx))
-		return nil, causeOf(ctx)
+		why := causeOf(c.remember().ctx)
+		p.discard(c, ClosedCanceled, why)
+		return nil, why
 	}
 	if c.word.Load()&stolen != 0 || c.probe.isStolen() {
 		c.word.And(^uint64(detached))
-		c.pool.discard(c, Quarantined, errStolen)
+		p.discard(c, Quarantined, errStolen)
 		return nil, errStolen
 	}
 	c.nc.SetDeadline(time.Time{})
-	c.pool.detached(c)
+	p.detached(c)
 	return c.nc, nil
 }
 
@@ -281,13 +282,18 @@ func (h Conn) Reused() bool { return h.Uses() > 1 }
 
 // Age is the time since the connection was opened; 0 after the loan.
 func (h Conn) Age() time.Duration {
-	return about(h, func(c *conn) time.Duration { return elapsed(c.born, c.pool.now()) })
+	return about(h, func(c *conn) time.Duration { return c.site.pool.clock.exactly().sub(c.born) })
 }
 
-// IdleFor is how long the connection had been unused when it was lent; 0 on
-// its first use and after the loan.
+// IdleFor is how long the connection had been unused when it was lent, to
+// within 10 ms; 0 on its first use and after the loan, and only then.
 func (h Conn) IdleFor() time.Duration {
-	return about(h, func(c *conn) time.Duration { return c.idleFor })
+	return about(h, func(c *conn) time.Duration {
+		if c.uses > 1 {
+			return max(c.idleFor, 1)
+		}
+		return 0
+	})
 }
 
 func about[T any](h Conn, get func(*conn) T) (v T) {

@@ -15,7 +15,8 @@ import (
 func TestVictimsAgreeWithTheNaiveModel(t *testing.T) {
 	for seed := range uint64(100) {
 		r := rand.New(rand.NewPCG(seed, 2))
-		rec := newRecency()
+		var rec recency
+		rec.init()
 		s := &site{}
 		var all []*conn                  // of the pool
 		used := make(map[*conn]int)      // when each was last given back
@@ -68,7 +69,7 @@ func TestVictimsAgreeWithTheNaiveModel(t *testing.T) {
 				require.Same(t, free[0], victim, "seed %d, step %d", seed, now)
 				drop(victim)
 			}
-			require.Equal(t, len(all), rec.lru.Len())
+			require.Equal(t, len(all), rec.len)
 			require.Len(t, rec.all(), len(all))
 		}
 	}
@@ -76,19 +77,19 @@ func TestVictimsAgreeWithTheNaiveModel(t *testing.T) {
 
 // A lent connection at the old end does not make each search longer.
 func TestTheSearchForAVictimPassesALentConnectionOnce(t *testing.T) {
-	rec := newRecency()
+	var rec recency
+	rec.init()
 	const k = 1000
 	conns := make([]*conn, 2*k)
 	for i := range conns {
-		conns[i] = &conn{phase: idle}
+		conns[i] = &conn{site: new(site), phase: idle}
 		if i < k {
 			conns[i].phase = borrowed
 		}
 		rec.add(conns[i])
 	}
 	require.Same(t, conns[k], rec.oldestIdle(k))
-	oldest, _, _ := rec.lru.GetOldest()
-	require.Same(t, conns[k], oldest, "the lent ones are out of the way")
+	require.Same(t, conns[k], rec.ends.younger, "the lent ones are out of the way")
 }
 
 // BETA-33

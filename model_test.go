@@ -253,9 +253,9 @@ func (w *world) snapshot() map[Addr][]uint64 {
 	w.pool.mu.Lock()
 	defer w.pool.mu.Unlock()
 	idle := make(map[Addr][]uint64)
-	for a, s := range w.pool.sites {
+	for s := range w.pool.sites.all() {
 		for c := s.top; c != nil; c = c.down {
-			idle[a] = append(idle[a], c.id)
+			idle[s.addr] = append(idle[s.addr], c.id)
 		}
 	}
 	return idle

@@ -34,10 +34,10 @@ import (
 //     keeps its site for life.
 //  8. Nothing of one loan is visible in the next; see conn.
 type Pool struct {
-	cfg  Config
-	ctx  context.Context // of every dial
-	stop context.CancelFunc
-	now  func() time.Time
+	cfg   Config
+	ctx   context.Context // of every dial
+	stop  context.CancelFunc
+	clock clock
 
 	sys *system
 
@@ -50,10 +50,10 @@ type Pool struct {
 	// that say so. See invariant 1 for what must not happen under it.
 	mu       sync.Mutex
 	closed   bool
-	sites    map[Addr]*site
+	sites    siteTable
 	recency  recency
 	byFD     map[uintptr]*conn // by descriptor, from the dial to the removal
-	n        [numPhases]int    // connections by phase
+	n        tally             // connections by phase
 	ready    siteHeap          // sites with want > 0
 	want     int               // dials that could start if there was room: the sum of site.want
 	overtook int               // hand-overs to a younger waiter since a slot was last given away
@@ -73,24 +73,25 @@ type Pool struct {
 // site is the books of one address. It exists while there is a connection, a
 // dial, a waiter, or a recent failure to remember. Its fields need Pool.mu.
 type site struct {
-	addr      Addr // canonical
-	n         [numPhases]int
+	pool      *Pool
+	addr      Addr  // canonical
 	top       *conn // of the idle stack: the one given back last
-	queue     queue
-	want      int    // dials that this site's own limits would let start
-	waiting   int    // what Stats.Waiting counts of the queue
-	heapIndex int    // in Pool.ready, -1 if not
-	epoch     uint64 // raised by Retire; a connection of an older epoch is not lent again
-
-	failures int         // dials failed in a row
-	failedAt time.Time   // the last of them
-	lastErr  error       // its error, nil after a dial that worked
-	retry    *time.Timer // running while the next probe is not due
+	n         tally
+	want      int32    // dials that this site's own limits would let start
+	waiting   int32    // what Stats.Waiting counts of the queue
+	heapIndex int32    // in Pool.ready, -1 if not
+	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
+	queue     *queue   // never nil, see noQueue
+	dial      *attempt // the youngest under way that waiters count on
+	trouble   *trouble // nil after a dial that worked
 
 	loans, dials, dialErrors uint64
 }
 
-func openOf(n *[numPhases]int) int { return n[dialing] + n[idle] + n[borrowed] + n[closing] }
+// tally counts connections by phase.
+type tally [numPhases]int32
+
+func openOf(n *tally) int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
 
 // New makes a pool. It starts no goroutine and opens nothing. The error names
 // both fields of a combination that makes no sense.
@@ -101,15 +102,18 @@ func New(cfg Config) (*Pool, error) {
 	}
 	p := &Pool{
 		cfg:      cfg,
-		now:      time.Now,
 		sys:      &realSystem,
-		sites:    make(map[Addr]*site),
+		sites:    newSiteTable(),
 		byFD:     make(map[uintptr]*conn),
-		recency:  newRecency(),
 		sessions: newSessionCaches(),
 		left:     make(chan struct{}),
 		freed:    make(chan struct{}),
 	}
+	p.recency.init()
+	// Who asks for short times, or watches, gets them exactly.
+	p.clock.read = time.Now
+	p.clock.exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*tick ||
+		cfg.Check != nil && cfg.TrustIdle < 100*tick || cfg.Trace != nil
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	p.lookAtHandles()
 	return p, nil
@@ -176,7 +180,10 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 		}
 	}()
 	c.uses++
-	c.trace = t
+	c.uncounted = true
+	if t != p.cfg.Trace {
+		c.remember().trace = t
+	}
 	loan := c.begin(ctx, 0)
 	if t != nil && t.GotConn != nil {
 		t.GotConn(GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
@@ -187,17 +194,21 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 // borrow makes the caller the owner of a connection that may be lent.
 func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
 	var (
-		start time.Time // of the wait; a borrow that need not wait reads no clock for it
-		seq   uint64    // this borrower's place in the queue, once it has one
-		known bool      // addr is canonical
+		start instant // of the wait; a borrow that need not wait has none
+		seq   uint64  // this borrower's place in the queue, once it has one
+		known bool    // addr is canonical
 
 		unload agenda // the connection found unfit in the last round
 	)
 	if ctx.Err() != nil {
 		return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
 	}
+	hash := p.sites.hash(&addr)
 	for {
-		now := p.now()
+		now := p.clock.now()
+		if t != nil {
+			now = p.clock.exactly()
+		}
 		p.mu.Lock()
 		todo := unload
 		unload = agenda{}
@@ -210,7 +221,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			return nil, 0, p.failed(addr, StageWait, ErrClosed, start)
 		}
 		// The keys are canonical, so an addr that is found needs no checking.
-		s := p.sites[addr]
+		s := p.sites.get(hash, &addr)
 		if s == nil {
 			if !known {
 				p.mu.Unlock()
@@ -218,7 +229,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 				if addr, err = p.resolve(addr); err != nil {
 					return nil, 0, usage(addr, err)
 				}
-				known = true
+				known, hash = true, p.sites.hash(&addr)
 				continue
 			}
 			s = p.newSiteLocked(addr)
@@ -226,21 +237,17 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		c := s.top
 		if c != nil {
 			p.takeLocked(c)
-			c.idleFor, c.since = elapsed(c.since, now), now
+			c.idleFor, c.since = max(0, now.sub(c.since)), now
 			p.mu.Unlock()
 			todo.run(p)
 		} else {
-			if start.IsZero() {
-				start = now
-			}
-			w, err := p.enqueueLocked(ctx, s, seq, start, now, t, &todo) // unlocks
+			w, err := p.enqueueLocked(ctx, s, seq, &start, t, &todo) // unlocks
 			if err != nil {
 				return nil, 0, err
 			}
 			seq = w.seq
 			c, err = p.await(ctx, s, w)
-			p.waitEnded(w, err)
-			waited = p.now().Sub(start)
+			waited = p.clock.exactly().sub(start)
 			if err != nil {
 				stage := StageWait
 				if de, ok := err.(*dialError); ok {
@@ -269,12 +276,16 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 
 // enqueueLocked puts a borrower into the queue of s and starts what may start,
 // or refuses it. It unlocks mu.
-func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start, now time.Time, t *Trace, todo *agenda) (*waiter, error) {
+func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *instant, t *Trace, todo *agenda) (*waiter, error) {
 	again := seq != 0
+	now := p.clock.exactly()
+	if *start == 0 {
+		*start = now
+	}
 	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
 		// Nothing will be given back, and one borrower is there already to
 		// probe the address.
-		err := p.failedLocked(s.addr, StageBackoff, s.lastErr, start)
+		err := p.failedLocked(s.addr, StageBackoff, s.lastErr(), *start)
 		p.mu.Unlock()
 		todo.run(p)
 		return nil, err
@@ -284,16 +295,16 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start, no
 		seq = p.lastSeq
 	}
 	w := &waiter{seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1)}
-	s.queue.push(w)
+	s.queueLocked().push(w)
 	p.refreshLocked(s)
 	p.admitLocked(todo)
 	var refused error
 	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
 		here := s.queue.len - s.queue.dials // without a dial, w included
-		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-s.want+here-1) != ""
+		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-int(s.want)+here-1) != ""
 		crowded := here > p.cfg.MaxWaiters
 		if full || crowded {
-			err := p.failedLocked(s.addr, StageWait, ErrExhausted, start)
+			err := p.failedLocked(s.addr, StageWait, ErrExhausted, *start)
 			if !full {
 				err.Limit, err.LimitName = p.cfg.MaxWaiters, "MaxWaiters"
 			}
@@ -325,16 +336,6 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start, no
 	}
 	here = true
 	return w, nil
-}
-
-func (p *Pool) waitEnded(w *waiter, err error) {
-	took := p.now().Sub(w.since)
-	p.mu.Lock()
-	p.counts.WaitDuration += took
-	if err != nil {
-		p.counts.WaitsFailed++
-	}
-	p.mu.Unlock()
 }
 
 // settle is the end of a loan that ended by return: the verdict.
@@ -384,7 +385,7 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 	}
 	id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
 	if p.park(c, used) && t != nil && t.PutConn != nil {
-		t.PutConn(PutInfo{Addr: s.addr, ID: id, Held: p.now().Sub(lentAt)})
+		t.PutConn(PutInfo{Addr: s.addr, ID: id, Held: p.clock.exactly().sub(lentAt)})
 	}
 	return unkeep(err)
 }
@@ -401,12 +402,6 @@ func unkeep(err error) error {
 	return err
 }
 
-// elapsed is the longer of what the monotonic and the wall clock say: a laptop
-// that slept has stale connections although its monotonic clock stood still.
-func elapsed(from, to time.Time) time.Duration {
-	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
-}
-
 func causeOf(ctx context.Context) error {
 	err := ctx.Err()
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, err) {
@@ -419,23 +414,23 @@ func usage(addr Addr, err error) *Error {
 	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
 }
 
-func (p *Pool) failed(addr Addr, stage Stage, err error, start time.Time) *Error {
+func (p *Pool) failed(addr Addr, stage Stage, err error, start instant) *Error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.failedLocked(addr, stage, err, start)
 }
 
 // failedLocked is the error of a borrow, with the books as they are.
-func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start time.Time) *Error {
+func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *Error {
 	e := &Error{Addr: addr, Stage: stage, Kind: KindOf(err), Err: err}
-	if !start.IsZero() {
-		e.Waited = p.now().Sub(start)
+	if start != 0 {
+		e.Waited = p.clock.exactly().sub(start)
 	}
-	s := p.sites[addr]
+	s := p.sites.find(addr)
 	if s == nil {
-		s = &site{} // forgotten: nothing is open for it
+		s = &site{queue: &noQueue} // forgotten: nothing is open for it
 	}
-	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), s.n[borrowed], s.n[idle], s.queue.len
+	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
 	if stage != StageWait || p.closed {
 		return e
 	}
@@ -444,7 +439,7 @@ func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start time.Time) 
 		e.Limit = p.cfg.MaxPerAddr
 	case "MaxOpen":
 		e.Limit = p.limitLocked()
-		e.Open, e.InUse, e.Idle = openOf(&p.n), p.n[borrowed], p.n[idle]
+		e.Open, e.InUse, e.Idle = openOf(&p.n), int(p.n[borrowed]), int(p.n[idle])
 	}
 	return e
 }

@@ -24,7 +24,7 @@ type Stats struct {
 	Loans        uint64        // loans that have ended
 	Reused       uint64        // those of a connection that had been lent before
 	Dials        uint64        // dials that were started
-	DialErrors   uint64        // dials (with handshake and Setup) that failed
+	DialErrors   uint64        // dials (with handshake and Setup) that failed, or were given up as nobody needed them any more
 	Detached     uint64        // connections that left by Conn.Detach
 	Abandoned    uint64        // dials, hooks and closes given up because they did not end in time
 	Waits        uint64        // borrowers that had to queue
@@ -59,7 +59,7 @@ func (p *Pool) Stats() Stats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.counts
-	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = openOf(&p.n), p.n[dialing], p.n[idle], p.n[borrowed], p.n[closing]
+	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = openOf(&p.n), int(p.n[dialing]), int(p.n[idle]), int(p.n[borrowed]), int(p.n[closing])
 	st.Closed = make(map[CloseReason]uint64)
 	for r, n := range p.closedBy {
 		if n > 0 {
@@ -69,7 +69,7 @@ func (p *Pool) Stats() Stats {
 	if st.Limit = p.limitLocked(); st.Limit == math.MaxInt {
 		st.Limit = 0
 	}
-	st.Addrs = len(p.sites)
+	st.Addrs = p.sites.len()
 	return st
 }
 
@@ -79,14 +79,14 @@ func (p *Pool) Stats() Stats {
 func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 	return func(yield func(Addr, AddrStats) bool) {
 		p.mu.Lock()
-		all := make([]AddrStats, 0, len(p.sites))
-		addrs := make([]Addr, 0, len(p.sites))
-		for a, s := range p.sites {
-			addrs = append(addrs, a)
+		all := make([]AddrStats, 0, p.sites.len())
+		addrs := make([]Addr, 0, p.sites.len())
+		for s := range p.sites.all() {
+			addrs = append(addrs, s.addr)
 			all = append(all, AddrStats{
-				Open: openOf(&s.n), Dialing: s.n[dialing], Idle: s.n[idle], InUse: s.n[borrowed], Closing: s.n[closing],
+				Open: openOf(&s.n), Dialing: int(s.n[dialing]), Idle: int(s.n[idle]), InUse: int(s.n[borrowed]), Closing: int(s.n[closing]),
 				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
-				BackingOff: s.backingOff(), LastErr: s.lastErr,
+				BackingOff: s.backingOff(), LastErr: s.lastErr(),
 			})
 		}
 		p.mu.Unlock()

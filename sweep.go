@@ -23,6 +23,9 @@ import (
 // checkers bounds the pings of one sweep that run at the same time.
 const checkers = 16
 
+// atOnce is how many connections a sweep lists before it lets borrowers pass.
+const atOnce = 64
+
 func (p *Pool) armSweepLocked() {
 	if p.sweeper == nil && !p.closed {
 		p.sweeper = time.AfterFunc(p.sweepPeriod(), p.sweep)
@@ -45,57 +48,50 @@ type sighting struct {
 }
 
 func (p *Pool) sweep() {
-	now := p.now()
+	now := p.clock.exactly()
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
 		return
 	}
 	p.sweeping = true
-	var todo agenda
-	for _, s := range p.sites {
-		if s.failures > 0 && s.queue.len == 0 && now.Sub(s.failedAt) >= failureMemory {
+	for s := range p.sites.all() {
+		if t := s.trouble; t != nil && t.failures > 0 && s.queue.len == 0 && now.sub(t.failedAt) >= failureMemory {
 			p.stopRetryLocked(s)
-			s.failures = 0
+			s.trouble = nil
 			p.forgetLocked(s)
 		}
 	}
-	found := make(map[*site][]sighting)
-	if p.cfg.CheckInterval > 0 {
-		for _, c := range p.recency.all() { // the longest idle first
-			if c.phase != idle {
-				continue
-			}
-			if reason := p.aged(c, elapsed(c.since, now), now); reason != ClosedUnknown {
-				p.takeLocked(c)
-				p.moveLocked(c, closing)
-				todo.close(c, reason, nil)
-			} else {
-				found[c.site] = append(found[c.site], sighting{c, c.generation()})
+	left := p.recency.len
+	p.mu.Unlock()
+
+	suspects := make(map[*site][]sighting)
+	for mark := new(conn); p.cfg.CheckInterval > 0; {
+		p.mu.Lock()
+		met := p.recency.walk(mark, min(left, atOnce))
+		left -= len(met)
+		here := p.sightLocked(met, now)
+		p.mu.Unlock()
+		if len(met) == 0 {
+			break
+		}
+		here.todo.run(p)
+		for _, at := range here.seen {
+			if !p.looksFine(at) {
+				suspects[at.c.site] = append(suspects[at.c.site], at)
 			}
 		}
 	}
-	p.mu.Unlock()
-	todo.run(p)
 
 	var group errgroup.Group
 	group.SetLimit(checkers)
-	for _, here := range found {
-		var rest []sighting
-		for _, at := range here {
-			if p.looksFine(at) {
-				continue
+	for _, here := range suspects {
+		group.Go(func() error {
+			for _, at := range here {
+				p.examine(at, true)
 			}
-			rest = append(rest, at)
-		}
-		if len(rest) > 0 {
-			group.Go(func() error {
-				for _, at := range rest {
-					p.examine(at, true)
-				}
-				return nil
-			})
-		}
+			return nil
+		})
 	}
 	group.Wait()
 
@@ -104,10 +100,8 @@ func (p *Pool) sweep() {
 	switch {
 	case p.closed:
 		p.leftLocked()
-	case len(p.sites) == 0:
-		// Go's maps never shrink: without this, ten thousand addresses that
-		// were visited once would leave megabytes behind.
-		p.sites, p.recency = make(map[Addr]*site), newRecency()
+	case p.sites.len() == 0:
+		p.sites.renew()
 		p.sweeper = nil
 	default:
 		p.sweeper.Reset(p.sweepPeriod())
@@ -115,17 +109,38 @@ func (p *Pool) sweep() {
 	p.mu.Unlock()
 }
 
+// sightings is what a sweep found in one go.
+type sightings struct {
+	seen []sighting
+	todo agenda // the expired ones
+}
+
+func (p *Pool) sightLocked(met []*conn, now instant) (found sightings) {
+	for _, c := range met {
+		if c.phase != idle {
+			continue
+		}
+		if reason := p.aged(c, now.sub(c.since), now); reason != ClosedUnknown {
+			p.takeLocked(c)
+			p.moveLocked(c, closing)
+			found.todo.close(c, reason, nil)
+		} else {
+			found.seen = append(found.seen, sighting{c, c.generation()})
+		}
+	}
+	return found
+}
+
 // looksFine looks at a connection that it does not own.
 func (p *Pool) looksFine(at sighting) bool {
 	pr := &at.c.probe
-	var taken bool
 	var seen peeked
 	if pr.raw != nil {
-		err := pr.raw.Control(func(fd uintptr) {
-			if taken = pr.known && !p.sys.stillIs(fd, pr.who); !taken && !p.cfg.NoProbe {
-				seen = p.sys.peek(fd)
-			}
-		})
+		l := newLook(pr, !p.cfg.NoProbe)
+		err := pr.raw.Control(l.visit)
+		taken := l.stolen
+		seen = l.seen
+		l.done()
 		if err != nil || taken {
 			return false
 		}
@@ -135,7 +150,7 @@ func (p *Pool) looksFine(at sighting) bool {
 		return false
 	case p.cfg.NoProbe:
 		return true
-	case pr.prober != nil:
+	case pr.prober:
 		return false
 	}
 	return seen == peeked{}

@@ -302,7 +302,7 @@ func stirs(t *testing.T, p *Pool, addr Addr) {
 	soon(t, "news at the socket", func() bool {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		s := p.sites[addr]
+		s := p.sites.find(addr)
 		if s == nil || s.top == nil {
 			return true
 		}

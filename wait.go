@@ -3,7 +3,6 @@ package connpool
 import (
 	"container/heap"
 	"context"
-	"time"
 )
 
 // waiter is a borrower in the queue of an address. There are two ways out, and
@@ -13,7 +12,7 @@ import (
 type waiter struct {
 	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again
 	ctx   context.Context // its values, for a dial made on its behalf
-	since time.Time
+	since instant
 
 	prev, next *waiter
 	queued     bool
@@ -35,9 +34,14 @@ type waiter struct {
 type queue struct {
 	head, tail *waiter
 	len        int
-	dials      int
+	dials      int     // under way, but for the surplus
 	bare       *waiter // the oldest waiter without a dial
+	doubted    bool    // the surplus will be looked at, see Pool.doubtDialsLocked
 }
+
+// noQueue is the queue of every address that has neither waiters nor dials. It
+// is only read; see site.queueLocked.
+var noQueue queue
 
 // push inserts w by its seq: at the end, but for a borrower that queues again.
 func (q *queue) push(w *waiter) {
@@ -86,6 +90,10 @@ func (q *queue) remove(w *waiter) {
 	q.len--
 }
 
+// surplus counts the dials without which every waiter would have one, but for
+// one that the next borrower will find.
+func (q *queue) surplus() int { return q.dials - max(1, q.len) }
+
 func (q *queue) dialStarted() {
 	q.dials++
 	if q.bare != nil {
@@ -116,6 +124,19 @@ func (w *waiter) serve(c *conn, fresh bool, err error) {
 	w.ready <- struct{}{}
 }
 
+func (p *Pool) deliverLocked(s *site, c *conn, fresh bool, err error) {
+	p.waitedLocked(s.queue.head, err != nil)
+	s.queue.deliver(c, fresh, err)
+}
+
+// waitedLocked books the end of a wait.
+func (p *Pool) waitedLocked(w *waiter, failed bool) {
+	p.counts.WaitDuration += p.clock.exactly().sub(w.since)
+	if failed {
+		p.counts.WaitsFailed++
+	}
+}
+
 // await blocks until w is served or ctx is done. On return w is in no queue;
 // exactly one of the connection and the error is set, and with a connection
 // the caller has become its owner.
@@ -123,7 +144,7 @@ func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 	select {
 	case <-w.ready:
 		if ctx.Err() != nil && w.err == nil {
-			p.park(w.c, untouched)
+			p.declined(w)
 			return nil, causeOf(ctx)
 		}
 		return w.c, w.err
@@ -142,6 +163,7 @@ func (p *Pool) leave(s *site, w *waiter) error {
 	p.mu.Lock()
 	if w.queued {
 		s.queue.remove(w)
+		p.waitedLocked(w, true)
 		p.refreshLocked(s)
 		p.admitLocked(&todo)
 		p.forgetLocked(s)
@@ -151,10 +173,26 @@ func (p *Pool) leave(s *site, w *waiter) error {
 	}
 	p.mu.Unlock()
 	<-w.ready // served before the lock was ours
-	if w.c != nil {
-		p.park(w.c, untouched)
+	if w.err == nil {
+		p.declined(w)
 	}
 	return w.err
+}
+
+// declined gives back what a waiter was served that had given up.
+func (p *Pool) declined(w *waiter) {
+	p.mu.Lock()
+	p.counts.WaitsFailed++
+	p.mu.Unlock()
+	p.park(w.c, untouched)
+}
+
+// queueLocked is the queue of s, to be written to.
+func (s *site) queueLocked() *queue {
+	if s.queue == &noQueue {
+		s.queue = new(queue)
+	}
+	return s.queue
 }
 
 // siteHeap orders the sites that could use a slot by the age of the waiter that
@@ -165,11 +203,11 @@ func (h siteHeap) Len() int           { return len(h) }
 func (h siteHeap) Less(i, j int) bool { return h[i].queue.bare.seq < h[j].queue.bare.seq }
 func (h siteHeap) Swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
-	h[i].heapIndex, h[j].heapIndex = i, j
+	h[i].heapIndex, h[j].heapIndex = int32(i), int32(j)
 }
 func (h *siteHeap) Push(x any) {
 	s := x.(*site)
-	s.heapIndex = len(*h)
+	s.heapIndex = int32(len(*h))
 	*h = append(*h, s)
 }
 func (h *siteHeap) Pop() any {
@@ -187,8 +225,8 @@ func (h *siteHeap) set(s *site, wants bool) {
 	case wants && s.heapIndex < 0:
 		heap.Push(h, s)
 	case wants:
-		heap.Fix(h, s.heapIndex)
+		heap.Fix(h, int(s.heapIndex))
 	case s.heapIndex >= 0:
-		heap.Remove(h, s.heapIndex)
+		heap.Remove(h, int(s.heapIndex))
 	}
 }

@@ -118,7 +118,7 @@ func TestSiteHeapAgreesWithTheNaiveOne(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		sites := make([]*site, 8)
 		for i := range sites {
-			sites[i] = &site{heapIndex: -1}
+			sites[i] = &site{queue: new(queue), heapIndex: -1}
 		}
 		var h siteHeap
 		wants := make(map[*site]bool)
