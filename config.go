@@ -125,7 +125,9 @@ type Config struct {
 	TLS *tls.Config
 
 	// TLSFor replaces TLS where identity or trust depends on the address,
-	// say on its Scope. It runs once per dial; a nil result means TLS.
+	// say on its Scope. It runs once per dial; a nil result means TLS. What
+	// it returns is copied, once per address for as long as it returns the
+	// same, and must not be changed later.
 	TLSFor func(Addr) (*tls.Config, error)
 
 	// Setup runs once per connection, before its first loan, to log in or

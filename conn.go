@@ -44,7 +44,8 @@ type conn struct {
 	younger, older *conn   // neighbours in the recency
 	since          instant // given back, or lent, at
 	phase          phase
-	uncounted      bool // the current loan is not in Stats yet; the owner's too
+	round          uint8 // the last walk that met it, see recency
+	uncounted      bool  // the current loan is not in Stats yet; the owner's too
 
 	deadlineSet bool   // there is one on the socket; dmu, between loans the owner's
 	epoch       uint32 // of the site when the dial began
@@ -55,7 +56,7 @@ type conn struct {
 	uses    int           // loans, this one included
 
 	loan atomic.Pointer[lending] // nil while nothing has to be remembered
-	dmu  sync.Mutex           // orders deadlines against the interrupt; nothing else happens under it but SetDeadline
+	dmu  sync.Mutex              // orders deadlines against the interrupt; nothing else happens under it but SetDeadline
 
 	// Fixed once the dial has ended.
 	nc    net.Conn
@@ -331,6 +332,14 @@ func (c *conn) leave(n int64, err error) error {
 	return err
 }
 
+// leaveRead is leave for an operation that read.
+func (c *conn) leaveRead(n int64, err error) error {
+	if sock := c.probe.sock(); sock != nil {
+		sock.record.read.Add(n)
+	}
+	return c.leave(n, err)
+}
+
 // leaveWrite is leave for an operation that wrote. A write that timed out is as
 // bad as one that failed: half of it may be out, and crypto/tls never writes
 // again.
@@ -473,8 +482,8 @@ func (s *strays) add(nc net.Conn) {
 
 // closeAbruptly closes the socket without a farewell.
 func (c *conn) closeAbruptly() {
-	if c.probe.sock != nil {
-		c.probe.sock.Close()
+	if sock := c.probe.sock(); sock != nil {
+		sock.Close()
 		return
 	}
 	c.nc.Close()
@@ -497,8 +506,8 @@ func (c *conn) closeFully(reason CloseReason) {
 		c.probe.tls.NetConn().Close() // crypto/tls would say goodbye
 		return
 	}
-	if c.probe.sock != nil {
-		c.probe.sock.sayGoodbye()
+	if sock := c.probe.sock(); sock != nil {
+		sock.sayGoodbye()
 	}
 	c.nc.Close()
 }

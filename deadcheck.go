@@ -99,10 +99,9 @@ var realSystem = system{dialSocket, identify, stillIs, peek, readNow, handleLimi
 // eats tickets and finds nothing (alive), finds plaintext (dirty), or finds the
 // end (stale).
 type probe struct {
-	sys  *system
-	raw  syscall.RawConn // nil: no descriptor
-	tls  *tls.Conn       // nil: no crypto/tls above
-	sock *tlsSocket      // what crypto/tls reads from; nil if a custom dialer made the TLS
+	sys *system
+	raw syscall.RawConn // nil: no descriptor
+	tls *tls.Conn       // nil: no crypto/tls above
 
 	fd     uintptr  // the number of the descriptor, if raw is there
 	who    identity // of its socket
@@ -152,13 +151,13 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 	if t, ok := nc.(*tls.Conn); ok {
 		p.tls = t
 		below = t.NetConn()
-		if p.sock, ok = below.(*tlsSocket); ok {
-			below = p.sock.Conn
+		if sock := p.sock(); sock != nil {
+			below = sock.Conn
 		}
 	}
 	switch below.(type) {
 	case *net.TCPConn, *net.UnixConn:
-		p.plain = p.tls == nil || p.sock != nil
+		p.plain = p.tls == nil || p.sock() != nil
 	}
 	for {
 		u, ok := below.(interface{ NetConn() net.Conn })
@@ -180,6 +179,15 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 			p.who, p.known = sys.identify(fd)
 		}
 	})
+}
+
+// sock is what crypto/tls reads from; nil without TLS, or if a custom dialer made it.
+func (p *probe) sock() *tlsSocket {
+	if p.tls == nil {
+		return nil
+	}
+	s, _ := p.tls.NetConn().(*tlsSocket)
+	return s
 }
 
 // can reports whether there is anything to ask.
@@ -262,8 +270,18 @@ func (p *probe) leftovers() bool {
 	if p.tls == nil {
 		return false
 	}
+	sock := p.sock()
+	if sock != nil && sock.record.drained() {
+		return false
+	}
 	reason, _ := p.readThrough(sealed, -1)
-	return reason != ClosedUnknown
+	if reason != ClosedUnknown {
+		return true
+	}
+	if sock != nil {
+		sock.record.reckon()
+	}
+	return false
 }
 
 // readThrough reads one byte through crypto/tls without waiting for the peer.
@@ -276,9 +294,10 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 		}
 	}()
 	defer recoverInto(&err, "the connection under TLS")
-	if p.sock != nil && (mode == sealed || p.sock.raw != nil) {
-		p.sock.enter(mode)
-		defer p.sock.enter(normal)
+	sock := p.sock()
+	if sock != nil && (mode == sealed || sock.raw != nil) {
+		sock.enter(mode)
+		defer sock.enter(normal)
 	} else {
 		if !p.tls.ConnectionState().HandshakeComplete {
 			return ClosedUnknown, nil
@@ -300,11 +319,11 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 		return ClosedStale, io.ErrNoProgress
 	case !errors.Is(err, os.ErrDeadlineExceeded):
 		return ClosedStale, err
-	case p.sock != nil && p.sock.stuck:
+	case sock != nil && sock.stuck:
 		return ClosedStale, errStuck
-	case p.sock != nil && p.sock.record.partial():
+	case sock != nil && sock.record.partial():
 		return ClosedDirty, errUnread
-	case p.sock == nil || p.sock.raw == nil:
+	case sock == nil || sock.raw == nil:
 		// A write of nothing shows whether an answer could not be written.
 		if _, err := p.tls.Write(nil); err != nil {
 			return ClosedStale, err

@@ -36,7 +36,7 @@ func (h Conn) Read(b []byte) (int, error) {
 		return 0, err
 	}
 	n, err := h.c.nc.Read(b)
-	return n, h.c.leave(int64(n), err)
+	return n, h.c.leaveRead(int64(n), err)
 }
 
 // Write writes as net.Conn does.
@@ -65,7 +65,7 @@ func readFrom(nc net.Conn, r io.Reader) (int64, error) {
 			return 0, err
 		}
 		n, err := readFrom(nc, src.c.nc)
-		return n, src.c.leave(n, err)
+		return n, src.c.leaveRead(n, err)
 	}
 	if rf, ok := nc.(io.ReaderFrom); ok {
 		return rf.ReadFrom(r)
@@ -80,7 +80,7 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 		return 0, err
 	}
 	n, err := writeTo(h.c.nc, w)
-	return n, h.c.leave(n, err)
+	return n, h.c.leaveRead(n, err)
 }
 
 func writeTo(nc net.Conn, w io.Writer) (int64, error) {

@@ -16,12 +16,15 @@ package connpool
 type recency struct {
 	ends conn // no connection: the youngest is its older, the oldest its younger
 	len  int
+
+	round uint8 // the current, or last, walk
 }
 
 func (r *recency) init() { r.ends.younger, r.ends.older = &r.ends, &r.ends }
 
 func (r *recency) add(c *conn) {
 	r.insert(c, &r.ends)
+	c.round = r.round
 	r.len++
 }
 
@@ -81,20 +84,23 @@ func (r *recency) all() []*conn {
 	return all
 }
 
-// walk lists the next n connections, beginning with the oldest, and leaves mark
-// (no connection, and in no ring before the first call) where the next call goes
-// on. What is used meanwhile moves to the young end, so as many as there were at
-// the first call are enough to meet each of those once. With nothing left, or n
-// 0, it takes mark out.
+// walk is how a sweep meets all connections that there were when it began, n at
+// a time and the oldest first: it lists the next ones, and leaves mark (no
+// connection, and in no ring before the first call) where the next call goes on.
+// What is used meanwhile moves to the young end, where each is met once. When
+// there is nothing left, mark is taken out.
 func (r *recency) walk(mark *conn, n int) []*conn {
 	c := r.ends.younger
-	if mark.younger != nil {
+	if mark.younger == nil {
+		r.round++
+	} else {
 		c = mark.younger
 		r.cut(mark)
 	}
 	var met []*conn
 	for ; c != &r.ends && len(met) < n; c = c.younger {
-		if c.site != nil {
+		if c.site != nil && c.round != r.round {
+			c.round = r.round
 			met = append(met, c)
 		}
 	}

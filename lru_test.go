@@ -214,3 +214,69 @@ func TestEvictionAgreesWithTheNaiveModelThroughThePool(t *testing.T) {
 		})
 	}
 }
+
+// The sweep meets everything, a part at a time, whatever is used, opened, closed
+// or looked for in between.
+func TestAWalkMeetsEachConnectionThatStays(t *testing.T) {
+	for seed := range uint64(100) {
+		r := rand.New(rand.NewPCG(seed, 4))
+		var rec recency
+		rec.init()
+		s := &site{}
+		var all []*conn
+		add := func() {
+			c := &conn{site: s, phase: borrowed + phase(r.IntN(2))}
+			if c.phase != borrowed {
+				c.phase = idle
+			}
+			rec.add(c)
+			all = append(all, c)
+		}
+		for range r.IntN(50) {
+			add()
+		}
+		stays := slices.Clone(all)
+		met := make(map[*conn]bool)
+		var mark conn
+		for {
+			part := rec.walk(&mark, 1+r.IntN(5))
+			for _, c := range part {
+				require.False(t, met[c], "seed %d: it was met before", seed)
+				met[c] = true
+			}
+			if len(part) == 0 {
+				break
+			}
+			for range r.IntN(6) {
+				switch r.IntN(4) {
+				case 0:
+					add()
+				case 1, 2:
+					rec.touch(all[r.IntN(len(all))])
+				case 3:
+					n := 0
+					for _, c := range all {
+						if c.phase == idle {
+							n++
+						}
+					}
+					c := rec.oldestIdle(n)
+					require.Equal(t, n > 0, c != nil)
+					if c != nil && r.IntN(2) == 0 {
+						require.True(t, rec.remove(c))
+						all = slices.DeleteFunc(all, func(o *conn) bool { return o == c })
+						stays = slices.DeleteFunc(stays, func(o *conn) bool { return o == c })
+						if len(all) == 0 {
+							add()
+						}
+					}
+				}
+			}
+		}
+		for _, c := range stays {
+			require.True(t, met[c], "seed %d", seed)
+		}
+		require.Nil(t, mark.younger, "the mark is out")
+		require.Len(t, rec.all(), rec.len)
+	}
+}

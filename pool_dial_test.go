@@ -555,3 +555,103 @@ func TestTheSlotOfAHungSetupIsFreeOnlyWithItsSocketClosed(t *testing.T) {
 		require.EqualValues(t, 1, n.p.Stats().Abandoned)
 	})
 }
+
+// A burst that returning connections serve must not leave a connection behind for
+// each borrower: 50 callers, 5 idle, 2 ms of work, 150 ms for a dial.
+func TestABurstThatReturnsServeLeavesOneNewConnection(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{})
+		n.idle(at("a"), 5)
+		n.Host("a").SetLatency(150 * time.Millisecond)
+		start := time.Now()
+		done := make(chan time.Duration)
+		for range 50 {
+			go func() {
+				err := n.p.With(bg, at("a"), func(Conn) error { time.Sleep(2 * time.Millisecond); return nil })
+				if err != nil {
+					t.Error(err)
+				}
+				done <- time.Since(start)
+			}()
+		}
+		for range 50 {
+			require.LessOrEqual(t, <-done, 20*time.Millisecond)
+		}
+		time.Sleep(surplusPatience)
+		synctest.Wait()
+		n.check()
+		n.gauges(0, 5, 0)
+		require.Equal(t, 1, n.p.Stats().Dialing)
+		for _, st := range n.p.Addrs() {
+			require.False(t, st.BackingOff, "what the pool gave up is no failure of the peer's")
+			require.NoError(t, st.LastErr)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		require.LessOrEqual(t, n.Host("a").Accepts(), 6)
+		n.gauges(0, 6, 0)
+		n.check()
+	})
+}
+
+// Most dials end before it is worth while to give them up.
+func TestAShortDialIsNotGivenUp(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{})
+		n.idle(at("a"), 2)
+		n.Host("a").SetLatency(surplusPatience / 2)
+		holders := []*scripted{n.borrow(bg, at("a")), n.borrow(bg, at("a"))}
+		for _, h := range holders {
+			h.conn()
+		}
+		waiters := n.queue(4, at("a"))
+		for _, h := range holders {
+			require.NoError(t, h.giveBack())
+		}
+		for _, w := range waiters {
+			w.conn()
+			require.NoError(t, w.giveBack())
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		n.gauges(0, 6, 0)
+		require.Zero(t, n.p.Stats().DialErrors)
+		n.check()
+	})
+}
+
+// While dials are given up borrowers come: each is served, by its own dial if
+// need be.
+func TestABorrowerWhoComesAfterADialWasGivenUpIsServed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{MaxPerAddr: 8})
+		n.idle(at("a"), 1)
+		holder := n.borrow(bg, at("a"))
+		holder.conn()
+		n.Host("a").SetLatency(time.Second)
+		first := n.queue(4, at("a"))
+		require.NoError(t, holder.giveBack())
+		for _, w := range first { // one connection serves all
+			w.conn()
+			require.NoError(t, w.giveBack())
+		}
+		time.Sleep(surplusPatience)
+		synctest.Wait()
+		n.check()
+		require.Equal(t, 1, n.p.Stats().Dialing)
+		again := make([]*scripted, 6)
+		for i := range again {
+			again[i] = n.borrow(bg, at("a"))
+		}
+		synctest.Wait()
+		n.check()
+		for _, w := range again {
+			w.conn()
+		}
+		n.check()
+		require.Equal(t, 6, n.p.Stats().InUse)
+		for _, w := range again {
+			require.NoError(t, w.giveBack())
+		}
+	})
+}

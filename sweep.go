@@ -62,14 +62,12 @@ func (p *Pool) sweep() {
 			p.forgetLocked(s)
 		}
 	}
-	left := p.recency.len
 	p.mu.Unlock()
 
 	suspects := make(map[*site][]sighting)
 	for mark := new(conn); p.cfg.CheckInterval > 0; {
 		p.mu.Lock()
-		met := p.recency.walk(mark, min(left, atOnce))
-		left -= len(met)
+		met := p.recency.walk(mark, atOnce)
 		here := p.sightLocked(met, now)
 		p.mu.Unlock()
 		if len(met) == 0 {

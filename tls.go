@@ -42,8 +42,13 @@ func (p *Pool) handshake(ctx context.Context, addr Addr, nc net.Conn) (net.Conn,
 		nc.Close()
 		return nil, err
 	}
+	// Of what came with the handshake it is not known what is left, so the
+	// first loan is followed by a question.
+	sock.record.spent, sock.record.odd = overhead(tc.ConnectionState()), true
 	return tc, nil
 }
+
+var zeroTLS tls.Config // only copied
 
 func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 	cfg := p.cfg.TLS
@@ -57,14 +62,9 @@ func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 		}
 	}
 	if cfg == nil {
-		cfg = new(tls.Config)
+		cfg = &zeroTLS
 	}
-	cfg = cfg.Clone()
-	if cfg.ServerName = addr.ServerName; cfg.ServerName == "" {
-		cfg.ServerName, _, _ = strings.Cut(addr.Host, "%") // no certificate names a zone
-	}
-	cfg.ClientSessionCache = p.sessions.of(addr)
-	return cfg, nil
+	return p.sessions.configFor(addr, cfg), nil
 }
 
 // tlsMode says what a tlsSocket does when crypto/tls reads.
@@ -129,12 +129,20 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 
 func (s *tlsSocket) enter(m tlsMode) { s.mode, s.budget = m, tlsFlood }
 
-func (s *tlsSocket) Read(b []byte) (n int, err error) {
+func (s *tlsSocket) Read(b []byte) (int, error) {
+	if s.mode != normal {
+		return s.readNoWait(b) // whose closure allocates
+	}
+	n, err := s.Conn.Read(b)
+	s.record.advance(b[:n])
+	if err != nil {
+		s.record.odd = true
+	}
+	return n, err
+}
+
+func (s *tlsSocket) readNoWait(b []byte) (n int, err error) {
 	switch {
-	case s.mode == normal:
-		n, err = s.Conn.Read(b)
-		s.record.advance(b[:n])
-		return n, err
 	case s.mode == sealed || s.raw == nil:
 		return 0, os.ErrDeadlineExceeded
 	case s.budget <= 0:
@@ -148,37 +156,80 @@ func (s *tlsSocket) Read(b []byte) (n int, err error) {
 	return n, err
 }
 
-// records follows the framing of TLS records (a header of 5 bytes, the last two
-// of which count those that follow), because crypto/tls does not tell whether
-// it has read a part of one. Such a part is data that the next borrower would
-// get.
+// records follows the framing of TLS records (a header of 5 bytes: the type, two
+// of the version, two that count the bytes of the body), because crypto/tls tells
+// neither whether it has read a part of one nor whether plaintext is left over.
+// The former is data that the next borrower would get. The latter can be asked,
+// by a read that costs more than the rest of a loan; but mostly the sum proves it:
+// a record of application data holds at most its body less the cipher's overhead.
+// So if the borrower read as much as all records together can hold, there is
+// nothing left in crypto/tls, and there was no record of another kind.
 type records struct {
 	header [5]byte
-	have   int // bytes of the header
-	body   int // bytes of the body still to come
+	have   int8  // bytes of the header
+	odd    bool  // since the last reckoning there was something that is no such record
+	spent  int16 // overhead of a record under the cipher; 0: not known, nothing can be proven
+	body   int32 // bytes of the body still to come
+
+	held int64        // what the records since the last reckoning can hold
+	read atomic.Int64 // what was read of it
 }
 
 func (r *records) advance(b []byte) {
 	for len(b) > 0 {
-		if r.have < len(r.header) {
+		if int(r.have) < len(r.header) {
 			n := copy(r.header[r.have:], b)
-			r.have += n
+			r.have += int8(n)
 			b = b[n:]
-			if r.have == len(r.header) {
-				r.body = int(r.header[3])<<8 | int(r.header[4])
+			if int(r.have) == len(r.header) {
+				r.body = int32(r.header[3])<<8 | int32(r.header[4])
+				room := r.body - int32(r.spent)
+				r.held += int64(room)
+				r.odd = r.odd || r.header[0] != applicationData || room < 0
 			}
 		} else {
-			n := min(r.body, len(b))
-			r.body -= n
+			n := min(int(r.body), len(b))
+			r.body -= int32(n)
 			b = b[n:]
 		}
-		if r.have == len(r.header) && r.body == 0 {
+		if int(r.have) == len(r.header) && r.body == 0 {
 			r.have = 0
 		}
 	}
 }
 
+const applicationData = 23 // the type of a record; in TLS 1.3 of all that are encrypted
+
 func (r *records) partial() bool { return r.have > 0 }
+
+// drained reports whether it is certain that crypto/tls holds nothing.
+func (r *records) drained() bool {
+	return r.spent > 0 && !r.odd && r.have == 0 && r.held == r.read.Load()
+}
+
+// reckon begins anew, when crypto/tls was asked and holds nothing.
+func (r *records) reckon() {
+	r.odd, r.held = false, 0
+	r.read.Store(0)
+}
+
+// overhead is what a record spends on its nonce, its tag and, in TLS 1.3, its
+// inner type; 0 if that depends on the record.
+func overhead(s tls.ConnectionState) int16 {
+	const tag, nonce, innerType = 16, 8, 1
+	if s.Version == tls.VersionTLS13 {
+		return innerType + tag
+	}
+	switch s.CipherSuite {
+	case tls.TLS_RSA_WITH_AES_128_GCM_SHA256, tls.TLS_RSA_WITH_AES_256_GCM_SHA384,
+		tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+		tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384:
+		return nonce + tag
+	case tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256:
+		return tag
+	}
+	return 0
+}
 
 func (s *tlsSocket) sayGoodbye() { s.leaving.Store(true) }
 
@@ -191,30 +242,45 @@ func (s *tlsSocket) SetWriteDeadline(t time.Time) error {
 }
 
 // sessionCaches holds a session cache for each of the addresses that were
-// dialled last. One for all would let a session be resumed under another name,
-// scope or client certificate than it was made with.
+// dialled last, in the tls.Config of the address. One for all would let a
+// session be resumed under another name, scope or client certificate than it was
+// made with; a tls.Config for each connection would be the largest part of it.
 type sessionCaches struct {
 	mu  sync.Mutex // guards lru; nothing else happens under it
-	lru *simplelru.LRU[Addr, tls.ClientSessionCache]
+	lru *simplelru.LRU[Addr, tlsOfAddr]
+}
+
+type tlsOfAddr struct {
+	from, config *tls.Config // config is a copy of from, made for the address
 }
 
 func newSessionCaches() *sessionCaches {
-	lru, err := simplelru.NewLRU[Addr, tls.ClientSessionCache](1024, nil)
+	lru, err := simplelru.NewLRU[Addr, tlsOfAddr](1024, nil)
 	if err != nil {
 		panic(err) // only for a size below 1
 	}
 	return &sessionCaches{lru: lru}
 }
 
-func (s *sessionCaches) of(addr Addr) tls.ClientSessionCache {
+// configFor is from with what belongs to addr.
+func (s *sessionCaches) configFor(addr Addr, from *tls.Config) *tls.Config {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	cache, ok := s.lru.Get(addr)
-	if !ok {
-		cache = tls.NewLRUClientSessionCache(4)
-		s.lru.Add(addr, cache)
+	have, known := s.lru.Get(addr)
+	if known && have.from == from {
+		return have.config
 	}
-	return cache
+	cfg := from.Clone()
+	if cfg.ServerName = addr.ServerName; cfg.ServerName == "" {
+		cfg.ServerName, _, _ = strings.Cut(addr.Host, "%") // no certificate names a zone
+	}
+	if known {
+		cfg.ClientSessionCache = have.config.ClientSessionCache
+	} else {
+		cfg.ClientSessionCache = tls.NewLRUClientSessionCache(4)
+	}
+	s.lru.Add(addr, tlsOfAddr{from, cfg})
+	return cfg
 }
 
 func (s *sessionCaches) forget(addr Addr) {

@@ -6,8 +6,8 @@ var mutants = []mutant{
 	// --- whose socket it is ---
 	{
 		name:  "identity-at-loan",
-		old:   `p.stolen = p.known && !p.sys.stillIs(fd, p.who)`,
-		new:   `p.stolen = false`,
+		old:   `l.stolen = p.known && !p.sys.stillIs(fd, p.who)`,
+		new:   `l.stolen = false`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
@@ -24,8 +24,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "identity-in-the-sweep",
-		old:   `taken = pr.known && !p.sys.stillIs(fd, pr.who); !taken`,
-		new:   `taken = false; !taken`,
+		old:   `if err != nil || taken {`,
+		new:   `if err != nil || taken && false {`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
@@ -74,8 +74,8 @@ var mutants = []mutant{
 	// --- whether it lives and is clean ---
 	{
 		name:  "peek-at-loan",
-		old:   `asking := !cfg.NoProbe`,
-		new:   `asking := false`,
+		old:   `l := newLook(p, !cfg.NoProbe)`,
+		new:   `l := newLook(p, false)`,
 		tests: `TestAByteThatNobodyAskedForCostsTheConnection`,
 	},
 	{
@@ -116,9 +116,15 @@ var mutants = []mutant{
 	},
 	{
 		name:  "record-framing",
-		old:   "if r.have == len(r.header) && r.body == 0 {\n\t\t\tr.have = 0",
-		new:   "if r.have == len(r.header) {\n\t\t\tr.have = 0",
+		old:   "if int(r.have) == len(r.header) && r.body == 0 {\n\t\t\tr.have = 0",
+		new:   "if int(r.have) == len(r.header) {\n\t\t\tr.have = 0",
 		tests: `TestAPartOfARecordIsKnownFromAWholeOne`,
+	},
+	{
+		name:  "record-sum",
+		old:   `!r.odd && r.have == 0 && r.held == r.read.Load()`,
+		new:   `!r.odd && r.have == 0`,
+		tests: `TestUnfitConnectionIsNeverLentAgain`,
 	},
 	{
 		name:  "flood-budget",
@@ -146,14 +152,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "age-in-the-sweep",
-		old:   `elapsed(c.since, now), now); reason != ClosedUnknown {`,
-		new:   `elapsed(c.since, now), now); reason != ClosedUnknown && false {`,
+		old:   `now.sub(c.since), now); reason != ClosedUnknown {`,
+		new:   `now.sub(c.since), now); reason != ClosedUnknown && false {`,
 		tests: `TestAnIdleConnectionIsClosedAfterTwoMinutes`,
 	},
 	{
 		name:  "wall-clock",
-		old:   `return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))`,
-		new:   `return to.Sub(from)`,
+		old:   `max(0, t.Sub(k.then), t.Round(0).Sub(k.then.Round(0)))`,
+		new:   `max(0, t.Sub(k.then))`,
 		tests: `TestAJumpOfTheWallClockAloneAgesConnections`,
 	},
 	{
@@ -257,8 +263,44 @@ var mutants = []mutant{
 
 	// --- who gets what ---
 	{
+		name:  "addresses-of-one-hash",
+		old:   `if s == nil || s.addr != *a {`,
+		new:   `if s == nil {`,
+		tests: `TestAddressesOfOneHashAreKeptApart`,
+	},
+	{
+		name:  "surplus-dials",
+		old:   "p.doubtDialsLocked(s)\n",
+		new:   "\n",
+		tests: `TestABurstThatReturnsServeLeavesOneNewConnection`,
+	},
+	{
+		name:  "given-up-is-no-failure",
+		old:   "if a.givenUp(failure) {\n\t\treturn\n\t}",
+		new:   ``,
+		tests: `TestABurstThatReturnsServeLeavesOneNewConnection`,
+	},
+	{
+		name:  "clock-comes-to-rest",
+		old:   `if !k.asked.Swap(false) {`,
+		new:   `if false {`,
+		tests: `TestTheCoarseClockLagsByATickAtMost`,
+	},
+	{
+		name:  "clock-exact-if-felt",
+		old:   `cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*tick ||`,
+		new:   `false &&`,
+		tests: `TestTheClockIsExactWhereALagCouldBeFelt`,
+	},
+	{
+		name:  "sweep-meets-all",
+		old:   `if c.site != nil && c.round != r.round {`,
+		new:   `if c.site != nil && c.round != r.round && c.phase != borrowed {`,
+		tests: `TestAWalkMeetsEachConnectionThatStays`,
+	},
+	{
 		name:  "idle-lifo",
-		old:   `for inOrder && below != nil && below.since.After(c.since) {`,
+		old:   `for inOrder && below != nil && below.since > c.since {`,
 		new:   `for below != nil {`,
 		tests: `TestTheLastGivenBackIsLentFirst`,
 	},
@@ -276,8 +318,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "late-delivery-goes-back",
-		old:   "if w.c != nil {\n\t\tp.park(w.c, untouched)\n\t}",
-		new:   ``,
+		old:   "p.mu.Unlock()\n\tp.park(w.c, untouched)",
+		new:   `p.mu.Unlock()`,
 		tests: `TestACancelledWaiterIsNeverHandedAConnection`,
 	},
 	{
@@ -326,8 +368,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-cache-per-address",
-		old:   `p.sessions.of(addr)`,
-		new:   `p.sessions.of(Addr{})`,
+		old:   "s.lru.Get(addr)\n\tif known",
+		new:   "s.lru.Get(Addr{})\n\taddr = Addr{}\n\tif known",
 		tests: `TestSessionsAreResumedPerAddressOnly`,
 	},
 	{
@@ -346,13 +388,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "max-per-addr",
-		old:   `want = min(want, p.cfg.MaxPerAddr-openOf(&s.n))`,
+		old:   `want = int32(min(int(want), p.cfg.MaxPerAddr-openOf(&s.n)))`,
 		new:   `_ = want`,
 		tests: `TestFewConnectionsServeMany`,
 	},
 	{
 		name:  "max-dialing",
-		old:   `room := p.cfg.MaxDialing - p.n[dialing]`,
+		old:   `room := p.cfg.MaxDialing - int(p.n[dialing])`,
 		new:   `room := p.cfg.MaxDialing`,
 		tests: `TestMaxDialingBoundsTheDialsToAllAddressesTogether`,
 	},
@@ -376,8 +418,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "in-use-is-no-victim",
-		old:   "if c.phase == idle {\n\t\t\treturn c",
-		new:   "if c.phase == idle || c.phase == borrowed {\n\t\t\treturn c",
+		old:   "case c.phase == idle:\n\t\t\treturn c",
+		new:   "case c.phase == idle, c.phase == borrowed:\n\t\t\treturn c",
 		tests: `TestEvictionLooksAtAllAddressesAndSparesWhatIsInUse`,
 	},
 	{
@@ -394,7 +436,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "back-off",
-		old:   `return s.failures >= backoffAfter`,
+		old:   `return s.trouble != nil && s.trouble.failures >= backoffAfter`,
 		new:   `return false`,
 		tests: `TestAfterThreeFailuresOneProbesAndTheOthersFailAtOnce`,
 	},
