@@ -133,3 +133,10 @@ func (p *Pool) inconsistency() error {
 	}
 	return nil
 }
+
+// every lists all connections, least recently used first.
+func (p *Pool) every() []*conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.recency.all()
+}

@@ -267,7 +267,7 @@ func TestLifetimeJitterIsDrawnOncePerConnection(t *testing.T) {
 		lives := make(map[uint64]time.Duration)
 		whole := 0
 		spread := make(map[time.Duration]bool)
-		for _, c := range n.p.recency.all() {
+		for _, c := range n.p.every() {
 			lives[c.id] = c.life
 			require.LessOrEqual(t, c.life, time.Hour)
 			require.GreaterOrEqual(t, c.life, 54*time.Minute)
@@ -283,7 +283,7 @@ func TestLifetimeJitterIsDrawnOncePerConnection(t *testing.T) {
 			n.idle(at("a"), k/2)
 			time.Sleep(time.Minute)
 		}
-		for _, c := range n.p.recency.all() {
+		for _, c := range n.p.every() {
 			require.Equal(t, lives[c.id], c.life)
 		}
 		require.EqualValues(t, k, n.p.Stats().Dials)
