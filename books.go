@@ -293,8 +293,8 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	s := c.site
 	p.countLoanLocked(c)
 	p.moveLocked(c, none)
-	if c.probe.raw != nil && p.byFD[c.probe.fd] == c {
-		delete(p.byFD, c.probe.fd)
+	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
+		delete(p.byFD, c.probe.fd())
 	}
 	p.freedLocked()
 	if p.recency.remove(c) && c.unprobed() {

@@ -103,8 +103,8 @@ type probe struct {
 	raw syscall.RawConn // nil: no descriptor
 	tls *tls.Conn       // nil: no crypto/tls above
 
-	fd     uintptr  // the number of the descriptor, if raw is there
-	who    identity // of its socket
+	who    identity // of the descriptor's socket, if raw is there
+	number uint32   // of the descriptor; those of Windows too have 32 bits that count
 	known  bool     // who is
 	plain  bool     // the descriptor is a socket whose close cannot block
 	prober bool     // the connection is a Prober
@@ -174,7 +174,7 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 		return
 	}
 	p.raw.Control(func(fd uintptr) {
-		p.fd = fd
+		p.number = uint32(fd)
 		if !cfg.NoIdentity {
 			p.who, p.known = sys.identify(fd)
 		}
@@ -192,6 +192,9 @@ func (p *probe) sock() *tlsSocket {
 
 // can reports whether there is anything to ask.
 func (p *probe) can() bool { return p.prober || p.raw != nil && canPeek }
+
+// fd is the number of the descriptor, if raw is there.
+func (p *probe) fd() uintptr { return uintptr(p.number) }
 
 // isStolen reports whether the descriptor has become another socket's.
 func (p *probe) isStolen() (stolen bool) {

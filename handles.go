@@ -68,13 +68,13 @@ func (p *Pool) enroll(c *conn) {
 	limit, limited := p.sys.handleLimit()
 	var todo agenda
 	p.mu.Lock()
-	if old := p.byFD[c.probe.fd]; old != nil && old.word.Load()&shut == 0 {
+	if old := p.byFD[c.probe.fd()]; old != nil && old.word.Load()&shut == 0 {
 		p.disownLocked(old, &todo)
 	}
-	p.byFD[c.probe.fd] = c
+	p.byFD[c.probe.fd()] = c
 	watcher := p.watcher
 	if limited && p.cfg.MaxOpen < math.MaxInt {
-		p.pressure = pressureAt(c.probe.fd, limit)
+		p.pressure = pressureAt(c.probe.fd(), limit)
 		if p.pressure == handlesCritical {
 			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
 				p.takeLocked(v)
@@ -122,7 +122,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 		word := c.word.Load()
 		switch {
 		case c.probe.raw == nil || c.phase == closing || word&(stolen|shut) != 0:
-		case c.probe.fd == fd:
+		case c.probe.fd() == fd:
 			p.disownLocked(c, &todo)
 			marked++
 		case known && c.probe.known && c.probe.who == who:

@@ -375,7 +375,7 @@ func TestAHangUpOfAnEarlierOwnerOfTheNumberHurtsNobody(t *testing.T) {
 		p.CloseIdle()
 		require.Equal(t, 0, p.Stats().Open)
 		next := fillIdle(t, p, addrNext, 1)[0]
-		if int(next.probe.fd) != number { // somebody else was quicker
+		if int(next.probe.fd()) != number { // somebody else was quicker
 			copied.Close()
 			require.NoError(t, p.Close())
 			continue

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"hash/maphash"
 	"math"
 	"net"
 	"sync"
@@ -33,6 +34,19 @@ func BenchmarkParts(b *testing.B) {
 	})
 
 	addr := connpool.MustParseAddr("tcp://127.0.0.1:7000")
+	seed := maphash.MakeSeed()
+	part("hash", func() { _ = maphash.String(seed, addr.Host) ^ uint64(addr.Port)*0x9e3779b97f4a7c15 })
+	same := connpool.MustParseAddr("tcp://127.0.0.1:7000")
+	part("compare", func() {
+		if addr != same {
+			panic("equal addresses differ")
+		}
+	})
+	var ticked atomic.Int64
+	ticked.Store(1)
+	var asked atomic.Bool
+	asked.Store(true)
+	part("coarse", func() { _ = ticked.Load() != 0 && asked.Load() })
 	sites := map[connpool.Addr]*int{addr: new(int)}
 	part("map", func() { _ = *sites[addr] })
 
