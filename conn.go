@@ -335,7 +335,7 @@ func (c *conn) leave(n int64, err error) error {
 // leaveRead is leave for an operation that read.
 func (c *conn) leaveRead(n int64, err error) error {
 	if sock := c.probe.sock(); sock != nil {
-		sock.record.read.Add(n)
+		sock.record.read.Add(uint32(n))
 	}
 	return c.leave(n, err)
 }

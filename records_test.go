@@ -196,7 +196,7 @@ func TestTheSumOfTheRecordsProvesThatNothingIsLeft(t *testing.T) {
 				}
 				_, err = io.ReadFull(client, make([]byte, n))
 				require.NoError(t, err)
-				sock.record.read.Add(int64(n))
+				sock.record.read.Add(uint32(n))
 				if unread -= n; sock.record.drained() {
 					// What is still in the kernel is the peek's business.
 					sock.enter(sealed)

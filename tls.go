@@ -95,8 +95,8 @@ type tlsSocket struct {
 	raw     syscall.RawConn // nil: a foreign connection, on which noWait is not to be used
 	readNow func(fd uintptr, b []byte) (int, error)
 	record  records // how far crypto/tls has read
-	mode    tlsMode // the owner's, and only between loans
 	budget  int     // bytes that noWait may still read
+	mode    tlsMode // the owner's, and only between loans
 	stuck   bool    // an answer to a key update could not be written
 	leaving atomic.Bool
 }
@@ -171,8 +171,9 @@ type records struct {
 	spent  int16 // overhead of a record under the cipher; 0: not known, nothing can be proven
 	body   int32 // bytes of the body still to come
 
-	held int64        // what the records since the last reckoning can hold
-	read atomic.Int64 // what was read of it
+	// Both count modulo 2^32: crypto/tls holds no more than a record or two.
+	held uint32        // what the records since the last reckoning can hold
+	read atomic.Uint32 // what was read of it
 }
 
 func (r *records) advance(b []byte) {
@@ -184,7 +185,7 @@ func (r *records) advance(b []byte) {
 			if int(r.have) == len(r.header) {
 				r.body = int32(r.header[3])<<8 | int32(r.header[4])
 				room := r.body - int32(r.spent)
-				r.held += int64(room)
+				r.held += uint32(room)
 				r.odd = r.odd || r.header[0] != applicationData || room < 0
 			}
 		} else {
