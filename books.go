@@ -154,6 +154,9 @@ const (
 // the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
 // It reports whether the connection was kept.
 func (p *Pool) park(c *conn, u use) bool {
+	if l := c.loan.Load(); l != nil && l.hold != nil {
+		p.unhold(l)
+	}
 	now := p.clock.now()
 	var todo agenda
 	p.mu.Lock()
@@ -249,6 +252,9 @@ func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 // discard closes a connection that its owner gives up, and frees the slot. The
 // channel is closed when the socket is; it is nil if that has happened already.
 func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
+	if l := c.loan.Load(); l != nil && l.hold != nil {
+		p.unhold(l)
+	}
 	if !c.seal() {
 		p.removed(c, Quarantined, errStolen)
 		return nil

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"runtime/pprof"
 	"time"
 )
 
@@ -96,6 +97,13 @@ type Config struct {
 	// negative: no bound.
 	HookTimeout time.Duration
 
+	// HoldWarn is how long a connection may be out, in one loan, lease or
+	// session, before the pool reports it, once, with the place where it was
+	// borrowed: to Trace.HeldLong, and to Logger as a warning. Nothing is
+	// taken from anybody. It costs a walk up the stack for each borrow.
+	// 0 or negative: no report.
+	HoldWarn time.Duration
+
 	// NoProbe switches off the look into the socket that precedes each
 	// loan, and the sweep's. A connection that the peer closed, or on which
 	// it sent something unasked, is then lent. It is meant for protocols
@@ -153,7 +161,8 @@ type Config struct {
 	// the borrower gets another.
 	Check func(ctx context.Context, c Conn) error
 
-	// NoneRemovable is asked when file handles ran out and no idle
+	// NoneRemovable is asked, unless the ctx of the borrower brings its own
+	// (WithNoneRemovable), when file handles ran out and no idle
 	// connection is left to close. true says that a handle was freed and
 	// the dial shall be tried once more; false, or nil, fails the borrow
 	// with an error that is ErrNoneRemovable.
@@ -161,6 +170,11 @@ type Config struct {
 
 	// Trace observes the pool.
 	Trace *Trace
+
+	// Profile gets each connection that is out, with the stack of its
+	// borrow, for go tool pprof: a profile made with pprof.NewProfile is
+	// served by net/http/pprof under its name. nil: none.
+	Profile *pprof.Profile
 
 	// Debug keeps the stack of each borrow and reports the use of a Conn
 	// after its loan to Logger, with the stacks of both. It costs some
@@ -251,6 +265,7 @@ func (cfg Config) resolved() (Config, error) {
 	span(&cfg.DialTimeout, defaultDialTimeout)
 	span(&cfg.CheckInterval, defaultCheckInterval)
 	span(&cfg.HookTimeout, defaultHookTimeout)
+	span(&cfg.HoldWarn, 0)
 	switch {
 	case cfg.TrustIdle < 0:
 		cfg.TrustIdle = 0

@@ -72,7 +72,8 @@ type conn struct {
 // nothing; the others take one that an earlier loan has left (see forget).
 type lending struct {
 	c     *conn
-	trace *Trace // nil: none
+	trace *Trace   // nil: none
+	hold  *holding // what is known of who has it; nil if nobody wants to know
 
 	// dmu of c guards these once the loan has begun.
 	ctx      context.Context // nil if it can never be done
@@ -110,6 +111,13 @@ func (c *conn) forget() {
 		c.loan.Store(nil)
 		*l = lending{interrupt: l.interrupt}
 		lendings.Put(l)
+	}
+}
+
+// observedBy makes t, which has the pool's in it, the trace of the loan.
+func (c *conn) observedBy(t *Trace) {
+	if c.loan.Load() != nil || t != c.site.pool.cfg.Trace {
+		c.remember().trace = t
 	}
 }
 
@@ -245,7 +253,15 @@ func (c *conn) interrupt() {
 			c.site.pool.log(slog.LevelError, "SetDeadline panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
-	c.word.Or(cut)
+	for {
+		w := c.word.Load()
+		if w&detached != 0 {
+			return // inside a use inside this loan, see nest: it is not the pool's to interrupt any more
+		}
+		if c.word.CompareAndSwap(w, w|cut) {
+			break
+		}
+	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	c.deadlineSet = true
@@ -410,6 +426,17 @@ func (c *conn) failure() error {
 		return l.firstErr
 	}
 	return nil
+}
+
+// interruption is why the loan was interrupted: its ctx was done, or that of a
+// use inside it, which is forgotten.
+func (c *conn) interruption() error {
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	if l := c.loan.Load(); l != nil && l.ctx != nil && l.ctx.Err() != nil {
+		return causeOf(l.ctx)
+	}
+	return context.Canceled
 }
 
 // setDeadline applies a deadline of fn's. The ctx has the last word.

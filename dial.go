@@ -228,12 +228,13 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 			continue
 		}
 		err = errors.Join(ErrNoneRemovable, err)
-		if asked || p.cfg.NoneRemovable == nil {
+		decide := p.noneRemovable(ctx)
+		if asked || decide == nil {
 			return nil, err
 		}
 		asked = true
 		a.where = "Config.NoneRemovable"
-		if !p.cfg.NoneRemovable(p.failed(a.c.site.addr, a.stage, err, 0)) {
+		if !decide(p.failed(a.c.site.addr, a.stage, err, 0)) {
 			return nil, err
 		}
 	}
@@ -489,10 +490,17 @@ func (p *Pool) evict(ctx context.Context) (Addr, bool) {
 
 // detached books that a borrower took c away.
 func (p *Pool) detached(c *conn) {
+	if l := c.loan.Load(); l != nil && l.hold != nil {
+		p.unhold(l)
+	}
 	p.mu.Lock()
 	p.counts.Detached++
 	watcher := p.watcher
 	p.mu.Unlock()
 	watcher.remove(c)
+	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.exactly().sub(c.since)}
 	p.removed(c, ClosedUnknown, nil)
+	if t != nil && t.Detached != nil {
+		p.observe(func() { t.Detached(info) })
+	}
 }

@@ -27,6 +27,12 @@ var (
 	// to wait: [Fail] is in force, or MaxWaiters borrowers wait already.
 	ErrExhausted = errors.New("connpool: limit reached")
 
+	// ErrSessionLost says that the connection a [Pool.Session] kept for an
+	// address cannot go on: it died or got dirty between two uses, or the use
+	// around this one spoiled or closed it. It is not replaced in silence,
+	// because what was begun on it is gone. The next use gets another.
+	ErrSessionLost = errors.New("connpool: the session's connection is lost")
+
 	// ErrNoneRemovable says that file handles ran out and no idle
 	// connection was left that could make room.
 	ErrNoneRemovable = errors.New("connpool: out of handles and every connection is in use")
@@ -42,10 +48,11 @@ const (
 	StageDial                       // opening the socket
 	StageHandshake                  // the TLS handshake
 	StageSetup                      // Config.Setup
+	StageSession                    // the session of ctx: its connection is lost, or still in use by another goroutine of it
 )
 
 var stageNames = [...]string{StageUsage: "usage", StageWait: "wait", StageBackoff: "back-off",
-	StageDial: "dial", StageHandshake: "handshake", StageSetup: "setup"}
+	StageDial: "dial", StageHandshake: "handshake", StageSetup: "setup", StageSession: "session"}
 
 func (s Stage) String() string { return nameOf(stageNames[:], s) }
 

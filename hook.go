@@ -60,8 +60,13 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 // before the pool goes on without it.
 const hookGrace = 100 * time.Millisecond
 
-// within derives a ctx that ends after d (0: not by time) and with the pool.
+// within derives a ctx that ends after d (0: not by time) and with the pool. No
+// session is in it: hooks and dialers run on goroutines of their own, while the
+// borrower has the seat and waits for them.
 func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	if p.inSession.Load() != 0 {
+		ctx = context.WithValue(ctx, sessionKey{p}, (*session)(nil))
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(p.ctx, func() { cancel(ErrClosed) })
 	if d <= 0 {
@@ -154,7 +159,7 @@ func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 	switch reason {
 	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed:
 		level = slog.LevelWarn
-	case Quarantined:
+	case Quarantined, ClosedLeaked:
 		level = slog.LevelError
 	case ClosedStale:
 		level = slog.LevelInfo

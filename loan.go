@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -60,7 +61,8 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 }
 
 func readFrom(nc net.Conn, r io.Reader) (int64, error) {
-	if src, ok := r.(Conn); ok { // the kernel must see both sockets
+	if src, ok := onLoan(r); ok { // the kernel must see both sockets
+		defer runtime.KeepAlive(r)
 		if err := src.c.enter(src.gen); err != nil {
 			return 0, err
 		}
@@ -71,6 +73,18 @@ func readFrom(nc net.Conn, r io.Reader) (int64, error) {
 		return rf.ReadFrom(r)
 	}
 	return io.Copy(struct{ io.Writer }{nc}, r)
+}
+
+// onLoan is the loan behind x, if x is a Conn or a Lease that can be used now.
+func onLoan(x any) (Conn, bool) {
+	switch x := x.(type) {
+	case Conn:
+		return x, true
+	case *Lease:
+		h, err := x.loan()
+		return h, err == nil
+	}
+	return Conn{}, false
 }
 
 // WriteTo implements io.WriterTo in the same way. An error of w counts as a
@@ -84,7 +98,8 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 }
 
 func writeTo(nc net.Conn, w io.Writer) (int64, error) {
-	if dst, ok := w.(Conn); ok {
+	if dst, ok := onLoan(w); ok {
+		defer runtime.KeepAlive(w)
 		if err := dst.c.enter(dst.gen); err != nil {
 			return 0, err
 		}
@@ -119,16 +134,17 @@ func (h Conn) Close() error {
 // Detach takes the connection out of the pool for good: its slot is free, and
 // the caller owns the result, which is what the dialer or crypto/tls made, with
 // no deadline set. State and codecs built by Setup work on. It fails while an
-// operation is running, when ctx is done, in a hook, and if the descriptor has
-// become another socket's.
+// operation is running, when ctx is done (or that of a use inside this one was),
+// in a hook, and if the descriptor has become another socket's.
 func (h Conn) Detach() (net.Conn, error) {
-	if _, err := h.leaveFor(gone | detached); err != nil {
+	word, err := h.leaveFor(gone | detached)
+	if err != nil {
 		return nil, err
 	}
 	c, p := h.c, h.c.site.pool
-	if !c.stopWatch() {
+	if !c.stopWatch() || word&cut != 0 {
 		c.word.And(^uint64(detached))
-		why := causeOf(c.remember().ctx)
+		why := c.interruption()
 		p.discard(c, ClosedCanceled, why)
 		return nil, why
 	}

@@ -41,6 +41,9 @@ type Pool struct {
 
 	sys *system
 
+	inSession atomic.Int64 // sessions that have not ended; With looks into its ctx only if there are any
+	holds     *holds       // nil unless somebody wants to know who holds what
+
 	sessions *sessionCaches // for TLS
 
 	watchOnce sync.Once    // starts watcher
@@ -115,6 +118,9 @@ func New(cfg Config) (*Pool, error) {
 	p.clock.exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*tick ||
 		cfg.Check != nil && cfg.TrustIdle < 100*tick || cfg.Trace != nil
 	p.ctx, p.stop = context.WithCancel(context.Background())
+	if cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug {
+		p.holds = &holds{}
+	}
 	p.lookAtHandles()
 	return p, nil
 }
@@ -143,6 +149,10 @@ func New(cfg Config) (*Pool, error) {
 // it was idle is never the caller's problem: the pool takes the next one, or
 // opens one.
 //
+// Under the ctx of a [Pool.Session] the connection is that of the session, which
+// keeps it between two uses; what is said there about giving back comes true
+// at the session's end.
+//
 // A ctx that can never be done costs nothing; one that can costs a
 // context.AfterFunc. A nil ctx or fn is an error.
 func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
@@ -154,6 +164,11 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	case fn == nil:
 		return usage(addr, errors.New("fn is nil"))
 	}
+	if p.inSession.Load() != 0 {
+		if joined, err := p.withinSession(ctx, addr, fn); joined {
+			return err
+		}
+	}
 	t := p.trace(ctx)
 	if t != nil && t.GetConn != nil {
 		t.GetConn(addr)
@@ -163,32 +178,38 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 		return err
 	}
 	owner := true // until the connection is closed, given back or gone
-	defer func() {
-		if !owner {
-			return
-		}
-		// fn, or foreign code that settle called, did not return.
-		reason, v := ClosedGoexit, recover()
-		if v != nil {
-			reason = ClosedPanic
-		}
-		if c.abort() {
-			p.discard(c, reason, nil)
-		}
-		if v != nil {
-			panic(v)
-		}
-	}()
+	defer p.rescue(c, &owner)
 	c.uses++
 	c.uncounted = true
 	if t != p.cfg.Trace {
 		c.remember().trace = t
+	}
+	if p.holds != nil {
+		p.hold(c, 1)
 	}
 	loan := c.begin(ctx, 0)
 	if t != nil && t.GotConn != nil {
 		t.GotConn(GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
 	}
 	return p.settle(ctx, c, fn(loan), t, &owner)
+}
+
+// rescue is deferred by an owner that runs foreign code: fn, or what settle
+// calls. If that did not return, the connection is closed; a panic goes on.
+func (p *Pool) rescue(c *conn, owner *bool) {
+	if !*owner {
+		return
+	}
+	reason, v := ClosedGoexit, recover()
+	if v != nil {
+		reason = ClosedPanic
+	}
+	if c.abort() {
+		p.discard(c, reason, nil)
+	}
+	if v != nil {
+		panic(v)
+	}
 }
 
 // borrow makes the caller the owner of a connection that may be lent.
@@ -340,34 +361,57 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *in
 	return w, nil
 }
 
-// settle is the end of a loan that ended by return: the verdict.
+// settle is the end of a loan that ended by return: the verdict, and the give-back.
 func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *bool) error {
 	word := c.end()
 	if word&gone != 0 {
 		*owner = false
 		return unkeep(err)
 	}
-	forgiven := err != nil && isKept(err)
-	reason, why, own := ClosedUnknown, error(nil), false // own: why is of Reset, which ran for this borrower
-	switch {
-	case word&stolen != 0:
-		reason, why = Quarantined, errStolen
-	case word&cut != 0 || ctx.Err() != nil:
-		reason, why = ClosedCanceled, causeOf(ctx)
-	case err != nil && !forgiven:
-		reason, why = ClosedFnError, err
-	case word&inFlight != 0:
-		reason = ClosedInFlight
-	case word&broken != 0:
-		reason, why = ClosedBroken, c.failure()
-	case word&halfClosed != 0:
-		reason = ClosedHalfClosed
-	case word&timedOut != 0 && !forgiven:
-		reason, why = ClosedTimeout, c.failure()
-	case c.leftovers(word):
+	reason, why := c.verdict(ctx, word, err)
+	if reason == ClosedUnknown && c.leftovers(word) {
 		reason = ClosedDirty
 	}
-	if reason == ClosedUnknown && word&hungUp != 0 {
+	p.putBack(ctx, c, reason, why, owner)
+	if *owner {
+		*owner = false
+		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
+		if p.park(c, used) && t != nil && t.PutConn != nil {
+			t.PutConn(PutInfo{Addr: s.addr, ID: id, Held: p.clock.exactly().sub(lentAt)})
+		}
+	}
+	return unkeep(err)
+}
+
+// verdict says why a connection may not be used again after a loan that left
+// word and err behind, ClosedUnknown if it may.
+func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason, error) {
+	forgiven := err != nil && isKept(err)
+	switch {
+	case word&stolen != 0:
+		return Quarantined, errStolen
+	case word&cut != 0 || ctx.Err() != nil:
+		return ClosedCanceled, causeOf(ctx)
+	case err != nil && !forgiven:
+		return ClosedFnError, err
+	case word&inFlight != 0:
+		return ClosedInFlight, nil
+	case word&broken != 0:
+		return ClosedBroken, c.failure()
+	case word&halfClosed != 0:
+		return ClosedHalfClosed, nil
+	case word&timedOut != 0 && !forgiven:
+		return ClosedTimeout, c.failure()
+	}
+	return ClosedUnknown, nil
+}
+
+// putBack puts a connection in order for the next borrower, if it is not to be
+// closed for reason. If it is, or cannot be put in order, the caller is no
+// longer its owner.
+func (p *Pool) putBack(ctx context.Context, c *conn, reason CloseReason, why error, owner *bool) {
+	own := false // why is of Reset, which ran for this borrower
+	if reason == ClosedUnknown && c.word.Load()&hungUp != 0 {
 		reason, why = c.ask()
 	}
 	if reason == ClosedUnknown && p.cfg.Reset != nil {
@@ -377,19 +421,14 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 			reason, own = ClosedResetFailed, true
 		}
 	}
+	if reason == ClosedUnknown {
+		return
+	}
 	*owner = false
-	if reason != ClosedUnknown {
-		p.discard(c, reason, why)
-		if own {
-			passOn(why)
-		}
-		return unkeep(err)
+	p.discard(c, reason, why)
+	if own {
+		passOn(why)
 	}
-	id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
-	if p.park(c, used) && t != nil && t.PutConn != nil {
-		t.PutConn(PutInfo{Addr: s.addr, ID: id, Held: p.clock.exactly().sub(lentAt)})
-	}
-	return unkeep(err)
 }
 
 func isKept(err error) bool {

@@ -26,6 +26,7 @@ type Stats struct {
 	Dials        uint64        // dials that were started
 	DialErrors   uint64        // dials (with handshake and Setup) that failed, or were given up as nobody needed them any more
 	Detached     uint64        // connections that left by Conn.Detach
+	Leaked       uint64        // leases and sessions that nobody could reach any more, taken back
 	Abandoned    uint64        // dials, hooks and closes given up because they did not end in time
 	Waits        uint64        // borrowers that had to queue
 	WaitDuration time.Duration // time spent in queues

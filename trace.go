@@ -35,13 +35,14 @@ const (
 	ClosedWithPool                // Pool.Close or Pool.Shutdown
 	ClosedLowHandles              // by us: the process is running out of file handles
 	ClosedMarkedDead              // Pool.MarkDead: the caller holds the same socket
+	ClosedLeaked                  // a lease or session that nobody could reach any more
 	Quarantined                   // not closed: its descriptor has become somebody else's, and is never touched again
 	numCloseReasons
 )
 
 var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeout", "lifetime", "max-uses",
 	"surplus", "stale", "dirty", "fn-error", "panic", "goexit", "canceled", "in-flight", "broken", "timeout",
-	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "quarantined"}
+	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined"}
 
 func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 
@@ -55,8 +56,13 @@ func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), 
 // run at the same time. They should be quick: the pool waits for them.
 //
 // A panic of GetConn, GotConn or PutConn is passed on to the caller of With.
-// Wait, DialDone and Closed run in the middle of the pool's own work, where a
-// panic is logged and goes no further.
+// The others run in the middle of the pool's own work, where a panic is logged
+// and goes no further.
+//
+// What is said here of With and its fn holds for a [Lease] too, from
+// [Pool.Lease] to its return. Within a [Pool.Session] each With is told by
+// itself, but one nested in another is part of it and is not told; a connection
+// that the session keeps between two uses was kept.
 //
 // Where both a pool's and a use's Trace are set, both are called, the pool's
 // first. A use's Trace hears of the close that ends the use; what happens to a
@@ -69,6 +75,9 @@ type Trace struct {
 	GotConn  func(GotInfo)  // fn is about to run
 	DialDone func(DialInfo) // a connection was opened, or could not be
 	PutConn  func(PutInfo)  // fn is over and the connection was kept
+	Detached func(PutInfo)  // the borrower took the connection out of the pool
+	HeldLong func(HeldInfo) // a connection has been out for Config.HoldWarn; told once
+	Leaked   func(HeldInfo) // a lease or session was forgotten, and its connection is closed
 	Closed   func(CloseInfo)
 }
 
@@ -96,7 +105,7 @@ type DialInfo struct {
 	Err  error
 }
 
-// PutInfo is what [Trace.PutConn] gets.
+// PutInfo is what [Trace.PutConn] and [Trace.Detached] get.
 type PutInfo struct {
 	Addr Addr
 	ID   uint64
@@ -114,6 +123,25 @@ type CloseInfo struct {
 }
 
 type traceKey struct{}
+
+type noneRemovableKey struct{}
+
+// WithNoneRemovable returns a ctx whose dials ask decide in the place of
+// Config.NoneRemovable, and of one already in ctx: a hook that decides is
+// replaced by the one closest to the use, while those that observe add up, see
+// [WithTrace]. With nil nobody is asked. As everything about a dial, it is that
+// of the borrower for whom the dial was started.
+func WithNoneRemovable(ctx context.Context, decide func(*Error) bool) context.Context {
+	return context.WithValue(ctx, noneRemovableKey{}, decide)
+}
+
+// noneRemovable is whom a dial under ctx asks; nil: nobody.
+func (p *Pool) noneRemovable(ctx context.Context) func(*Error) bool {
+	if decide, ok := ctx.Value(noneRemovableKey{}).(func(*Error) bool); ok {
+		return decide
+	}
+	return p.cfg.NoneRemovable
+}
 
 // WithTrace returns a ctx whose uses of a pool are observed by t, in addition
 // to the pool's own Trace and to one already in ctx. A nil t returns ctx.
@@ -139,6 +167,9 @@ func chain(first, second *Trace) *Trace {
 		GotConn:  both(first.GotConn, second.GotConn),
 		DialDone: both(first.DialDone, second.DialDone),
 		PutConn:  both(first.PutConn, second.PutConn),
+		Detached: both(first.Detached, second.Detached),
+		HeldLong: both(first.HeldLong, second.HeldLong),
+		Leaked:   both(first.Leaked, second.Leaked),
 		Closed:   both(first.Closed, second.Closed),
 	}
 }

@@ -1,0 +1,182 @@
+package connpool
+
+import (
+	"fmt"
+	"log/slog"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+)
+
+// A hold is the time a connection is out of the pool: a loan, a lease, or all
+// that a session has of it. Who holds what, and since when, is written down
+// only if somebody wants to know (HoldWarn, Profile, Debug), because it takes a
+// walk up the stack; but for leases always, since of a forgotten one the place
+// where it was borrowed is all there is to tell.
+
+// HeldInfo is what [Trace.HeldLong] and [Trace.Leaked] get.
+type HeldInfo struct {
+	Addr  Addr
+	ID    uint64        // of the connection in its pool
+	Held  time.Duration // so far
+	Place string        // where it was borrowed: a function, its file and line
+	Stack string        // the whole stack of the borrow, as in the text of a panic
+}
+
+// holding is one connection that is out.
+type holding struct {
+	addr  Addr
+	id    uint64
+	since instant
+	stack []uintptr
+	trace *Trace // of the borrow, which has the pool's in it
+
+	next, prev *holding // in holds
+	listed     bool
+}
+
+// holds is the list of what is out and has not been reported yet, longest held
+// first. Its timer runs while there is anything in it.
+type holds struct {
+	mu             sync.Mutex // guards the list and the timer; no hook, log line or other lock under it
+	oldest, newest *holding
+	timer          *time.Timer
+}
+
+// hold begins a hold of c by the caller's caller, skip frames further up. Only
+// the owner of c calls it.
+func (p *Pool) hold(c *conn, skip int) {
+	var pcs [64]uintptr
+	n := runtime.Callers(skip+2, pcs[:])
+	h := &holding{addr: c.site.addr, id: c.id, since: p.clock.exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
+	c.remember().hold = h
+	if p.cfg.Profile != nil {
+		p.cfg.Profile.Add(h, skip+2)
+	}
+	if p.cfg.HoldWarn <= 0 {
+		return
+	}
+	l := p.holds
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.listed, h.prev = true, l.newest
+	l.newest = h
+	if h.prev != nil {
+		h.prev.next = h
+		return
+	}
+	l.oldest = h
+	if l.timer == nil {
+		l.timer = time.AfterFunc(p.cfg.HoldWarn, p.reportHolds)
+	} else {
+		l.timer.Reset(p.cfg.HoldWarn)
+	}
+}
+
+// unhold ends the hold that lent knows of. Only the owner of the connection calls
+// it, and is about to give it up.
+func (p *Pool) unhold(lent *lending) {
+	h := lent.hold
+	lent.hold = nil
+	if p.cfg.Profile != nil {
+		p.cfg.Profile.Remove(h)
+	}
+	if p.cfg.HoldWarn <= 0 {
+		return
+	}
+	l := p.holds
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if h.listed {
+		l.remove(h)
+	}
+	if l.oldest == nil {
+		l.timer.Stop()
+	}
+}
+
+// remove needs mu.
+func (l *holds) remove(h *holding) {
+	if h.prev == nil {
+		l.oldest = h.next
+	} else {
+		h.prev.next = h.next
+	}
+	if h.next == nil {
+		l.newest = h.prev
+	} else {
+		h.next.prev = h.prev
+	}
+	h.prev, h.next, h.listed = nil, nil, false
+}
+
+// reportHolds tells of each connection that has been out for HoldWarn, once.
+func (p *Pool) reportHolds() {
+	now := p.clock.exactly()
+	var late []*holding
+	l := p.holds
+	l.mu.Lock()
+	for h := l.oldest; h != nil; h = l.oldest {
+		left := p.cfg.HoldWarn - now.sub(h.since)
+		if left > 0 {
+			l.timer.Reset(max(left, time.Millisecond))
+			break
+		}
+		l.remove(h)
+		late = append(late, h)
+	}
+	l.mu.Unlock()
+	for _, h := range late {
+		info := h.info(now)
+		if h.trace != nil && h.trace.HeldLong != nil {
+			p.observe(func() { h.trace.HeldLong(info) })
+		}
+		p.log(slog.LevelWarn, "a connection has been in use for long", "addr", info.Addr, "id", info.ID,
+			"held", info.Held, "borrowed at", info.Place)
+	}
+}
+
+func (h *holding) info(now instant) HeldInfo {
+	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.sub(h.since)}
+	var b strings.Builder
+	frames := runtime.CallersFrames(h.stack)
+	for more := len(h.stack) > 0; more; {
+		var f runtime.Frame
+		f, more = frames.Next()
+		if info.Place == "" {
+			info.Place = fmt.Sprintf("%s (%s:%d)", f.Function, f.File, f.Line)
+		}
+		fmt.Fprintf(&b, "%s\n\t%s:%d\n", f.Function, f.File, f.Line)
+	}
+	info.Stack = b.String()
+	return info
+}
+
+// forgotten takes back the connection of a lease or session that nobody can
+// reach any more.
+func forgotten(c *conn) {
+	go func() { // the caller is the runtime, and its other clean-ups wait
+		if c.abort() {
+			c.site.pool.leaked(c)
+		}
+	}()
+}
+
+// leaked closes a connection that the caller owns because nobody else can.
+func (p *Pool) leaked(c *conn) {
+	t, h := c.trace(), c.remember().hold
+	if h == nil { // nobody wanted to know; only leases are always written down
+		h = &holding{addr: c.site.addr, id: c.id, since: c.since}
+	}
+	info := h.info(p.clock.exactly())
+	p.mu.Lock()
+	p.counts.Leaked++
+	p.mu.Unlock()
+	p.discard(c, ClosedLeaked, nil)
+	if t != nil && t.Leaked != nil {
+		p.observe(func() { t.Leaked(info) })
+	}
+	p.log(slog.LevelError, "a lease or session was forgotten; its connection is closed", "addr", info.Addr, "id", info.ID,
+		"held", info.Held, "borrowed by", info.Stack)
+}

@@ -1,0 +1,130 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"runtime"
+)
+
+// Do takes the standing loan of a lease away and puts another one in its place,
+// for as long as fn runs.
+
+// Do runs fn with the connection as a [Conn], for what takes one: [State], and
+// I/O under a ctx. ctx governs the I/O inside fn as in [Pool.With], and the
+// Conn is dead when Do returns. fn's error comes back as it is, without the
+// wrapping of [Keep].
+//
+// The connection is closed, and the lease lost, by the same verdict as With's,
+// with two exceptions, which count at Return: bytes left unread, and CloseWrite.
+// On a lost lease everything fails but Return, Close and Discard.
+//
+// fn has the connection alone: the other methods of the lease fail meanwhile,
+// and Do fails, as an *[Error], while one of them is running. A deadline set
+// with them does not outlive Do.
+func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
+	defer runtime.KeepAlive(l)
+	c, p := l.c, l.c.site.pool
+	switch {
+	case ctx == nil:
+		return usage(c.site.addr, errors.New("ctx is nil: pass context.Background()"))
+	case fn == nil:
+		return usage(c.site.addr, errors.New("fn is nil"))
+	case ctx.Err() != nil:
+		return p.failed(c.site.addr, StageWait, causeOf(ctx), 0)
+	}
+	if err := l.pause(); err != nil {
+		return usage(c.site.addr, err)
+	}
+	kept, owner := false, true
+	defer func() { l.resume(kept) }()
+	defer p.rescue(c, &owner)
+	before := c.end()
+	h := c.begin(ctx, before&moved)
+	if !l.began(h) {
+		owner = false
+		return usage(c.site.addr, leaseError{})
+	}
+	err := fn(h)
+	word := c.end()
+	if word&gone != 0 {
+		owner = false
+		return unkeep(err)
+	}
+	if reason, why := c.verdict(ctx, word&^halfClosed, err); reason != ClosedUnknown {
+		owner = false
+		p.discard(c, reason, why)
+		return unkeep(err)
+	}
+	// The loan that stands from now on is judged by what was before, too.
+	again := c.begin(l.ctx, before&(timedOut|halfClosed)|word&(moved|halfClosed))
+	l.mu.Lock()
+	l.gen = again.gen
+	l.mu.Unlock()
+	kept, owner = true, false
+	return unkeep(err)
+}
+
+// pause ends the standing loan for Do, if that has the connection alone.
+func (l *Lease) pause() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.unusableLocked(); err != nil {
+		return err
+	}
+	switch word, ok := l.c.hush(l.gen); {
+	case ok:
+		l.state, l.gen = leaseDoing, 0
+		return nil
+	case word&inFlight != 0:
+		return errLeaseRunning
+	}
+	return errLeaseLost // closed or detached through what Setup built
+}
+
+// hush ends the loan gen unless an operation is running or the connection is
+// gone, and returns the word as it was.
+func (c *conn) hush(gen uint64) (word uint64, ok bool) {
+	for {
+		w := c.word.Load()
+		if w&(inFlight|gone) != 0 || w&lent == 0 || w>>genShift != gen {
+			return w, false
+		}
+		if c.word.CompareAndSwap(w, w&^lent) {
+			return w, true
+		}
+	}
+}
+
+// began reports whether fn may run: the lease was not discarded before the loan
+// of Do began. If it was, the connection is closed.
+func (l *Lease) began(h Conn) bool {
+	l.mu.Lock()
+	dropped := l.dropped
+	l.gen = h.gen
+	l.mu.Unlock()
+	if dropped {
+		h.Close()
+	}
+	return !dropped
+}
+
+// resume is the end of Do: kept, or the connection is lost.
+func (l *Lease) resume(kept bool) {
+	l.mu.Lock()
+	wanted := l.wanted
+	switch {
+	case wanted:
+		l.state = leaseOver
+	case kept:
+		l.state = leaseHeld
+	default:
+		l.state = leaseLost
+	}
+	l.mu.Unlock()
+	switch {
+	case !kept:
+		l.cleanup.Stop()
+	case wanted:
+		l.giveBack()
+	}
+}
