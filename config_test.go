@@ -77,17 +77,17 @@ func TestZeroIsTheDefaultAndNegativeIsOff(t *testing.T) {
 		}},
 		"negative": {Config{
 			MaxOpen: -1, MaxPerAddr: -2, MaxIdle: -3, MaxIdlePerAddr: -4, MaxDialing: -5, MaxDialingPerAddr: -6, MaxWaiters: -7, MaxUses: -8,
-			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, CheckInterval: -4, HookTimeout: -5,
+			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, CheckInterval: -4, HookTimeout: -5, HoldWarn: -6,
 		}, Config{
 			MaxOpen: none, MaxPerAddr: none, MaxIdle: 0, MaxIdlePerAddr: 0, MaxDialing: none, MaxDialingPerAddr: none, MaxWaiters: none, MaxUses: none,
 			TrustIdle: 20 * time.Second,
 		}},
 		"positive": {Config{
 			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4,
-			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, HoldWarn: 6,
 		}, Config{
 			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4,
-			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, TrustIdle: 4,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, HoldWarn: 6, TrustIdle: 4,
 		}},
 		"odd MaxDialing": {Config{MaxDialing: 1}, Config{
 			MaxOpen: 0, MaxPerAddr: none, MaxIdle: none, MaxIdlePerAddr: none, MaxDialing: 1, MaxDialingPerAddr: 1, MaxWaiters: none, MaxUses: none,
@@ -117,7 +117,7 @@ func TestEveryLimitOfConfigIsInTheTable(t *testing.T) {
 			numbers++
 		}
 	}
-	require.Equal(t, 14, numbers)
+	require.Equal(t, 15, numbers)
 }
 
 func TestNewCopiesTheConfig(t *testing.T) {
