@@ -57,6 +57,7 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	require.Greater(t, sum.Exhausted, uint64(0))
 	require.Greater(t, sum.DialErrors, uint64(steps/100))
 	require.Greater(t, sum.Detached, uint64(0))
+	modelHolds.sufficed(t, steps)
 	for r := ClosedEvicted; r < numCloseReasons; r++ {
 		switch r {
 		case ClosedDirty, ClosedSetupFailed, ClosedResetFailed, ClosedCheckFailed,
@@ -120,6 +121,10 @@ type borrower struct {
 	done  bool
 	err   error
 
+	visit  *visit // the session it belongs to, if any
+	lease  bool   // it holds a Lease
+	nested int    // what it does inside the loan before it ends, see nest
+
 	passedOver []uint64 // idle connections that were given back later than the one it got
 }
 
@@ -160,6 +165,10 @@ type world struct {
 	evicted  []uint64       // in this step
 	lastUse  map[uint64]int // the step in which a connection was parked last
 	wrong    error
+
+	visits []*visit          // the sessions that have not ended
+	kept   map[uint64]*visit // whose session a connection is
+	doomed []uint64          // must be closed when the step is over
 }
 
 func (w *world) byte() byte {
@@ -180,6 +189,7 @@ func newWorld(program []byte) *world {
 		owner:   make(map[uint64]*borrower),
 		closed:  make(map[uint64]CloseReason),
 		lastUse: make(map[uint64]int),
+		kept:    make(map[uint64]*visit),
 	}
 	for i := range 4 {
 		name := "h" + strconv.Itoa(i)
@@ -214,6 +224,7 @@ func (w *world) reopen() {
 	if of(0, 1) == 1 {
 		cfg.Check = func(ctx context.Context, c Conn) error { return nil }
 	}
+	w.watchHolds(&cfg)
 	p, err := New(cfg)
 	if err != nil { // the shape makes no sense: the plainest that is near it
 		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull = 0, 0, 0, 0, 0, Wait
@@ -234,6 +245,7 @@ func (w *world) onClosed(i CloseInfo) {
 		w.fail("connection %d closed twice: %v, %v", i.ID, before, i.Reason)
 	}
 	w.closed[i.ID] = i.Reason
+	w.closedWhileKept(i)
 	if i.Reason == ClosedEvicted {
 		w.evicted = append(w.evicted, i.ID)
 		if b := w.owner[i.ID]; b != nil {
@@ -274,6 +286,9 @@ func (w *world) step() error {
 	if err := w.pool.inconsistency(); err != nil {
 		return err
 	}
+	if err := w.holdsInconsistent(); err != nil {
+		return err
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.wrong != nil {
@@ -282,11 +297,11 @@ func (w *world) step() error {
 	after := w.snapshot()
 	// Whoever came out of a queue was older than whoever is still in it.
 	for _, b := range waitingBefore {
-		if b.holds == 0 {
+		if b.holds == 0 || b.visit != nil { // a session has a queue of its own before that of the pool
 			continue
 		}
 		for _, other := range w.live {
-			if other.addr == b.addr && other.holds == 0 && !other.done && other.order < b.order {
+			if other.addr == b.addr && other.visit == nil && other.holds == 0 && !other.done && other.order < b.order {
 				return fmt.Errorf("call %d was served before the older call %d", b.order, other.order)
 			}
 		}
@@ -342,7 +357,9 @@ func (w *world) holding() (all []*borrower) {
 }
 
 func (w *world) run() {
-	switch op := w.pick(32); {
+	switch op := w.pick(42); {
+	case op >= 32:
+		w.runHolds(op - 32)
 	case op < 11:
 		w.borrow(op == 10)
 	case op < 19:
@@ -407,24 +424,34 @@ func (w *world) run() {
 	}
 }
 
-func (w *world) borrow(impatient bool) {
+func (w *world) borrow(impatient bool) { w.call(impatient, &borrower{}) }
+
+// call starts a borrower.
+func (w *world) call(impatient bool, b *borrower) {
 	if len(w.holding())+len(w.waiting()) >= 14 {
 		w.end()
 		return
 	}
 	w.op = "borrow"
 	w.calls++
-	b := &borrower{order: w.calls, addr: w.addrs[w.pick(len(w.addrs))], orders: make(chan verdict)}
-	ctx, cancel := context.WithCancel(context.Background())
+	b.order, b.addr, b.orders = w.calls, w.addrs[w.pick(len(w.addrs))], make(chan verdict)
+	parent := context.Background()
+	if b.visit != nil {
+		parent = b.visit.ctx
+	}
+	ctx, cancel := context.WithCancel(parent)
 	if impatient {
 		w.op = "borrow with a deadline"
-		ctx, cancel = context.WithTimeout(context.Background(), time.Duration(1+w.pick(100))*time.Millisecond)
+		ctx, cancel = context.WithTimeout(parent, time.Duration(1+w.pick(100))*time.Millisecond)
 	}
 	b.cancel = cancel
 	w.mu.Lock()
 	w.live = append(w.live, b)
 	w.mu.Unlock()
 	pool, top := w.pool, w.snapshot()[b.addr]
+	if b.visit != nil {
+		top = nil // it may come with a connection, or have its turn later
+	}
 	go func() {
 		defer cancel()
 		defer func() {
@@ -436,7 +463,12 @@ func (w *world) borrow(impatient bool) {
 				w.fail("With panicked: %v", v)
 			}
 		}()
-		err := pool.With(ctx, b.addr, func(c Conn) error { return w.use(ctx, b, c, top) })
+		var err error
+		if b.lease {
+			err = w.useLease(ctx, pool, b, top)
+		} else {
+			err = pool.With(ctx, b.addr, func(c Conn) error { return w.use(ctx, b, c, top) })
+		}
 		w.mu.Lock()
 		b.err = err
 		w.mu.Unlock()
@@ -445,8 +477,23 @@ func (w *world) borrow(impatient bool) {
 
 // use is the body of every loan.
 func (w *world) use(ctx context.Context, b *borrower, c Conn, top []uint64) error {
-	id := c.ID()
+	id := w.lentTo(ctx, b, c, top)
+	order := <-b.orders
+	w.nest(ctx, b, c)
 	w.mu.Lock()
+	delete(w.owner, id)
+	w.mu.Unlock()
+	if order == vDetach {
+		w.leaves(b)
+	}
+	return w.obey(ctx, order, c)
+}
+
+// lentTo checks and books that b has got c.
+func (w *world) lentTo(ctx context.Context, b *borrower, c Conn, top []uint64) (id uint64) {
+	id = c.ID()
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if other := w.owner[id]; other != nil {
 		w.fail("connection %d lent to call %d while call %d has it", id, b.order, other.order)
 	}
@@ -461,15 +508,14 @@ func (w *world) use(ctx context.Context, b *borrower, c Conn, top []uint64) erro
 	if i := slices.Index(top, id); i > 0 {
 		b.passedOver = top[:i]
 	}
+	w.keptBy(b, id)
 	w.owner[id] = b
 	b.holds = id
-	w.mu.Unlock()
+	return id
+}
 
-	order := <-b.orders
-
-	w.mu.Lock()
-	delete(w.owner, id)
-	w.mu.Unlock()
+// obey ends a loan as it is told.
+func (w *world) obey(ctx context.Context, order verdict, c Conn) error {
 	switch order {
 	case vError:
 		return errFn
@@ -488,7 +534,7 @@ func (w *world) use(ctx context.Context, b *borrower, c Conn, top []uint64) erro
 		}
 	case vDetach:
 		nc, err := c.Detach()
-		if err != nil && ctx.Err() == nil {
+		if err != nil && ctx.Err() == nil && c.c.word.Load()&cut == 0 { // cut: by the ctx of a use inside
 			w.failed("Detach: %v", err)
 		}
 		if err == nil {
@@ -550,6 +596,8 @@ func (w *world) closePool() {
 		b.orders <- vNil
 		synctest.Wait()
 	}
+	w.endVisits()
+	synctest.Wait() // the last hooks have been told
 	if err := w.pool.Shutdown(context.Background()); err != nil {
 		w.failed("Shutdown: %v", err)
 	}
@@ -561,6 +609,7 @@ func (w *world) closePool() {
 	modelTotals.DialErrors += st.DialErrors
 	modelTotals.Exhausted += st.Exhausted
 	modelTotals.Detached += st.Detached
+	modelTotals.Leaked += st.Leaked
 	for r, n := range st.Closed {
 		modelTotals.Closed[r] += n
 	}
@@ -584,6 +633,8 @@ func (w *world) closePool() {
 	clear(w.owner)
 	clear(w.closed)
 	clear(w.lastUse)
+	clear(w.kept)
+	w.doomed = nil
 	for _, h := range w.hosts {
 		if ends := h.Conns(); len(ends) > 0 {
 			// The server's ends are closed only by the test; what must be

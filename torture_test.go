@@ -172,7 +172,7 @@ func (x *torture) run() error {
 	}
 	p, err := New(Config{
 		MaxOpen: 3, MaxPerAddr: 2, CheckInterval: 10 * time.Second, TrustIdle: 15 * time.Second, IdleTimeout: time.Minute,
-		DialTimeout: time.Second, HookTimeout: time.Second,
+		DialTimeout: time.Second, HookTimeout: time.Second, HoldWarn: 5 * time.Millisecond,
 		Dialers: map[Transport]DialFunc{"mem": func(ctx context.Context, a Addr) (net.Conn, error) {
 			if err := x.call(ctx, "dial"); err != nil {
 				return nil, err
@@ -199,6 +199,7 @@ func (x *torture) run() error {
 			PutConn:  func(PutInfo) { x.observed("Trace.PutConn") },
 			GotConn:  func(GotInfo) { x.observed("Trace.GotConn") },
 			GetConn:  func(Addr) { x.observed("Trace.GetConn") },
+			HeldLong: func(HeldInfo) { x.observed("Trace.HeldLong") },
 		},
 	})
 	if err != nil {
@@ -252,6 +253,49 @@ func (x *torture) run() error {
 	for range 6 {
 		<-over
 	}
+	for _, part := range []func(){
+		func() { // a lease, used directly and through Do
+			l, err := p.Lease(patient, addrs[0])
+			if err != nil {
+				return
+			}
+			defer l.Return()
+			l.Do(patient, exchange)
+			echo(l, "direct")
+			l.Do(patient, func(c Conn) error { l.Return(); return exchange(c) })
+		},
+		func() { // a session, with a use inside a use, at two addresses
+			ctx, end := p.Session(patient)
+			defer end()
+			for range 2 {
+				p.With(ctx, addrs[0], func(c Conn) error {
+					p.With(patient, addrs[1], exchange)
+					inner, cancel := context.WithTimeout(ctx, time.Minute)
+					defer cancel()
+					if err := p.With(inner, addrs[0], exchange); err != nil {
+						return err
+					}
+					return exchange(c)
+				})
+			}
+			p.With(ctx, addrs[1], exchange)
+		},
+		func() { // a session that ends with its ctx, while it is in use
+			parent, cancel := context.WithCancel(patient)
+			defer cancel()
+			ctx, _ := p.Session(parent)
+			p.With(ctx, addrs[2], exchange)
+			p.With(ctx, addrs[1], func(c Conn) error { cancel(); return exchange(c) })
+		},
+	} {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			defer func() { recover() }()
+			part()
+		}()
+		<-done
+	}
 	time.Sleep(35 * time.Second) // sweeps, with pings
 	p.EvictLRU()
 	with(context.Background(), addrs[1], exchange)
@@ -259,6 +303,12 @@ func (x *torture) run() error {
 	time.Sleep(2 * time.Minute) // everything expires
 
 	if err := p.inconsistency(); err != nil {
+		return err
+	}
+	if n := p.inSession.Load(); n != 0 {
+		return fmt.Errorf("%d sessions have not ended", n)
+	}
+	if err := p.holdsInconsistency(); err != nil {
 		return err
 	}
 	if st := p.Stats(); st.InUse != 0 || st.Dialing != 0 || st.Waiting != 0 || st.Closing != 0 {
