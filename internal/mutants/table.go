@@ -184,8 +184,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "in-flight-discards",
-		old:   "case word&inFlight != 0:\n\t\treason = ClosedInFlight",
-		new:   "case false:\n\t\treason = ClosedInFlight",
+		old:   "case word&inFlight != 0:\n\t\treturn ClosedInFlight",
+		new:   "case false:\n\t\treturn ClosedInFlight",
 		tests: `TestVerdictOfEachEnd`,
 	},
 	{
@@ -196,8 +196,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "broken-discards",
-		old:   "case word&broken != 0:\n\t\treason, why = ClosedBroken",
-		new:   "case false:\n\t\treason, why = ClosedBroken",
+		old:   "case word&broken != 0:\n\t\treturn ClosedBroken",
+		new:   "case false:\n\t\treturn ClosedBroken",
 		tests: `TestASocketThatFailedIsNotKeptThoughFnIsContent`,
 	},
 	{
@@ -462,8 +462,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "none-removable-asked-once",
-		old:   `if asked || p.cfg.NoneRemovable == nil {`,
-		new:   `if asked && false || p.cfg.NoneRemovable == nil {`,
+		old:   `if asked || decide == nil {`,
+		new:   `if asked && false || decide == nil {`,
 		tests: `TestNoneRemovableIsAskedOnceAndItsYesIsOneMoreTry`,
 	},
 	{
@@ -477,5 +477,151 @@ var mutants = []mutant{
 		old:   `if p.pressure == handlesCritical {`,
 		new:   `if false {`,
 		tests: `TestLowHandlesStopKeepingAndCriticalOnesCostOneIdleForEachNew`,
+	},
+
+	// --- what is held ---
+	{
+		name:  "lease-returned-once",
+		old:   "\t\tl.wanted = true\n\tdefault:\n\t\tl.state = leaseOver\n\t}\n\tl.mu.Unlock()\n\tif was == leaseHeld {",
+		new:   "\t\tl.wanted = true\n\t}\n\tl.mu.Unlock()\n\tif was == leaseHeld {",
+		tests: `TestASecondReturnDoesNothingAndSaysSo`,
+	},
+	{
+		name:  "lease-found",
+		old:   `l.cleanup = runtime.AddCleanup(l, forgotten, c)`,
+		new:   "",
+		tests: `TestAForgottenLeaseIsTakenBack/^tcp$`,
+	},
+	{
+		name:  "lease-over-cannot-leak",
+		old:   "l.cleanup.Stop()\n\towner := true",
+		new:   `owner := true`,
+		tests: `TestWhoeverIsBlockedInALeaseHasNotForgottenIt`,
+	},
+	{
+		name:  "lease-raw-keeps-it",
+		old:   `return rawLease{raw, l}, nil`,
+		new:   `return rawLease{raw, nil}, nil`,
+		tests: `TestWhoeverIsBlockedInALeaseHasNotForgottenIt`,
+	},
+	{
+		name:  "lease-do-forgets-nothing",
+		old:   `before&(timedOut|halfClosed)|word&(moved|halfClosed)`,
+		new:   `0`,
+		tests: `TestALeaseIsJudgedAsALoanIs`,
+	},
+	{
+		name:  "lease-do-alone",
+		old:   `if w&(inFlight|gone) != 0 ||`,
+		new:   `if w&gone != 0 ||`,
+		tests: `TestDoNeedsTheConnectionAlone`,
+	},
+	{
+		name:  "lease-do-judges",
+		old:   `c.verdict(ctx, word&^halfClosed, err)`,
+		new:   `c.verdict(ctx, 0, nil)`,
+		tests: `TestWhateverFnDoesInDoTheLeaseKnows`,
+	},
+	{
+		name:  "session-turns",
+		old:   "\tcase st.by == 0:\n\t\tst.by = me",
+		new:   "\tcase true:\n\t\tst.by = me",
+		tests: `TestTwoGoroutinesOfASessionTakeTurns`,
+	},
+	{
+		name:  "session-inside",
+		old:   `case st != nil && st.by == me:`,
+		new:   `case false:`,
+		tests: `TestASessionHasOneConnectionForAnAddress`,
+	},
+	{
+		name:  "session-lost",
+		old:   "reason, why := c.ask()\n\tif reason == ClosedUnknown {\n\t\treturn nil\n\t}\n\t*owner",
+		new:   "reason, why := c.ask()\n\tif true {\n\t\treturn nil\n\t}\n\t*owner",
+		tests: `TestALostConnectionIsToldOnce`,
+	},
+	{
+		name:  "session-spoiled-discards",
+		old:   "case st.spoiled != ClosedUnknown:\n\t\treason",
+		new:   "case false:\n\t\treason",
+		tests: `TestAnInnerUseThatFailsCostsTheConnectionAtTheOutersEnd`,
+	},
+	{
+		name:  "session-spoiled-refused",
+		old:   "case st.spoiled != ClosedUnknown:\n\t\treturn",
+		new:   "case false:\n\t\treturn",
+		tests: `TestAnInnerUseThatFailsCostsTheConnectionAtTheOutersEnd`,
+	},
+	{
+		name:  "session-inner-ctx",
+		old:   `stop := context.AfterFunc(ctx, l.interrupt)`,
+		new:   `stop := context.AfterFunc(ctx, func() {})`,
+		tests: `TestTheCtxOfAnInnerUseGovernsItAlone`,
+	},
+	{
+		name:  "session-inner-ctx-late",
+		old:   "if !stop() {\n\t\t\t",
+		new:   "if stop(); false {\n\t\t\t",
+		tests: `TestALateEndOfAnInnerCtxCostsTheConnection`,
+	},
+	{
+		name:  "session-detached-is-not-interrupted",
+		old:   "if w&detached != 0 {\n\t\t\treturn //",
+		new:   "if false {\n\t\t\treturn //",
+		tests: `TestTheCtxOfAnInnerUseGovernsItAlone`,
+	},
+	{
+		name:  "session-ended-keeps-nothing",
+		old:   "if b.ended {\n\t\treturn false\n\t}\n\tst.c = c",
+		new:   `st.c = c`,
+		tests: `TestASessionEndsWithItsCtxAndAfterTheUseUnderWay`,
+	},
+	{
+		name:  "session-not-in-hooks",
+		old:   `ctx = context.WithValue(ctx, sessionKey{p}, (*session)(nil))`,
+		new:   `ctx = context.WithValue(ctx, sessionKey{nil}, (*session)(nil))`,
+		tests: `TestHooksOfASessionsUseBorrowForThemselves`,
+	},
+	{
+		name:  "session-closed-pool-refuses",
+		old:   "case <-b.p.ctx.Done():\n\t\terr = ErrClosed",
+		new:   "case <-(chan int)(nil):\n\t\terr = ErrClosed",
+		tests: `TestAPoolThatClosesWaitsForItsSessions`,
+	},
+	{
+		name:  "session-all-given-back",
+		old:   "defer b.giveBack(held[1:])\n\tb.p.returnKept(b.ctx, held[0])",
+		new:   "b.p.returnKept(b.ctx, held[0])\n\tb.giveBack(held[1:])",
+		tests: `TestResetRunsAtTheEndOfTheSession`,
+	},
+	{
+		name:  "session-found",
+		old:   `runtime.AddCleanup(s, func(b *seats) { go b.forgotten() }, s.seats)`,
+		new:   "",
+		tests: `TestAForgottenSessionIsTakenBack`,
+	},
+	{
+		name:  "session-joined",
+		old:   `outer != nil && outer.lives()`,
+		new:   `outer != nil && false`,
+		tests: `TestASessionInsideASessionJoinsIt`,
+	},
+	{
+		name:  "hold-ends",
+		old:   "if h.listed {\n\t\tl.remove(h)\n\t}",
+		new:   "",
+		tests: `TestReportsComeInTimeForEach`,
+	},
+	{
+		name:  "hold-timer-rests",
+		old:   "if l.oldest == nil {\n\t\tl.timer.Stop()\n\t}",
+		new:   "",
+		tests: `TestReportsComeInTimeForEach`,
+	},
+	{
+		name:  "closest-decides",
+		old:   "return decide\n\t}",
+		new:   "_ = decide\n\t}",
+		tests: `TestTheHookClosestToTheUseDecides`,
 	},
 }
