@@ -31,6 +31,22 @@
 // default is to discard, because a connection that is out of step delivers
 // other people's replies.
 //
+// # Holding
+//
+// What lasts longer than one function holds a connection in one of two ways. A
+// [Pool.Session] puts it into a ctx: every With under that ctx, in whatever part
+// of the program, one inside the other or one after another, gets the same
+// connection for an address, until the session ends. It is the way of a request
+// whose parts all talk to one peer, and of a transaction; package connpoolhttp
+// gives each HTTP request one. A [Pool.Lease] puts it into a hand: a net.Conn
+// whose Close gives it back, for layers that own their connection, and for
+// conversations that no function can contain.
+//
+// Both can be forgotten, as With cannot. When nobody can reach a lease or a
+// session any more, its connection is closed, its slot is free, and the place
+// of the borrow is reported. Config.HoldWarn reports what is held for long, and
+// Config.Profile shows what is held at the moment, and by whom.
+//
 // # Order
 //
 // Idle connections are lent last in, first out, so that a small busy set stays
