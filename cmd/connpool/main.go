@@ -29,6 +29,7 @@ type command struct {
 
 var commands = []command{
 	{"demo", "break 40 servers under a pool and count what its borrowers notice", demo},
+	{"size", "how many connections: by arithmetic, by experiment, or from what a pool did", size},
 }
 
 func main() {

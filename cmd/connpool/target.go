@@ -1,0 +1,209 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool"
+)
+
+// target is a peer of the user's own, and what it is asked.
+type target struct {
+	addr    connpool.Addr
+	probe   probe
+	tls     *tls.Config
+	timeout time.Duration // of a dial with its log-in, and of each exchange
+
+	// open, if it is set, opens a socket in the place of package net.
+	open connpool.DialFunc
+}
+
+// targetFlags are the flags that every command which measures a peer has.
+type targetFlags struct {
+	to, probe, ca string
+	trustAnyone   bool
+	timeout       time.Duration
+}
+
+func (f *targetFlags) register(fs *flag.FlagSet) {
+	fs.StringVar(&f.to, "to", "", "`address` of the peer: tcp://host:port, tls://host:port or unix:/path, with the options of connpool.Addr")
+	fs.StringVar(&f.probe, "probe", "line", "what to `ask` it, see below")
+	fs.StringVar(&f.ca, "tls-ca", "", "`file` with the certificates (PEM) that are trusted in the place of the system's")
+	fs.BoolVar(&f.trustAnyone, "tls-insecure-trust-anyone", false, "do not verify the peer's certificate: whoever answers is believed, and is told the passwords")
+	fs.DurationVar(&f.timeout, "timeout", 10*time.Second, "`time` after which a dial or an exchange counts as failed")
+}
+
+func (f *targetFlags) target() (*target, error) {
+	t := &target{timeout: f.timeout}
+	var err error
+	if t.addr, err = connpool.ParseAddr(f.to); err != nil {
+		return nil, fmt.Errorf("-to: %w", err)
+	}
+	switch t.addr.Transport {
+	case connpool.TCP, connpool.TLS, connpool.Unix:
+	default:
+		return nil, fmt.Errorf("-to %s: the transport must be tcp, tls or unix", f.to)
+	}
+	if t.probe, err = parseProbe(f.probe); err != nil {
+		return nil, err
+	}
+	if f.timeout <= 0 {
+		return nil, fmt.Errorf("-timeout is %v: it must be positive", f.timeout)
+	}
+	if t.addr.Transport != connpool.TLS {
+		if f.ca != "" || f.trustAnyone {
+			return nil, fmt.Errorf("-tls-ca and -tls-insecure-trust-anyone need a tls:// address, and -to is %s", f.to)
+		}
+		return t, nil
+	}
+	t.tls = &tls.Config{InsecureSkipVerify: f.trustAnyone}
+	if f.ca != "" {
+		if f.trustAnyone {
+			return nil, errors.New("-tls-ca and -tls-insecure-trust-anyone contradict each other: drop the latter")
+		}
+		pem, err := os.ReadFile(f.ca)
+		if err != nil {
+			return nil, fmt.Errorf("-tls-ca: %w", err)
+		}
+		t.tls.RootCAs = x509.NewCertPool()
+		if !t.tls.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("-tls-ca %s: no certificate in it; it must be PEM", f.ca)
+		}
+	}
+	return t, nil
+}
+
+// flags are what is to be given to name the same peer again.
+func (f *targetFlags) flags() string {
+	s := "-to " + quoted(f.to) + " -probe " + quoted(f.probe)
+	if f.ca != "" {
+		s += " -tls-ca " + quoted(f.ca)
+	}
+	if f.trustAnyone {
+		s += " -tls-insecure-trust-anyone"
+	}
+	return s
+}
+
+// poolConfig is that of a pool for this peer.
+func (t *target) poolConfig() connpool.Config {
+	cfg := connpool.Config{
+		TLS:         t.tls,
+		DialTimeout: t.timeout,
+		Setup: func(ctx context.Context, addr connpool.Addr, nc net.Conn) (any, error) {
+			return t.probe.begin(ctx, addr, nc)
+		},
+	}
+	if t.open != nil {
+		cfg.Dialers = map[connpool.Transport]connpool.DialFunc{t.addr.Transport: t.open}
+	}
+	return cfg
+}
+
+// own is a connection without a pool.
+type own struct {
+	session
+	nc       net.Conn
+	deadline time.Time // as set
+}
+
+// dial opens a connection by hand, the way the pool does: the same options, the
+// same handshake with sessions that are resumed, the same log-in.
+func (t *target) dial(ctx context.Context, sessions tls.ClientSessionCache) (*own, error) {
+	ctx, cancel := context.WithTimeout(ctx, t.timeout)
+	defer cancel()
+	nc, err := t.connect(ctx, sessions)
+	if err != nil {
+		return nil, err
+	}
+	// A probe's log-in knows no ctx, but fails when its time is over.
+	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
+	s, err := t.probe.begin(ctx, t.addr, nc)
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		nc.Close()
+		if ctx.Err() != nil {
+			err = errors.Join(err, ctx.Err())
+		}
+		return nil, err
+	}
+	return &own{session: s, nc: nc}, nil
+}
+
+func (t *target) connect(ctx context.Context, sessions tls.ClientSessionCache) (net.Conn, error) {
+	if t.open != nil {
+		return t.open(ctx, t.addr)
+	}
+	a := t.addr
+	d := net.Dialer{Control: a.QoS.Control, KeepAlive: a.QoS.KeepAlive}
+	if a.Transport == connpool.Unix {
+		return d.DialContext(ctx, "unix", a.Host)
+	}
+	nc, err := d.DialContext(ctx, "tcp", net.JoinHostPort(a.Host, strconv.Itoa(int(a.Port))))
+	if err != nil {
+		return nil, err
+	}
+	if a.QoS.Delay {
+		if tcp, ok := nc.(*net.TCPConn); ok {
+			tcp.SetNoDelay(false)
+		}
+	}
+	if a.Transport == connpool.TCP {
+		return nc, nil
+	}
+	cfg := t.tls.Clone()
+	cfg.ClientSessionCache = sessions
+	if cfg.ServerName = a.ServerName; cfg.ServerName == "" {
+		cfg.ServerName = a.Host
+	}
+	tc := tls.Client(nc, cfg)
+	if err := tc.HandshakeContext(ctx); err != nil {
+		nc.Close()
+		return nil, err
+	}
+	return tc, nil
+}
+
+// ask makes one exchange that fails when the time-out is over. The deadline is
+// pushed on only when half of it is gone, so that this costs no system call per
+// exchange.
+func (o *own) ask(timeout time.Duration) (more bool, err error) {
+	if now := time.Now(); o.deadline.Sub(now) < timeout/2 {
+		o.deadline = now.Add(timeout)
+		if err := o.nc.SetDeadline(o.deadline); err != nil {
+			return false, err
+		}
+	}
+	return o.exchange()
+}
+
+// quoted is an argument as a shell takes it.
+func quoted(s string) string {
+	for _, r := range s {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+		case r == '-' || r == '_' || r == '.' || r == '/' || r == ':' || r == ',' || r == '=' || r == '@' || r == '%' || r == '[' || r == ']' || r == '+':
+		default:
+			out := "'"
+			for _, r := range s {
+				if r == '\'' {
+					out += `'\''`
+				} else {
+					out += string(r)
+				}
+			}
+			return out + "'"
+		}
+	}
+	return s
+}
