@@ -30,6 +30,7 @@ type command struct {
 var commands = []command{
 	{"demo", "break 40 servers under a pool and count what its borrowers notice", demo},
 	{"size", "how many connections: by arithmetic, by experiment, or from what a pool did", size},
+	{"load", "what a pool saves with your own server: pooled against a dial for each request", load},
 }
 
 func main() {
@@ -87,5 +88,8 @@ usage: connpool <command> [flags]
 examples:
   connpool demo
   connpool demo -for 30s -workers 200 -max-open 16
+  connpool size -users 10000 -think 10s -service 100ms
+  connpool size -to tcp://127.0.0.1:6379 -probe redis
+  connpool load -to tcp://127.0.0.1:6379 -probe redis
 `)
 }

@@ -99,7 +99,7 @@ type sizeOptions struct {
 	requests           int
 	processes, total   int
 	json, quiet        bool
-	history, addr      string
+	history            string
 	target             *target
 	targetFlags        targetFlags
 	ramp               rampOptions
@@ -379,9 +379,11 @@ func (d division) String() string {
 	return fmt.Sprintf("%d over %d processes: %d each (%d of %d)", d.Total, d.Processes, d.Each, d.Sum, d.Total)
 }
 
-func (d division) text() string {
-	return d.String() + "\n" + adviceText([]advice{{
+func (d division) advice() []advice {
+	return []advice{{
 		fmt.Sprintf("MaxPerAddr: %d in each process, if the total is right.", d.Each),
 		fmt.Sprintf("connpool size -to ADDR -probe PROBE -processes %d", d.Processes),
-	}})
+	}}
 }
+
+func (d division) text() string { return d.String() + "\n" + adviceText(d.advice()) }

@@ -151,7 +151,7 @@ func (e *experiment) text() string {
 	if k.Reached {
 		fmt.Fprintf(&b, "\n  knee     %d clients get %.0f %% of the best throughput, %s a second: the capacity of the peer. With more, a\n"+
 			"           request only waits longer. (The line of one client meets the ceiling at %.1f.)\n",
-			k.Clients, 100*k.PerSecond/k.Ceiling, rate(k.Ceiling), k.Line)
+			k.Clients, min(100, 100*k.PerSecond/k.Ceiling), rate(k.Ceiling), k.Line)
 	} else {
 		fmt.Fprintf(&b, "\n  knee     not reached: with %d clients the throughput, %s a second, may still grow.\n", e.Levels[len(e.Levels)-1].Clients, rate(k.Ceiling))
 	}

@@ -1,17 +1,17 @@
 package main
 
 // knee is where more clients stop being of use: the smallest measured number of
-// clients that gets at least kneeShare of the best throughput.
+// clients that gets at least kneeShare of the ceiling.
 //
-// A single measurement is not to be trusted, so the throughputs are smoothed
-// first: up to the best of them they are made to rise, by giving neighbours in
-// the wrong order their common mean (isotonic regression, weighted by time). A
-// lucky level on the plateau thus counts no more than its neighbours, and what
-// comes after the best, where some peers get slower again, does not weigh it
-// down.
+// The ceiling is the best mean of two neighbours among the levels, so that one
+// lucky level does not set the bar. What is held against it is the throughput
+// as measured: whatever else happens on the way makes a level slower, hardly
+// ever faster, so the first that is good enough is to be believed, and a
+// slower one after it only tells of a disturbance (or of a peer that declines
+// under load, which does not move its knee either).
 type knee struct {
 	Clients   int     `json:"clients"`    // 0: nothing was measured
-	PerSecond float64 `json:"per_second"` // there, smoothed
+	PerSecond float64 `json:"per_second"` // there
 	Ceiling   float64 `json:"ceiling_per_second"`
 
 	// Reached is false if the throughput was still growing where the
@@ -41,17 +41,15 @@ func kneeOf(levels []level) knee {
 	if len(sound) == 0 {
 		return knee{}
 	}
-	best := 0
-	for i, l := range sound {
-		if l.PerSecond > sound[best].PerSecond {
-			best = i
+	k := knee{Ceiling: sound[0].PerSecond}
+	for i, l := range sound[1:] {
+		if mean := (sound[i].PerSecond + l.PerSecond) / 2; i == 0 || mean > k.Ceiling {
+			k.Ceiling = mean
 		}
 	}
-	rising := smoothed(sound[:best+1])
-	k := knee{Ceiling: rising[best]}
-	for i, x := range rising {
-		if x >= kneeShare*k.Ceiling {
-			k.Clients, k.PerSecond = sound[i].Clients, x
+	for i, l := range sound {
+		if l.PerSecond >= kneeShare*k.Ceiling {
+			k.Clients, k.PerSecond = l.Clients, l.PerSecond
 			if i > 0 {
 				k.below = sound[i-1].Clients
 			}
@@ -68,30 +66,4 @@ func kneeOf(levels []level) knee {
 // bracket is the two measured numbers between which the knee lies.
 func (k knee) bracket() (below, at int, ok bool) {
 	return k.below, k.Clients, k.below > 0
-}
-
-// smoothed makes throughputs rise (pool adjacent violators).
-func smoothed(levels []level) []float64 {
-	type block struct {
-		mean, weight float64
-		n            int
-	}
-	var blocks []block
-	for _, l := range levels {
-		b := block{l.PerSecond, max(l.Seconds, 1e-9), 1}
-		for len(blocks) > 0 && blocks[len(blocks)-1].mean > b.mean {
-			last := blocks[len(blocks)-1]
-			blocks = blocks[:len(blocks)-1]
-			w := last.weight + b.weight
-			b = block{(last.mean*last.weight + b.mean*b.weight) / w, w, last.n + b.n}
-		}
-		blocks = append(blocks, b)
-	}
-	out := make([]float64, 0, len(levels))
-	for _, b := range blocks {
-		for range b.n {
-			out = append(out, b.mean)
-		}
-	}
-	return out
 }
