@@ -140,7 +140,7 @@ func load(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 // comparing is a whole run: server if need be, rounds, report.
 func comparing(ctx context.Context, o loadOptions, live *notices) (*loadReport, error) {
 	if o.own {
-		s, err := startEchoServer()
+		s, err := startEchoServer(noWork)
 		if err != nil {
 			return nil, fmt.Errorf("no server of its own on the loopback: %w", err)
 		}

@@ -1,11 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
-	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -254,82 +252,4 @@ func rest(ctx context.Context, d time.Duration) {
 	case <-pause.C:
 	case <-ctx.Done():
 	}
-}
-
-// echoServer answers each line with the same line.
-type echoServer struct {
-	l       net.Listener
-	running sync.WaitGroup
-
-	mu     sync.Mutex // guards open and closed; nothing blocks under it
-	open   map[net.Conn]struct{}
-	closed bool
-}
-
-func startEchoServer() (*echoServer, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	s := &echoServer{l: l, open: make(map[net.Conn]struct{})}
-	s.running.Go(s.accept)
-	return s, nil
-}
-
-func (s *echoServer) addr() string { return s.l.Addr().String() }
-
-func (s *echoServer) accept() {
-	for {
-		nc, err := s.l.Accept()
-		if err != nil {
-			s.mu.Lock()
-			closed := s.closed
-			s.mu.Unlock()
-			if closed {
-				return
-			}
-			time.Sleep(10 * time.Millisecond) // out of handles: the clients have some to give back
-			continue
-		}
-		s.mu.Lock()
-		if s.closed {
-			s.mu.Unlock()
-			nc.Close()
-			return
-		}
-		s.open[nc] = struct{}{}
-		s.mu.Unlock()
-		s.running.Go(func() {
-			echo(nc)
-			nc.Close()
-			s.mu.Lock()
-			delete(s.open, nc)
-			s.mu.Unlock()
-		})
-	}
-}
-
-func echo(nc net.Conn) {
-	in := bufio.NewReader(nc)
-	for {
-		line, err := in.ReadSlice('\n')
-		if err != nil {
-			return
-		}
-		if _, err := nc.Write(line); err != nil {
-			return
-		}
-	}
-}
-
-// close ends all connections and waits for what served them.
-func (s *echoServer) close() {
-	s.mu.Lock()
-	s.closed = true
-	for nc := range s.open {
-		nc.Close()
-	}
-	s.mu.Unlock()
-	s.l.Close()
-	s.running.Wait()
 }

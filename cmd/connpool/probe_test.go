@@ -61,7 +61,9 @@ func startServer(t *testing.T, serve func(net.Conn)) string {
 	return l.Addr().String()
 }
 
-func startEcho(t *testing.T) string { return startServer(t, echo) }
+func startEcho(t *testing.T) string {
+	return startServer(t, func(nc net.Conn) { echo(nc, noWork) })
+}
 
 // replies answers each request of n bytes with the next of the replies, the
 // last of them for ever, and "" with the end of the connection.
@@ -309,7 +311,7 @@ func TestOnePoolServesPeersOfEveryProtocol(t *testing.T) {
 		require.NoError(t, err)
 		probes[connpool.MustParseAddr("tcp://"+startServer(t, handle))] = p
 	}
-	serve("line", echo)
+	serve("line", func(nc net.Conn) { echo(nc, noWork) })
 	serve("redis", replies(len(ping), "+PONG\r\n"))
 	serve("postgres", pgFake(pg('R', pgOK)+pg('Z', pgReady), pgOne))
 	serve("hex:000100000006010300000001,len=11", replies(12, "\x00\x01\x00\x00\x00\x05\x01\x03\x02\x00\x2a"))

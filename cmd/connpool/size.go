@@ -73,6 +73,7 @@ examples:
   connpool size -users 10000 -think 10s -service 100ms
   connpool size -users 10000 -think 10s -service 100ms -simulate -connections 100,110,120,130
   connpool size -concurrency 100 -fraction 0.2        one request in five needs the peer
+  connpool size -own 10x20ms -limit 400ms             a server of its own, to try it
   connpool size -to tcp://127.0.0.1:6379 -probe redis -limit 5ms -svg redis.svg
   connpool size -to tcp://127.0.0.1:5432 -probe postgres -limit 50ms -processes 4
   connpool size -to tls://plc.example:502 -probe hex:000100000006010300000001,len=11
@@ -103,6 +104,8 @@ type sizeOptions struct {
 	target             *target
 	targetFlags        targetFlags
 	ramp               rampOptions
+	own                string
+	work               func() // of the server of its own
 	loadCommand, svg   string
 	explicit           map[string]bool // flags that were given
 	connectionsText    string
@@ -116,6 +119,7 @@ var sizeModes = []struct {
 	{"users", []string{"think", "service", "fraction", "may-wait", "connections", "simulate", "seed", "requests", "processes"}},
 	{"concurrency", []string{"service", "fraction", "may-wait", "connections", "simulate", "seed", "requests", "processes"}},
 	{"to", []string{"probe", "tls-ca", "tls-insecure-trust-anyone", "timeout", "limit", "judge", "step", "max-clients", "share", "load-command", "svg", "processes"}},
+	{"own", []string{"limit", "judge", "step", "max-clients", "share", "load-command", "svg", "processes"}},
 	{"history", []string{"processes"}},
 	{"total", []string{"processes"}},
 }
@@ -136,6 +140,7 @@ func parseSize(args []string, stdout io.Writer) (sizeOptions, error) {
 	fs.Uint64Var(&o.seed, "seed", 1, "a `number` that the simulation follows from")
 	fs.IntVar(&o.requests, "requests", 1_000_000, "`number` of requests that a simulation follows")
 	o.targetFlags.register(fs)
+	fs.StringVar(&o.own, "own", "", "`workers x time` of a server of its own, such as 10x20ms, in the place of -to: to see what a report looks like")
 	fs.DurationVar(&o.ramp.limit, "limit", 2*time.Second, "response `time` that is still acceptable")
 	fs.StringVar(&o.ramp.judge, "judge", "mean", "`figure` of the response that is held against the limit: mean, p50, p95 or p99")
 	fs.DurationVar(&o.ramp.step, "step", 2*time.Second, "the least `time` that each number of clients is measured for")
@@ -192,7 +197,7 @@ func (o *sizeOptions) check() error {
 	}
 	switch len(modes) {
 	case 0:
-		return errors.New("nothing to size: give -users or -concurrency (arithmetic), -to (experiment), -history, or -total")
+		return errors.New("nothing to size: give -users or -concurrency (arithmetic), -to or -own (experiment), -history, or -total")
 	case 1:
 	default:
 		return fmt.Errorf("%s are different ways to a size: choose one", strings.Join(modes, " and "))
@@ -208,7 +213,7 @@ func (o *sizeOptions) check() error {
 	switch o.mode {
 	case "users", "concurrency":
 		return o.checkArithmetic()
-	case "to":
+	case "to", "own":
 		return o.checkExperiment()
 	case "history":
 		if o.history == "" {
@@ -261,7 +266,11 @@ func (o *sizeOptions) checkArithmetic() error {
 
 func (o *sizeOptions) checkExperiment() (err error) {
 	r := &o.ramp
-	if o.target, err = o.targetFlags.target(); err != nil {
+	if o.mode == "own" {
+		if o.work, err = workersOf(o.own); err != nil {
+			return fmt.Errorf("-own: %w", err)
+		}
+	} else if o.target, err = o.targetFlags.target(); err != nil {
 		return err
 	}
 	switch {
@@ -309,7 +318,7 @@ func size(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch o.mode {
 	case "users", "concurrency":
 		r, err = calculate(ctx, o, live)
-	case "to":
+	case "to", "own":
 		r, err = experimentOn(ctx, o, live)
 	case "history":
 		r, err = adviseFromFile(o)

@@ -26,6 +26,10 @@ type experiment struct {
 	Within int     `json:"limit_clients"` // the most clients within all bounds
 	Ended  string  `json:"ended_by"`
 
+	// Disturbed: the figures contradict each other, so that something else
+	// was going on.
+	Disturbed bool `json:"disturbed"`
+
 	// Beyond is where the limit would lie if the throughput stayed at its
 	// ceiling, for a ramp that ended before it: response = clients/throughput.
 	Beyond int `json:"limit_extrapolated,omitempty"`
@@ -39,6 +43,17 @@ type experiment struct {
 }
 
 func experimentOn(ctx context.Context, o sizeOptions, live *notices) (*experiment, error) {
+	if o.work != nil {
+		s, err := startEchoServer(o.work)
+		if err != nil {
+			return nil, fmt.Errorf("no server of its own on the loopback: %w", err)
+		}
+		defer s.close()
+		o.targetFlags.to, o.targetFlags.probe = "tcp://"+s.addr(), "line"
+		if o.target, err = o.targetFlags.target(); err != nil {
+			return nil, err
+		}
+	}
 	r := &ramp{rampOptions: o.ramp, crew: newCrew(ctx, o.target), live: live}
 	live.say("%v, probe %s: more and more clients, until the %s response exceeds %v (%v each; Ctrl-C ends it with a report)",
 		o.target.addr, o.target.probe.name, o.ramp.judge, o.ramp.limit, o.ramp.step)
@@ -48,7 +63,7 @@ func experimentOn(ctx context.Context, o sizeOptions, live *notices) (*experimen
 	}
 	e := &experiment{Address: o.target.addr.String(), Probe: o.target.probe.name, Limit: o.ramp.limit.Seconds(), Judge: o.ramp.judge,
 		Share: o.ramp.share, Levels: r.sorted(), Within: within, Ended: ended}
-	e.Knee = kneeOf(e.Levels)
+	e.Knee, e.Disturbed = kneeOf(e.Levels), disturbed(e.Levels)
 	for _, l := range e.Levels {
 		if l.lastErr != nil {
 			e.lastErr = l.lastErr
@@ -88,6 +103,9 @@ func (e *experiment) advise(o sizeOptions) []advice {
 		knee, limit = e.KneeShare.Each, e.LimitShare.Each
 	}
 	peer := o.targetFlags.flags()
+	if o.work != nil {
+		peer = "-to ADDR -probe PROBE"
+	}
 	again := fmt.Sprintf("connpool size %s -limit %v -judge %s -step %v%s", peer, o.ramp.limit, e.Judge, 2*o.ramp.step, processes)
 	if o.ramp.share > 0 {
 		again += fmt.Sprintf(" -share %v -load-command %s", o.ramp.share, quoted(o.loadCommand))
@@ -161,6 +179,10 @@ func (e *experiment) text() string {
 	}
 	if e.Beyond > e.Within {
 		fmt.Fprintf(&b, "           By Little's law the %s response would reach %s at %s clients; nobody has tried.\n", e.Judge, seconds(e.Limit), grouped(uint64(e.Beyond)))
+	}
+	if e.Disturbed {
+		b.WriteString("  beware   Some numbers of clients are much slower than both fewer and more. The peer, or this machine, was\n" +
+			"           busy with something else: measure again when it is not, and with a longer -step.\n")
 	}
 	if e.KneeShare != nil {
 		fmt.Fprintf(&b, "  shares   knee: %v; limit: %v.\n", e.KneeShare, e.LimitShare)

@@ -67,3 +67,25 @@ func kneeOf(levels []level) knee {
 func (k knee) bracket() (below, at int, ok bool) {
 	return k.below, k.Clients, k.below > 0
 }
+
+// disturbed is whether something else was going on while the levels were
+// measured: one of them is much slower than one with fewer clients and one with
+// more, which no peer is by itself.
+func disturbed(levels []level) bool {
+	const much = 0.8
+	for i, l := range levels {
+		before, after := 0.0, 0.0
+		for j, other := range levels {
+			switch {
+			case j < i:
+				before = max(before, other.PerSecond)
+			case j > i:
+				after = max(after, other.PerSecond)
+			}
+		}
+		if l.PerSecond < much*min(before, after) {
+			return true
+		}
+	}
+	return false
+}

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
@@ -335,8 +336,31 @@ func TestDisturbancesDoNotMoveTheKnee(t *testing.T) {
 			k := kneeOf(c.levels)
 			assert.Equal(t, c.clients, k.Clients)
 			assert.Equal(t, c.reached, k.Reached)
+			assert.Equal(t, name == "disturbances", disturbed(c.levels))
 		})
 	}
+}
+
+// For the length of one level, something else keeps the peer busy.
+func TestDisturbedLevelIsMeasuredAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorkshop(t, 10, 100*time.Millisecond)
+		go func() {
+			time.Sleep(8 * time.Second) // while 16 clients are measured
+			for range 8 {
+				w.workers <- struct{}{}
+			}
+			time.Sleep(4 * time.Second)
+			for range 8 {
+				<-w.workers
+			}
+		}()
+		e, err := experimenting(t, w.target(t), brisk(2*time.Second), 1)
+		require.NoError(t, err)
+		assert.Equal(t, 10, e.Knee.Clients, e.text())
+		assert.InDelta(t, 200, e.Within, 20)
+		assert.False(t, e.Disturbed)
+	})
 }
 
 // ORA-43: the command that tells the load, with a shell.
@@ -395,4 +419,10 @@ func TestSizeMeasuresARealPeerAndPlotsIt(t *testing.T) {
 	require.NoError(t, err)
 	assert.True(t, strings.HasPrefix(string(svg), "<svg ") && strings.HasSuffix(string(svg), "</svg>\n"))
 	assert.Contains(t, string(svg), "limit 4")
+	for dec := xml.NewDecoder(bytes.NewReader(svg)); ; {
+		if _, err := dec.Token(); err != nil {
+			assert.ErrorIs(t, err, io.EOF, "well-formed")
+			break
+		}
+	}
 }

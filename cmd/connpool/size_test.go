@@ -297,6 +297,7 @@ func TestEveryAdviceNamesACommandThatWorks(t *testing.T) {
 		{"size", "-history", name, "-processes", "2"},
 		{"size", "-to", "tcp://" + startEcho(t), "-max-clients", "2", "-step", "10ms", "-limit", "1s"},
 		{"size", "-to", "tcp://" + startEcho(t), "-max-clients", "4", "-step", "10ms", "-limit", "1s", "-share", "0.5", "-load-command", "echo 60"},
+		{"size", "-own", "2x1ms", "-max-clients", "2", "-step", "10ms", "-limit", "1s"},
 		{"load", "-n", "10"},
 		{"load", "-n", "10", "-to", "tcp://" + startEcho(t), "-probe", "line:a b"},
 	} {
@@ -382,6 +383,10 @@ func TestBadFlagsOfSizeAreRefusedWithAdvice(t *testing.T) {
 		{"-to tcp://h:1 -share 2", "-share"},
 		{"-to tcp://h:1 -svg /nonexistent/x.svg", "-svg"},
 		{"-to tcp://h:1 -svg /", "-svg"},
+		{"-own 10", "-own"},
+		{"-own 0x1s", "-own"},
+		{"-own 1x0s", "-own"},
+		{"-own 10x20ms -probe redis", "-probe has no meaning with -own"},
 		{"-total 2 -processes 3", "at least one each"},
 		{"-total 2 -processes 0", "-processes"},
 		{"-history=", "-history"},
