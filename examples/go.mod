@@ -5,8 +5,10 @@ go 1.26.0
 replace github.com/seed-ecb488c9/connpool => ../
 
 require (
+	github.com/apache/thrift v0.25.0
 	github.com/seed-ecb488c9/connpool v0.0.0
 	github.com/stretchr/testify v1.12.1
+	golang.org/x/net v0.62.0
 )
 
 require (

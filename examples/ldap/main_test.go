@@ -1,0 +1,138 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
+)
+
+func TestExampleRuns(t *testing.T) {
+	var out strings.Builder
+	require.NoError(t, run(&out, nil))
+	require.Equal(t, "alice: [alice@example.org], <nil>\nnobody: [], <nil>\nbob: [bob@example.org], <nil>\nbinds: 1\n", out.String())
+	require.Error(t, run(&out, []string{"nowhere"}))
+}
+
+func directoryOn(t *testing.T, serve func(net.Conn), password string) (*directory, *loopback.Server) {
+	t.Helper()
+	s, err := loopback.Start(serve)
+	require.NoError(t, err)
+	t.Cleanup(s.Close)
+	d, err := newDirectory(func(string) string { return password })
+	require.NoError(t, err)
+	t.Cleanup(func() { d.pool.Close() })
+	return d, s
+}
+
+func TestIdentitiesNeverShareABind(t *testing.T) {
+	d, s := directoryOn(t, serveDirectory, "secret")
+	a, b := s.Addr(), s.Addr()
+	a.Scope, b.Scope = "cn=a", "cn=b"
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 20 {
+				for _, addr := range []connpool.Addr{a, b} {
+					if mails, err := d.mail(t.Context(), addr, "alice"); err != nil || len(mails) != 1 {
+						t.Errorf("%v, %v", mails, err)
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	require.LessOrEqual(t, s.Accepted(), 8)
+	require.GreaterOrEqual(t, s.Accepted(), 2)
+}
+
+func TestRefusedBindFailsTheBorrowAndLeavesNothing(t *testing.T) {
+	for password, says := range map[string]string{"wrong": "wrong name or password", "": "no password for"} {
+		d, s := directoryOn(t, serveDirectory, password)
+		addr := s.Addr()
+		addr.Scope = "cn=app"
+		_, err := d.mail(t.Context(), addr, "alice")
+		require.ErrorContains(t, err, says)
+		var pe *connpool.Error
+		require.ErrorAs(t, err, &pe)
+		require.Equal(t, connpool.StageSetup, pe.Stage)
+		require.Zero(t, d.pool.Stats().Open)
+	}
+}
+
+func TestNoSuchObjectCostsNoConnection(t *testing.T) {
+	d, s := directoryOn(t, serveDirectory, "secret")
+	for range 3 {
+		var r *result
+		require.ErrorAs(t, d.pool.With(t.Context(), s.Addr(), func(c connpool.Conn) error {
+			_, err := connpool.State[*codec](c).search("ou=elsewhere", "uid", "alice", "mail")
+			return err
+		}), &r)
+		require.Equal(t, noSuchObject, r.code)
+	}
+	require.Equal(t, 1, s.Accepted())
+}
+
+// The directory says unasked that it disconnects, right behind an answer. The
+// next search must neither fail for it nor take it for its answer.
+func TestNoticeOfDisconnectionIsNobodysAnswer(t *testing.T) {
+	notice := element(tagSequence, number(tagInteger, 0), element(0x78, number(tagEnum, 52), octets(""), octets("shutting down")))
+	d, s := directoryOn(t, func(nc net.Conn) {
+		serveDirectory(&talkative{Conn: nc, after: 2, what: notice}) // bind, search
+	}, "secret")
+	for range 3 {
+		mails, err := d.mail(t.Context(), s.Addr(), "bob")
+		require.NoError(t, err)
+		require.Equal(t, []string{"bob@example.org"}, mails)
+	}
+	require.Equal(t, 3, s.Accepted())
+	require.EqualValues(t, 3, d.pool.Stats().Closed[connpool.ClosedDirty])
+}
+
+// talkative adds something to one of its writes.
+type talkative struct {
+	net.Conn
+	after int
+	what  []byte
+}
+
+func (t *talkative) Write(b []byte) (int, error) {
+	if t.after--; t.after == 0 {
+		b = append(b[:len(b):len(b)], t.what...)
+	}
+	return t.Conn.Write(b)
+}
+
+func FuzzParser(f *testing.F) {
+	f.Add(element(tagSequence, number(tagInteger, 1), element(tagDone, number(tagEnum, 0), octets(""), octets("x"))))
+	f.Add([]byte{tagSequence, 0x84, 0xff, 0xff, 0xff, 0xff})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c := &codec{Reader: bufio.NewReader(bytes.NewReader(b)), id: 1}
+		for {
+			_, p, err := c.receive()
+			if err != nil {
+				return
+			}
+			outcome(p)
+		}
+	})
+}
+
+func TestElementsOfEveryLengthComeBack(t *testing.T) {
+	for _, n := range []int{0, 1, 0x7f, 0x80, 0xff, 0x100, 0xffff, 0x10000} {
+		tag, contents, err := readElement(bufio.NewReader(bytes.NewReader(octets(strings.Repeat("x", n)))))
+		require.NoError(t, err)
+		require.EqualValues(t, tagOctets, tag)
+		require.Len(t, contents, n)
+		p := &parser{rest: number(tagInteger, n)}
+		require.Equal(t, n, p.number(tagInteger))
+		require.NoError(t, p.err)
+	}
+}
