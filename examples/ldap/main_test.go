@@ -93,7 +93,18 @@ func TestNoticeOfDisconnectionIsNobodysAnswer(t *testing.T) {
 		require.Equal(t, []string{"bob@example.org"}, mails)
 	}
 	require.Equal(t, 3, s.Accepted())
-	require.EqualValues(t, 3, d.pool.Stats().Closed[connpool.ClosedDirty])
+	require.Zero(t, d.pool.Stats().Idle)
+}
+
+// Before an answer, it fails the search that waits for one.
+func TestNoticeBeforeTheAnswerFailsTheSearch(t *testing.T) {
+	notice := element(tagSequence, number(tagInteger, 0), element(0x78, number(tagEnum, 52), octets(""), octets("shutting down")))
+	d, s := directoryOn(t, func(nc net.Conn) {
+		serveDirectory(&talkative{Conn: nc, after: 2, what: notice, first: true})
+	}, "secret")
+	_, err := d.mail(t.Context(), s.Addr(), "bob")
+	require.ErrorContains(t, err, "disconnects")
+	require.Zero(t, d.pool.Stats().Open)
 }
 
 // talkative adds something to one of its writes.
@@ -101,11 +112,14 @@ type talkative struct {
 	net.Conn
 	after int
 	what  []byte
+	first bool
 }
 
 func (t *talkative) Write(b []byte) (int, error) {
 	if t.after--; t.after == 0 {
-		b = append(b[:len(b):len(b)], t.what...)
+		if b = append(b[:len(b):len(b)], t.what...); t.first {
+			b = append(t.what[:len(t.what):len(t.what)], b[:len(b)-len(t.what)]...)
+		}
 	}
 	return t.Conn.Write(b)
 }

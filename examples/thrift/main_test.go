@@ -109,3 +109,21 @@ func (m *miscounting) Write(b []byte) (int, error) {
 	}
 	return m.Conn.Write(b)
 }
+
+// The server answers twice. The second answer is nobody's.
+func TestAnswerTooManyCostsTheConnection(t *testing.T) {
+	c, s := clientOf(t, func(nc net.Conn) { serveCalculator(&stuttering{nc}) })
+	for range 3 {
+		q, err := divide(t.Context(), c, 21, 3)
+		require.NoError(t, err)
+		require.EqualValues(t, 7, q)
+	}
+	require.Equal(t, 3, s.Accepted())
+	require.Zero(t, c.pool.Stats().Idle)
+}
+
+type stuttering struct{ net.Conn }
+
+func (s *stuttering) Write(b []byte) (int, error) {
+	return s.Conn.Write(append(b[:len(b):len(b)], b...))
+}
