@@ -1,5 +1,6 @@
-// Command connpool shows package connpool at work. Run it without arguments,
-// or as "connpool help", to be told what it can do.
+// Command connpool shows package connpool at work, and measures what it does
+// for servers of the user's own. Run it without arguments, or as "connpool
+// help", to be told what it can do.
 package main
 
 import (
@@ -74,7 +75,8 @@ A program that talks to servers over its own protocol needs connections, and
 opening one for each exchange is slow. A pool keeps them. What a pool must
 never do is lend one that is dead, that still holds the reply to somebody
 else's question, or that somebody else is using; and it must not open more
-than it may. These commands let you watch that.
+than it may. These commands let you watch that, and find out how many
+connections you need and what keeping them saves.
 
 usage: connpool <command> [flags]
 

@@ -345,21 +345,22 @@ func TestDisturbancesDoNotMoveTheKnee(t *testing.T) {
 func TestDisturbedLevelIsMeasuredAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorkshop(t, 10, 100*time.Millisecond)
-		go func() {
-			time.Sleep(8 * time.Second) // while 16 clients are measured
-			for range 8 {
-				w.workers <- struct{}{}
-			}
-			time.Sleep(4 * time.Second)
+		r := &ramp{rampOptions: brisk(2 * time.Second), crew: newCrew(t.Context(), w.target(t)), live: newNotices(io.Discard, true)}
+		defer r.crew.resize(0)
+		before, err := r.measure(t.Context(), 10)
+		require.NoError(t, err)
+		for range 8 {
+			w.workers <- struct{}{}
+		}
+		time.AfterFunc(2500*time.Millisecond, func() {
 			for range 8 {
 				<-w.workers
 			}
-		}()
-		e, err := experimenting(t, w.target(t), brisk(2*time.Second), 1)
+		})
+		l, err := r.measure(t.Context(), 20)
 		require.NoError(t, err)
-		assert.Equal(t, 10, e.Knee.Clients, e.text())
-		assert.InDelta(t, 200, e.Within, 20)
-		assert.False(t, e.Disturbed)
+		assert.InEpsilon(t, before.PerSecond, l.PerSecond, 0.05)
+		assert.Len(t, r.levels, 2)
 	})
 }
 
