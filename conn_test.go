@@ -445,3 +445,27 @@ func TestHalfClosedConnectionsAreNotKept(t *testing.T) {
 		require.Equal(t, map[CloseReason]uint64{ClosedHalfClosed: 1}, settled(t, p).Closed)
 	}
 }
+
+// What one loan was forgiven is not why a later one costs the connection.
+func TestAKeptTimeOutIsNotTheCauseOfALaterClose(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var why error
+		n := open(t, Config{Trace: &Trace{Closed: func(i CloseInfo) { why = i.Err }}})
+		require.ErrorIs(t, n.p.With(bg, at("a"), func(c Conn) error {
+			c.SetReadDeadline(time.Now())
+			_, err := c.Read(make([]byte, 1))
+			return Keep(err)
+		}), os.ErrDeadlineExceeded)
+		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
+			require.True(t, c.Reused())
+			n.peer(c).Close()
+			_, err := c.Read(make([]byte, 1))
+			require.Error(t, err)
+			return nil
+		}))
+		synctest.Wait()
+		n.closed(reasons{ClosedBroken: 1})
+		require.Error(t, why)
+		require.NotErrorIs(t, why, os.ErrDeadlineExceeded)
+	})
+}

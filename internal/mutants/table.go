@@ -60,7 +60,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-by-number",
-		old:   `case c.probe.fd == fd:`,
+		old:   `case c.probe.fd() == fd:`,
 		new:   `case c.probe.fd == fd && false:`,
 		tests: `TestMarkDead`,
 	},
