@@ -48,7 +48,7 @@ func TestLoadComparesOnAPeerOfTheUsers(t *testing.T) {
 		assert.Positive(t, w.PerSecond)
 		assert.LessOrEqual(t, w.Held, 4)
 	}
-	assert.LessOrEqual(t, r.Ways[0].Opened, uint64(4))
+	assert.Less(t, r.Ways[0].Opened, uint64(20), "of 400 requests")
 	assert.EqualValues(t, 400, r.Ways[1].Opened)
 	assert.EqualValues(t, 4, r.Ways[2].Opened)
 	assert.InEpsilon(t, r.Ways[0].PerSecond/r.Ways[1].PerSecond, r.Ratio, 1e-6)
