@@ -32,6 +32,7 @@ var commands = []command{
 	{"demo", "break 40 servers under a pool and count what its borrowers notice", demo},
 	{"size", "how many connections: by arithmetic, by experiment, or from what a pool did", size},
 	{"load", "what a pool saves with your own server: pooled against a dial for each request", load},
+	{"gateway", "many clients on few connections to a server", gatewayCommand},
 }
 
 func main() {

@@ -1,0 +1,343 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/gateway"
+)
+
+const gatewayTeaching = `usage: connpool gateway -listen ADDR -to ADDR -framing NAME [flags]
+
+Many clients, few connections. The gateway stands between clients and one
+server: clients connect to it as they would to the server, unchanged, and each
+of their requests is carried out over a connection of a pool, which is taken
+for as long as the request takes. A client that says nothing holds none.
+
+ADDR is tcp://host:port, tls://host:port or unix:/path, on either side.
+
+NAME says how the protocol marks the end of a message:
+
+  line     a line feed ends it; one line is the answer to one line
+  length   a field of 1, 2 or 4 bytes tells the length (see -length-...)
+  resp     Redis and its kin. Pipelines stay pipelines. What AUTH, HELLO, SELECT
+           and CLIENT SETNAME say becomes part of which connections a client
+           shares; MULTI, WATCH, SUBSCRIBE, MONITOR, blocking commands and others
+           that leave something behind in a connection get one of their own
+  modbus   Modbus/TCP; transaction ids are replaced on the way and put back
+  session  anything: each client has a connection of its own, from its first
+           byte to its end
+
+A request that got no answer is never sent again, since the server may have
+carried it out. The client is told in the protocol's own words (resp: -ERR,
+modbus: exception 0x0A, 0x0B or 0x06), by -error-reply, or by the end of its
+connection.
+
+Without TLS the gateway listens on loopback and Unix sockets only. Ctrl-C or
+SIGTERM ends it: it stops listening, lets the requests under way end, for -drain
+at most, and closes. A second one ends it at once. SIGHUP reads the certificates
+again; so does a change of their files.
+
+flags:
+`
+
+const gatewayExamples = `
+examples:
+  # 1,000 clients on 8 connections of a Redis server
+  connpool gateway -framing resp -listen tcp://127.0.0.1:6380 -to tcp://127.0.0.1:6379 -max-open 8
+
+  # programs without TLS reach a server that demands it
+  connpool gateway -framing resp -listen unix:/run/redis-gw.sock -to tls://redis.example:6380 -ca ca.pem
+
+  # a device that takes one connection, for everybody
+  connpool gateway -framing modbus -listen tcp://127.0.0.1:1502 -to tcp://192.0.2.7:502 -max-open 1
+
+  # a protocol of your own: 4 bytes of length, big endian, then as many bytes
+  connpool gateway -framing length -length-bytes 4 -listen tcp://127.0.0.1:7001 -to tcp://127.0.0.1:7000
+
+  # are the flags and certificates good, and is the server there?
+  connpool gateway -check -reach -framing line -listen tls://0.0.0.0:7001 -cert c.pem -key k.pem -to tcp://127.0.0.1:7000
+
+  # numbers for a monitoring system
+  connpool gateway ... -status tcp://127.0.0.1:9100   and   curl http://127.0.0.1:9100/metrics
+`
+
+// gatewayOptions is what the command line decides.
+type gatewayOptions struct {
+	gateway.Config
+	check, reach, quiet, verbose bool
+}
+
+// byteSize is a flag such as 64KiB, 16MiB or a plain number.
+type byteSize struct{ n *int64 }
+
+var byteUnits = []struct {
+	name string
+	size int64
+}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}, {"", 1}}
+
+func (b byteSize) String() string {
+	if b.n == nil {
+		return ""
+	}
+	for _, u := range byteUnits {
+		if *b.n != 0 && *b.n%u.size == 0 {
+			return strconv.FormatInt(*b.n/u.size, 10) + u.name
+		}
+	}
+	return "0"
+}
+
+func (b byteSize) Set(s string) error {
+	for _, u := range byteUnits {
+		if digits, ok := strings.CutSuffix(s, u.name); ok {
+			n, err := strconv.ParseInt(digits, 10, 64)
+			if err != nil || n < 0 || n > math.MaxInt64/u.size {
+				break
+			}
+			*b.n = n * u.size
+			return nil
+		}
+	}
+	return errors.New("use a size such as 64KiB, 16MiB, 1GiB or a number of bytes")
+}
+
+// octal is a flag of permission bits.
+type octal struct{ m *fs.FileMode }
+
+func (o octal) String() string {
+	if o.m == nil {
+		return ""
+	}
+	return fmt.Sprintf("%04o", uint32(*o.m))
+}
+
+func (o octal) Set(s string) error {
+	n, err := strconv.ParseUint(s, 8, 32)
+	if err != nil {
+		return errors.New("use octal digits, such as 0660")
+	}
+	*o.m = fs.FileMode(n)
+	return nil
+}
+
+// parseGateway reads the flags. It returns flag.ErrHelp after having told the
+// usage on stdout, and any other error without having told anything.
+func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
+	var o gatewayOptions
+	maxFrame := int64(16 << 20)
+	o.MaxMemory, o.SocketMode = 512<<20, 0o600
+	var endian, errorReply string
+	fs := flag.NewFlagSet("connpool gateway", flag.ContinueOnError)
+	fs.SetOutput(io.Discard) // an error is told once, by the caller, without the whole usage
+	fs.Usage = func() {}
+	fs.StringVar(&o.Listen, "listen", "", "where clients connect: an `address`; port 0 is any that is free")
+	fs.StringVar(&o.To, "to", "", "the server: an `address`")
+	fs.StringVar(&o.Framing, "framing", "", "line, length, resp, modbus or session: a `name` from above")
+	fs.StringVar(&o.StatusListen, "status", "", "serve /metrics and /status.json at this `address`: a Unix socket, or TCP on loopback")
+	fs.Var(octal{&o.SocketMode}, "socket-mode", "`permissions` of the Unix sockets it listens on")
+	fs.BoolVar(&o.InsecureListen, "insecure-listen", false, "one of two flags that together allow to listen beyond loopback without TLS")
+	fs.BoolVar(&o.AnyoneCanConnect, "i-know-that-anyone-can-connect", false, "the other one")
+
+	fs.StringVar(&o.Server.Cert, "cert", "", "PEM `file` with the gateway's certificate, for -listen tls://")
+	fs.StringVar(&o.Server.Key, "key", "", "PEM `file` with its key")
+	fs.StringVar(&o.Server.ClientCA, "client-ca", "", "PEM `file`: clients must have a certificate of one of these authorities")
+	fs.StringVar(&o.Upstream.CA, "ca", "", "PEM `file`: the server's certificate must be of one of these authorities; without it, of one the system trusts")
+	fs.StringVar(&o.Upstream.ServerName, "server-name", "", "the `name` in the server's certificate, if it is not the host of -to")
+	fs.StringVar(&o.Upstream.Cert, "upstream-cert", "", "PEM `file` with the certificate that the gateway shows to the server")
+	fs.StringVar(&o.Upstream.Key, "upstream-key", "", "PEM `file` with its key")
+	fs.DurationVar(&o.ReloadEvery, "reload-every", 5*time.Second, "how often to look whether the files of certificates changed; negative: on SIGHUP only")
+
+	fs.IntVar(&o.Length.Size, "length-bytes", 4, "length: `bytes` of the field, 1, 2 or 4")
+	fs.IntVar(&o.Length.Offset, "length-offset", 0, "length: `bytes` before the field")
+	fs.StringVar(&endian, "length-endian", "big", "length: `order` of the field's bytes, big or little")
+	fs.BoolVar(&o.Length.WithHead, "length-includes-header", false, "length: the field counts itself and what is before it, not only what follows")
+	fs.StringVar(&errorReply, "error-reply", "", `line, length: the `+"`reply`"+` to a request that the server did not answer, with escapes as in Go: 'ERR\n', '\x00\x00\x00\x03ERR'`)
+	fs.BoolVar(&o.Eager, "eager", false, "session: connect to the server at once, not at the client's first byte; for protocols where the server speaks first")
+
+	fs.IntVar(&o.MaxClients, "max-clients", 10_000, "`number` of clients; one more is closed at once")
+	fs.IntVar(&o.MaxOpen, "max-open", 16, "`number` of connections to the server")
+	fs.IntVar(&o.MaxPinned, "max-pinned", 0, "resp: `number` of them that single clients may have to themselves; 0: half of -max-open")
+	fs.IntVar(&o.MaxUses, "max-uses", 0, "`number` of times a connection is used; 0: no limit; 1 for a server that is not trusted")
+	fs.Var(byteSize{&maxFrame}, "max-frame", "`size` of a request, and of a reply")
+	fs.Var(byteSize{&o.MaxMemory}, "max-memory", "`size` of what is held for all clients together")
+	fs.IntVar(&o.Pipeline, "pipeline", 0, "`number` of requests of one client that are sent ahead of their replies; 0: 32, and 1 for modbus")
+
+	fs.DurationVar(&o.IdleTimeout, "idle-timeout", time.Hour, "close a client that says nothing for so long; negative: never")
+	fs.DurationVar(&o.HoldTimeout, "hold-timeout", time.Minute, "resp: the same in the middle of a transaction, when it holds a connection")
+	fs.DurationVar(&o.RequestTimeout, "request-timeout", 30*time.Second, "from a request to its reply, the wait for a connection included")
+	fs.DurationVar(&o.WriteTimeout, "write-timeout", 10*time.Second, "close a client that does not take its replies for so long")
+	fs.DurationVar(&o.DialTimeout, "dial-timeout", 10*time.Second, "for opening a connection to the server")
+	fs.DurationVar(&o.Drain, "drain", 30*time.Second, "for what is under way when the gateway is told to end; negative: nothing is waited for")
+
+	fs.BoolVar(&o.check, "check", false, "check the flags and certificates, say what would be done, and end: status 0 if all is good, else 2")
+	fs.BoolVar(&o.reach, "reach", false, "with -check: connect to the server too")
+	fs.BoolVar(&o.quiet, "quiet", false, "tell errors only")
+	fs.BoolVar(&o.verbose, "verbose", false, "tell also why single clients were closed and single requests failed")
+
+	err := fs.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		var b bytes.Buffer
+		b.WriteString(gatewayTeaching)
+		fs.SetOutput(&b)
+		fs.PrintDefaults()
+		b.WriteString(gatewayExamples)
+		if _, err := b.WriteTo(stdout); err != nil {
+			return o, err
+		}
+		return o, flag.ErrHelp
+	case err != nil:
+		return o, err
+	case fs.NArg() > 0:
+		return o, fmt.Errorf("unexpected argument %q: the gateway takes flags only", fs.Arg(0))
+	}
+	var others []string // flags of another framing
+	fs.Visit(func(f *flag.Flag) {
+		if strings.HasPrefix(f.Name, "length-") && o.Framing != "length" {
+			others = append(others, "-"+f.Name)
+		}
+		if f.Name == "hold-timeout" || f.Name == "max-pinned" {
+			if o.Framing != "resp" {
+				others = append(others, "-"+f.Name)
+			}
+		}
+	})
+	if len(others) > 0 {
+		return o, fmt.Errorf("%s: not for the framing %q", strings.Join(others, ", "), o.Framing)
+	}
+	switch endian {
+	case "big", "little":
+		o.Length.Little = endian == "little"
+	default:
+		return o, fmt.Errorf("-length-endian is %q: use big or little", endian)
+	}
+	if o.ErrorReply, err = strconv.Unquote(`"` + strings.ReplaceAll(errorReply, `"`, `\"`) + `"`); err != nil {
+		return o, fmt.Errorf(`-error-reply is %q: use escapes as in Go, such as 'ERR\n'`, errorReply)
+	}
+	if o.MaxFrame = int(maxFrame); maxFrame < 1 || maxFrame > math.MaxInt32 {
+		return o, fmt.Errorf("-max-frame is %v: use up to 1GiB", byteSize{&maxFrame})
+	}
+	if o.reach && !o.check {
+		return o, errors.New("-reach goes with -check")
+	}
+	return o, nil
+}
+
+// gatewayCommand is the command.
+func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	o, err := parseGateway(args, stdout)
+	if errors.Is(err, flag.ErrHelp) {
+		return exitOK
+	}
+	level := slog.LevelInfo
+	switch {
+	case o.quiet:
+		level = slog.LevelError
+	case o.verbose:
+		level = slog.LevelDebug
+	}
+	o.Logger = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	var g *gateway.Gateway
+	if err == nil {
+		g, err = gateway.New(o.Config)
+	}
+	if err != nil {
+		for line := range strings.Lines(err.Error()) {
+			fmt.Fprintf(stderr, "connpool gateway: %s\n", strings.TrimRight(line, "\n"))
+		}
+		fmt.Fprintln(stderr, "connpool gateway -h explains the flags.")
+		return exitUsage
+	}
+	if o.check {
+		return checkGateway(ctx, o, g, stdout, stderr)
+	}
+	if err := g.Listen(); err != nil {
+		g.Close()
+		fmt.Fprintf(stderr, "connpool gateway: %v\n", err)
+		return exitBroken
+	}
+	// A second signal ends the drain, and not the process, which has files to
+	// remove.
+	again := make(chan os.Signal, 2)
+	signal.Notify(again, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(again)
+	hurry, hasten := context.WithCancel(context.Background())
+	defer hasten()
+	reload, stopReload := reloadSignal()
+	defer stopReload()
+	served := make(chan struct{})
+	go func() {
+		signals := 0
+		for {
+			select {
+			case <-reload:
+				g.Reload() // which tells
+			case <-again: // the first one is that which ends ctx
+				if signals++; signals == 2 {
+					o.Logger.Info("told to hurry")
+					hasten()
+				}
+			case <-served:
+				return
+			}
+		}
+	}()
+	o.Logger.Info("listening", "at", g.Status().Listen, "to", o.To, "framing", o.Framing, "status", statusPlace(g))
+	err = g.Serve(ctx, hurry)
+	close(served)
+	st := g.Status()
+	if !o.quiet {
+		fmt.Fprintf(stdout, "connpool gateway: %d clients, %d requests, %d replies; %d connections opened, %d at once; up %s\n",
+			st.Accepted, st.Requests, st.Replies, st.Pool.Dials-st.Pool.DialErrors, st.Pool.PeakOpen,
+			time.Duration(st.Uptime*float64(time.Second)).Round(time.Millisecond))
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "connpool gateway: %v\n", err)
+		return exitBroken
+	}
+	return exitOK
+}
+
+func statusPlace(g *gateway.Gateway) string {
+	if a := g.StatusAddr(); a != nil {
+		return a.Network() + ":" + a.String()
+	}
+	return "none"
+}
+
+// checkGateway says what would be done, and whether it can be.
+func checkGateway(ctx context.Context, o gatewayOptions, g *gateway.Gateway, stdout, stderr io.Writer) int {
+	defer g.Close()
+	if o.reach {
+		if err := g.Reach(ctx); err != nil {
+			fmt.Fprintf(stderr, "connpool gateway: the server is not reached: %v\n", err)
+			return exitUsage
+		}
+	}
+	st := g.Status()
+	fmt.Fprintf(stdout, "connpool gateway: as the flags say: %s, from %s to %s, at most %d clients on %d connections%s\n",
+		st.Framing, st.Listen, st.To, o.MaxClients, o.MaxOpen, map[bool]string{true: "; the server was reached"}[o.reach])
+	lines, expired := g.Certificates()
+	for _, line := range lines {
+		fmt.Fprintf(stdout, "  %s\n", line)
+	}
+	if expired {
+		fmt.Fprintln(stderr, "connpool gateway: a certificate is not valid any more: replace its file")
+		return exitUsage
+	}
+	return exitOK
+}

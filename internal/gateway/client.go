@@ -1,0 +1,220 @@
+package gateway
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool"
+)
+
+// client is one connection from a client. All of it belongs to the client's
+// goroutine; others only set the deadline of raw, or close it.
+type client struct {
+	g    *Gateway
+	raw  net.Conn // as accepted
+	conn net.Conn // what is read and written: raw, or TLS over it
+	in   frames
+	out  store // replies that are not yet written
+
+	batch [][]byte // the requests of one exchange
+	resp  respClient
+}
+
+func newClient(g *Gateway, nc net.Conn) *client {
+	cl := &client{g: g, raw: nc, conn: nc}
+	cl.in = frames{max: g.MaxFrame, store: store{budget: &g.memory}}
+	cl.out.budget = &g.memory
+	return cl
+}
+
+// What makes the gateway part from a client, besides errors of its socket.
+var (
+	errDraining = errors.New("the gateway is ending")
+	errIdle     = errors.New("nothing came for longer than -idle-timeout")
+	errStalled  = errors.New("half a request came, and the rest did not within -request-timeout")
+	errUnheard  = errors.New("the server did not answer, and the protocol has no way to say so")
+)
+
+func (cl *client) serve() {
+	g := cl.g
+	defer func() {
+		cl.in.store.release()
+		cl.out.release()
+	}()
+	defer cl.raw.Close()
+	if g.listen.tls {
+		tc := tls.Server(cl.raw, g.certs.listener())
+		ctx, cancel := context.WithTimeout(g.ctx, g.RequestTimeout)
+		err := tc.HandshakeContext(ctx)
+		cancel()
+		if err != nil {
+			g.count.handshakesFailed.Add(1)
+			g.Logger.Debug("handshake failed", "client", cl.raw.RemoteAddr(), "error", err)
+			return
+		}
+		cl.conn = tc
+	}
+	cl.in.r = countingReader{cl.conn, &g.count}
+	if g.framing.newRequests != nil {
+		cl.in.sc = g.framing.newRequests(&g.Config)
+	}
+	g.framing.serve(cl)
+	cl.conn.Close()
+}
+
+// countingReader counts what clients send.
+type countingReader struct {
+	net.Conn
+	count *counters
+}
+
+func (r countingReader) Read(b []byte) (int, error) {
+	n, err := r.Conn.Read(b)
+	r.count.bytesIn.Add(uint64(n))
+	return n, err
+}
+
+// next waits for a request. Between two requests a client may be silent for
+// patience (not positive: for ever), in the middle of one for RequestTimeout.
+func (cl *client) next(patience time.Duration) ([]byte, error) {
+	begun := false
+	for {
+		frame, ok, err := cl.in.take()
+		if ok || err != nil {
+			return frame, err
+		}
+		if !begun {
+			limit := patience
+			if begun = cl.in.partial(); begun {
+				limit = cl.g.RequestTimeout
+			}
+			if err := cl.readWithin(limit); err != nil {
+				return nil, err
+			}
+		}
+		switch err := cl.in.fill(); {
+		case err == nil:
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, err
+		case cl.g.draining.Load():
+			return nil, errDraining
+		case begun:
+			return nil, errStalled
+		default:
+			return nil, errIdle
+		}
+	}
+}
+
+// readWithin sets the deadline for reading. While the gateway drains nobody is
+// waited for.
+func (cl *client) readWithin(d time.Duration) error {
+	if d > 0 {
+		cl.conn.SetReadDeadline(time.Now().Add(d))
+	} else {
+		cl.conn.SetReadDeadline(time.Time{})
+	}
+	// drain says that it drains before it sets its own deadline: either this
+	// one comes first and is overwritten, or the question is answered yes.
+	if cl.g.draining.Load() {
+		return errDraining
+	}
+	return nil
+}
+
+// flush writes the replies to the client. No connection to the server is held
+// meanwhile.
+func (cl *client) flush() error {
+	if len(cl.out.b) == 0 {
+		return nil
+	}
+	cl.conn.SetWriteDeadline(time.Now().Add(cl.g.WriteTimeout))
+	n, err := cl.conn.Write(cl.out.b)
+	cl.g.count.bytesOut.Add(uint64(n))
+	cl.out.empty()
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		cl.g.count.slowClients.Add(1)
+	}
+	return err
+}
+
+// parted counts and tells why a client is done for.
+func (cl *client) parted(err error) {
+	var bad *malformed
+	count := &cl.g.count
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, errDraining), errors.Is(err, net.ErrClosed):
+		return
+	case errors.Is(err, errIdle):
+		count.idleClients.Add(1)
+	case errors.Is(err, errStalled):
+		count.stalledClients.Add(1)
+	case errors.As(err, &bad), errors.Is(err, errTooLong):
+		count.badFrames.Add(1)
+	case errors.Is(err, errNoMemory):
+		count.failures[noMemory].Add(1)
+	}
+	cl.g.Logger.Debug("client closed", "client", cl.raw.RemoteAddr(), "error", err)
+}
+
+// farewell lets the client read what was written to it before the connection
+// is closed. To close while input is unread would take it back.
+func (cl *client) farewell() {
+	cw, ok := cl.conn.(interface{ CloseWrite() error })
+	if !ok || cw.CloseWrite() != nil {
+		return
+	}
+	cl.raw.SetReadDeadline(time.Now().Add(250 * time.Millisecond))
+	io.CopyN(io.Discard, cl.raw, 1<<20)
+}
+
+// failure is why a request has no reply.
+type failure uint8
+
+const (
+	lost        failure = iota // the connection ended while the request was out
+	late                       // no reply within RequestTimeout
+	unreachable                // no connection could be opened
+	busy                       // all connections were in use for RequestTimeout
+	tooLong                    // the reply is longer than MaxFrame
+	noMemory                   // the reply does not fit into MaxMemory
+	outOfStep                  // the reply was no reply
+	ending                     // the gateway had to end
+	numFailures
+)
+
+var failureNames = [numFailures]string{"lost", "late", "unreachable", "busy", "too-long", "no-memory", "out-of-step", "ending"}
+
+func (f failure) String() string { return failureNames[f] }
+
+// failureOf classes the error of an exchange. ran: there was a connection.
+func (g *Gateway) failureOf(err error, ran bool) failure {
+	var bad *malformed
+	switch {
+	case g.ctx.Err() != nil:
+		return ending
+	case errors.Is(err, errTooLong):
+		return tooLong
+	case errors.Is(err, errNoMemory):
+		return noMemory
+	case errors.As(err, &bad):
+		return outOfStep
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+		var pe *connpool.Error
+		switch {
+		case ran:
+			return late
+		case errors.As(err, &pe) && pe.Limit == 0:
+			return unreachable // no limit was in the way, only the server
+		}
+		return busy
+	case ran:
+		return lost
+	}
+	return unreachable
+}

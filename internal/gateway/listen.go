@@ -1,0 +1,157 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// endpoint is a place to listen on.
+type endpoint struct {
+	network string // tcp or unix
+	address string // as package net takes it
+	tls     bool
+}
+
+func (e endpoint) String() string {
+	switch {
+	case e.network == "unix":
+		return "unix:" + e.address
+	case e.tls:
+		return "tls://" + e.address
+	}
+	return "tcp://" + e.address
+}
+
+// parseEndpoint reads tcp://host:port, tls://host:port and unix:/path. Without
+// a scheme it is TCP. An empty host is every interface, port 0 any free one.
+func parseEndpoint(s string) (endpoint, error) {
+	if s == "" {
+		return endpoint{}, errors.New("it is missing: use tcp://127.0.0.1:6380, tls://host:port or unix:/path to a socket")
+	}
+	if path, ok := strings.CutPrefix(s, "unix:"); ok {
+		if rest, ok := strings.CutPrefix(path, "//"); ok {
+			path = rest
+		}
+		switch {
+		case path == "" || path == "@":
+			return endpoint{}, fmt.Errorf("%q has no path: use unix:/run/gateway.sock", s)
+		case len(path) > 107:
+			return endpoint{}, fmt.Errorf("%q has a path of %d bytes: use 107 at most", s, len(path))
+		}
+		return endpoint{network: "unix", address: path}, nil
+	}
+	e := endpoint{network: "tcp", address: s}
+	if scheme, rest, ok := strings.Cut(s, "://"); ok {
+		if scheme != "tcp" && scheme != "tls" {
+			return endpoint{}, fmt.Errorf("%q begins with %s: use tcp://, tls:// or unix:", s, scheme)
+		}
+		e.tls, e.address = scheme == "tls", rest
+	}
+	_, port, err := net.SplitHostPort(e.address)
+	if err != nil {
+		return endpoint{}, fmt.Errorf("%q is no host:port: %w", s, err)
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil || port == "" {
+		return endpoint{}, fmt.Errorf("%q has no port: use a number, 0 for any that is free", s)
+	}
+	return e, nil
+}
+
+// isLocal reports whether only this machine can connect to it. Of names only
+// localhost is believed to be loopback: what another one means may change.
+func (e endpoint) isLocal() bool {
+	if e.network == "unix" {
+		return true
+	}
+	host, _, _ := net.SplitHostPort(e.address)
+	if strings.EqualFold(host, "localhost") {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Unmap().IsLoopback()
+}
+
+// mayServe refuses what would let a network in unencrypted by mistake.
+func (e endpoint) mayServe(cfg *Config) error {
+	switch {
+	case e.tls || e.isLocal():
+		return nil
+	case cfg.InsecureListen && cfg.AnyoneCanConnect:
+		return nil
+	case cfg.InsecureListen || cfg.AnyoneCanConnect:
+		return fmt.Errorf("-listen is %s: one of the two flags -insecure-listen and -i-know-that-anyone-can-connect is not enough, it takes both", cfg.Listen)
+	}
+	return fmt.Errorf("-listen is %s: every machine that reaches this one could use the server, and read what others say to it; "+
+		"listen on 127.0.0.1 or a Unix socket, or use tls:// with -cert and -key (and -client-ca); "+
+		"if a network is meant to connect without TLS, say both -insecure-listen and -i-know-that-anyone-can-connect", cfg.Listen)
+}
+
+// listen opens it. A Unix socket that a dead process left behind is replaced;
+// one that answers is an error.
+func (e endpoint) listen(mode fs.FileMode) (net.Listener, error) {
+	if e.network == "unix" && !strings.HasPrefix(e.address, "@") {
+		return listenUnix(e.address, mode)
+	}
+	l, err := net.Listen(e.network, e.address)
+	if err != nil {
+		return nil, err
+	}
+	if a, ok := l.Addr().(*net.TCPAddr); ok && e.isLocal() && !a.IP.IsLoopback() { // a hosts file that lies
+		l.Close()
+		return nil, fmt.Errorf("%s is %v on this machine, which is not loopback: write 127.0.0.1", e.address, a.IP)
+	}
+	return l, nil
+}
+
+func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
+	unlock, err := lockDirectoryOf(path)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := removeStale(path); err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, mode); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// removeStale removes the socket that a process left behind which is no more.
+// Whoever calls it holds the lock of the directory, so that of two gateways
+// that start at once none removes the other's.
+func removeStale(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case info.Mode()&fs.ModeSocket == 0:
+		return fmt.Errorf("%s exists and is no socket: it is left alone, choose another path", path)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	nc, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	if err == nil {
+		nc.Close()
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("%s is in use: somebody listens there; stop it, or choose another path", path)
+	}
+	return os.Remove(path)
+}

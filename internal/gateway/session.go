@@ -1,0 +1,186 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool"
+)
+
+const sessionBuffer = 32 << 10
+
+// serveSession is the life of a client whose protocol the gateway does not know:
+// it has a connection of its own from its first byte until either side is done,
+// and that connection serves nobody else after it.
+func (cl *client) serveSession() {
+	g := cl.g
+	buf := make([]byte, sessionBuffer)
+	n := 0
+	if !g.Eager {
+		err := cl.readWithin(g.IdleTimeout)
+		if err == nil {
+			n, err = cl.in.r.Read(buf)
+		}
+		switch {
+		case n > 0:
+		case g.draining.Load():
+			return
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			cl.parted(errIdle)
+			return
+		default:
+			cl.parted(err)
+			return
+		}
+	}
+	g.count.requests.Add(1)
+	ran := false
+	err := cl.own(g.to, func(_ context.Context, c connpool.Conn) error {
+		ran = true
+		defer c.Close()
+		g.count.pinned.Add(1)
+		defer g.count.pinned.Add(-1)
+		cl.relay(c, buf[:n], buf)
+		return nil
+	})
+	if !ran && err != nil {
+		why := g.failureOf(err, false)
+		g.count.failures[why].Add(1)
+		g.Logger.Debug("no connection for a session", "client", cl.raw.RemoteAddr(), "why", why, "error", err)
+	}
+}
+
+// own lends the client a connection for as long as fn takes. Waiting for it may
+// take RequestTimeout; the ctx of fn has no deadline.
+func (cl *client) own(addr connpool.Addr, fn func(context.Context, connpool.Conn) error) error {
+	return cl.ownUnder(cl.g.ctx, addr, fn)
+}
+
+func (cl *client) ownUnder(ctx context.Context, addr connpool.Addr, fn func(context.Context, connpool.Conn) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	late := time.AfterFunc(cl.g.RequestTimeout, func() { cancel(context.DeadlineExceeded) })
+	defer late.Stop()
+	return cl.g.pool.With(ctx, addr, func(c connpool.Conn) error {
+		if !late.Stop() {
+			return context.DeadlineExceeded
+		}
+		return fn(ctx, c)
+	})
+}
+
+// relay carries bytes both ways until both directions have ended, or one has
+// failed. The end of one direction is passed on as such.
+func (cl *client) relay(c connpool.Conn, first, buf []byte) {
+	g := cl.g
+	var q quiet
+	q.moved()
+
+	// carry ends with nil at the end of src.
+	carry := func(dst, src net.Conn, buf []byte, pending int, counted bool) error {
+		for {
+			if pending > 0 {
+				dst.SetWriteDeadline(time.Now().Add(g.WriteTimeout))
+				n, err := dst.Write(buf[:pending])
+				if counted {
+					g.count.bytesOut.Add(uint64(n))
+				}
+				if err != nil {
+					return err
+				}
+				q.moved()
+			}
+			var err error
+			if pending, err = cl.hear(src, buf, &q); err == io.EOF && pending == 0 {
+				return nil
+			} else if pending == 0 {
+				return err
+			}
+		}
+	}
+	down := make(chan error, 1)
+	go func() {
+		err := carry(cl.conn, c, make([]byte, sessionBuffer), 0, true)
+		if err == nil {
+			err = closeWrite(cl.conn)
+		}
+		if err != nil { // the other direction has nothing to live for
+			cl.raw.Close()
+		}
+		q.serverDone.Store(true)
+		cl.raw.SetReadDeadline(past) // so that it is looked at
+		down <- err
+	}()
+	err := carry(c, countingConn{cl.conn, cl.in.r}, buf, len(first), false)
+	if err == nil {
+		err = closeWrite(c)
+	}
+	if err != nil {
+		c.Close()
+	}
+	if other := <-down; err == nil {
+		err = other
+	}
+	if err != nil && g.ctx.Err() == nil {
+		cl.parted(err)
+	}
+}
+
+// quiet is what both directions know of each other's silence.
+type quiet struct {
+	last       atomic.Int64 // when bytes went either way, in Unix nanoseconds
+	serverDone atomic.Bool  // the server will send no more
+}
+
+func (q *quiet) moved() { q.last.Store(time.Now().UnixNano()) }
+
+// hear reads from src. Silence ends a session only if the other direction has
+// been silent for as long. A client whose server is done has less patience to
+// expect: most servers are gone then, and their slot is wanted.
+func (cl *client) hear(src net.Conn, buf []byte, q *quiet) (int, error) {
+	for {
+		limit, done := cl.g.IdleTimeout, q.serverDone.Load()
+		if short := cl.g.RequestTimeout; done && (limit <= 0 || limit > short) {
+			limit = short
+		}
+		end := time.Unix(0, q.last.Load()).Add(limit)
+		if limit <= 0 {
+			src.SetReadDeadline(time.Time{})
+		} else {
+			src.SetReadDeadline(end)
+		}
+		// Whoever sets serverDone sets a deadline after it, which this one may
+		// have replaced.
+		if q.serverDone.Load() != done {
+			continue
+		}
+		n, err := src.Read(buf)
+		if n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || cl.g.ctx.Err() != nil {
+			return n, err
+		}
+		// A deadline that the drain set ends no session: that is for the cut.
+		if limit > 0 && time.Now().After(end) && time.Since(time.Unix(0, q.last.Load())) >= limit {
+			return 0, errIdle
+		}
+	}
+}
+
+// countingConn is a client's connection whose reads are counted.
+type countingConn struct {
+	net.Conn
+	r io.Reader
+}
+
+func (c countingConn) Read(b []byte) (int, error) { return c.r.Read(b) }
+
+func closeWrite(nc net.Conn) error {
+	if cw, ok := nc.(interface{ CloseWrite() error }); ok {
+		return cw.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
