@@ -1,0 +1,146 @@
+package gateway
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// install puts the files of one certificate in the place of another's.
+func install(t *testing.T, from, to keys) {
+	t.Helper()
+	for src, dst := range map[string]string{from.cert: to.cert, from.key: to.key, from.ca: to.ca} {
+		b, err := os.ReadFile(src)
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(dst, b, 0o600))
+	}
+}
+
+func TestReloadedCertificatesServeNewClientsAndOldOnesStay(t *testing.T) {
+	for _, how := range []string{"by Reload", "by a look at the files"} {
+		t.Run(how, func(t *testing.T) {
+			dir := t.TempDir()
+			oldCA, newCA := faultnet.NewCA(), faultnet.NewCA()
+			inForce := writeKeys(t, dir, "k", oldCA.Server("127.0.0.1"))
+			next := writeKeys(t, dir, "n", newCA.Server("127.0.0.1"))
+			_, to := serve(t, faultnet.Options{})
+			cfg := Config{Framing: "line", To: to, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: inForce.cert, Key: inForce.key}, ReloadEvery: -1}
+			if how != "by Reload" {
+				cfg.ReloadEvery = 5 * time.Millisecond
+			}
+			g := begin(t, cfg)
+			g.clientCA = oldCA.Pool()
+			before := g.call()
+			before.token("a")
+
+			if how == "by Reload" { // half-written files change nothing
+				require.NoError(t, os.WriteFile(inForce.cert, []byte("-----BEGIN CERT"), 0o600))
+				require.Error(t, g.Reload())
+				g.call().token("b")
+				require.Equal(t, uint64(1), g.Status().ReloadsFailed)
+			}
+			install(t, next, inForce)
+			if how == "by Reload" {
+				require.NoError(t, g.Reload())
+			}
+			soon(t, "they are in force", func() bool { return g.Status().Reloads == 1 })
+			_, err := g.dial()
+			var unknown *tls.CertificateVerificationError
+			require.ErrorAs(t, err, &unknown, "the old authority does not know the new certificate")
+			g.clientCA = newCA.Pool()
+			g.call().token("c")
+			before.token("d")
+		})
+	}
+}
+
+func TestClientsNeedACertificateOfTheClientCA(t *testing.T) {
+	dir := t.TempDir()
+	ca, clients, strangers := faultnet.NewCA(), faultnet.NewCA(), faultnet.NewCA()
+	k := writeKeys(t, dir, "k", ca.Server("127.0.0.1"))
+	friend := clients.Client("friend")
+	clientCA := writeKeys(t, dir, "c", friend).ca
+	srv, to := serve(t, faultnet.Options{})
+	g := begin(t, Config{Framing: "line", To: to, Listen: "tls://127.0.0.1:0", ErrorReply: "ERR\n",
+		Server: ServerFiles{Cert: k.cert, Key: k.key, ClientCA: clientCA}})
+	ask := func(cache tls.ClientSessionCache, certs ...tls.Certificate) error {
+		nc, err := tls.Dial("tcp", g.Addr().String(), &tls.Config{RootCAs: ca.Pool(), Certificates: certs, ClientSessionCache: cache})
+		if err != nil {
+			return err
+		}
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(forever))
+		if _, err := nc.Write([]byte("x\n")); err != nil {
+			return err
+		}
+		_, err = nc.Read(make([]byte, 100))
+		return err
+	}
+	require.Error(t, ask(nil))
+	require.Error(t, ask(nil, strangers.Client("friend")))
+	require.Zero(t, srv.Accepts(), "not a byte of theirs reached the server")
+	require.Equal(t, uint64(2), g.Status().Handshake)
+	cache := tls.NewLRUClientSessionCache(1)
+	require.NoError(t, ask(cache, friend))
+
+	// After a change of the authority, neither the certificate nor a session
+	// from before it lets anybody in.
+	require.NoError(t, os.Rename(writeKeys(t, dir, "s", strangers.Client("x")).ca, clientCA))
+	require.NoError(t, g.Reload())
+	require.Error(t, ask(cache, friend))
+	require.NoError(t, ask(nil, strangers.Client("x")))
+}
+
+func TestReloadReplacesTheConnectionsToTheServer(t *testing.T) {
+	dir := t.TempDir()
+	ca, clients := faultnet.NewCA(), faultnet.NewCA()
+	cert := ca.Server("127.0.0.1")
+	trust := writeKeys(t, dir, "server", cert).ca
+	first, second := clients.Client("first"), clients.Client("second")
+	ours := writeKeys(t, dir, "ours", first)
+	next := writeKeys(t, dir, "next", second)
+	var seen atomic.Pointer[string]
+	srv, to := serve(t, faultnet.Options{Network: "tls", TLS: &tls.Config{Certificates: []tls.Certificate{cert},
+		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: clients.Pool(),
+		VerifyConnection: func(st tls.ConnectionState) error {
+			seen.Store(&st.PeerCertificates[0].Subject.CommonName)
+			return nil
+		}}})
+	g := begin(t, Config{Framing: "line", To: to, Upstream: UpstreamFiles{CA: trust, Cert: ours.cert, Key: ours.key}, ReloadEvery: -1})
+	c := g.call()
+	c.token("a")
+	require.Equal(t, "first", *seen.Load())
+	require.NoError(t, g.Reload())
+	c.token("b")
+	require.Equal(t, 1, srv.Accepts(), "nothing had changed")
+	install(t, next, ours)
+	require.NoError(t, g.Reload())
+	c.token("c")
+	require.Equal(t, "second", *seen.Load())
+	require.Equal(t, 2, srv.Accepts())
+	require.Equal(t, uint64(1), g.Status().Pool.Closed[connpool.ClosedRetired])
+}
+
+func TestCertificatesTellTheirEnd(t *testing.T) {
+	k := writeKeys(t, t.TempDir(), "k", faultnet.NewCA().Server("127.0.0.1", "gw.example"))
+	g, err := New(Config{Framing: "line", To: "tcp://127.0.0.1:1", Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}})
+	require.NoError(t, err)
+	defer g.Close()
+	lines, expired := g.Certificates()
+	require.False(t, expired)
+	require.Len(t, lines, 1)
+	require.Contains(t, lines[0], "gw.example")
+	require.Contains(t, lines[0], "2199")
+	g.certs.forClients.Load().Certificates[0].Leaf = &x509.Certificate{NotAfter: time.Unix(0, 0)}
+	lines, expired = g.Certificates()
+	require.True(t, expired)
+	require.Contains(t, lines[0], "EXPIRED on 1970-01-01")
+}
