@@ -29,7 +29,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // forever is longer than anything here takes; who waits for so long hangs.
-const forever = 60 * time.Second
+const forever = 20 * time.Second
 
 var stress = os.Getenv("CONNPOOL_STRESS") != ""
 

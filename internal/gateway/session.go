@@ -103,31 +103,32 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 			}
 		}
 	}
-	down := make(chan error, 1)
+	var failed atomic.Pointer[error] // why it ended, and not what followed from it
+	down := make(chan struct{})
 	go func() {
 		err := carry(cl.conn, c, make([]byte, sessionBuffer), 0, true)
 		if err == nil {
 			err = closeWrite(cl.conn)
 		}
 		if err != nil { // the other direction has nothing to live for
+			failed.CompareAndSwap(nil, &err)
 			cl.raw.Close()
 		}
 		q.serverDone.Store(true)
 		cl.raw.SetReadDeadline(past) // so that it is looked at
-		down <- err
+		close(down)
 	}()
 	err := carry(c, countingConn{cl.conn, cl.in.r}, buf, len(first), false)
 	if err == nil {
 		err = closeWrite(c)
 	}
 	if err != nil {
+		failed.CompareAndSwap(nil, &err)
 		c.Close()
 	}
-	if other := <-down; err == nil {
-		err = other
-	}
-	if err != nil && g.ctx.Err() == nil {
-		cl.parted(err)
+	<-down
+	if why := failed.Load(); why != nil && g.ctx.Err() == nil {
+		cl.parted(*why)
 	}
 }
 
