@@ -204,6 +204,8 @@ func (g *Gateway) failureOf(err error, ran bool) failure {
 		return noMemory
 	case errors.As(err, &bad):
 		return outOfStep
+	case errors.Is(err, errPins):
+		return busy
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		var pe *connpool.Error
 		switch {

@@ -70,35 +70,48 @@ type framing struct {
 	newRequests func(*Config) scanner
 	newReplies  func(*Config) scanner
 	serve       func(*client) // until the client is done for
+	full        string        // told to a client too many
 
 	// refuse appends the answer to a request that the server did not answer.
 	// nil means that the protocol has no such answer.
 	refuse func(cfg *Config, dst, request []byte, why failure) []byte
 }
 
-var framings = map[string]*framing{
-	"line": {
-		name:        "line",
-		newRequests: func(*Config) scanner { return lineScanner{} },
-		newReplies:  func(*Config) scanner { return lineScanner{} },
-		serve:       (*client).serveExchanges,
-		refuse:      refuseByFlag,
-	},
-	"length": {
-		name:        "length",
-		newRequests: func(cfg *Config) scanner { return &lengthScanner{field: cfg.Length, max: cfg.MaxFrame} },
-		newReplies:  func(cfg *Config) scanner { return &lengthScanner{field: cfg.Length, max: cfg.MaxFrame} },
-		serve:       (*client).serveExchanges,
-		refuse:      refuseByFlag,
-	},
-	"modbus": {
-		name:        "modbus",
-		newRequests: func(*Config) scanner { return newMBAPScanner() },
-		newReplies:  func(*Config) scanner { return newMBAPScanner() },
-		serve:       (*client).serveExchanges,
-		refuse:      modbusException,
-	},
-	"session": {name: "session", serve: (*client).serveSession},
+var framings map[string]*framing
+
+func init() {
+	framings = map[string]*framing{
+		"line": {
+			name:        "line",
+			newRequests: func(*Config) scanner { return lineScanner{} },
+			newReplies:  func(*Config) scanner { return lineScanner{} },
+			serve:       (*client).serveExchanges,
+			refuse:      refuseByFlag,
+		},
+		"length": {
+			name:        "length",
+			newRequests: func(cfg *Config) scanner { return &lengthScanner{field: cfg.Length, max: cfg.MaxFrame} },
+			newReplies:  func(cfg *Config) scanner { return &lengthScanner{field: cfg.Length, max: cfg.MaxFrame} },
+			serve:       (*client).serveExchanges,
+			refuse:      refuseByFlag,
+		},
+		"modbus": {
+			name:        "modbus",
+			newRequests: func(*Config) scanner { return newMBAPScanner() },
+			newReplies:  func(*Config) scanner { return newMBAPScanner() },
+			serve:       (*client).serveExchanges,
+			refuse:      modbusException,
+		},
+		"resp": {
+			name:        "resp",
+			newRequests: func(cfg *Config) scanner { return &respRequests{max: cfg.MaxFrame} },
+			newReplies:  func(cfg *Config) scanner { return &respReplies{max: cfg.MaxFrame} },
+			serve:       (*client).serveRESP,
+			refuse:      respFailure,
+			full:        "-ERR max number of clients reached\r\n",
+		},
+		"session": {name: "session", serve: (*client).serveSession},
+	}
 }
 
 const framingNames = "line, length, resp, modbus or session"

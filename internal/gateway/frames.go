@@ -184,6 +184,10 @@ type replies struct {
 	buf  [upstreamBuffer]byte
 	r, w int    // buf[r:w] has been read and not been used
 	tid  uint16 // the last transaction id given, see modbus
+
+	// pause is called before a read that may have to wait, and told whether a
+	// frame is under way; nil: not. Its error ends next.
+	pause func(within bool) error
 }
 
 // Buffered tells the pool of bytes that no borrower has asked for.
@@ -219,6 +223,11 @@ func (u *replies) next(from io.Reader, out *store) error {
 			return nil
 		}
 		u.r, u.w = 0, 0 // all of it was scanned
+		if u.pause != nil {
+			if err := u.pause(size > 0); err != nil {
+				return fail(err)
+			}
+		}
 		n, err = from.Read(u.buf[:])
 		u.w = n
 		if n == 0 {

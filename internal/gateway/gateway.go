@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -37,6 +38,7 @@ type Gateway struct {
 	pool   *connpool.Pool
 	certs  certificates
 	memory budget
+	known  known
 	pins   chan struct{} // one for each connection that one client may have to itself
 	count  counters
 
@@ -243,6 +245,10 @@ func (g *Gateway) admit(nc net.Conn) {
 	g.mu.Unlock()
 	if full {
 		g.count.turnedAway.Add(1)
+		if g.framing.full != "" && !g.listen.tls {
+			nc.SetWriteDeadline(time.Now().Add(time.Second)) // its buffer is empty: this does not wait
+			io.WriteString(nc, g.framing.full)
+		}
 		nc.Close()
 		return
 	}

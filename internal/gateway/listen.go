@@ -57,10 +57,10 @@ func parseEndpoint(s string) (endpoint, error) {
 	}
 	_, port, err := net.SplitHostPort(e.address)
 	if err != nil {
-		return endpoint{}, fmt.Errorf("%q is no host:port: %w", s, err)
+		return endpoint{}, fmt.Errorf("%q is no host:port (%w)", s, err)
 	}
 	if _, err := net.LookupPort("tcp", port); err != nil || port == "" {
-		return endpoint{}, fmt.Errorf("%q has no port: use a number, 0 for any that is free", s)
+		return endpoint{}, fmt.Errorf("%q has no port: use a number, or 0 for any that is free", s)
 	}
 	return e, nil
 }

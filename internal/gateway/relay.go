@@ -36,20 +36,29 @@ func (cl *client) serveExchanges() {
 	}
 }
 
-// exchange gets a reply to each request in cl.batch, which lie side by side in
-// wire, or the protocol's word for a failure, and writes them to the client in
-// the order of the requests. The connection is given back before. An error
-// means that the client is done for.
+// exchange carries out the requests in cl.batch, which lie side by side in wire,
+// and writes the replies to the client. An error means that the client is done
+// for.
 func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte) error {
+	unheard := cl.ask(ctx, addr, wire)
+	if err := cl.flush(); err != nil {
+		return err
+	}
+	return unheard
+}
+
+// ask appends to cl.out a reply to each request in cl.batch, in their order, or
+// the protocol's word for a failure. The connection is given back before it
+// returns. An error means that the protocol has no such word.
+func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) error {
 	g := cl.g
 	ctx, cancel := context.WithTimeout(ctx, g.RequestTimeout)
 	defer cancel()
 	g.count.requests.Add(uint64(len(cl.batch)))
 	answered, ran := 0, false
 	var unheard error
-	refuse := func(why failure) {
-		g.count.failures[why].Add(1)
-		if told := g.framing.refuse(&g.Config, cl.out.b, cl.batch[answered], why); told != nil {
+	refuse := func(err error) {
+		if told := cl.failed(cl.out.b, cl.batch[answered], err, ran); told != nil {
 			cl.out.b = told
 		} else if unheard == nil {
 			unheard = errUnheard
@@ -68,7 +77,7 @@ func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte)
 				case err == nil:
 					answered++
 				case errors.Is(err, errNoMemory): // and in step all the same
-					if refuse(noMemory); unheard != nil {
+					if refuse(err); unheard != nil {
 						return unheard
 					}
 				default:
@@ -78,18 +87,30 @@ func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte)
 			return nil
 		})
 	})
-	g.count.replies.Add(uint64(answered))
 	if err != nil && answered < len(cl.batch) && unheard == nil {
-		why := g.failureOf(err, ran)
-		g.Logger.Debug("request failed", "client", cl.raw.RemoteAddr(), "why", why, "error", err)
-		for refuse(why); answered < len(cl.batch) && unheard == nil; {
-			refuse(lost)
+		for refuse(err); answered < len(cl.batch) && unheard == nil; {
+			refuse(errBehind)
 		}
 	}
-	if err := cl.flush(); err != nil {
-		return err
-	}
+	g.count.replies.Add(uint64(answered))
 	return unheard
+}
+
+// errBehind is what became of the requests behind one that failed.
+var errBehind = errors.New("the connection was given up with an earlier request")
+
+// failed counts a request that was not answered and appends the protocol's word
+// for it, nil if it has none. ran: there was a connection.
+func (cl *client) failed(dst, request []byte, err error, ran bool) []byte {
+	g := cl.g
+	why := g.failureOf(err, ran)
+	g.count.failures[why].Add(1)
+	g.Logger.Debug("request failed", "client", cl.raw.RemoteAddr(), "why", why, "error", err)
+	var said *serverSaid
+	if errors.As(err, &said) {
+		return append(dst, said.line...)
+	}
+	return g.framing.refuse(&g.Config, dst, request, why)
 }
 
 // converse sends wire and receives. What is longer than the sockets are sure to

@@ -1,0 +1,187 @@
+package gateway
+
+import "bytes"
+
+// What a Redis command does to the connection it is sent on decides how the
+// gateway treats it.
+
+type class uint8
+
+const (
+	plain      class = iota // one reply, and nothing is left behind
+	transacts               // MULTI, WATCH and what ends them
+	subscribes              // several replies, and messages afterwards
+	blocks                  // one reply, some day
+	keeps                   // it leaves something behind that nobody can take away again
+	identifies              // it changes who the client is, or which database it means
+	local                   // the gateway answers it itself
+	refused                 // the gateway does not pass it on
+	nothing                 // an empty command, which no server answers
+)
+
+// verb names the commands that the gateway must tell apart.
+type verb uint8
+
+const (
+	other verb = iota
+	vMulti
+	vExec
+	vDiscard
+	vWatch
+	vUnwatch
+	vSubscribe
+	vPsubscribe
+	vSsubscribe
+	vUnsubscribe
+	vPunsubscribe
+	vSunsubscribe
+	vAuth
+	vHello
+	vSelect
+	vSetname
+	vSetinfo
+	vQuit
+	vReset
+	vHTTP
+)
+
+type meaning struct {
+	class class
+	verb  verb
+}
+
+var commandTable = map[string]meaning{
+	"MULTI": {transacts, vMulti}, "WATCH": {transacts, vWatch},
+	// Without a transaction these are ordinary; in one, see pin.
+	"EXEC": {plain, vExec}, "DISCARD": {plain, vDiscard}, "UNWATCH": {plain, vUnwatch},
+
+	"SUBSCRIBE": {subscribes, vSubscribe}, "PSUBSCRIBE": {subscribes, vPsubscribe}, "SSUBSCRIBE": {subscribes, vSsubscribe},
+	"UNSUBSCRIBE": {subscribes, vUnsubscribe}, "PUNSUBSCRIBE": {subscribes, vPunsubscribe}, "SUNSUBSCRIBE": {subscribes, vSunsubscribe},
+
+	"BLPOP": {class: blocks}, "BRPOP": {class: blocks}, "BRPOPLPUSH": {class: blocks}, "BLMOVE": {class: blocks}, "BLMPOP": {class: blocks},
+	"BZPOPMIN": {class: blocks}, "BZPOPMAX": {class: blocks}, "BZMPOP": {class: blocks}, "WAIT": {class: blocks}, "WAITAOF": {class: blocks},
+
+	"MONITOR": {class: keeps}, "READONLY": {class: keeps}, "READWRITE": {class: keeps}, "ASKING": {class: keeps},
+
+	"AUTH": {identifies, vAuth}, "HELLO": {identifies, vHello}, "SELECT": {identifies, vSelect},
+
+	"QUIT": {local, vQuit}, "RESET": {local, vReset},
+
+	"SYNC": {class: refused}, "PSYNC": {class: refused}, "REPLCONF": {class: refused},
+	"POST": {refused, vHTTP}, "HOST:": {refused, vHTTP},
+}
+
+// clientTable is that of the commands CLIENT x. Those that are not in it, and
+// that a later server may bring, are treated with caution.
+var clientTable = map[string]meaning{
+	"ID": {}, "INFO": {}, "LIST": {}, "GETNAME": {}, "GETREDIR": {}, "KILL": {}, "PAUSE": {}, "UNPAUSE": {}, "UNBLOCK": {},
+	"HELP": {}, "TRACKINGINFO": {},
+	"SETNAME": {identifies, vSetname}, "SETINFO": {local, vSetinfo},
+}
+
+// classify says what a frame of respRequests is. Only arrays have a meaning; an
+// inline command is made an array first.
+func classify(frame []byte) meaning {
+	args := argsOf(frame)
+	name, ok := args.next()
+	if !ok {
+		return meaning{class: nothing}
+	}
+	var buf [16]byte
+	m, known := commandTable[string(upper(buf[:0], name))]
+	if known {
+		return m
+	}
+	switch {
+	case is(name, "CLIENT"):
+		sub, ok := args.next()
+		if !ok {
+			return meaning{}
+		}
+		if m, known = clientTable[string(upper(buf[:0], sub))]; !known {
+			m.class = keeps
+		}
+	case is(name, "XREAD"), is(name, "XREADGROUP"):
+		for {
+			arg, ok := args.next()
+			if !ok || is(arg, "STREAMS") {
+				break
+			}
+			if is(arg, "BLOCK") {
+				m.class = blocks
+			}
+		}
+	case is(name, "SCRIPT"):
+		if sub, ok := args.next(); ok && is(sub, "DEBUG") {
+			m.class = keeps
+		}
+	}
+	return m
+}
+
+// upper appends name in upper case to dst, or nothing if it does not fit: no
+// command of the tables is that long.
+func upper(dst, name []byte) []byte {
+	if len(name) > cap(dst) {
+		return dst
+	}
+	for _, c := range name {
+		if 'a' <= c && c <= 'z' {
+			c -= 'a' - 'A'
+		}
+		dst = append(dst, c)
+	}
+	return dst
+}
+
+// is compares a name as Redis does, in any case of ASCII letters.
+func is(name []byte, want string) bool {
+	if len(name) != len(want) {
+		return false
+	}
+	for i, c := range name {
+		if 'a' <= c && c <= 'z' {
+			c -= 'a' - 'A'
+		}
+		if c != want[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// words are the arguments of a frame, without the command's name.
+func words(frame []byte) (list [][]byte) {
+	args := argsOf(frame)
+	args.next()
+	for {
+		arg, ok := args.next()
+		if !ok {
+			return list
+		}
+		list = append(list, arg)
+	}
+}
+
+// respErrors are the words for a failure.
+var respErrors = [numFailures]string{
+	lost:        "the connection to the server was lost before it answered; the command may have been carried out",
+	late:        "the server did not answer in time; the command may have been carried out",
+	unreachable: "the server cannot be reached; the command was not sent",
+	busy:        "every connection to the server was in use for too long; the command was not sent",
+	tooLong:     "the reply is longer than the gateway passes on; the command was carried out",
+	noMemory:    "the gateway has no room for the reply; the command was carried out",
+	outOfStep:   "the server's answer was not RESP; the command may have been carried out",
+	ending:      "the gateway is ending; the command may have been carried out",
+}
+
+func respFailure(_ *Config, dst, _ []byte, why failure) []byte {
+	dst = append(dst, "-ERR gateway: "...)
+	dst = append(dst, respErrors[why]...)
+	return append(dst, "\r\n"...)
+}
+
+// isError reports whether a reply is an error.
+func isError(reply []byte) bool { return len(reply) > 0 && (reply[0] == '-' || reply[0] == '!') }
+
+func hasPrefix(reply []byte, prefix string) bool { return bytes.HasPrefix(reply, []byte(prefix)) }

@@ -1,0 +1,530 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool"
+)
+
+// pin is a Redis client with a connection to itself, because what it said left
+// something behind there, or will: a transaction, subscriptions, a blocked
+// command. Two goroutines work for it, each on one direction: the client's own
+// sends commands, and hear receives replies and messages.
+//
+//	        +--> quiet: nothing pending, nothing left behind --> released
+//	sending-+                                                       (the connection goes back)
+//	        +--> kept: it can never be clean again ----> closed, with the client
+//
+// Only hear releases, and it does so under mu when no command is pending; the
+// sender makes a command pending under mu before it sends it. So a command is
+// either sent before the release, which then does not happen, or not sent over
+// this connection.
+type pin struct {
+	cl *client
+	c  connpool.Conn
+	u  *replies
+
+	frame, ready store // hear's: the frame that is read, and those to be written to the client
+
+	// mu guards what follows. Only deadlines are set under it.
+	mu       sync.Mutex
+	moved    sync.Cond // pending became shorter, or hear has ended
+	pending  []pending // commands that were sent and not answered, the oldest first
+	blocking int       // of them, those that may take as long as they like
+	multi    bool      // between MULTI and EXEC or DISCARD
+	watching bool      // after WATCH
+	total    int       // subscriptions to channels and patterns, as the server counts them
+	chans    int       // ... of them to channels
+	shards   int       // subscriptions to shard channels
+	kept     bool      // the connection is the client's to the end
+	active   time.Time // when something was last said
+	released bool
+	heard    error // why hear has ended; nil: it has not, or it released
+	over     bool  // hear has ended
+}
+
+// pending is a command that was sent.
+type pending struct {
+	meaning
+	left int // replies it will get; -1: as many as there are subscriptions of its kind
+}
+
+var (
+	errReleased = errors.New("the connection is not needed any more")
+	errGone     = errors.New("the client left")
+	errPins     = errors.New("as many clients as -max-pinned allows have connections to themselves")
+)
+
+// pinned carries out command over a connection of the client's own, and those
+// that follow until the connection is clean again. A nil error means that the
+// client goes on without it.
+func (cl *client) pinned(command []byte, m meaning) error {
+	g := cl.g
+	late := time.NewTimer(g.RequestTimeout)
+	defer late.Stop()
+	var err error
+	ran := false
+	select {
+	case g.pins <- struct{}{}:
+		defer func() { <-g.pins }()
+		g.count.pinned.Add(1)
+		defer g.count.pinned.Add(-1)
+		err = cl.ownUnder(cl.resp.ctx, cl.resp.addr, func(_ context.Context, c connpool.Conn) error {
+			ran = true
+			p := &pin{cl: cl, c: c, u: connpool.State[*replies](c)}
+			return p.run(command, m)
+		})
+		if ran {
+			return err
+		}
+	case <-late.C:
+		err = errPins
+	case <-g.ctx.Done():
+		err = g.ctx.Err()
+	}
+	g.count.requests.Add(1)
+	g.count.replies.Add(1)
+	cl.out.b = cl.failed(cl.out.b, command, err, false)
+	return cl.flush()
+}
+
+// run ends with nil when the connection is released, and is clean.
+func (p *pin) run(command []byte, m meaning) error {
+	p.moved.L = &p.mu
+	p.frame.budget, p.ready.budget = &p.cl.g.memory, &p.cl.g.memory
+	p.u.pause = p.pause
+	// Before hear begins, or it would find the connection clean.
+	if err := p.enter(command, m); err != nil {
+		return err
+	}
+	heard := make(chan struct{})
+	go func() {
+		defer close(heard)
+		err := p.hear()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.over = true
+		if err != errReleased && p.heard == nil {
+			p.heard = err
+		}
+		p.moved.Broadcast()
+		p.rearmLocked(time.Time{})
+	}()
+	err := p.send(command)
+	if err != errReleased {
+		p.c.Close() // ends hear
+	}
+	<-heard
+	p.u.pause = nil
+	p.frame.release()
+	p.ready.release()
+	switch {
+	case err == errReleased:
+		return nil
+	case err == p.heard:
+		p.tell()
+		// What the server did wrong is not to be told as the client's fault.
+		return fmt.Errorf("its own connection: %v", err)
+	}
+	return err
+}
+
+// tell gives the commands that were not answered the word for why. The client
+// is closed afterwards: what it had left behind is gone.
+func (p *pin) tell() {
+	cl := p.cl
+	if len(p.pending) == 0 || p.heard == errGone {
+		return
+	}
+	for range p.pending {
+		cl.out.b = cl.failed(cl.out.b, nil, p.heard, true)
+	}
+	if cl.flush() == nil {
+		cl.farewell()
+	}
+}
+
+// send passes on a command that is pending already, and those that follow,
+// until the connection is released or something fails.
+func (p *pin) send(command []byte) error {
+	for {
+		p.cl.g.count.requests.Add(1)
+		if _, err := p.c.Write(command); err != nil {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			if p.heard == nil { // as good as heard
+				p.heard = err
+			}
+			return p.heard
+		}
+		for {
+			frame, err := p.next()
+			if err != nil {
+				return p.cause(err)
+			}
+			var m meaning
+			if command, m, err = p.cl.read(frame); err != nil {
+				return err
+			}
+			if m.class == nothing {
+				continue
+			}
+			switch err := p.enter(command, m); {
+			case err == errReleased:
+				p.cl.in.untake(frame) // it is for another connection
+				return err
+			case err != nil:
+				return err
+			}
+			break
+		}
+	}
+}
+
+// cause prefers what hear has ended with: it is why the sender could not go on.
+func (p *pin) cause(err error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.heard != nil {
+		return p.heard
+	}
+	return err
+}
+
+// enter makes a command pending, once there is room for it.
+func (p *pin) enter(command []byte, m meaning) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.pending) >= p.cl.g.Pipeline && !p.over && !p.kept {
+		p.moved.Wait()
+	}
+	switch {
+	case p.heard != nil:
+		return p.heard
+	case p.released:
+		return errReleased
+	case m.verb == vHTTP:
+		return &malformed{"this is no web server"}
+	case m.class == refused:
+		return &malformed{"replication does not pass through the gateway"}
+	}
+	p.active = time.Now()
+	switch {
+	case m.class == keeps || m.class == identifies || m.class == local,
+		m.class == subscribes && p.multi:
+		p.kept = true
+	}
+	if p.kept { // nothing is counted any more
+		p.pending, p.blocking = nil, 0
+		p.c.SetReadDeadline(time.Time{})
+		return nil
+	}
+	e := pending{meaning: m, left: 1}
+	switch m.verb {
+	case vSubscribe, vPsubscribe, vSsubscribe, vUnsubscribe, vPunsubscribe, vSunsubscribe:
+		if e.left = argsOf(command).left - 1; e.left == 0 {
+			if e.left = -1; m.verb == vSubscribe || m.verb == vPsubscribe || m.verb == vSsubscribe {
+				e.left = 1 // an error
+			}
+		}
+	}
+	if m.class == blocks {
+		p.blocking++
+	}
+	p.pending = append(p.pending, e)
+	p.awaitLocked()
+	return nil
+}
+
+// awaitLocked bounds how long the server may take for the oldest command.
+func (p *pin) awaitLocked() {
+	switch {
+	case p.kept:
+	case len(p.pending) == 0 || p.blocking > 0:
+		p.c.SetReadDeadline(time.Time{})
+	default:
+		p.c.SetReadDeadline(time.Now().Add(p.cl.g.RequestTimeout))
+	}
+}
+
+// quietLocked reports whether the connection is as clean as when it was lent.
+func (p *pin) quietLocked() bool {
+	return len(p.pending) == 0 && !p.kept && !p.multi && !p.watching && p.total == 0 && p.shards == 0
+}
+
+// --- the client's direction ---
+
+// next waits for a command.
+func (p *pin) next() ([]byte, error) {
+	cl := p.cl
+	var begun time.Time // when a part of it was there
+	for {
+		frame, ok, err := cl.in.take()
+		if ok || err != nil {
+			return frame, err
+		}
+		if begun.IsZero() && cl.in.partial() {
+			begun = time.Now()
+		}
+		p.mu.Lock()
+		err = p.rearmLocked(begun)
+		p.mu.Unlock()
+		if err != nil {
+			return nil, err
+		}
+		switch err := cl.in.fill(); {
+		case err == nil, errors.Is(err, os.ErrDeadlineExceeded): // whose it was is for rearmLocked to say
+		case err == io.EOF:
+			p.lastReplies()
+			return nil, errGone
+		default:
+			return nil, err
+		}
+	}
+}
+
+// rearmLocked sets the deadline for reading from the client to what the state
+// asks for, or says why there is nothing to wait for. Both goroutines call it
+// when they changed something; the last one is right.
+func (p *pin) rearmLocked(begun time.Time) error {
+	g := p.cl.g
+	end := time.Time{}
+	if !begun.IsZero() {
+		end = begun.Add(g.RequestTimeout)
+	}
+	waiting := len(p.pending) == 0 && !p.kept && p.total == 0 && p.shards == 0 // the server for the client
+	if held := p.active.Add(g.HoldTimeout); waiting && (end.IsZero() || held.Before(end)) {
+		end = held
+	}
+	var err error
+	switch {
+	case p.released:
+		err = errReleased
+	case p.heard != nil:
+		err = p.heard
+	case g.ctx.Err() != nil:
+		err = errDraining
+	case g.draining.Load() && len(p.pending) == 0 && !p.multi && !p.watching: // a message may come, but nothing is under way
+		err = errDraining
+	case !end.IsZero() && !time.Now().Before(end):
+		if err = errIdle; !begun.IsZero() {
+			err = errStalled
+		}
+	}
+	if err != nil {
+		end = past
+	}
+	p.cl.raw.SetReadDeadline(end)
+	return err
+}
+
+// lastReplies waits for what is under way when the client has ended its
+// direction, unless that may take for ever.
+func (p *pin) lastReplies() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.pending) > 0 && p.blocking == 0 && !p.over {
+		p.moved.Wait()
+	}
+}
+
+// --- the server's direction ---
+
+// hear passes on what the server sends, until the connection is released or
+// fails.
+func (p *pin) hear() error {
+	for {
+		p.frame.empty()
+		if err := p.u.next(p.c, &p.frame); err != nil {
+			if errors.Is(err, errNoMemory) {
+				err = errTooLong // a reply that cannot be passed on breaks the order of those behind it
+			}
+			return err
+		}
+		p.mu.Lock()
+		err := p.accountLocked(p.frame.b)
+		p.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		if err := p.ready.append(p.frame.b); err != nil {
+			return err
+		}
+		if len(p.ready.b) >= keptBuffer {
+			if err := p.deliver(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// deliver writes what was heard to the client.
+func (p *pin) deliver() error {
+	if len(p.ready.b) == 0 {
+		return nil
+	}
+	cl := p.cl
+	cl.conn.SetWriteDeadline(time.Now().Add(cl.g.WriteTimeout))
+	n, err := cl.conn.Write(p.ready.b)
+	cl.g.count.bytesOut.Add(uint64(n))
+	p.ready.empty()
+	if err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			cl.g.count.slowClients.Add(1)
+		}
+		return errGone
+	}
+	return nil
+}
+
+// pause runs when all that has come was passed on: the time to write it, and to
+// release the connection if it is clean.
+func (p *pin) pause(within bool) error {
+	if err := p.deliver(); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.quietLocked() && !within {
+		p.released = true
+		p.over = true
+		p.moved.Broadcast()
+		p.rearmLocked(time.Time{})
+		return errReleased
+	}
+	p.rearmLocked(time.Time{})
+	return nil
+}
+
+// accountLocked follows what a frame from the server means for the state.
+func (p *pin) accountLocked(frame []byte) error {
+	p.active = time.Now()
+	if p.kept {
+		return nil
+	}
+	v, count := subscription(frame)
+	var head *pending
+	if len(p.pending) > 0 {
+		head = &p.pending[0]
+	}
+	switch {
+	case v != other && (frame[0] == '>' || head != nil && head.verb == v):
+		answers := head != nil && head.verb == v
+		if answers && head.left < 0 {
+			head.left = max(1, p.subscriptions(v))
+		}
+		p.countLocked(v, count)
+		if answers {
+			if head.left--; head.left == 0 {
+				p.popLocked()
+			}
+		}
+		return nil
+	case frame[0] == '>':
+		return nil // a message
+	case frame[0] == '*' && p.total+p.shards > 0 && !p.cl.resp.id.resp3 && isMessage(frame):
+		return nil
+	case head == nil:
+		return &malformed{"a reply to nothing"}
+	}
+	switch v := head.verb; {
+	case v == vMulti && frame[0] == '+':
+		p.multi = true
+	case v == vWatch && !isError(frame):
+		p.watching = true
+	case v == vExec && p.multi:
+		p.multi, p.watching = false, false
+		if isError(frame) && !hasPrefix(frame, "-EXECABORT") {
+			p.kept = true // who knows
+		}
+	case v == vDiscard && p.multi && hasPrefix(frame, "+OK"):
+		p.multi, p.watching = false, false
+	case v == vUnwatch && !p.multi && hasPrefix(frame, "+OK"):
+		p.watching = false
+	}
+	p.popLocked()
+	return nil
+}
+
+// popLocked takes the oldest command off: it was answered.
+func (p *pin) popLocked() {
+	if p.pending[0].class == blocks {
+		p.blocking--
+	}
+	p.pending = p.pending[:copy(p.pending, p.pending[1:])]
+	p.cl.g.count.replies.Add(1)
+	p.moved.Broadcast()
+	p.awaitLocked()
+}
+
+// subscriptions are those that an UNSUBSCRIBE without arguments ends.
+func (p *pin) subscriptions(v verb) int {
+	switch v {
+	case vUnsubscribe:
+		return p.chans
+	case vPunsubscribe:
+		return p.total - p.chans
+	}
+	return p.shards
+}
+
+// countLocked takes over the count of subscriptions that the server tells.
+func (p *pin) countLocked(v verb, n int) {
+	switch v {
+	case vSsubscribe, vSunsubscribe:
+		p.shards = n
+		return
+	case vSubscribe, vUnsubscribe:
+		p.chans += n - p.total
+	}
+	p.total = n
+}
+
+var subscriptionVerbs = map[string]verb{
+	"subscribe": vSubscribe, "psubscribe": vPsubscribe, "ssubscribe": vSsubscribe,
+	"unsubscribe": vUnsubscribe, "punsubscribe": vPunsubscribe, "sunsubscribe": vSunsubscribe,
+}
+
+// subscription reads the confirmation of a subscription or of its end: the verb,
+// the channel or null, and how many there are now. Other frames are other.
+func subscription(frame []byte) (verb, int) {
+	args := argsOf(frame)
+	if args.left != 3 {
+		return other, 0
+	}
+	name, _ := args.next()
+	v, ok := subscriptionVerbs[string(name)]
+	if !ok {
+		return other, 0
+	}
+	rest := args.rest
+	if _, ok := args.next(); ok {
+		rest = args.rest
+	} else if i := bytes.IndexByte(rest, '\n'); i >= 0 {
+		rest = rest[i+1:] // null, in RESP2 or RESP3
+	}
+	number, ok := bytes.CutPrefix(bytes.TrimSuffix(rest, []byte("\r\n")), []byte(":"))
+	n, err := strconv.Atoi(string(number))
+	if !ok || err != nil || n < 0 {
+		return other, 0
+	}
+	return v, n
+}
+
+// isMessage reports whether a frame of RESP2 is a message to a subscriber.
+func isMessage(frame []byte) bool {
+	args := argsOf(frame)
+	switch name, _ := args.next(); string(name) {
+	case "message", "pmessage", "smessage":
+		return true
+	}
+	return false
+}

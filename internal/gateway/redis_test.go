@@ -1,0 +1,129 @@
+package gateway
+
+import (
+	"bufio"
+	"encoding/json"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// redis is a redis-server of the distribution, which a test starts on loopback.
+type redis struct {
+	dir  string
+	port int
+	cmd  *exec.Cmd
+	left chan struct{} // closed when the process is gone
+	more []string      // arguments
+}
+
+func startRedis(t testing.TB, more ...string) *redis {
+	t.Helper()
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		t.Skip("there is no redis-server on this machine: install the package redis-server")
+	}
+	r := &redis{dir: shortDir(t), more: more}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	r.port = l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	r.start(t)
+	t.Cleanup(func() { r.kill(t) })
+	return r
+}
+
+func (r *redis) addr() string   { return "tcp://" + r.host() }
+func (r *redis) host() string   { return "127.0.0.1:" + strconv.Itoa(r.port) }
+func (r *redis) socket() string { return filepath.Join(r.dir, "s") }
+
+func (r *redis) start(t testing.TB) {
+	t.Helper()
+	r.cmd = exec.Command("redis-server", append([]string{"--bind", "127.0.0.1", "--port", strconv.Itoa(r.port), "--unixsocket", r.socket(),
+		"--dir", r.dir, "--save", "", "--appendonly", "no", "--loglevel", "warning", "--enable-debug-command", "yes"}, r.more...)...)
+	r.cmd.SysProcAttr = dieWithParent()
+	log, err := os.Create(filepath.Join(r.dir, "log"))
+	require.NoError(t, err)
+	defer log.Close()
+	r.cmd.Stdout, r.cmd.Stderr = log, log
+	started := make(chan error)
+	cmd, left := r.cmd, make(chan struct{})
+	r.left = left
+	go func() {
+		// What dieWithParent asks for happens when this thread ends.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			cmd.Wait()
+		}
+		close(left)
+	}()
+	require.NoError(t, <-started)
+	soon(t, "redis-server answers", func() bool {
+		nc, err := net.Dial("tcp", r.host())
+		if err != nil {
+			return false
+		}
+		defer nc.Close()
+		io.WriteString(nc, "PING\r\n")
+		line, _ := bufio.NewReader(nc).ReadString('\n')
+		return strings.HasPrefix(line, "+PONG") || strings.HasPrefix(line, "-NOAUTH")
+	})
+}
+
+func (r *redis) kill(t testing.TB) {
+	t.Helper()
+	r.cmd.Process.Kill()
+	<-r.left
+}
+
+// do asks the server directly.
+func (r *redis) do(t testing.TB, args ...string) string {
+	t.Helper()
+	nc, err := net.Dial("tcp", r.host())
+	require.NoError(t, err)
+	defer nc.Close()
+	return (&caller{nc, t, bufio.NewReader(nc)}).do(args...)
+}
+
+// fakeRedis answers every command with its own words, as an array.
+func fakeRedis(t testing.TB) (*running, *faultnet.Server) {
+	t.Helper()
+	srv, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
+		in := frames{r: p, sc: &respRequests{max: 1 << 20}, max: 1 << 20}
+		for {
+			frame, ok, err := in.take()
+			if err != nil {
+				return
+			}
+			if !ok {
+				if in.fill() != nil {
+					return
+				}
+				continue
+			}
+			if _, err := p.Write(frame); err != nil {
+				return
+			}
+		}
+	}})
+	return begin(t, Config{Framing: "resp", To: to, MaxFrame: 1 << 20}), srv
+}
+
+func mustJSON(t testing.TB, g *running) []byte {
+	t.Helper()
+	b, err := json.Marshal(g.Status())
+	require.NoError(t, err)
+	return b
+}

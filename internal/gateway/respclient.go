@@ -1,0 +1,132 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/seed-ecb488c9/connpool"
+)
+
+// respClient is what a client of the framing resp is, besides a client.
+type respClient struct {
+	id   identity
+	ctx  context.Context // carries id
+	addr connpool.Addr   // of the connections that fit id
+	line []byte          // an inline command, rewritten as an array
+}
+
+// serveRESP is the life of a client that speaks RESP. Each step takes a command
+// and, if it leaves nothing behind, those like it that came with it, and carries
+// them out over one loan.
+func (cl *client) serveRESP() {
+	cl.become(identity{})
+	var err error
+	for err == nil {
+		var frame []byte
+		if frame, err = cl.next(cl.g.IdleTimeout); err == nil {
+			err = cl.respStep(frame)
+		}
+	}
+	cl.bidFarewell(err)
+	cl.parted(err)
+}
+
+// errQuit is the end of a client that said so.
+var errQuit = errors.New("the client said QUIT")
+
+// bidFarewell tells the client what was wrong with what it sent, if that is why
+// it is closed.
+func (cl *client) bidFarewell(err error) {
+	var bad *malformed
+	switch {
+	case errors.As(err, &bad):
+		cl.out.b = fmt.Appendf(cl.out.b, "-ERR Protocol error: %s\r\n", bad.what)
+	case errors.Is(err, errTooLong):
+		cl.out.b = append(cl.out.b, "-ERR Protocol error: the request is longer than the gateway passes on\r\n"...)
+	case errors.Is(err, errNoMemory):
+		cl.out.b = append(cl.out.b, "-ERR gateway: there is no room for the request\r\n"...)
+	default:
+		return
+	}
+	if cl.flush() == nil {
+		cl.farewell()
+	}
+}
+
+// respStep carries out what begins with frame. frame is the one that in.take
+// returned last.
+func (cl *client) respStep(frame []byte) error {
+	command, m, err := cl.read(frame)
+	if err != nil {
+		return err
+	}
+	switch m.class {
+	case nothing:
+		return nil
+	case plain:
+		cl.batch = append(cl.batch[:0], command)
+		if len(command) == 0 || &command[0] != &frame[0] { // rewritten: it lies elsewhere
+			return cl.exchange(cl.resp.ctx, cl.resp.addr, command)
+		}
+		size := len(frame)
+		for len(cl.batch) < cl.g.Pipeline && size < batchBytes {
+			more, ok, err := cl.in.take()
+			if !ok || err != nil { // what is wrong is found again
+				break
+			}
+			if more[0] != '*' || classify(more).class != plain {
+				cl.in.untake(more)
+				break
+			}
+			cl.batch = append(cl.batch, more)
+			size += len(more)
+		}
+		return cl.exchange(cl.resp.ctx, cl.resp.addr, cl.in.store.b[cl.in.start-size:cl.in.start])
+	case identifies:
+		return cl.identify(command, m.verb)
+	case local, refused:
+		return cl.answer(m)
+	}
+	return cl.pinned(command, m)
+}
+
+// read is the meaning of a frame, and the frame as it is to be sent: a command
+// that came as a plain line is sent as what the gateway understood by it, so
+// that the server cannot understand anything else.
+func (cl *client) read(frame []byte) (command []byte, m meaning, err error) {
+	if frame[0] == '*' {
+		return frame, classify(frame), nil
+	}
+	args, err := splitInline(frame)
+	if err != nil {
+		return nil, m, err
+	}
+	cl.resp.line = appendCommand(cl.resp.line[:0], args...)
+	return cl.resp.line, classify(cl.resp.line), nil
+}
+
+// answer is the gateway's own reply to what it does not pass on.
+func (cl *client) answer(m meaning) error {
+	cl.g.count.requests.Add(1)
+	cl.g.count.replies.Add(1)
+	end := error(nil)
+	switch m.verb {
+	case vQuit:
+		cl.out.b = append(cl.out.b, "+OK\r\n"...)
+		end = errQuit
+	case vReset:
+		cl.become(identity{})
+		cl.out.b = append(cl.out.b, "+RESET\r\n"...)
+	case vSetinfo:
+		cl.out.b = append(cl.out.b, "+OK\r\n"...)
+	case vHTTP:
+		return &malformed{"this is no web server"}
+	default:
+		cl.out.b = append(cl.out.b, "-ERR gateway: replication does not pass through it\r\n"...)
+	}
+	if err := cl.flush(); err != nil {
+		return err
+	}
+	return end
+}
