@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -25,6 +26,19 @@ type redis struct {
 	cmd  *exec.Cmd
 	left chan struct{} // closed when the process is gone
 	more []string      // arguments
+
+	asked atomic.Int64 // connections of the test itself
+}
+
+// own is how many connections the test itself has made.
+func (r *redis) own() int { return int(r.asked.Load()) }
+
+func (r *redis) dial() (net.Conn, error) {
+	nc, err := net.Dial("tcp", r.host())
+	if err == nil {
+		r.asked.Add(1)
+	}
+	return nc, err
 }
 
 func startRedis(t testing.TB, more ...string) *redis {
@@ -71,7 +85,7 @@ func (r *redis) start(t testing.TB) {
 	}()
 	require.NoError(t, <-started)
 	soon(t, "redis-server answers", func() bool {
-		nc, err := net.Dial("tcp", r.host())
+		nc, err := r.dial()
 		if err != nil {
 			return false
 		}
@@ -91,7 +105,7 @@ func (r *redis) kill(t testing.TB) {
 // do asks the server directly.
 func (r *redis) do(t testing.TB, args ...string) string {
 	t.Helper()
-	nc, err := net.Dial("tcp", r.host())
+	nc, err := r.dial()
 	require.NoError(t, err)
 	defer nc.Close()
 	return (&caller{nc, t, bufio.NewReader(nc)}).do(args...)
