@@ -6,10 +6,10 @@ DEMO     ?= 10s
 export FUZZTIME SOAKTIME
 
 .DEFAULT_GOAL := help
-.PHONY: help test race fuzz stress soak mutants bench servers lint cross demo cover ci
+.PHONY: help test race fuzz stress soak mutants bench gateway-bench servers lint cross demo cover ci
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test: ## all tests
 	go test ./...
@@ -31,6 +31,9 @@ mutants: ## each defence removed: do the tests notice? (some minutes)
 
 bench: ## this pool beside its rivals in one run, into docs/performance.md (minutes, on a quiet machine)
 	cd bench && go run ./cmd/table
+
+gateway-bench: ## the gateway beside a direct connection, HAProxy and nutcracker, into docs/gateway.md (minutes, on a quiet machine)
+	cd bench && go run ./cmd/gateway
 
 servers: ## install the servers that tests run against (root, apt-get)
 	@.ci/run servers
