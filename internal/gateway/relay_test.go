@@ -433,7 +433,7 @@ func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
 		<-hold
 	}})
 	t.Cleanup(func() { close(hold) })
-	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 100 * time.Millisecond})
+	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: time.Second})
 	c := g.call()
 	go io.WriteString(c, strings.Repeat("x", 12<<20)+"\n")
 	require.Equal(t, "early", c.hear())

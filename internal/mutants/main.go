@@ -4,6 +4,7 @@
 //	go run ./internal/mutants              all of them
 //	go run ./internal/mutants -run theft   those whose name matches
 //	go run ./internal/mutants -list        what there is
+//	go run ./internal/mutants -in internal/gateway    the gateway's defences
 //
 // A mutant is a piece of the source, which must occur exactly once, and what is
 // put in its place (see table.go). Each is compiled into the tests of the
@@ -54,6 +55,7 @@ type outcome struct {
 var errSurvived = errors.New("SURVIVED")
 
 func main() {
+	in := flag.String("in", ".", "the `package` whose defences are removed: . or internal/gateway")
 	only := flag.String("run", "", "only mutants whose name matches this regular `expression`")
 	tests := flag.String("tests", "", "run the tests of this `pattern` in the place of those in the table")
 	list := flag.Bool("list", false, "list the mutants and do nothing")
@@ -61,7 +63,11 @@ func main() {
 	timeout := flag.Duration("timeout", 30*time.Second, "of the tests of one mutant; hanging counts as noticing")
 	verbose := flag.Bool("v", false, "show the output of the tests")
 	flag.Parse()
-	chosen, err := choose(mutants, *only)
+	table, known := map[string][]mutant{".": mutants, "internal/gateway": gatewayMutants}[filepath.Clean(*in)]
+	if !known {
+		fatal(fmt.Errorf("there is no table for the package %q", *in))
+	}
+	chosen, err := choose(table, *only)
 	if err != nil {
 		fatal(err)
 	}
@@ -77,7 +83,7 @@ func main() {
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	faults, err := run(ctx, chosen, *jobs, *timeout, *verbose)
+	faults, err := run(ctx, *in, chosen, *jobs, *timeout, *verbose)
 	stop()
 	if err != nil {
 		fatal(err)
@@ -118,14 +124,14 @@ func choose(all []mutant, only string) ([]mutant, error) {
 
 // lab is the copy of the module in which everything happens.
 type lab struct {
-	dir     string            // of the copy
+	dir     string            // of the package, in the copy
 	scratch string            // of what is built
 	source  map[string]string // of the package, by file
 	verbose bool
 	timeout time.Duration
 }
 
-func run(ctx context.Context, chosen []mutant, jobs int, timeout time.Duration, verbose bool) (faults int, err error) {
+func run(ctx context.Context, in string, chosen []mutant, jobs int, timeout time.Duration, verbose bool) (faults int, err error) {
 	root, err := moduleRoot()
 	if err != nil {
 		return 0, err
@@ -135,8 +141,9 @@ func run(ctx context.Context, chosen []mutant, jobs int, timeout time.Duration, 
 		return 0, err
 	}
 	defer os.RemoveAll(tmp)
-	l := &lab{dir: filepath.Join(tmp, "module"), scratch: tmp, verbose: verbose, timeout: timeout}
-	if err := copyModule(root, l.dir); err != nil {
+	module := filepath.Join(tmp, "module")
+	l := &lab{dir: filepath.Join(module, in), scratch: tmp, verbose: verbose, timeout: timeout}
+	if err := copyModule(root, module); err != nil {
 		return 0, err
 	}
 	if l.source, err = readSource(l.dir); err != nil {
@@ -219,7 +226,7 @@ func copyModule(from, to string) error {
 	})
 }
 
-// readSource is the root package without its tests.
+// readSource is the package without its tests.
 func readSource(dir string) (map[string]string, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
 	if err != nil {
