@@ -22,12 +22,6 @@ var gatewayMutants = []mutant{
 		tests: `TestWhatTheServerSaysUnaskedReachesNobody`,
 	},
 	{
-		name:  "a-failed-exchange-fails-the-loan",
-		old:   "\t\t\t\tdefault:\n\t\t\t\t\treturn err\n\t\t\t\t}\n\t\t\t}\n\t\t\treturn nil",
-		new:   "\t\t\t\tdefault:\n\t\t\t\t\tfor answered < len(cl.batch) {\n\t\t\t\t\t\trefuse(err)\n\t\t\t\t\t}\n\t\t\t\t\treturn nil\n\t\t\t\t}\n\t\t\t}\n\t\t\treturn nil",
-		tests: `TestFramesThatAreTooLong|TestModbusFailures|TestADeadServer|TestAServerThatDoesNotAnswer|TestDesync`,
-	},
-	{
 		name:  "no-room-stays-in-step",
 		old:   `case errors.Is(err, errNoMemory): // and in step all the same`,
 		new:   `case false:`,
