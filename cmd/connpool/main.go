@@ -76,8 +76,8 @@ A program that talks to servers over its own protocol needs connections, and
 opening one for each exchange is slow. A pool keeps them. What a pool must
 never do is lend one that is dead, that still holds the reply to somebody
 else's question, or that somebody else is using; and it must not open more
-than it may. These commands let you watch that, and find out how many
-connections you need and what keeping them saves.
+than it may. These commands let you watch that, find out how many connections
+you need and what keeping them saves, and share few among many programs.
 
 usage: connpool <command> [flags]
 
@@ -94,5 +94,6 @@ examples:
   connpool size -users 10000 -think 10s -service 100ms
   connpool size -to tcp://127.0.0.1:6379 -probe redis
   connpool load -to tcp://127.0.0.1:6379 -probe redis
+  connpool gateway -framing resp -listen tcp://127.0.0.1:6380 -to tcp://127.0.0.1:6379 -max-open 8
 `)
 }
