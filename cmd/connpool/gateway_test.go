@@ -268,7 +268,7 @@ func TestGatewayCheckSaysWhatIsWrong(t *testing.T) {
 
 func TestGatewayCheckTellsAnExpiredCertificate(t *testing.T) {
 	dir := t.TempDir()
-	cert, key := expiredKeys(t, dir)
+	cert, key := writeKeys(t, dir, time.Unix(3600, 0))
 	status, out, errs := gatewayRun(t, "-check", "-framing", "line", "-listen", "tls://127.0.0.1:0", "-cert", cert, "-key", key, "-to", "tcp://127.0.0.1:1")
 	require.Equal(t, exitUsage, status)
 	require.Contains(t, out, "EXPIRED")
@@ -301,12 +301,12 @@ func TestSizesHaveUnits(t *testing.T) {
 	}
 }
 
-// expiredKeys writes a certificate that was valid for an hour, long ago.
-func expiredKeys(t *testing.T, dir string) (cert, key string) {
+// writeKeys writes a certificate of its own authority, valid until then.
+func writeKeys(t *testing.T, dir string, until time.Time) (cert, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Unix(0, 0), NotAfter: time.Unix(3600, 0), DNSNames: []string{"gw.example"}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Unix(0, 0), NotAfter: until, DNSNames: []string{"gw.example"}}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
 	require.NoError(t, err)
 	secret, err := x509.MarshalPKCS8PrivateKey(private)

@@ -51,7 +51,7 @@ func parseEndpoint(s string) (endpoint, error) {
 	e := endpoint{network: "tcp", address: s}
 	if scheme, rest, ok := strings.Cut(s, "://"); ok {
 		if scheme != "tcp" && scheme != "tls" {
-			return endpoint{}, fmt.Errorf("%q begins with %s: use tcp://, tls:// or unix:", s, scheme)
+			return endpoint{}, fmt.Errorf("%q begins with %s: use tcp, tls or unix", s, scheme)
 		}
 		e.tls, e.address = scheme == "tls", rest
 	}

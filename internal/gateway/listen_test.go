@@ -140,7 +140,7 @@ func TestEveryMistakeInTheConfigIsNamedAtOnce(t *testing.T) {
 		"-max-clients":           func(c *Config) { c.MaxClients = -1 },
 		"-max-open":              func(c *Config) { c.MaxOpen = -1 },
 		"-max-pinned":            func(c *Config) { c.MaxPinned, c.MaxOpen = 5, 4 },
-		"-max-frame":             func(c *Config) { c.MaxFrame = 2 << 30 },
+		"-max-frame":             func(c *Config) { c.MaxFrame = 1<<30 + 1 },
 		"-max-memory":            func(c *Config) { c.MaxMemory = 5 },
 		"-pipeline":              func(c *Config) { c.Framing, c.Pipeline = "modbus", 2 },
 		"-request-timeout":       func(c *Config) { c.RequestTimeout = -1 },

@@ -438,6 +438,7 @@ func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
 	go io.WriteString(c, strings.Repeat("x", 12<<20)+"\n")
 	require.Equal(t, "early", c.hear())
 	soon(t, "the connection is gone", func() bool { return g.Status().Pool.Open == 0 })
+	require.Equal(t, uint64(1), g.Status().Pool.Closed[connpool.ClosedCanceled], "after the request had its time to get out")
 }
 
 func TestUpstreamIsCheckedOnlyAgainstItsOwnAuthority(t *testing.T) {

@@ -236,7 +236,7 @@ var gatewayMutants = []mutant{
 	{
 		name:  "live-sockets-are-left-alone",
 		old:   `if !errors.Is(err, syscall.ECONNREFUSED) {`,
-		new:   `if false {`,
+		new:   `if errors.Is(err, syscall.EACCES) {`,
 		tests: `TestAStaleSocketIsReplaced`,
 	},
 	{
