@@ -284,12 +284,6 @@ var gatewayMutants = []mutant{
 		tests: `TestATransactionThatIsForgotten`,
 	},
 	{
-		name:  "sessions-are-not-shared",
-		old:   "\t\tran = true\n\t\tdefer c.Close()\n\t\tg.count.pinned.Add(1)",
-		new:   "\t\tran = true\n\t\tg.count.pinned.Add(1)",
-		tests: `TestASessionHasOneConnection`,
-	},
-	{
 		name:  "ends-of-directions-are-passed-on",
 		old:   `err = closeWrite(c)`,
 		new:   `err = nil`,
