@@ -332,7 +332,7 @@ func TestAClientThatDiesAtAnyByteCostsNoConnection(t *testing.T) {
 				}
 			}
 			require.Equal(t, 1, srv.Accepts())
-			require.Empty(t, g.Status().Pool.Closed)
+			require.Empty(t, g.Status().Pool.Closed, "and was never given up")
 		})
 	}
 }

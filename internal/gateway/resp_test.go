@@ -289,11 +289,10 @@ func TestABlockedCommandHoldsAConnectionAndNobodyUp(t *testing.T) {
 	a, b := g.call(), g.call()
 	a.send("BLPOP", "list", "0")
 	soon(t, "it blocks", func() bool { return g.Status().Pinned == 1 })
-	time.Sleep(300 * time.Millisecond) // more than a request may take
 	require.Equal(t, ":1\r\n", b.do("RPUSH", "list", "v"))
 	require.Equal(t, "*2\r\n"+bulk("list")+bulk("v"), a.frame())
 	soon(t, "it is given back", func() bool { return g.Status().Pinned == 0 })
-	require.Equal(t, "*-1\r\n", a.do("BRPOP", "list", "0.01"))
+	require.Equal(t, "*-1\r\n", a.do("BRPOP", "list", "0.5"), "longer than a request may take")
 	require.Equal(t, "*-1\r\n", a.do("XREAD", "COUNT", "1", "block", "10", "STREAMS", "s", "$"))
 	require.Equal(t, "*-1\r\n", a.do("XREAD", "STREAMS", "BLOCK", "0"), "the name of a stream is no option")
 
@@ -307,7 +306,7 @@ func TestABlockedCommandHoldsAConnectionAndNobodyUp(t *testing.T) {
 }
 
 func TestWhatCannotBeTakenBackKeepsItsConnectionToTheEnd(t *testing.T) {
-	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned = 3, 2 })
+	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 3, 2, time.Second })
 	a, b := g.call(), g.call()
 	a.do("HELLO", "3")
 	require.Equal(t, "+OK\r\n", a.do("CLIENT", "TRACKING", "ON"))
@@ -321,7 +320,6 @@ func TestWhatCannotBeTakenBackKeepsItsConnectionToTheEnd(t *testing.T) {
 	require.EqualValues(t, 2, g.Status().Pinned)
 
 	// There are no more for single clients; the others are not held up.
-	g.plan.RequestTimeout = 50 * time.Millisecond
 	require.Contains(t, b.do("MULTI"), "-ERR gateway: every connection to the server was in use")
 	require.Equal(t, bulk("1"), b.do("GET", "k"))
 	m.Close()
