@@ -269,9 +269,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			seq = w.seq
 			c, err = p.await(ctx, s, w)
 			if t != nil {
-				if t != nil {
 				waited = p.clock.exactly().sub(start)
-			}
 			}
 			if err != nil {
 				stage := StageWait

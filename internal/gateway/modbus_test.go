@@ -105,7 +105,7 @@ func TestModbusFailuresAreExceptionsWithTheClientsTransactionID(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			srv, to := serve(t, faultnet.Options{Handler: device(c.spoil)})
-			g := begin(t, Config{Framing: "modbus", To: to, RequestTimeout: 100 * time.Millisecond})
+			g := begin(t, Config{Framing: "modbus", To: to, RequestTimeout: time.Second})
 			cl := g.call()
 			for i := range 2 {
 				cl.Write(readRegisters(0x1234, 7, 0, 1))

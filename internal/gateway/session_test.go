@@ -86,7 +86,7 @@ func TestASessionEndsWhenEitherSideFailsOrBothAreSilent(t *testing.T) {
 	d.Close()
 	soon(t, "the server is told", func() bool { return srv.Open() == 0 })
 
-	q := begin(t, Config{Framing: "session", To: to, IdleTimeout: 50 * time.Millisecond})
+	q := begin(t, Config{Framing: "session", To: to, IdleTimeout: time.Second})
 	e := q.call()
 	e.token("x")
 	e.hearEnd()
