@@ -145,7 +145,7 @@ func TestAServerThatDoesNotAnswerCostsOneRequestAndItsConnection(t *testing.T) {
 		}
 		return 0
 	}})
-	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 1, RequestTimeout: 50 * time.Millisecond})
+	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
 	c := g.call()
 	c.say("late\n")
 	require.Equal(t, "ERR", c.hear())
@@ -243,7 +243,7 @@ func TestFramesThatAreTooLongCostTheirSender(t *testing.T) {
 
 func TestAHalfRequestIsClosedAfterAWhileAndNeverSent(t *testing.T) {
 	srv, to := serve(t, faultnet.Options{})
-	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 50 * time.Millisecond, IdleTimeout: -1})
+	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 500 * time.Millisecond, IdleTimeout: -1})
 	c := g.call()
 	c.say("hal")
 	c.hearEnd()
