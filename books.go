@@ -17,9 +17,14 @@ func (p *Pool) newSiteLocked(addr Addr) *site {
 
 // forgetLocked drops the books of s if they say nothing.
 func (p *Pool) forgetLocked(s *site) {
-	if openOf(&s.n) == 0 && s.queue.len == 0 && !s.failing() {
-		p.sites.remove(s)
+	if openOf(&s.n) > 0 || s.queue.len > 0 || s.failing() || s.special.keeps() {
+		return
 	}
+	if s.tracked() {
+		delete(p.tracked, s)
+		return
+	}
+	p.sites.remove(s)
 }
 
 // limitLocked is MaxOpen in force, math.MaxInt if there is none.
@@ -67,11 +72,14 @@ func (p *Pool) refreshLocked(s *site) {
 	p.counts.Waiting += s.queue.len - int(s.waiting)
 	s.waiting = int32(s.queue.len)
 	p.ready.set(s, want > 0)
+	if s.special != nil {
+		p.refreshSpareLocked(s)
+	}
 }
 
 // admitLocked gives away what is free: it starts dials for the waiters that
 // have none, oldest first, and evicts idle connections as long as that is what
-// they lack.
+// they lack. What nobody waits for comes last.
 func (p *Pool) admitLocked(todo *agenda) {
 	for p.want > 0 && !p.closed {
 		room := p.cfg.MaxDialing - int(p.n[dialing])
@@ -93,20 +101,27 @@ func (p *Pool) admitLocked(todo *agenda) {
 			}
 		}
 		s := p.ready[0]
-		c := &conn{site: s, epoch: s.epoch}
-		a := &attempt{c: c, ctx: s.queue.bare.ctx, older: s.dial}
-		if s.dial != nil {
-			s.dial.newer = a
-		}
-		s.dial = a
-		todo.dials = append(todo.dials, a)
-		p.moveLocked(c, dialing)
-		s.queue.dialStarted()
-		s.dials++
-		p.counts.Dials++
 		p.overtook = 0
-		p.refreshLocked(s)
+		p.startDialLocked(s, &attempt{ctx: s.queue.bare.ctx}, todo)
 	}
+	if p.short.Len() > 0 {
+		p.openSparesLocked(todo)
+	}
+}
+
+// startDialLocked starts a dial, for the oldest waiter of s that has none.
+func (p *Pool) startDialLocked(s *site, a *attempt, todo *agenda) {
+	a.c, a.older = &conn{site: s, epoch: s.epoch}, s.dial
+	if s.dial != nil {
+		s.dial.newer = a
+	}
+	s.dial = a
+	todo.dials = append(todo.dials, a)
+	p.moveLocked(a.c, dialing)
+	s.queueLocked().dialStarted()
+	s.dials++
+	p.counts.Dials++
+	p.refreshLocked(s)
 }
 
 // moveLocked is the only place where a connection changes its phase.
@@ -179,6 +194,12 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 		c.since, c.idleFor = now, 0
 	}
 	p.countLoanLocked(c)
+	if p.cfg.MinSpare > 0 {
+		c.lookedAtLocked(false)
+		if u == used || s.queue.head != nil {
+			p.lentLocked(s, now)
+		}
+	}
 	if reason := p.unwantedLocked(c, u, now); reason != ClosedUnknown {
 		p.moveLocked(c, closing)
 		todo.close(c, reason, nil)
@@ -191,17 +212,23 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 	}
 	if s.queue.head != nil {
 		p.deliverLocked(s, c, u == justBorn, nil)
-		if s.queue.surplus() > 0 {
+		if s.surplus() > 0 {
 			p.doubtDialsLocked(s)
 		}
 		p.refreshLocked(s)
+		if p.short.Len() > 0 {
+			p.admitLocked(todo)
+		}
 		return true
 	}
 	p.moveLocked(c, idle)
 	c.link(u == untouched)
+	if s.special != nil {
+		p.refreshLocked(s)
+	}
 	p.freedLocked() // a dial that lacks a handle may evict it
 	p.armSweepLocked()
-	if p.want > 0 {
+	if p.want > 0 || p.short.Len() > 0 {
 		p.admitLocked(todo)
 	}
 	return true
@@ -219,6 +246,8 @@ func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 		// It was opened for a borrower that waits; whatever else may be
 		// said against it, another dial would end no better.
 		return ClosedUnknown
+	case s.tracked() && s.queue.head == nil:
+		return ClosedCanceled // who dialled has gone, and it is good for nobody else
 	case c.uses >= p.cfg.MaxUses:
 		return ClosedMaxUses
 	case c.life > 0 && now.sub(c.born) >= c.life:
@@ -309,12 +338,16 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	if reason != ClosedUnknown {
 		p.closedBy[reason]++
 	}
+	if s.special != nil {
+		p.reserveLostLocked(c, reason, age)
+	}
 	p.giveUpLocked(s)
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
 	p.forgetLocked(s)
 	p.leftLocked()
 	p.mu.Unlock()
+	c.endLife(reason)
 	todo.run(p)
 	if reason == ClosedUnknown {
 		return
@@ -342,6 +375,16 @@ type closeOrder struct {
 
 func (a *agenda) close(c *conn, reason CloseReason, err error) {
 	a.closes = append(a.closes, closeOrder{c, reason, err})
+}
+
+// reasonOf is why c is to be closed, ClosedUnknown if it is not.
+func (a *agenda) reasonOf(c *conn) CloseReason {
+	for _, o := range a.closes {
+		if o.c == c {
+			return o.reason
+		}
+	}
+	return ClosedUnknown
 }
 
 func (a *agenda) run(p *Pool) {

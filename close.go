@@ -115,20 +115,27 @@ func (p *Pool) shut() bool {
 		p.sweeper.Stop()
 	}
 	for s := range p.sites.all() {
-		p.dropIdleLocked(s, ClosedWithPool, &todo)
-		p.stopRetryLocked(s)
-		s.trouble = nil
-		for s.queue.head != nil {
-			p.deliverLocked(s, nil, false, ErrClosed)
-		}
-		p.refreshLocked(s)
-		p.forgetLocked(s)
+		p.shutSiteLocked(s, &todo)
+	}
+	for s := range p.tracked {
+		p.shutSiteLocked(s, &todo)
 	}
 	p.mu.Unlock()
 	p.stop()
 	watcher.close()
 	todo.run(p)
 	return true
+}
+
+func (p *Pool) shutSiteLocked(s *site, todo *agenda) {
+	p.dropIdleLocked(s, ClosedWithPool, todo)
+	p.stopRetryLocked(s)
+	s.trouble = nil
+	for s.queue.head != nil {
+		p.deliverLocked(s, nil, false, ErrClosed)
+	}
+	p.refreshLocked(s)
+	p.forgetLocked(s)
 }
 
 // leftLocked wakes who waits in awaitLeft.

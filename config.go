@@ -62,6 +62,17 @@ type Config struct {
 	// under way for them; one more gets ErrExhausted. 0 or negative: no limit.
 	MaxWaiters int
 
+	// MinSpare is how many connections are kept in reserve for each address
+	// that is in use: when a loan leaves fewer idle, the next is opened in the
+	// background, so that the next borrower need not wait for it. The reserve
+	// outlives IdleTimeout, is looked at like all that is idle, and is
+	// refilled when it dies; while the address fails, or hangs up at once, one
+	// dial per CheckInterval tries it. It never takes room from anybody: an address whose
+	// reserve was evicted has it back with its next loan, and one that
+	// nobody borrowed from for ten times IdleTimeout (20 minutes if that is
+	// off) has none any more. 0 or negative: none.
+	MinSpare int
+
 	// MaxUses limits how often one connection is lent. 0 or negative: no
 	// limit. 1 makes every use dial, and is the right setting for a
 	// protocol that matches replies by position and a peer that is not
@@ -69,7 +80,7 @@ type Config struct {
 	MaxUses int
 
 	// IdleTimeout is how long a connection is kept unused; one that is
-	// older is never lent. 0: 2 minutes; negative: for ever.
+	// older is never lent, MinSpare apart. 0: 2 minutes; negative: for ever.
 	IdleTimeout time.Duration
 
 	// MaxLifetime is how old a connection may become. Up to a tenth of it,
@@ -93,7 +104,7 @@ type Config struct {
 	// that has been lent before.
 	TrustIdle time.Duration
 
-	// HookTimeout bounds one run of Reset or Check. 0: 5 seconds;
+	// HookTimeout bounds one run of Reset, Check or Push. 0: 5 seconds;
 	// negative: no bound.
 	HookTimeout time.Duration
 
@@ -161,6 +172,24 @@ type Config struct {
 	// the borrower gets another.
 	Check func(ctx context.Context, c Conn) error
 
+	// Push gets what a peer sends while the connection is idle. Where the
+	// pool finds bytes on an idle connection it does not close it, but lends
+	// it to Push, as to a borrower, on a goroutine of its own. Push reads a
+	// message, or more; nil gives the connection back, and if something is
+	// left, Push is called again. An error closes the connection, and so does
+	// more time than HookTimeout, or nil without having read anything. ctx is
+	// done with the pool, or after HookTimeout; it has no values. What the
+	// state has buffered of a borrower's last read is something to read, too.
+	//
+	// On Linux Push is called when something arrives; elsewhere, and for a
+	// [Prober], when the connection's turn to be lent or a sweep comes.
+	// Session tickets of TLS alone are nothing to read. What arrives between
+	// the look before a loan and the loan's end is the borrower's: in a
+	// protocol whose peers speak unasked borrowers must know such messages
+	// as Push does. And the pool cannot tell a message from the rest of a
+	// reply that a borrower left unread: Push must, and return an error.
+	Push func(ctx context.Context, c Conn) error
+
 	// NoneRemovable is asked, unless the ctx of the borrower brings its own
 	// (WithNoneRemovable), when file handles ran out and no idle
 	// connection is left to close. true says that a handle was freed and
@@ -202,30 +231,19 @@ func (cfg Config) resolved() (Config, error) {
 	senseless := func(a, b, why string) (Config, error) {
 		return Config{}, fmt.Errorf("connpool: Config.%s and Config.%s contradict each other: %s", a, b, why)
 	}
-	switch c := cfg; {
-	case c.WhenFull > Overflow:
-		return Config{}, fmt.Errorf("connpool: Config.WhenFull is %d: use Wait, Fail or Overflow", c.WhenFull)
-	case c.MaxOpen > 0 && c.MaxPerAddr > c.MaxOpen:
-		return senseless("MaxPerAddr", "MaxOpen", fmt.Sprintf("%d for one address can never be reached under %d in all", c.MaxPerAddr, c.MaxOpen))
-	case c.MaxOpen > 0 && c.MaxIdle > c.MaxOpen:
-		return senseless("MaxIdle", "MaxOpen", fmt.Sprintf("%d idle can never be reached under %d in all", c.MaxIdle, c.MaxOpen))
-	case c.MaxOpen > 0 && c.MaxIdlePerAddr > c.MaxOpen:
-		return senseless("MaxIdlePerAddr", "MaxOpen", fmt.Sprintf("%d idle can never be reached under %d in all", c.MaxIdlePerAddr, c.MaxOpen))
-	case c.MaxIdle < 0 && c.MaxIdlePerAddr > 0, c.MaxIdle > 0 && c.MaxIdlePerAddr < 0:
-		return senseless("MaxIdle", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none")
-	case c.MaxPerAddr > 0 && c.MaxIdlePerAddr > c.MaxPerAddr:
-		return senseless("MaxIdlePerAddr", "MaxPerAddr", fmt.Sprintf("%d idle can never be reached under %d for one address", c.MaxIdlePerAddr, c.MaxPerAddr))
-	case c.MaxIdle > 0 && c.MaxIdlePerAddr > c.MaxIdle:
-		return senseless("MaxIdlePerAddr", "MaxIdle", fmt.Sprintf("%d idle for one address can never be reached under %d idle in all", c.MaxIdlePerAddr, c.MaxIdle))
-	case c.MaxDialing > 0 && c.MaxDialingPerAddr > c.MaxDialing:
-		return senseless("MaxDialingPerAddr", "MaxDialing", fmt.Sprintf("%d to one address can never be reached under %d in all", c.MaxDialingPerAddr, c.MaxDialing))
-	case c.MaxWaiters > 0 && c.WhenFull == Fail:
-		return senseless("MaxWaiters", "WhenFull", "Fail lets nobody wait for a limit")
-	case c.WhenFull == Overflow && c.MaxPerAddr <= 0 && c.MaxOpen <= 0:
-		return senseless("WhenFull", "MaxPerAddr", "Overflow needs a MaxPerAddr or a MaxOpen to exceed")
-	case c.TrustIdle != 0 && c.Check == nil:
+	switch {
+	case cfg.WhenFull > Overflow:
+		return Config{}, fmt.Errorf("connpool: Config.WhenFull is %d: use Wait, Fail or Overflow", cfg.WhenFull)
+	case cfg.Push != nil && cfg.NoProbe:
+		return senseless("Push", "NoProbe", "without a look nobody sees what there is to push")
+	case cfg.TrustIdle != 0 && cfg.Check == nil:
 		return senseless("TrustIdle", "Check", "there is no Check to leave out")
 	}
+	limits, err := cfg.limits().resolved("Config", cfg.WhenFull)
+	if err != nil {
+		return Config{}, err
+	}
+	cfg.setLimits(limits)
 	for t, d := range cfg.Dialers {
 		if err := t.validate(); err != nil {
 			return Config{}, fmt.Errorf("connpool: Config.Dialers: %w", err)
@@ -235,14 +253,6 @@ func (cfg Config) resolved() (Config, error) {
 		}
 	}
 
-	limit := func(n *int, zero, negative int) {
-		switch {
-		case *n == 0:
-			*n = zero
-		case *n < 0:
-			*n = negative
-		}
-	}
 	span := func(d *time.Duration, zero time.Duration) {
 		switch {
 		case *d == 0:
@@ -251,15 +261,9 @@ func (cfg Config) resolved() (Config, error) {
 			*d = 0
 		}
 	}
-	const none = math.MaxInt
-	limit(&cfg.MaxOpen, 0, none)
-	limit(&cfg.MaxPerAddr, none, none)
-	limit(&cfg.MaxIdle, none, 0)
-	limit(&cfg.MaxIdlePerAddr, none, 0)
-	limit(&cfg.MaxDialing, defaultMaxDialing, none)
-	limit(&cfg.MaxDialingPerAddr, cfg.MaxDialing/2+cfg.MaxDialing%2, none)
-	limit(&cfg.MaxWaiters, none, none)
-	limit(&cfg.MaxUses, none, none)
+	if cfg.MaxUses <= 0 {
+		cfg.MaxUses = math.MaxInt
+	}
 	span(&cfg.IdleTimeout, defaultIdleTimeout)
 	span(&cfg.MaxLifetime, 0)
 	span(&cfg.DialTimeout, defaultDialTimeout)

@@ -76,17 +76,17 @@ func TestZeroIsTheDefaultAndNegativeIsOff(t *testing.T) {
 			IdleTimeout: 2 * time.Minute, DialTimeout: 10 * time.Second, CheckInterval: 20 * time.Second, TrustIdle: 20 * time.Second, HookTimeout: 5 * time.Second,
 		}},
 		"negative": {Config{
-			MaxOpen: -1, MaxPerAddr: -2, MaxIdle: -3, MaxIdlePerAddr: -4, MaxDialing: -5, MaxDialingPerAddr: -6, MaxWaiters: -7, MaxUses: -8,
+			MaxOpen: -1, MaxPerAddr: -2, MaxIdle: -3, MaxIdlePerAddr: -4, MaxDialing: -5, MaxDialingPerAddr: -6, MaxWaiters: -7, MaxUses: -8, MinSpare: -9,
 			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, CheckInterval: -4, HookTimeout: -5, HoldWarn: -6,
 		}, Config{
 			MaxOpen: none, MaxPerAddr: none, MaxIdle: 0, MaxIdlePerAddr: 0, MaxDialing: none, MaxDialingPerAddr: none, MaxWaiters: none, MaxUses: none,
 			TrustIdle: 20 * time.Second,
 		}},
 		"positive": {Config{
-			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4,
+			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinSpare: 3,
 			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, HoldWarn: 6,
 		}, Config{
-			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4,
+			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinSpare: 3,
 			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, HoldWarn: 6, TrustIdle: 4,
 		}},
 		"odd MaxDialing": {Config{MaxDialing: 1}, Config{
@@ -117,7 +117,7 @@ func TestEveryLimitOfConfigIsInTheTable(t *testing.T) {
 			numbers++
 		}
 	}
-	require.Equal(t, 15, numbers)
+	require.Equal(t, 16, numbers)
 }
 
 func TestNewCopiesTheConfig(t *testing.T) {

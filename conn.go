@@ -66,6 +66,28 @@ type conn struct {
 	born  instant
 	life  time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
 	past  *[]pastLoan   // the last ones, in debug mode; dmu
+
+	more atomic.Pointer[extras] // nil but for MinSpare, Push and Conn.Context
+}
+
+// extras is what most connections have no use for.
+type extras struct {
+	looked  bool      // it is being looked at; Pool.mu
+	reserve bool      // it was lent from its address's reserve, however long it had been idle; the owner's
+	unread  bool      // the last loan left something for Push; the owner's
+	back    *putAhead // what a look took out, for the next loan to read; the owner's, see push.go
+	inPool  life      // dmu
+}
+
+func (c *conn) extra() *extras {
+	for {
+		if e := c.more.Load(); e != nil {
+			return e
+		}
+		if e := new(extras); c.more.CompareAndSwap(nil, e) {
+			return e
+		}
+	}
 }
 
 // lending is what a connection remembers while it is lent. Most loans remember
@@ -456,11 +478,28 @@ func (c *conn) setDeadline(t time.Time, set func(time.Time) error) error {
 // leftovers reports whether bytes are left that the borrower did not read: in
 // the state's buffer or in crypto/tls. Those in the kernel are found by the
 // look that precedes the next loan, together with those that come later.
+//
+// With a Push that is what it is for, and no reason to give the connection up.
 func (c *conn) leftovers(word uint64) bool {
-	if b, ok := c.state.(interface{ Buffered() int }); ok && b.Buffered() > 0 {
-		return true
+	left := c.buffered() > 0
+	if word&moved != 0 && !left {
+		var err error
+		left, err = c.probe.leftovers()
+		c.keepAhead(err)
 	}
-	return word&moved != 0 && c.probe.leftovers()
+	if left && c.probe.keep {
+		c.extra().unread = true
+		return false
+	}
+	return left
+}
+
+// buffered counts what the state has read and not used.
+func (c *conn) buffered() int {
+	if b, ok := c.state.(interface{ Buffered() int }); ok {
+		return b.Buffered()
+	}
+	return 0
 }
 
 func (c *conn) unprobed() bool { return c.nc != nil && !c.probe.can() }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -16,7 +17,8 @@ import (
 // Prober may be implemented by a net.Conn that has no descriptor, or knows
 // better than a look at its descriptor. Probe is asked before each loan and in
 // each sweep, by one goroutine at a time and never during a loan. nil means
-// that the peer is there and nothing waits to be read. It must not block.
+// that the peer is there and nothing waits to be read, an error that is ErrUnread
+// that something does; after any other the connection is closed. It must not block.
 //
 // A connection that is neither a Prober nor has a descriptor is lent by the
 // rules of age alone; Stats.Unprobed counts them.
@@ -26,7 +28,11 @@ type Prober interface{ Probe() error }
 // The caller owns it. Age comes first, because it is cheap; then one look into
 // the socket; then, for one that has long been idle, the protocol's own ping.
 func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
-	if reason := p.aged(c, c.idleFor, c.since); reason != ClosedUnknown {
+	idleFor := c.idleFor
+	if e := c.more.Load(); e != nil && e.reserve {
+		idleFor = 0
+	}
+	if reason := p.aged(c, idleFor, c.since); reason != ClosedUnknown {
 		return reason, nil
 	}
 	if reason, err := c.ask(); reason != ClosedUnknown {
@@ -53,6 +59,9 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 		return ClosedCheckFailed, err
 	}
 	c.checked = p.clock.exactly()
+	if p.cfg.Push != nil && c.unread() {
+		return ClosedDirty, ErrUnread
+	}
 	return c.ask() // the answer may have been longer than Check read
 }
 
@@ -108,6 +117,7 @@ type probe struct {
 	known  bool     // who is
 	plain  bool     // the descriptor is a socket whose close cannot block
 	prober bool     // the connection is a Prober
+	keep   bool     // plaintext that a look takes out is for Config.Push
 }
 
 // look is one visit to a descriptor: what it is to find out, and what it found.
@@ -145,7 +155,7 @@ func (l *look) done() {
 }
 
 func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
-	p.sys = sys
+	p.sys, p.keep = sys, cfg.Push != nil
 	_, p.prober = nc.(Prober)
 	below := nc
 	if t, ok := nc.(*tls.Conn); ok {
@@ -216,7 +226,11 @@ func (c *conn) ask() (CloseReason, error) {
 	if c.word.Load()&hungUp != 0 {
 		c.word.And(^uint64(hungUp)) // before the look, so that the next one is not missed
 	}
-	return c.probe.ask(&c.site.pool.cfg, c.nc)
+	reason, err := c.probe.ask(&c.site.pool.cfg, c.nc)
+	if reason == ClosedDirty && c.probe.keep {
+		c.keepAhead(err)
+	}
+	return reason, err
 }
 
 func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
@@ -238,16 +252,20 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 	case cfg.NoProbe:
 		return ClosedUnknown, nil
 	case p.prober:
-		if err := askProber(nc.(Prober)); err != nil {
+		switch err := askProber(nc.(Prober)); {
+		case err == nil:
+			return ClosedUnknown, nil
+		case errors.Is(err, ErrUnread):
+			return ClosedDirty, err
+		default:
 			return ClosedStale, err
 		}
-		return ClosedUnknown, nil
 	case seen.err != nil:
 		return ClosedStale, seen.err
 	case !seen.bytes:
 		return ClosedUnknown, nil
 	case p.tls == nil:
-		return ClosedDirty, errUnread
+		return ClosedDirty, ErrUnread
 	}
 	return p.readThrough(noWait, lookPatience)
 }
@@ -263,28 +281,28 @@ func askProber(pr Prober) (err error) {
 const lookPatience = time.Millisecond
 
 var (
-	errUnread = errors.New("bytes were waiting that nobody had asked for")
-	errStolen = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
+	errPartial = fmt.Errorf("%w: a part of a TLS record", ErrUnread)
+	errStolen  = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
 )
 
 // leftovers reports whether crypto/tls holds plaintext that was not read, or
 // has seen the end.
-func (p *probe) leftovers() bool {
+func (p *probe) leftovers() (bool, error) {
 	if p.tls == nil {
-		return false
+		return false, nil
 	}
 	sock := p.sock()
 	if sock != nil && sock.record.drained() {
-		return false
+		return false, nil
 	}
-	reason, _ := p.readThrough(sealed, -1)
+	reason, err := p.readThrough(sealed, -1)
 	if reason != ClosedUnknown {
-		return true
+		return true, err
 	}
 	if sock != nil {
 		sock.record.reckon()
 	}
-	return false
+	return false, nil
 }
 
 // readThrough reads one byte through crypto/tls without waiting for the peer.
@@ -317,7 +335,10 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 	n, err := p.tls.Read(l.scratch[:])
 	switch {
 	case n > 0:
-		return ClosedDirty, errUnread
+		if p.keep {
+			return ClosedDirty, p.wholeRecord(l.scratch[0])
+		}
+		return ClosedDirty, ErrUnread
 	case err == nil:
 		return ClosedStale, io.ErrNoProgress
 	case !errors.Is(err, os.ErrDeadlineExceeded):
@@ -325,7 +346,7 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 	case sock != nil && sock.stuck:
 		return ClosedStale, errStuck
 	case sock != nil && sock.record.partial():
-		return ClosedDirty, errUnread
+		return ClosedDirty, errPartial
 	case sock == nil || sock.raw == nil:
 		// A write of nothing shows whether an answer could not be written.
 		if _, err := p.tls.Write(nil); err != nil {

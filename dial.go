@@ -68,6 +68,8 @@ type attempt struct {
 	// Pool.mu guards these.
 	newer, older *attempt           // among those of the site that waiters count on
 	surplus      bool               // it is not one of them any more
+	spare        bool               // it was started for no waiter, and is never surplus
+	warm         *warming           // for which it was started, if for one
 	giveUp       context.CancelFunc // nil before it runs
 
 	where string // the foreign code that runs
@@ -96,7 +98,11 @@ func (p *Pool) dial(a *attempt) {
 	p.lookAtHandles()
 	c, start := a.c, p.clock.exactly()
 	t := p.trace(a.ctx)
-	ctx, cancel := p.within(context.WithoutCancel(a.ctx), p.cfg.DialTimeout)
+	ctx := a.ctx
+	if !c.site.tracked() { // else it can serve nobody but the caller
+		ctx = context.WithoutCancel(ctx)
+	}
+	ctx, cancel := p.within(ctx, p.cfg.DialTimeout)
 	a.stage = StageDial
 	p.mu.Lock()
 	a.giveUp = cancel
@@ -177,7 +183,11 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	}
 	c.adopt(nc)
 	a.stage, a.where = StageSetup, "Config.Setup"
-	if p.cfg.Setup != nil {
+	setup := p.cfg.Setup
+	if c.site.tracked() {
+		setup = nil
+	}
+	if setup != nil {
 		c.begin(ctx, hooked)
 	}
 	a.mu.Lock()
@@ -188,10 +198,10 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 		return ctx.Err()
 	}
 	p.enroll(c)
-	if p.cfg.Setup == nil {
+	if setup == nil {
 		return nil
 	}
-	a.state, err = p.cfg.Setup(ctx, c.site.addr, Conn{c, 0})
+	a.state, err = setup(ctx, c.site.addr, Conn{c, 0})
 	word := c.end()
 	switch {
 	case err != nil:
@@ -250,6 +260,9 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	}
 	if below == nil {
 		below = p.sys.dial
+		if network := a.c.site.network(); network == "tcp4" || network == "tcp6" {
+			below = func(ctx context.Context, addr Addr) (net.Conn, error) { return dialFamily(ctx, network, addr) }
+		}
 	}
 	a.where = fmt.Sprintf("Config.Dialers[%q]", name)
 	nc, err := below(ctx, addr)
@@ -307,6 +320,9 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 		s.dropLocked(a)
 		s.queue.dialEnded()
 	}
+	if a.spare {
+		s.special.dials--
+	}
 	if failure == nil {
 		p.lastID++
 		c.id = p.lastID
@@ -322,6 +338,9 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 	} else {
 		info.Err = failure.err
 		p.dialFailedLocked(a, failure, now)
+	}
+	if a.warm != nil {
+		p.warmDialedLocked(a, failure, todo.reasonOf(c))
 	}
 	if s.queue.len+s.queue.dials == 0 {
 		s.queue = &noQueue
@@ -361,8 +380,11 @@ func (p *Pool) doubtDialsLocked(s *site) {
 		var surplus []context.CancelFunc
 		p.mu.Lock()
 		q.doubted = false
-		for q == s.queue && q.surplus() > 0 {
+		for q == s.queue && s.surplus() > 0 {
 			a := s.dial // the youngest
+			for a.spare {
+				a = a.older
+			}
 			s.dropLocked(a)
 			a.surplus = true
 			q.dialEnded()
@@ -415,7 +437,7 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 	}
 	s.trouble.lastErr = failure.err
 	// A failure for want of something local says nothing about the peer.
-	if kind := KindOf(failure.err); !p.closed && kind != KindResource && kind != KindUsage {
+	if kind := KindOf(failure.err); !p.closed && !s.tracked() && kind != KindResource && kind != KindUsage {
 		s.trouble.failures++
 		s.trouble.failedAt = now
 	}

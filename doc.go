@@ -54,4 +54,31 @@
 // first served. A waiter takes what comes first, a connection given back or
 // the one that is being opened on its behalf; a dial that comes too late
 // serves the next waiter or goes idle.
+//
+// # Before it is needed
+//
+// [Pool.Warm] opens a first set of connections to an address, several at a
+// time, and tells at start whether the peer is there. Config.MinSpare keeps some
+// in reserve for each address that is in use: while the last one is lent, the
+// next is opened. Neither takes room from a borrower or from what is idle, and
+// an address that nobody uses any more loses its reserve.
+//
+// # Limits that change
+//
+// [Pool.SetLimits] changes the limits of a pool at work. Lowering them closes
+// idle connections and never touches a loan; raising them lets the oldest
+// waiters go on.
+//
+// # Peers that speak unasked
+//
+// Without more, bytes on an idle connection close it. With Config.Push they are
+// messages: an idle connection that has some is lent to Push, which reads them,
+// and then it is idle again or, by the verdict of Push, closed. [Conn.Context] is
+// for what lives beside a connection as long as that lives.
+//
+// # Connections that others keep
+//
+// [Pool.DialContext] is for a library that wants a dialer and keeps its
+// connections itself, as an http.Transport does. The pool counts them until they
+// are closed, makes room for them, and has them wait when there is none.
 package connpool

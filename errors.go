@@ -33,6 +33,11 @@ var (
 	// because what was begun on it is gone. The next use gets another.
 	ErrSessionLost = errors.New("connpool: the session's connection is lost")
 
+	// ErrUnread says that bytes were waiting on an idle connection: why it
+	// was closed, or the answer of a [Prober] that wants them to go to
+	// Config.Push.
+	ErrUnread = errors.New("connpool: bytes were waiting that nobody had asked for")
+
 	// ErrNoneRemovable says that file handles ran out and no idle
 	// connection was left that could make room.
 	ErrNoneRemovable = errors.New("connpool: out of handles and every connection is in use")

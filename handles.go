@@ -42,11 +42,9 @@ func pressureAt(fd uintptr, limit int) pressure {
 const handlePatience = 250 * time.Millisecond
 
 // lookAtHandles brings the budget up to date. The limit may change while the
-// program runs (Go itself raises it at start), so every dial looks again.
+// program runs (Go itself raises it at start), so every dial looks again, also
+// while a MaxOpen is set: that may change too.
 func (p *Pool) lookAtHandles() {
-	if p.cfg.MaxOpen != 0 {
-		return
-	}
 	limit, ok := p.sys.handleLimit()
 	if !ok {
 		p.handles.Store(math.MaxInt)

@@ -157,7 +157,7 @@ func (p *Pool) log(level slog.Level, msg string, args ...any) {
 func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 	level := slog.LevelDebug
 	switch reason {
-	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed:
+	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:
 		level = slog.LevelWarn
 	case Quarantined, ClosedLeaked:
 		level = slog.LevelError

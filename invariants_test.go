@@ -21,15 +21,29 @@ func (p *Pool) inconsistency() error {
 	defer p.mu.Unlock()
 	var n tally
 	want, waiting := 0, 0
+	lowered, looked := limitsChanged(p), p.lookedAt()
+	var sites []*site
 	for s := range p.sites.all() {
+		if found := p.sites.find(s.addr); found != s {
+			return fmt.Errorf("7: looking up %v finds %p instead of %p", s.addr, found, s)
+		}
+		sites = append(sites, s)
+	}
+	for s := range p.tracked {
+		if openOf(&s.n) > 1 || s.queue.len > 1 || openOf(&s.n)+s.queue.len == 0 {
+			return fmt.Errorf("%d connections and %d waiters in the books of one DialContext", openOf(&s.n), s.queue.len)
+		}
+		sites = append(sites, s)
+	}
+	for _, s := range sites {
 		addr := s.addr
-		if found := p.sites.find(addr); found != s {
-			return fmt.Errorf("7: looking up %v finds %p instead of %p", addr, found, s)
+		if err := p.spareInconsistency(s, looked[s]); err != nil {
+			return err
 		}
 		if canon, err := addr.canonical(); err != nil || canon != addr {
 			return fmt.Errorf("7: key %v is not canonical: %v", addr, err)
 		}
-		if openOf(&s.n) == 0 && s.queue.len == 0 && !s.failing() {
+		if openOf(&s.n) == 0 && s.queue.len == 0 && !s.failing() && !s.special.keeps() {
 			return fmt.Errorf("%v: empty books were kept", addr)
 		}
 		stack := 0
@@ -58,7 +72,7 @@ func (p *Pool) inconsistency() error {
 			}
 			n[ph] += s.n[ph]
 		}
-		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.cfg.MaxPerAddr {
+		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.cfg.MaxPerAddr && (!lowered || s.n[idle] > 0 && openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr) {
 			return fmt.Errorf("3: %d of %d open for %v", openOf(&s.n), p.cfg.MaxPerAddr, addr)
 		}
 		q := s.queue
@@ -109,9 +123,9 @@ func (p *Pool) inconsistency() error {
 	}
 	limit := p.limitLocked()
 	switch {
-	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit:
+	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit && (!lowered || p.n[idle] > 0 && openOf(&p.n)-int(p.n[closing]) > limit):
 		return fmt.Errorf("3: %d of %d open", openOf(&p.n), limit)
-	case int(p.n[dialing]) > p.cfg.MaxDialing:
+	case int(p.n[dialing]) > p.cfg.MaxDialing && !lowered:
 		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
 	case want != p.want || waiting != p.counts.Waiting:
 		return fmt.Errorf("4: the pool wants %d dials and has %d waiting, its sites %d and %d", p.want, p.counts.Waiting, want, waiting)
@@ -119,6 +133,8 @@ func (p *Pool) inconsistency() error {
 		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), openOf(&p.n)-int(p.n[dialing]), p.n[closing])
 	case p.cfg.MaxIdle < math.MaxInt && int(p.n[idle]) > p.cfg.MaxIdle:
 		return fmt.Errorf("%d idle of %d", p.n[idle], p.cfg.MaxIdle)
+	case p.counts.Tracked < 0 || p.counts.Tracked > int(p.n[borrowed]) || p.counts.Tracked > len(p.tracked):
+		return fmt.Errorf("3: %d tracked, %d in use, %d in the books", p.counts.Tracked, p.n[borrowed], len(p.tracked))
 	case p.closed && (p.n[idle] > 0 || waiting > 0):
 		return fmt.Errorf("closed with %d idle and %d waiting", p.n[idle], waiting)
 	}
@@ -131,7 +147,7 @@ func (p *Pool) inconsistency() error {
 			return fmt.Errorf("4: %d dials could start in the place of %d idle connections", p.want, p.n[idle])
 		}
 	}
-	return nil
+	return p.shortInconsistency()
 }
 
 // every lists all connections, least recently used first.

@@ -36,6 +36,10 @@ func (h Conn) Read(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
+	if e := h.c.more.Load(); e != nil && e.back != nil {
+		n, err := e.back.read(h.c.nc, b)
+		return n, h.c.leaveRead(int64(n), err)
+	}
 	n, err := h.c.nc.Read(b)
 	return n, h.c.leaveRead(int64(n), err)
 }
@@ -66,7 +70,7 @@ func readFrom(nc net.Conn, r io.Reader) (int64, error) {
 		if err := src.c.enter(src.gen); err != nil {
 			return 0, err
 		}
-		n, err := readFrom(nc, src.c.nc)
+		n, err := readFrom(nc, src.c.reader())
 		return n, src.c.leaveRead(n, err)
 	}
 	if rf, ok := nc.(io.ReaderFrom); ok {
@@ -93,11 +97,11 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	n, err := writeTo(h.c.nc, w)
+	n, err := writeTo(h.c.reader(), w)
 	return n, h.c.leaveRead(n, err)
 }
 
-func writeTo(nc net.Conn, w io.Writer) (int64, error) {
+func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 	if dst, ok := onLoan(w); ok {
 		defer runtime.KeepAlive(w)
 		if err := dst.c.enter(dst.gen); err != nil {

@@ -237,6 +237,7 @@ func (w *world) useLease(ctx context.Context, pool *Pool, b *borrower, top []uin
 	order := <-b.orders
 	w.mu.Lock()
 	delete(w.owner, id)
+	w.usedNow(id)
 	w.mu.Unlock()
 	over := order == vClose || order == vDetach // ended otherwise than by Return
 	defer func() {

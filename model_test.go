@@ -51,6 +51,7 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	sum := &modelTotals
 	t.Logf("%d loans, %d reused, %d waits, %d dials (%d failed), closed %v", sum.Loans, sum.Reused, sum.Waits, sum.Dials, sum.DialErrors, sum.Closed)
 	steps *= seeds
+	primesHappened(t, steps)
 	require.Greater(t, sum.Loans, uint64(steps/20))
 	require.Greater(t, sum.Reused, uint64(steps/100))
 	require.Greater(t, sum.Waits, uint64(steps/50))
@@ -169,6 +170,8 @@ type world struct {
 	visits []*visit          // the sessions that have not ended
 	kept   map[uint64]*visit // whose session a connection is
 	doomed []uint64          // must be closed when the step is over
+
+	primes
 }
 
 func (w *world) byte() byte {
@@ -225,9 +228,10 @@ func (w *world) reopen() {
 		cfg.Check = func(ctx context.Context, c Conn) error { return nil }
 	}
 	w.watchHolds(&cfg)
+	w.spareShape(&cfg, of)
 	p, err := New(cfg)
 	if err != nil { // the shape makes no sense: the plainest that is near it
-		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull = 0, 0, 0, 0, 0, Wait
+		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull, cfg.MinSpare = 0, 0, 0, 0, 0, Wait, 0
 		if p, err = New(cfg); err != nil {
 			panic(err)
 		}
@@ -281,9 +285,13 @@ func (w *world) step() error {
 	w.mu.Lock()
 	w.evicted = nil
 	w.mu.Unlock()
+	w.primesBefore()
 	w.run()
 	synctest.Wait()
 	if err := w.pool.inconsistency(); err != nil {
+		return err
+	}
+	if err := w.primesAfter(); err != nil {
 		return err
 	}
 	if err := w.holdsInconsistent(); err != nil {
@@ -310,7 +318,7 @@ func (w *world) step() error {
 	// that were fit; the others are closed by now.
 	for _, b := range w.live {
 		for _, id := range b.passedOver {
-			if _, gone := w.closed[id]; !gone && w.owner[id] == nil {
+			if _, gone := w.closed[id]; !gone && w.owner[id] == nil && !w.pushedNow[id] {
 				return fmt.Errorf("call %d got connection %d, %d was given back later", b.order, b.holds, id)
 			}
 		}
@@ -320,8 +328,13 @@ func (w *world) step() error {
 	for a, ids := range after {
 		for _, id := range ids {
 			if !slices.Contains(before[a], id) {
-				w.lastUse[id] = w.steps
+				if !w.pushedBack(id) {
+					w.lastUse[id] = w.steps
+				}
 				continue
+			}
+			if w.pushedNow[id] {
+				continue // nor was it idle all along
 			}
 			for _, v := range w.evicted {
 				if use, known := w.lastUse[v]; known && use > w.lastUse[id] {
@@ -357,7 +370,9 @@ func (w *world) holding() (all []*borrower) {
 }
 
 func (w *world) run() {
-	switch op := w.pick(42); {
+	switch op := w.pick(46); {
+	case op >= 42:
+		w.prime(op - 42)
 	case op >= 32:
 		w.runHolds(op - 32)
 	case op < 11:
@@ -482,6 +497,7 @@ func (w *world) use(ctx context.Context, b *borrower, c Conn, top []uint64) erro
 	w.nest(ctx, b, c)
 	w.mu.Lock()
 	delete(w.owner, id)
+	w.usedNow(id)
 	w.mu.Unlock()
 	if order == vDetach {
 		w.leaves(b)
@@ -501,7 +517,7 @@ func (w *world) lentTo(ctx context.Context, b *borrower, c Conn, top []uint64) (
 		w.fail("connection %d was lent after it was closed (%v)", id, reason)
 	}
 	if c.Reused() {
-		if err := c.c.nc.(*faultnet.Conn).Probe(); err != nil && ctx.Err() == nil {
+		if err := c.c.nc.(Prober).Probe(); err != nil && ctx.Err() == nil {
 			w.fail("connection %d was lent although %v", id, err)
 		}
 	}
@@ -596,6 +612,7 @@ func (w *world) closePool() {
 		b.orders <- vNil
 		synctest.Wait()
 	}
+	w.closePrimes()
 	w.endVisits()
 	synctest.Wait() // the last hooks have been told
 	if err := w.pool.Shutdown(context.Background()); err != nil {

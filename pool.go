@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"sync"
@@ -64,13 +65,16 @@ type Pool struct {
 	lastID   uint64            // of connections
 	counts   Stats             // but for the gauges that are made from n
 	closedBy [numCloseReasons]uint64
-	pressure pressure      // on file handles, as of the last dial
-	starving int           // dials that wait for a handle
-	freed    chan struct{} // closed and renewed when something may have freed one
-	watcher  *watcher      // nil where there is none, and before the first connection
-	sweeping bool          // a sweep is under way
-	sweeper  *time.Timer   // nil until there is something to sweep
-	left     chan struct{} // closed and renewed when, after Close, something leaves the books
+	pressure pressure           // on file handles, as of the last dial
+	starving int                // dials that wait for a handle
+	freed    chan struct{}      // closed and renewed when something may have freed one
+	watcher  *watcher           // nil where there is none, and before the first connection
+	sweeping bool               // a sweep is under way
+	sweeper  *time.Timer        // nil until there is something to sweep
+	left     chan struct{}      // closed and renewed when, after Close, something leaves the books
+	given    Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far
+	short    list.List          // of the sites that want dials for nobody who waits, see warm.go
+	tracked  map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
 }
 
 // site is the books of one address. It exists while there is a connection, a
@@ -87,6 +91,7 @@ type site struct {
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
 	trouble   *trouble // nil after a dial that worked
+	special   *special // nil but for Warm, MinSpare and DialContext
 
 	loans, dials, dialErrors uint64
 }
@@ -99,12 +104,14 @@ func openOf(n *tally) int { return int(n[dialing] + n[idle] + n[borrowed] + n[cl
 // New makes a pool. It starts no goroutine and opens nothing. The error names
 // both fields of a combination that makes no sense.
 func New(cfg Config) (*Pool, error) {
+	given := cfg.limits()
 	cfg, err := cfg.resolved()
 	if err != nil {
 		return nil, err
 	}
 	p := &Pool{
 		cfg:      cfg,
+		given:    given,
 		sys:      &realSystem,
 		sites:    newSiteTable(),
 		byFD:     make(map[uintptr]*conn),
@@ -259,6 +266,11 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		if c != nil {
 			p.takeLocked(c)
 			c.idleFor, c.since = max(0, now.sub(c.since)), now
+			if p.cfg.MinSpare > 0 {
+				p.takenLocked(c, now)
+				p.refreshLocked(s)
+				p.admitLocked(&todo)
+			}
 			p.mu.Unlock()
 			todo.run(p)
 		} else {
@@ -286,6 +298,16 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		if reason == ClosedUnknown {
 			return c, waited, nil
 		}
+		if p.pushes(reason) {
+			// It goes to Push, and this borrower takes another, or it
+			// when Push is done.
+			c.since -= instant(c.idleFor)
+			p.push(c)
+			if ctx.Err() == nil {
+				continue
+			}
+			return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+		}
 		if ctx.Err() != nil || isPanic(err) {
 			p.discard(c, reason, err)
 			passOn(err)
@@ -308,7 +330,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *in
 	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
 		// Nothing will be given back, and one borrower is there already to
 		// probe the address.
-		err := p.failedLocked(s.addr, StageBackoff, s.lastErr(), *start)
+		err := p.failedAtLocked(s, StageBackoff, s.lastErr(), *start)
 		p.mu.Unlock()
 		todo.run(p)
 		return nil, err
@@ -327,7 +349,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *in
 		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-int(s.want)+here-1) != ""
 		crowded := here > p.cfg.MaxWaiters
 		if full || crowded {
-			err := p.failedLocked(s.addr, StageWait, ErrExhausted, *start)
+			err := p.failedAtLocked(s, StageWait, ErrExhausted, *start)
 			if !full {
 				err.Limit, err.LimitName = p.cfg.MaxWaiters, "MaxWaiters"
 			}
@@ -376,7 +398,7 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 	if *owner {
 		*owner = false
 		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
-		if p.park(c, used) && t != nil && t.PutConn != nil {
+		if p.giveBack(c) && t != nil && t.PutConn != nil {
 			t.PutConn(PutInfo{Addr: s.addr, ID: id, Held: p.clock.exactly().sub(lentAt)})
 		}
 	}
@@ -412,7 +434,10 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 func (p *Pool) putBack(ctx context.Context, c *conn, reason CloseReason, why error, owner *bool) {
 	own := false // why is of Reset, which ran for this borrower
 	if reason == ClosedUnknown && c.word.Load()&hungUp != 0 {
-		reason, why = c.ask()
+		if reason, why = c.ask(); p.pushes(reason) {
+			reason = ClosedUnknown
+			c.extra().unread = true
+		}
 	}
 	if reason == ClosedUnknown && p.cfg.Reset != nil {
 		if c.probe.isStolen() {
@@ -463,13 +488,17 @@ func (p *Pool) failed(addr Addr, stage Stage, err error, start instant) *Error {
 
 // failedLocked is the error of a borrow, with the books as they are.
 func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *Error {
-	e := &Error{Addr: addr, Stage: stage, Kind: KindOf(err), Err: err}
-	if start != 0 {
-		e.Waited = p.clock.exactly().sub(start)
-	}
 	s := p.sites.find(addr)
 	if s == nil {
-		s = &site{queue: &noQueue} // forgotten: nothing is open for it
+		s = &site{addr: addr, queue: &noQueue} // forgotten: nothing is open for it
+	}
+	return p.failedAtLocked(s, stage, err, start)
+}
+
+func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start instant) *Error {
+	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: err}
+	if start != 0 {
+		e.Waited = p.clock.exactly().sub(start)
 	}
 	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
 	if stage != StageWait || p.closed {

@@ -205,7 +205,8 @@ func TestTheSumOfTheRecordsProvesThatNothingIsLeft(t *testing.T) {
 					require.ErrorIs(t, err, os.ErrDeadlineExceeded, "crypto/tls held something")
 					proofs++
 				} else if unread == 0 {
-					require.False(t, probe.leftovers())
+					left, err := probe.leftovers()
+					require.False(t, left, err)
 				}
 				if unread == 0 && sock.record.spent > 0 {
 					require.True(t, sock.record.drained() || sock.record.odd)

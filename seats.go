@@ -96,7 +96,7 @@ func (p *Pool) returnKept(ctx context.Context, c *conn) {
 	p.putBack(ctx, c, ClosedUnknown, nil, &owner)
 	if owner {
 		owner = false
-		p.park(c, used)
+		p.giveBack(c)
 	}
 }
 

@@ -74,7 +74,7 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 		p.putBack(b.ctx, c, ClosedUnknown, nil, &owner)
 		if owner {
 			owner = false
-			kept = p.park(c, used)
+			kept = p.giveBack(c)
 		}
 	}
 	owner = false
@@ -106,6 +106,9 @@ func (p *Pool) refuse(c *conn, owner *bool) error {
 		return p.failed(addr, StageWait, ErrClosed, 0)
 	}
 	reason, why := c.ask()
+	if p.cfg.Push != nil && (p.pushes(reason) || reason == ClosedUnknown && c.unread()) {
+		reason, why = p.pushAll(c) // a message that came between two uses
+	}
 	if reason == ClosedUnknown {
 		return nil
 	}

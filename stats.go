@@ -13,7 +13,8 @@ type Stats struct {
 	Open     int // sockets that exist or are being made; what MaxOpen limits
 	Dialing  int // being opened, or in Setup
 	Idle     int // ready to be lent
-	InUse    int // lent, or in Reset or Check
+	InUse    int // lent, or in Reset, Check or Push; the Tracked ones are among them
+	Tracked  int // made by DialContext, and not closed yet
 	Closing  int // given up, but not closed yet
 	Waiting  int // borrowers in a queue
 	Limit    int // MaxOpen in force; 0: none
@@ -27,6 +28,7 @@ type Stats struct {
 	DialErrors   uint64        // dials (with handshake and Setup) that failed, or were given up as nobody needed them any more
 	Detached     uint64        // connections that left by Conn.Detach
 	Leaked       uint64        // leases and sessions that nobody could reach any more, taken back
+	Pushes       uint64        // calls of Config.Push
 	Abandoned    uint64        // dials, hooks and closes given up because they did not end in time
 	Waits        uint64        // borrowers that had to queue
 	WaitDuration time.Duration // time spent in queues

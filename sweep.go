@@ -60,9 +60,21 @@ func (p *Pool) sweep() {
 			p.stopRetryLocked(s)
 			s.trouble = nil
 			p.forgetLocked(s)
+			if s.special != nil {
+				s.special.shaky = true
+				p.refreshLocked(s)
+			}
+		}
+		if s.special.reserved() {
+			p.sweepReserveLocked(s, now)
 		}
 	}
+	var todo agenda
+	if p.short.Len() > 0 {
+		p.admitLocked(&todo)
+	}
 	p.mu.Unlock()
+	todo.run(p)
 
 	suspects := make(map[*site][]sighting)
 	for mark := new(conn); p.cfg.CheckInterval > 0; {
@@ -118,7 +130,11 @@ func (p *Pool) sightLocked(met []*conn, now instant) (found sightings) {
 		if c.phase != idle {
 			continue
 		}
-		if reason := p.aged(c, now.sub(c.since), now); reason != ClosedUnknown {
+		idleFor := now.sub(c.since)
+		if p.reservedLocked(c.site, c.site.n[idle], now) {
+			idleFor = 0
+		}
+		if reason := p.aged(c, idleFor, now); reason != ClosedUnknown {
 			p.takeLocked(c)
 			p.moveLocked(c, closing)
 			found.todo.close(c, reason, nil)
@@ -164,10 +180,15 @@ func (p *Pool) examine(at sighting, ping bool) {
 		return
 	}
 	p.takeLocked(c)
+	c.lookedAtLocked(true)
 	p.mu.Unlock()
 	reason, err := c.ask()
 	if reason == ClosedUnknown && ping && p.cfg.Check != nil {
 		reason, err = p.ping(context.Background(), c)
+	}
+	if p.pushes(reason) {
+		p.push(c)
+		return
 	}
 	if reason != ClosedUnknown {
 		p.discard(c, reason, err)
@@ -197,5 +218,8 @@ func (p *Pool) hangUp(fd uintptr) {
 func (p *Pool) hearAgain(at sighting) {
 	if at.c.word.Load()&hungUp != 0 {
 		p.examine(at, false)
+	}
+	if p.cfg.Push != nil {
+		p.listen(at.c)
 	}
 }

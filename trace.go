@@ -30,6 +30,7 @@ const (
 	ClosedSetupFailed             // Config.Setup failed
 	ClosedResetFailed             // Config.Reset failed, or took too long
 	ClosedCheckFailed             // Config.Check failed, or took too long
+	ClosedPushFailed              // Config.Push failed, took too long, or read nothing
 	ClosedRetired                 // opened before Pool.Retire of its address
 	ClosedOnRequest               // Pool.CloseIdle
 	ClosedWithPool                // Pool.Close or Pool.Shutdown
@@ -42,7 +43,7 @@ const (
 
 var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeout", "lifetime", "max-uses",
 	"surplus", "stale", "dirty", "fn-error", "panic", "goexit", "canceled", "in-flight", "broken", "timeout",
-	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined"}
+	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "push-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined"}
 
 func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 

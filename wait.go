@@ -94,6 +94,15 @@ func (q *queue) remove(w *waiter) {
 // one that the next borrower will find.
 func (q *queue) surplus() int { return q.dials - max(1, q.len) }
 
+// surplus does not count those that were started for nobody who waits.
+func (s *site) surplus() int {
+	n := s.queue.surplus()
+	if s.special != nil {
+		n -= s.special.dials
+	}
+	return n
+}
+
 func (q *queue) dialStarted() {
 	q.dials++
 	if q.bare != nil {

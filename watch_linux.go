@@ -12,7 +12,8 @@ import (
 // idle connection leaves the pool without waiting for a loan or a sweep. It is
 // one epoll instance for the whole pool, itself waited on through the runtime's
 // poller: one goroutine and one descriptor, whatever the number of connections.
-// It asks for the hang-up only, and for its edge, so data does not wake it.
+// It asks for the hang-up only, and for its edge, so data does not wake it; but for
+// Push, see rearm.
 //
 // A connection is added once, when it is dialled. The kernel takes it out when
 // its socket is closed, and detached connections are taken out by hand.
@@ -73,7 +74,11 @@ func (p *Pool) watch(w *watcher) {
 			break
 		}
 		for _, e := range events[:n] {
-			p.hangUp(uintptr(e.Fd))
+			if e.Events&^unix.EPOLLIN != 0 {
+				p.hangUp(uintptr(e.Fd))
+			} else {
+				p.readable(uintptr(e.Fd))
+			}
 		}
 	}
 	p.mu.Lock()
@@ -91,6 +96,11 @@ func (w *watcher) close() {
 // add begins to watch c. If the kernel refuses, the sweep has to do.
 func (w *watcher) add(c *conn) { w.control(c, unix.EPOLL_CTL_ADD) }
 
+// rearm makes it hear of c again, also of what there is already. A pool with a
+// Push listens for data as well, and once: what arrives during a loan would wake
+// it for nothing. Every time c is parked it is armed anew.
+func (w *watcher) rearm(c *conn) { w.control(c, unix.EPOLL_CTL_MOD) }
+
 // remove ends it, for a connection that lives on.
 func (w *watcher) remove(c *conn) { w.control(c, unix.EPOLL_CTL_DEL) }
 
@@ -98,9 +108,13 @@ func (w *watcher) control(c *conn, op int) {
 	if w == nil || c.probe.raw == nil {
 		return
 	}
+	events := uint32(unix.EPOLLRDHUP | unix.EPOLLET)
+	if c.site.pool.cfg.Push != nil && !c.site.tracked() {
+		events = unix.EPOLLRDHUP | unix.EPOLLIN | unix.EPOLLONESHOT
+	}
 	w.raw.Control(func(epfd uintptr) { // which keeps it from being closed meanwhile
 		c.probe.raw.Control(func(fd uintptr) {
-			unix.EpollCtl(int(epfd), op, int(fd), &unix.EpollEvent{Events: unix.EPOLLRDHUP | unix.EPOLLET, Fd: int32(fd)})
+			unix.EpollCtl(int(epfd), op, int(fd), &unix.EpollEvent{Events: events, Fd: int32(fd)})
 		})
 	})
 }

@@ -11,3 +11,4 @@ func (p *Pool) startWatcher() {}
 func (*watcher) close()       {}
 func (*watcher) add(*conn)    {}
 func (*watcher) remove(*conn) {}
+func (*watcher) rearm(*conn)  {}

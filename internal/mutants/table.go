@@ -86,6 +86,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "death-noticed-at-once",
+		file: "sweep.go",
 		old:   "p.mu.Unlock()\n\tp.examine(at, false)",
 		new:   "p.mu.Unlock()\n\t_ = at",
 		tests: `TestServersThatHangUpEmptyTheIdleListUnasked`,
@@ -98,14 +99,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "leftovers-in-tls",
-		old:   `return word&moved != 0 && c.probe.leftovers()`,
-		new:   `return false`,
+		old:   `if word&moved != 0 && !left {`,
+		new:   `if false {`,
 		tests: `TestUnreadBytesCostTheConnection`,
 	},
 	{
 		name:  "leftovers-in-the-state",
-		old:   `b.Buffered() > 0`,
-		new:   `b.Buffered() < 0`,
+		old:   `left := c.buffered() > 0`,
+		new:   `left := c.buffered() < 0`,
 		tests: `TestWhatTheStateHasBufferedCountsAsUnread`,
 	},
 	{
@@ -146,14 +147,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "age-at-loan",
-		old:   `if reason := p.aged(c, c.idleFor, c.since); reason != ClosedUnknown {`,
-		new:   `if reason := p.aged(c, c.idleFor, c.since); false {`,
+		old:   `if reason := p.aged(c, idleFor, c.since); reason != ClosedUnknown {`,
+		new:   `if reason := p.aged(c, idleFor, c.since); false {`,
 		tests: `TestAnExpiredConnectionIsNotLentThoughNoSweepSawIt`,
 	},
 	{
 		name:  "age-in-the-sweep",
-		old:   `now.sub(c.since), now); reason != ClosedUnknown {`,
-		new:   `now.sub(c.since), now); reason != ClosedUnknown && false {`,
+		old:   `p.aged(c, idleFor, now); reason != ClosedUnknown {`,
+		new:   `p.aged(c, idleFor, now); reason != ClosedUnknown && false {`,
 		tests: `TestAnIdleConnectionIsClosedAfterTwoMinutes`,
 	},
 	{
@@ -250,8 +251,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setup-failure-is-seen",
-		old:   `a.state, err = p.cfg.Setup(`,
-		new:   `a.state, _ = p.cfg.Setup(`,
+		old:   `a.state, err = setup(`,
+		new:   `a.state, _ = setup(`,
 		tests: `TestSetupThatFailsInAnyWayIsTheBorrowersAndLeavesNothing`,
 	},
 	{
@@ -330,8 +331,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "freed-slot-serves",
-		old:   "p.admitLocked(&todo)\n\tp.forgetLocked(s)\n\tp.leftLocked()\n\tp.mu.Unlock()\n\ttodo.run(p)\n\tif reason == ClosedUnknown {",
-		new:   "p.forgetLocked(s)\n\tp.leftLocked()\n\tp.mu.Unlock()\n\ttodo.run(p)\n\tif reason == ClosedUnknown {",
+		old:   "p.admitLocked(&todo)\n\tp.forgetLocked(s)\n\tp.leftLocked()\n\tp.mu.Unlock()\n\tc.endLife(reason)\n",
+		new:   "p.forgetLocked(s)\n\tp.leftLocked()\n\tp.mu.Unlock()\n\tc.endLife(reason)\n",
 		tests: `TestDiscardWakesTheOldestWaiter`,
 	},
 	{
@@ -377,6 +378,226 @@ var mutants = []mutant{
 		old:   `if cfg.ServerName = addr.ServerName; cfg.ServerName == "" {`,
 		new:   `if cfg.ServerName = addr.ServerName; cfg.ServerName == "" || true {`,
 		tests: `TestTheNameOfTheServerIsVerified`,
+	},
+
+	// --- messages on idle connections ---
+	{
+		name:  "push-loses-what-a-look-took-out",
+		old:   `return &plaintext{append([]byte{first}, rest[:n]...)}`,
+		new:   `return &plaintext{rest[:min(n, 0)]}`,
+		tests: `TestAMessageToAnIdleConnectionReachesPush|TestTenThousandMessages`,
+	},
+	{
+		name:  "push-loses-the-rest-of-a-record",
+		old:   `return &plaintext{append([]byte{first}, rest[:n]...)}`,
+		new:   `return &plaintext{append([]byte{first}, rest[:min(n, 0)]...)}`,
+		tests: `TestAMessageToAnIdleConnectionReachesPush|TestTenThousandMessages`,
+	},
+	{
+		name:  "push-before-the-loan-is-left-out",
+		old:   "if p.pushes(reason) {\n\t\t\t// It goes to Push",
+		new:   "if p.pushes(reason) {\n\t\t\treturn c, waited, nil\n\t\t}\n\t\tif false {\n\t\t\t// It goes to Push",
+		tests: `TestAMessageIsPushedBeforeTheConnectionIsLent`,
+	},
+	{
+		name:  "push-is-not-told-of-what-came-during-the-loan",
+		old:   "if p.cfg.Push != nil {\n\t\tp.listen(at.c)",
+		new:   "if false {\n\t\tp.listen(at.c)",
+		tests: `TestAMessageToAnIdleConnectionReachesPush`,
+	},
+	{
+		name:  "push-verdict-is-ignored",
+		old:   "if reason != ClosedUnknown {\n\t\t\tp.discard(c, reason, err)\n\t\t\treturn\n\t\t}\n\t\tp.park(c, untouched)",
+		new:   "_, _ = reason, err\n\t\tp.park(c, untouched)",
+		tests: `TestAnErrorOfPushClosesTheConnection`,
+	},
+	{
+		name:  "push-without-progress-goes-on",
+		old:   `case !e.back.restart() && c.buffered() == before:`,
+		new:   `case !e.back.restart() && c.buffered() < before:`,
+		tests: `TestAPushThatReadsNothingOrHangs`,
+	},
+	{
+		name:  "push-of-half-a-record",
+		old:   `case c.holds() || !errors.Is(err, errPartial):`,
+		new:   `case true || errors.Is(err, errPartial):`,
+		tests: `TestARecordThatComesInPiecesIsPushedWhole`,
+	},
+	{
+		name:  "push-leaves-what-a-codec-read-ahead",
+		old:   `return e != nil && e.back != nil && e.back.len() > 0 || c.buffered() > 0`,
+		new:   `return e != nil && e.back != nil && e.back.len() > 0`,
+		tests: `TestAMessageRightBehindAReplyIsPushed`,
+	},
+	{
+		name:  "push-forgets-what-crypto-tls-had-at-the-return",
+		old:   "left, err = c.probe.leftovers()\n\t\tc.keepAhead(err)",
+		new:   "left, err = c.probe.leftovers()\n\t\t_ = err",
+		tests: `TestAMessageRightBehindAReplyIsPushed`,
+	},
+	{
+		name:  "session-dies-of-a-message",
+		old:   "reason, why = p.pushAll(c) // a message that came between two uses",
+		new:   "_ = reason",
+		tests: `TestAMessageBetweenTwoUsesOfASessionIsPushed`,
+	},
+	{
+		name:  "spares-are-surplus",
+		old:   "n -= s.special.dials",
+		new:   "",
+		tests: `TestDialsOfWarmAreNoSurplus`,
+	},
+	{
+		name:  "writeto-skips-what-was-put-back",
+		old:   `n, err := writeTo(h.c.reader(), w)`,
+		new:   `n, err := writeTo(h.c.nc, w)`,
+		tests: `TestWhatALookTookOutIsReadByAnyMeans`,
+	},
+	{
+		name:  "actor-outlives-its-connection",
+		old:   `c.endLife(reason)`,
+		new:   ``,
+		tests: `TestAnActorLivesAsLongAsItsConnection|TestTheContextOfAConnectionThatIsGoneIsDone`,
+	},
+
+	// --- what nobody waits for ---
+	{
+		name:  "spares-respect-no-limit",
+		old:   `if openOf(&p.n) >= p.limitLocked() || int(p.n[dialing]) >= p.cfg.MaxDialing {`,
+		new:   `if int(p.n[dialing]) >= p.cfg.MaxDialing {`,
+		tests: `TestAReserveEvictsNobody|TestWarmEvictsNobody`,
+	},
+	{
+		name:  "spares-before-waiters",
+		old:   `p.closed || s.queue.bare != nil || s.retrying()`,
+		new:   `p.closed || s.retrying()`,
+		tests: `TestModelHoldsOverLongHistories`,
+	},
+	{
+		name:  "spares-storm-a-dead-server",
+		old:   `(!x.shaky && !s.failing() || x.probe)`,
+		new:   `(!x.shaky || x.probe)`,
+		tests: `TestAReserveOfADeadServerIsTriedOncePerSweep`,
+	},
+	{
+		name:  "spares-storm-a-server-that-hangs-up",
+		old:   `(!x.shaky && !s.failing() || x.probe)`,
+		new:   `(!s.failing() || x.probe)`,
+		tests: `TestAReserveThatDiesUnusedIsTriedOncePerSweep`,
+	},
+	{
+		name:  "spares-take-all-dials",
+		old:   `return int(p.n[dialing]) < p.cfg.MaxDialing-p.cfg.MaxDialing/2 &&`,
+		new:   `return true &&`,
+		tests: `TestReservesLeaveDialsToThoseWhoWait`,
+	},
+	{
+		name:  "spares-that-cannot-be-kept",
+		old:   `int(p.n[idle]+p.n[dialing]) < p.cfg.MaxIdle &&`,
+		new:   `true &&`,
+		tests: `TestAReserveOpensNothingThatCouldNotBeKept`,
+	},
+	{
+		name:  "spares-while-handles-run-low",
+		old:   `p.pressure < handlesLow && p.starving == 0`,
+		new:   `p.starving == 0`,
+		tests: `TestAReserveOpensNothingThatCouldNotBeKept`,
+	},
+	{
+		name:  "a-ping-counts-as-lent",
+		old:   `p.cfg.MinSpare - int(s.n[idle]+s.n[dialing]) - x.looked`,
+		new:   `p.cfg.MinSpare - int(s.n[idle]+s.n[dialing])`,
+		tests: `TestAPingOpensNoSpare|TestModelHoldsOverLongHistories|TestTheReserveOutlives`,
+	},
+	{
+		name:  "reserve-for-ever",
+		old:   `if now.sub(x.usedAt) >= p.reserveMemory() {`,
+		new:   `if false {`,
+		tests: `TestAnAddressNobodyUsesLosesItsReserve`,
+	},
+	{
+		name:  "evicted-reserve-comes-back",
+		old:   `x.reserve = false // it was to make room, or to save handles`,
+		new:   ``,
+		tests: `TestAnEvictedReserveComesBackWithTheNextLoan`,
+	},
+	{
+		name:  "reserve-expires",
+		old:   `if p.reservedLocked(c.site, c.site.n[idle], now) {`,
+		new:   `if false {`,
+		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked`,
+	},
+	{
+		name:  "reserve-is-too-old-to-lend",
+		old:   `c.extra().reserve = reserve`,
+		new:   ``,
+		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
+	},
+	{
+		name:  "all-idle-is-reserve",
+		old:   `return x.reserved() && int(n) <= p.cfg.MinSpare &&`,
+		new:   `return x.reserved() &&`,
+		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
+	},
+	{
+		name:  "warm-goes-on-after-a-failure",
+		old:   "for _, w := range s.special.warm {\n\t\tif w.err == nil && s.live() < w.n {",
+		new:   "for _, w := range s.special.warm {\n\t\tif s.live() < w.n {",
+		tests: `TestWarm|TestModelHoldsOverLongHistories`,
+	},
+	{
+		name:  "warm-hangs-on-close",
+		old:   `w.err = p.warmFailedLocked(s, ErrClosed)`,
+		new:   `continue`,
+		tests: `TestCloseEndsWarm|TestModelHoldsOverLongHistories`,
+	},
+	{
+		name:  "setlimits-keeps-the-surplus",
+		old:   "p.cfg.setLimits(now)\n\tp.dropSurplusLocked(&todo)",
+		new:   `p.cfg.setLimits(now)`,
+		tests: `TestALoweredLimitClosesIdleConnectionsAtOnceAndNoLoan`,
+	},
+	{
+		name:  "setlimits-wakes-nobody",
+		old:   "p.forgetLocked(s)\n\t}\n\tp.admitLocked(&todo)\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
+		new:   "p.forgetLocked(s)\n\t}\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
+		tests: `TestARaisedLimitWakesTheOldestWaiters`,
+	},
+	{
+		name:  "setlimits-touches-loans",
+		old:   `if c.phase == idle && surplus(c.site) {`,
+		new:   `if surplus(c.site) {`,
+		tests: `TestLoansBeyondALoweredLimitCloseWhenGivenBack`,
+	},
+	{
+		name:  "tracked-dial-outlives-its-caller",
+		old:   `if !c.site.tracked() { // else it can serve nobody but the caller`,
+		new:   `if true {`,
+		tests: `TestADialThatItsCallerGaveUpEndsWithIt`,
+	},
+	{
+		name:  "tracked-dial-nobody-wants-is-kept",
+		old:   `case s.tracked() && s.queue.head == nil:`,
+		new:   `case false:`,
+		tests: `TestADialThatItsCallerGaveUpEndsWithIt`,
+	},
+	{
+		name:  "tracked-close-twice",
+		old:   `if t.closed.Swap(true) {`,
+		new:   `if false {`,
+		tests: `TestATrackedConnectionHoldsItsSlotUntilItIsClosed`,
+	},
+	{
+		name:  "tracked-lost-for-ever",
+		old:   `func lost(c *conn) { go c.site.pool.untrack(c, errLost) }`,
+		new:   `func lost(c *conn) { _ = errLost }`,
+		tests: `TestATrackedConnectionThatWasDroppedFreesItsSlot`,
+	},
+	{
+		name:  "tracked-lost-while-read",
+		old:   "func (c *trackedTCP) Read(b []byte) (int, error) {\n\tdefer runtime.KeepAlive(c)\n\treturn",
+		new:   "func (c *trackedTCP) Read(b []byte) (int, error) {\n\treturn",
+		tests: `TestATrackedConnectionInUseIsNotTakenForDropped`,
 	},
 
 	// --- limits ---
@@ -536,8 +757,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-lost",
-		old:   "reason, why := c.ask()\n\tif reason == ClosedUnknown {\n\t\treturn nil\n\t}\n\t*owner",
-		new:   "reason, why := c.ask()\n\tif true {\n\t\treturn nil\n\t}\n\t*owner",
+		old:   "\n\tif reason == ClosedUnknown {\n\t\treturn nil\n\t}\n\t*owner",
+		new:   "\n\tif true {\n\t\treturn nil\n\t}\n\t*owner",
 		tests: `TestALostConnectionIsToldOnce`,
 	},
 	{

@@ -1,0 +1,73 @@
+package connpool
+
+import (
+	"context"
+	"fmt"
+)
+
+// life is the ctx of a connection's time in the pool, made when somebody asks
+// for it. Guarded by conn.dmu.
+type life struct {
+	ctx  context.Context
+	end  context.CancelCauseFunc
+	over error // why the connection has left, nil while it has not
+}
+
+// Context is done when the connection leaves the pool, whichever way: evicted,
+// expired, found dead, closed by its borrower or with the pool, or detached; the
+// cause says why. It is for what lives as long as the connection, and not only
+// for a loan: Setup may start a goroutine with it.
+//
+//	Setup: func(ctx context.Context, addr connpool.Addr, nc net.Conn) (any, error) {
+//		a := newActor()
+//		go a.run(nc.(connpool.Conn).Context())
+//		return a, nil
+//	}
+//
+// It carries no values. After the loan Context is a ctx that is done.
+func (h Conn) Context() context.Context {
+	if err := h.c.enter(h.gen); err != nil {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		cancel(err)
+		return ctx
+	}
+	defer h.c.leave(0, nil)
+	c, e := h.c, h.c.extra()
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	if e.inPool.ctx == nil {
+		e.inPool.ctx, e.inPool.end = context.WithCancelCause(context.Background())
+		switch { // an operation may have outlived its loan
+		case e.inPool.over != nil:
+			e.inPool.end(e.inPool.over)
+		case c.word.Load()&(shut|stolen|detached) != 0:
+			e.inPool.end(ErrReturned)
+		}
+	}
+	return e.inPool.ctx
+}
+
+// endLife ends the ctx of a connection that has left the pool.
+func (c *conn) endLife(reason CloseReason) {
+	e := c.more.Load()
+	if e == nil {
+		return // nobody asked, and who asks now finds it shut
+	}
+	c.dmu.Lock()
+	e.inPool.over = leftPool(reason)
+	end := e.inPool.end
+	c.dmu.Unlock()
+	if end != nil {
+		end(leftPool(reason))
+	}
+}
+
+// leftPool is why a connection has left.
+type leftPool CloseReason
+
+func (r leftPool) Error() string {
+	if CloseReason(r) == ClosedUnknown {
+		return "connpool: the connection was detached"
+	}
+	return fmt.Sprintf("connpool: the connection was closed: %v", CloseReason(r))
+}

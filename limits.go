@@ -1,0 +1,205 @@
+package connpool
+
+import (
+	"errors"
+	"fmt"
+	"math"
+)
+
+// Limits are the fields of [Config] that may be changed while the pool works,
+// with the same meaning of 0 and of a negative value. The pool has them under
+// Pool.mu, in its Config.
+type Limits struct {
+	MaxOpen, MaxPerAddr           int
+	MaxIdle, MaxIdlePerAddr       int
+	MaxDialing, MaxDialingPerAddr int
+	MaxWaiters                    int
+	MinSpare                      int
+}
+
+// SetLimits replaces all the limits: set what is to change in the result of
+// [Pool.Limits]. Senseless combinations are refused as New refuses them, and
+// change nothing.
+//
+// A limit that was raised lets those who wait go on, oldest first. One that was
+// lowered closes idle connections at once, the least recently used first, and
+// never touches a loan: what is in use beyond the limit is
+// closed when it is given back, and until then nothing is opened. Dials that are
+// under way go on, borrowers that wait keep their place, and a [Pool.Warm] that
+// asks for more than the limit allows now ends with an error.
+//
+// It may be called at any time by many goroutines; it holds up the pool for as
+// long as it takes to look at each of its connections.
+func (p *Pool) SetLimits(l Limits) error {
+	if p.stop == nil {
+		return usage(Addr{}, ErrClosed)
+	}
+	now, err := l.resolved("Limits", p.cfg.WhenFull)
+	if err != nil {
+		return usage(Addr{}, err)
+	}
+	p.lookAtHandles()
+	var todo agenda
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return usage(Addr{}, ErrClosed)
+	}
+	p.given = l
+	p.cfg.setLimits(now)
+	p.dropSurplusLocked(&todo)
+	for s := range p.sites.all() {
+		if now.MinSpare == 0 && s.special != nil {
+			s.special.reserve = false
+		}
+		p.refuseWarmingsLocked(s)
+		p.refreshLocked(s)
+		p.forgetLocked(s)
+	}
+	p.admitLocked(&todo)
+	p.mu.Unlock()
+	todo.run(p)
+	return nil
+}
+
+// Limits returns the limits in force, as they were given.
+func (p *Pool) Limits() Limits {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.given
+}
+
+// dropSurplusLocked closes the idle connections that the limits do not allow
+// (any more): first those that are too many for their address, then, of all
+// addresses, those that are too many for the pool.
+func (p *Pool) dropSurplusLocked(todo *agenda) {
+	tooMany := []func(*site) bool{
+		func(s *site) bool {
+			return int(s.n[idle]) > p.cfg.MaxIdlePerAddr || openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr
+		},
+		func(*site) bool {
+			return int(p.n[idle]) > p.cfg.MaxIdle || openOf(&p.n)-int(p.n[closing]) > p.limitLocked()
+		},
+	}
+	all := p.recency.all()
+	for _, surplus := range tooMany {
+		for _, c := range all {
+			if c.phase == idle && surplus(c.site) {
+				p.takeLocked(c)
+				p.moveLocked(c, closing)
+				todo.close(c, ClosedSurplus, nil)
+			}
+		}
+	}
+}
+
+// limits are those of cfg, as they stand there.
+func (cfg *Config) limits() Limits {
+	return Limits{
+		MaxOpen: cfg.MaxOpen, MaxPerAddr: cfg.MaxPerAddr,
+		MaxIdle: cfg.MaxIdle, MaxIdlePerAddr: cfg.MaxIdlePerAddr,
+		MaxDialing: cfg.MaxDialing, MaxDialingPerAddr: cfg.MaxDialingPerAddr,
+		MaxWaiters: cfg.MaxWaiters, MinSpare: cfg.MinSpare,
+	}
+}
+
+func (cfg *Config) setLimits(l Limits) {
+	cfg.MaxOpen, cfg.MaxPerAddr = l.MaxOpen, l.MaxPerAddr
+	cfg.MaxIdle, cfg.MaxIdlePerAddr = l.MaxIdle, l.MaxIdlePerAddr
+	cfg.MaxDialing, cfg.MaxDialingPerAddr = l.MaxDialing, l.MaxDialingPerAddr
+	cfg.MaxWaiters, cfg.MinSpare = l.MaxWaiters, l.MinSpare
+}
+
+// resolved is l with every default filled in, as [Config.resolved] has it. The
+// error names both fields of a combination that makes no sense, and the struct
+// that they are in.
+func (l Limits) resolved(in string, full FullPolicy) (Limits, error) {
+	a, b, why := l.senseless(full)
+	if why != "" {
+		where := in
+		if b == "WhenFull" {
+			where = "Config"
+		}
+		return Limits{}, fmt.Errorf("connpool: %s.%s and %s.%s contradict each other: %s", in, a, where, b, why)
+	}
+	limit := func(n *int, zero, negative int) {
+		switch {
+		case *n == 0:
+			*n = zero
+		case *n < 0:
+			*n = negative
+		}
+	}
+	const none = math.MaxInt
+	limit(&l.MaxOpen, 0, none)
+	limit(&l.MaxPerAddr, none, none)
+	limit(&l.MaxIdle, none, 0)
+	limit(&l.MaxIdlePerAddr, none, 0)
+	limit(&l.MaxDialing, defaultMaxDialing, none)
+	limit(&l.MaxDialingPerAddr, l.MaxDialing/2+l.MaxDialing%2, none)
+	limit(&l.MaxWaiters, none, none)
+	limit(&l.MinSpare, 0, 0)
+	return l, nil
+}
+
+// senseless names two fields that contradict each other; why is "" if none do.
+func (l Limits) senseless(full FullPolicy) (a, b, why string) {
+	over := func(n int, of string, limit int, by string) (string, string, string) {
+		return of, by, fmt.Sprintf("%d can never be reached under %d", n, limit)
+	}
+	above := func(n, limit int) bool { return limit > 0 && n > limit }
+	switch {
+	case above(l.MaxPerAddr, l.MaxOpen):
+		return over(l.MaxPerAddr, "MaxPerAddr", l.MaxOpen, "MaxOpen")
+	case above(l.MaxIdle, l.MaxOpen):
+		return over(l.MaxIdle, "MaxIdle", l.MaxOpen, "MaxOpen")
+	case above(l.MaxIdlePerAddr, l.MaxOpen):
+		return over(l.MaxIdlePerAddr, "MaxIdlePerAddr", l.MaxOpen, "MaxOpen")
+	case l.MaxIdle < 0 && l.MaxIdlePerAddr > 0, l.MaxIdle > 0 && l.MaxIdlePerAddr < 0:
+		return "MaxIdle", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none"
+	case above(l.MaxIdlePerAddr, l.MaxPerAddr):
+		return over(l.MaxIdlePerAddr, "MaxIdlePerAddr", l.MaxPerAddr, "MaxPerAddr")
+	case above(l.MaxIdlePerAddr, l.MaxIdle):
+		return over(l.MaxIdlePerAddr, "MaxIdlePerAddr", l.MaxIdle, "MaxIdle")
+	case above(l.MaxDialingPerAddr, l.MaxDialing):
+		return over(l.MaxDialingPerAddr, "MaxDialingPerAddr", l.MaxDialing, "MaxDialing")
+	case l.MaxWaiters > 0 && full == Fail:
+		return "MaxWaiters", "WhenFull", "Fail lets nobody wait for a limit"
+	case full == Overflow && l.MaxPerAddr <= 0 && l.MaxOpen <= 0:
+		return "MaxPerAddr", "WhenFull", "Overflow needs a MaxPerAddr or a MaxOpen to exceed"
+	case l.MinSpare > 0 && l.MaxIdlePerAddr < 0:
+		return "MinSpare", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none"
+	case l.MinSpare > 0 && l.MaxIdle < 0:
+		return "MinSpare", "MaxIdle", "one keeps idle connections, the other keeps none"
+	// What is spare comes on top of the one that is lent.
+	case above(l.MinSpare+1, l.MaxOpen):
+		return "MinSpare", "MaxOpen", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxOpen)
+	case above(l.MinSpare+1, l.MaxPerAddr):
+		return "MinSpare", "MaxPerAddr", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxPerAddr)
+	case above(l.MinSpare, l.MaxIdle):
+		return over(l.MinSpare, "MinSpare", l.MaxIdle, "MaxIdle")
+	case above(l.MinSpare, l.MaxIdlePerAddr):
+		return over(l.MinSpare, "MinSpare", l.MaxIdlePerAddr, "MaxIdlePerAddr")
+	}
+	return "", "", ""
+}
+
+// warmable says why addr can never have n connections that nobody uses.
+func (p *Pool) warmableLocked(n int) error {
+	for _, l := range [...]struct {
+		name  string
+		limit int
+	}{
+		{"MaxIdlePerAddr", p.cfg.MaxIdlePerAddr},
+		{"MaxIdle", p.cfg.MaxIdle},
+		{"MaxPerAddr", p.cfg.MaxPerAddr},
+		{"MaxOpen", p.limitLocked()},
+	} {
+		if n > l.limit {
+			return fmt.Errorf("%d connections can never be kept: %s allows %d (warm fewer, or raise it)", n, l.name, l.limit)
+		}
+	}
+	return nil
+}
+
+var errNegative = errors.New("the number of connections is negative")

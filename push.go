@@ -1,0 +1,264 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"time"
+)
+
+// Push: what a peer sends unasked on an idle connection goes to Config.Push.
+//
+// Where the pool looks at a connection and finds bytes, it would call it dirty
+// and close it; with a Push it becomes its owner instead and lends it to Push,
+// on a goroutine that lives for that long:
+//
+//	idle -> bytes? -> Push -> nil, nothing left -> idle
+//	           ^        |
+//	           |        +---> nil, more is there --+
+//	           +-----------------------------------+
+//	                    +---> error, or nil although it read nothing -> closed
+//
+// The looks are those before a loan and in a sweep, and on Linux that of the
+// watcher, which then listens for data too (see watch_linux.go).
+//
+// Under TLS the look takes out what it finds: a look at bytes that are session
+// tickets takes nothing, but plaintext is in the pool's hands then. It is put
+// back in front of what the next loan reads, Push's.
+
+// putAhead is what a look took out of crypto/tls, for the loan that follows. It is
+// there as long as the pool has not seen it empty.
+type putAhead struct {
+	mu    sync.Mutex // guards what follows; no I/O happens under it
+	bytes []byte
+	moved bool // something was read, from here or from the connection
+}
+
+// read reads what was put back, and then from the connection.
+func (b *putAhead) read(nc net.Conn, p []byte) (n int, err error) {
+	if n, ok := b.take(p); ok {
+		return n, nil
+	}
+	n, err = nc.Read(p)
+	if n > 0 {
+		b.mu.Lock()
+		b.moved = true
+		b.mu.Unlock()
+	}
+	return n, err
+}
+
+func (b *putAhead) take(p []byte) (n int, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.bytes) == 0 {
+		return 0, false
+	}
+	n = copy(p, b.bytes)
+	b.bytes = b.bytes[n:]
+	b.moved = b.moved || n > 0
+	return n, true
+}
+
+// restart forgets that something was read, and reports whether something was.
+func (b *putAhead) restart() (moved bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	moved, b.moved = b.moved, false
+	return moved
+}
+
+func (b *putAhead) len() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.bytes)
+}
+
+// reader is what a loan reads from.
+func (c *conn) reader() io.Reader {
+	e := c.more.Load()
+	if e == nil || e.back == nil {
+		return c.nc
+	}
+	return readerFunc(func(p []byte) (int, error) { return e.back.read(c.nc, p) })
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// plaintext is the error of a look that took plaintext out of crypto/tls, for
+// Push.
+type plaintext struct{ bytes []byte }
+
+func (*plaintext) Error() string { return ErrUnread.Error() }
+func (*plaintext) Unwrap() error { return ErrUnread }
+
+// wholeRecord is for a look that read first through crypto/tls, which has the
+// rest of the record in hand.
+func (p *probe) wholeRecord(first byte) *plaintext {
+	rest := make([]byte, 16<<10) // no record is longer
+	if sock := p.sock(); sock != nil {
+		sock.enter(sealed)
+	} else {
+		p.tls.SetDeadline(past)
+	}
+	n, _ := p.tls.Read(rest)
+	return &plaintext{append([]byte{first}, rest[:n]...)}
+}
+
+// keepAhead puts back what a look has taken out, if err says so. The caller owns c.
+func (c *conn) keepAhead(err error) {
+	text, ok := err.(*plaintext)
+	if !ok {
+		return
+	}
+	e := c.extra()
+	if e.back == nil {
+		e.back = new(putAhead)
+	}
+	e.back.mu.Lock()
+	e.back.bytes = append(e.back.bytes, text.bytes...)
+	e.back.mu.Unlock()
+}
+
+// holds reports whether bytes wait above the socket, in the state or put back.
+// The caller owns c.
+func (c *conn) holds() bool {
+	e := c.more.Load()
+	return e != nil && e.back != nil && e.back.len() > 0 || c.buffered() > 0
+}
+
+// unread reports whether the last loan may have left something for Push.
+func (c *conn) unread() bool {
+	e := c.more.Load()
+	return e != nil && e.unread || c.holds()
+}
+
+// pushes reports whether a connection that would be closed for this reason is
+// one for Push.
+func (p *Pool) pushes(reason CloseReason) bool { return reason == ClosedDirty && p.cfg.Push != nil }
+
+// push gives c, on which something waits to be read, to Config.Push until
+// nothing is left. The caller was its owner, and is not any more.
+func (p *Pool) push(c *conn) {
+	p.mu.Lock()
+	if p.cfg.MinSpare > 0 {
+		c.lookedAtLocked(true) // a reserve is complete with what Push has
+	}
+	p.mu.Unlock()
+	go func() {
+		reason, err := p.pushAll(c)
+		if reason != ClosedUnknown {
+			p.discard(c, reason, err)
+			return
+		}
+		p.park(c, untouched)
+	}()
+}
+
+// giveBack is park for a loan that ended in good order: what it left to read goes
+// to Push.
+func (p *Pool) giveBack(c *conn) bool {
+	if p.cfg.Push == nil || !c.unread() {
+		return p.park(c, used)
+	}
+	if l := c.loan.Load(); l != nil && l.hold != nil {
+		p.unhold(l)
+	}
+	now := p.clock.now()
+	p.mu.Lock()
+	p.countLoanLocked(c)
+	c.since, c.idleFor = now, 0
+	c.forget()
+	p.recency.touch(c)
+	p.mu.Unlock()
+	p.push(c)
+	return true
+}
+
+// pushAll calls Push as long as there is something for it, and says why c has to
+// be closed then, ClosedUnknown if it has not.
+func (p *Pool) pushAll(c *conn) (CloseReason, error) {
+	for {
+		e := c.extra()
+		if reason, err := p.lookForPush(c); !p.pushes(reason) {
+			e.unread, e.back = false, nil
+			return reason, err
+		}
+		if e.back == nil {
+			e.back = new(putAhead)
+		}
+		e.back.restart()
+		before := c.buffered()
+		p.mu.Lock()
+		p.counts.Pushes++
+		p.mu.Unlock()
+		err := p.runHook(context.Background(), c, "Config.Push", p.cfg.Push)
+		switch {
+		case err != nil && p.ctx.Err() != nil:
+			return ClosedWithPool, err
+		case err != nil:
+			return ClosedPushFailed, err
+		case !e.back.restart() && c.buffered() == before:
+			return ClosedPushFailed, errUnpushed
+		}
+	}
+}
+
+var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
+
+// lookForPush looks everywhere for bytes that wait: ClosedDirty if there are any.
+// Of a TLS record that has arrived in part it waits for the rest, since only then
+// is it known whether it is a message or a ticket.
+func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
+	end := p.clock.exactly() + instant(defaultHookTimeout)
+	for {
+		if c.holds() {
+			return ClosedDirty, ErrUnread
+		}
+		reason, err := c.ask()
+		if reason == ClosedUnknown && c.probe.tls != nil {
+			reason, err = c.probe.readThrough(noWait, lookPatience)
+			c.keepAhead(err)
+		}
+		switch {
+		case c.holds() || !errors.Is(err, errPartial):
+			return reason, err
+		case p.clock.exactly() > end:
+			return ClosedPushFailed, err
+		}
+		pause := time.NewTimer(time.Millisecond)
+		select {
+		case <-pause.C:
+		case <-p.ctx.Done():
+			pause.Stop()
+			return ClosedWithPool, ErrClosed
+		}
+	}
+}
+
+// listen is called when c was parked: what arrived before is to be heard of now,
+// and what arrives later when it does.
+func (p *Pool) listen(c *conn) {
+	p.mu.Lock()
+	watcher := p.watcher
+	p.mu.Unlock()
+	watcher.rearm(c)
+}
+
+// readable is told that something waits on the connection with this descriptor.
+// If it is in use, that is its borrower's business.
+func (p *Pool) readable(fd uintptr) {
+	p.mu.Lock()
+	c := p.byFD[fd]
+	if c == nil {
+		p.mu.Unlock()
+		return
+	}
+	at := sighting{c, c.generation()}
+	p.mu.Unlock()
+	p.examine(at, false)
+}
