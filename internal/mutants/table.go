@@ -86,7 +86,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "death-noticed-at-once",
-		file: "sweep.go",
+		file:  "sweep.go",
 		old:   "p.mu.Unlock()\n\tp.examine(at, false)",
 		new:   "p.mu.Unlock()\n\t_ = at",
 		tests: `TestServersThatHangUpEmptyTheIdleListUnasked`,
