@@ -268,11 +268,11 @@ func TestARecordThatComesInPiecesIsPushedWhole(t *testing.T) {
 	for i := range 5 {
 		srv.hold()
 		go srv.write(fmt.Sprintf("push %d\n", i))
-		srv.release(3) // bytes, then a pause
+		srv.release(t, 3) // bytes, then a pause
 		<-time.After(10 * time.Millisecond)
 		require.Empty(t, a.got)
 		p.check(t)
-		srv.release(-1)
+		srv.release(t, 0)
 		require.Equal(t, fmt.Sprintf("push %d", i), inTime(t, a.got))
 	}
 	soon(t, "back to idle", func() bool { return p.Stats().Idle == 1 })
@@ -281,16 +281,14 @@ func TestARecordThatComesInPiecesIsPushedWhole(t *testing.T) {
 
 // pieces is a TLS server with one connection whose bytes pass when they are told.
 type pieces struct {
-	addr   Addr
-	client *tls.Config
-	mu     sync.Mutex
-	held   bool
-	queue  []byte
-
-	holdAfter int // writes, and says nothing; 0: only hold holds
-	raw       net.Conn
-	conn      *tls.Conn
-	ready     chan struct{}
+	addr     Addr
+	client   *tls.Config
+	mu       sync.Mutex
+	held     bool
+	queue    []byte
+	raw      net.Conn
+	conn     *tls.Conn
+	greeting string
 }
 
 func (s *pieces) Write(b []byte) (int, error) {
@@ -300,9 +298,6 @@ func (s *pieces) Write(b []byte) (int, error) {
 		s.queue = append(s.queue, b...)
 		return len(b), nil
 	}
-	if s.holdAfter--; s.holdAfter == 0 {
-		s.held = true
-	}
 	return s.raw.Write(b)
 }
 
@@ -311,23 +306,32 @@ func (s *pieces) write(text string) {
 	s.conn.Write([]byte(text))
 }
 
-// release lets k bytes pass, or all of them, and no more to be held.
-func (s *pieces) release(k int) {
-	for {
+// release lets k bytes pass of what is being written; k <= 0: all but -k, and
+// nothing is held any more once k is 0.
+func (s *pieces) release(t *testing.T, k int) {
+	soon(t, "something is written", func() bool {
 		s.mu.Lock()
-		if len(s.queue) == 0 { // it is being written
-			s.mu.Unlock()
-			runtime.Gosched()
-			continue
+		defer s.mu.Unlock()
+		if len(s.queue) == 0 {
+			return false
 		}
-		if k < 0 {
-			k, s.held = len(s.queue), false
+		if s.held = k != 0; k <= 0 {
+			k += len(s.queue)
 		}
 		s.raw.Write(s.queue[:k])
 		s.queue = s.queue[k:]
-		s.mu.Unlock()
-		return
+		return true
+	})
+}
+
+// lastRecord is how long the last TLS record is that is being held.
+func (s *pieces) lastRecord() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for q := s.queue; len(q) >= 5; q = q[min(n, len(q)):] {
+		n = 5 + int(q[3])<<8 + int(q[4])
 	}
+	return n
 }
 
 // slowly is a net.Conn whose writes go through s.
@@ -343,7 +347,7 @@ func newPieces(t *testing.T) *pieces {
 	ca := faultnet.NewCA()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
-	s := &pieces{ready: make(chan struct{}), client: &tls.Config{RootCAs: ca.Pool()}}
+	s := &pieces{greeting: "hello\n", client: &tls.Config{RootCAs: ca.Pool()}}
 	s.addr = Addr{Transport: TLS, Host: "127.0.0.1", Port: uint16(ln.Addr().(*net.TCPAddr).Port)}
 	cfg := &tls.Config{Certificates: []tls.Certificate{ca.Server("127.0.0.1")}}
 	done := make(chan struct{})
@@ -353,11 +357,7 @@ func newPieces(t *testing.T) *pieces {
 			return
 		}
 		s.conn = tls.Server(slowly{s.raw, s}, cfg)
-		if s.holdAfter > 0 {
-			s.conn.Handshake()
-		} else {
-			s.conn.Write([]byte("hello\n"))
-		}
+		s.conn.Write([]byte(s.greeting))
 	}()
 	t.Cleanup(func() {
 		ln.Close()
@@ -619,19 +619,24 @@ func probesForPush(c *faultnet.Conn) net.Conn {
 func TestATicketThatComesInPiecesIsNotPushed(t *testing.T) {
 	nothingLeaks(t)
 	srv := newPieces(t)
-	srv.holdAfter = 1 // the server's part of the handshake; then come the tickets
+	srv.greeting = "" // it says nothing but its part of the handshake, with a ticket at its end
+	srv.hold()
 	p, err := New(Config{TLS: srv.client, CheckInterval: time.Millisecond, Push: func(context.Context, Conn) error {
 		t.Error("pushed a ticket")
 		return errNoPush
 	}})
 	require.NoError(t, err)
 	defer p.Close()
-	require.NoError(t, p.With(t.Context(), srv.addr, func(Conn) error { return nil }))
-	srv.release(7)
+	lent := make(chan error, 1)
+	go func() { lent <- p.With(context.Background(), srv.addr, func(Conn) error { return nil }) }()
+	soon(t, "the handshake is written", func() bool { return srv.lastRecord() > 0 })
+	srv.release(t, -srv.lastRecord())
+	require.NoError(t, inTime(t, lent))
+	srv.release(t, 7)
 	soon(t, "it is being looked at", func() bool { return p.Stats().InUse == 1 })
 	<-time.After(5 * time.Millisecond)
 	p.check(t)
-	srv.release(-1)
+	srv.release(t, 0)
 	soon(t, "idle", func() bool { return p.Stats().Idle == 1 && p.Stats().InUse == 0 })
 	require.NoError(t, p.With(t.Context(), srv.addr, func(c Conn) error {
 		require.True(t, c.Reused())
