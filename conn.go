@@ -70,26 +70,6 @@ type conn struct {
 	more atomic.Pointer[extras] // nil but for MinSpare, Push and Conn.Context
 }
 
-// extras is what most connections have no use for.
-type extras struct {
-	looked  bool      // it is being looked at; Pool.mu
-	reserve bool      // it was lent from its address's reserve, however long it had been idle; the owner's
-	unread  bool      // the last loan left something for Push; the owner's
-	back    *putAhead // what a look took out, for the next loan to read; the owner's, see push.go
-	inPool  life      // dmu
-}
-
-func (c *conn) extra() *extras {
-	for {
-		if e := c.more.Load(); e != nil {
-			return e
-		}
-		if e := new(extras); c.more.CompareAndSwap(nil, e) {
-			return e
-		}
-	}
-}
-
 // lending is what a connection remembers while it is lent. Most loans remember
 // nothing; the others take one that an earlier loan has left (see forget).
 type lending struct {

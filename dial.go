@@ -260,8 +260,8 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	}
 	if below == nil {
 		below = p.sys.dial
-		if network := a.c.site.network(); network == "tcp4" || network == "tcp6" {
-			below = func(ctx context.Context, addr Addr) (net.Conn, error) { return dialFamily(ctx, network, addr) }
+		if f := a.c.site.family; f > anyFamily {
+			below = f.dial
 		}
 	}
 	a.where = fmt.Sprintf("Config.Dialers[%q]", name)

@@ -271,3 +271,41 @@ func Keep(err error) error {
 	}
 	return &keepError{err}
 }
+
+func usage(addr Addr, err error) *Error {
+	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
+}
+
+func (p *Pool) failed(addr Addr, stage Stage, err error, start instant) *Error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.failedLocked(addr, stage, err, start)
+}
+
+// failedLocked is the error of a borrow, with the books as they are.
+func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *Error {
+	s := p.sites.find(addr)
+	if s == nil {
+		s = &site{addr: addr, queue: &noQueue} // forgotten: nothing is open for it
+	}
+	return p.failedAtLocked(s, stage, err, start)
+}
+
+func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start instant) *Error {
+	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: err}
+	if start != 0 {
+		e.Waited = p.clock.exactly().sub(start)
+	}
+	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
+	if stage != StageWait || p.closed {
+		return e
+	}
+	switch e.LimitName = p.fullLocked(s, 0, 0); e.LimitName {
+	case "MaxPerAddr":
+		e.Limit = p.cfg.MaxPerAddr
+	case "MaxOpen":
+		e.Limit = p.limitLocked()
+		e.Open, e.InUse, e.Idle = openOf(&p.n), int(p.n[borrowed]), int(p.n[idle])
+	}
+	return e
+}

@@ -88,6 +88,7 @@ type site struct {
 	waiting   int32    // what Stats.Waiting counts of the queue
 	heapIndex int32    // in Pool.ready, -1 if not
 	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
+	family    family   // of a site of DialContext's; for life
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
 	trouble   *trouble // nil after a dial that worked
@@ -474,42 +475,4 @@ func causeOf(ctx context.Context) error {
 		return errors.Join(err, cause)
 	}
 	return err
-}
-
-func usage(addr Addr, err error) *Error {
-	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
-}
-
-func (p *Pool) failed(addr Addr, stage Stage, err error, start instant) *Error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.failedLocked(addr, stage, err, start)
-}
-
-// failedLocked is the error of a borrow, with the books as they are.
-func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *Error {
-	s := p.sites.find(addr)
-	if s == nil {
-		s = &site{addr: addr, queue: &noQueue} // forgotten: nothing is open for it
-	}
-	return p.failedAtLocked(s, stage, err, start)
-}
-
-func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start instant) *Error {
-	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: err}
-	if start != 0 {
-		e.Waited = p.clock.exactly().sub(start)
-	}
-	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
-	if stage != StageWait || p.closed {
-		return e
-	}
-	switch e.LimitName = p.fullLocked(s, 0, 0); e.LimitName {
-	case "MaxPerAddr":
-		e.Limit = p.cfg.MaxPerAddr
-	case "MaxOpen":
-		e.Limit = p.limitLocked()
-		e.Open, e.InUse, e.Idle = openOf(&p.n), int(p.n[borrowed]), int(p.n[idle])
-	}
-	return e
 }

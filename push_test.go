@@ -33,12 +33,7 @@ func eachPushNet(t *testing.T, f func(t *testing.T, n *sockNet)) {
 
 // actor is what lives beside a connection and gets its messages: lines that
 // begin with "push".
-type actor struct {
-	got chan string
-
-	mu   sync.Mutex
-	rest []byte // of a line that has not come to its end
-}
+type actor struct{ got chan string }
 
 // line reads one line from c: of the connection, byte by byte, so that nothing
 // is taken from whoever reads next.

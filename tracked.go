@@ -51,7 +51,7 @@ func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Co
 		return nil, p.failed(addr, StageWait, causeOf(ctx), start)
 	}
 	// Its books are its own: nothing that is opened here may serve another.
-	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, special: &special{network: network}}
+	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network)}
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -122,8 +122,9 @@ func (p *Pool) trackedAddr(ctx context.Context, network, address string) (Addr, 
 	return addr, nil
 }
 
-// dialFamily is sys.dial, for one family of addresses.
-func dialFamily(ctx context.Context, network string, addr Addr) (net.Conn, error) {
+// dial is sys.dial, for one family of addresses.
+func (f family) dial(ctx context.Context, addr Addr) (net.Conn, error) {
+	network := map[family]string{family4: "tcp4", family6: "tcp6"}[f]
 	var d net.Dialer
 	return d.DialContext(ctx, network, net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port))))
 }
@@ -155,15 +156,28 @@ func (p *Pool) untrack(c *conn, err error) <-chan struct{} {
 	return p.discard(c, ClosedByBorrower, err)
 }
 
-func (s *site) tracked() bool { return s.special != nil && s.special.network != "" }
+// family is what DialContext was asked for.
+type family uint8
 
-// network is what DialContext was asked for.
-func (s *site) network() string {
-	if s.special == nil {
-		return ""
+const (
+	pooled    family = iota // it was not DialContext
+	anyFamily               // "tcp" or "unix"
+	family4                 // "tcp4"
+	family6                 // "tcp6"
+)
+
+func familyOf(network string) family {
+	switch network {
+	case "tcp4":
+		return family4
+	case "tcp6":
+		return family6
 	}
-	return s.special.network
+	return anyFamily
 }
+
+// tracked reports whether s is the books of a connection of DialContext's.
+func (s *site) tracked() bool { return s.family != pooled }
 
 // track gives c the methods of what it is.
 func track(c *conn) net.Conn {
