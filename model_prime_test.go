@@ -63,7 +63,7 @@ func (w *world) spareShape(cfg *Config, of func(...int) int) {
 
 // push is the Push of such a pool. It reads what the server has written, and
 // finds fault with half of it.
-func (w *world) push(_ context.Context, c Conn) error {
+func (w *world) push(ctx context.Context, c Conn) error {
 	id := c.ID()
 	w.mu.Lock()
 	if other := w.owner[id]; other != nil {
@@ -77,7 +77,10 @@ func (w *world) push(_ context.Context, c Conn) error {
 	w.pushed++
 	bad := w.pushed%2 == 0
 	w.mu.Unlock()
-	time.Sleep(time.Duration(id%3) * time.Millisecond) // others come meanwhile
+	select { // others come meanwhile
+	case <-time.After(time.Duration(id%3) * time.Millisecond):
+	case <-ctx.Done():
+	}
 	_, err := c.Read(make([]byte, 1))
 	w.mu.Lock()
 	delete(w.owner, id)

@@ -348,10 +348,14 @@ func newPieces(t *testing.T) *pieces {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if s.raw, err = ln.Accept(); err != nil {
+		raw, err := ln.Accept()
+		if err != nil {
 			return
 		}
-		s.conn = tls.Server(slowly{s.raw, s}, cfg)
+		s.mu.Lock()
+		s.raw = raw
+		s.mu.Unlock()
+		s.conn = tls.Server(slowly{raw, s}, cfg)
 		s.conn.Write([]byte(s.greeting))
 	}()
 	t.Cleanup(func() {
