@@ -421,7 +421,7 @@ var mutants = []mutant{
 		name:  "push-of-half-a-record",
 		old:   `case c.holds() || !errors.Is(err, errPartial):`,
 		new:   `case true || errors.Is(err, errPartial):`,
-		tests: `TestARecordThatComesInPiecesIsPushedWhole`,
+		tests: `TestATicketThatComesInPiecesIsNotPushed`,
 	},
 	{
 		name:  "push-leaves-what-a-codec-read-ahead",
