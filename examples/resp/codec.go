@@ -87,19 +87,30 @@ func (c *codec) exchange(heard func(any), words ...string) (any, error) {
 			continue
 		}
 		heard(v)
-		for c.Buffered() > 0 { // pushes that came along need not cost the connection
-			v, err := c.value(maxDepth)
-			p, ok := v.(push)
-			if err != nil || !ok {
-				return nil, fmt.Errorf("redis: %v after the reply, %v", v, err)
+		for c.Buffered() > 0 { // these came along: Config.Push would be called for them
+			if err := c.hear(); err != nil {
+				return nil, err
 			}
-			c.invalidate(p)
 		}
 		if e, ok := v.(redisError); ok {
 			return nil, connpool.Keep(e)
 		}
 		return v, nil
 	}
+}
+
+// hear reads one push, where no reply is owed.
+func (c *codec) hear() error {
+	v, err := c.value(maxDepth)
+	if err != nil {
+		return err
+	}
+	p, ok := v.(push)
+	if !ok {
+		return fmt.Errorf("redis: %v, which nobody has asked for", v)
+	}
+	c.invalidate(p)
+	return nil
 }
 
 // invalidate takes a push: keys that have changed, or nil for all of them.
