@@ -53,7 +53,8 @@
 // warm and the rest expires. Borrowers that must wait are served first come,
 // first served. A waiter takes what comes first, a connection given back or
 // the one that is being opened on its behalf; a dial that comes too late
-// serves the next waiter or goes idle.
+// serves the next waiter or goes idle, and of several that nobody needs any
+// more all but one are given up.
 //
 // # Before it is needed
 //

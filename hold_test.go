@@ -161,17 +161,17 @@ func TestReportsComeInTimeForEach(t *testing.T) {
 
 func TestAReportThatPanicsHarmsNobody(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		told := 0
+		var told atomic.Int32
 		n := open(t, Config{HoldWarn: time.Second, Trace: &Trace{
-			HeldLong: func(HeldInfo) { told++; panic(errBoom) },
-			Leaked:   func(HeldInfo) { told++; panic(errBoom) },
+			HeldLong: func(HeldInfo) { told.Add(1); panic(errBoom) },
+			Leaked:   func(HeldInfo) { told.Add(1); panic(errBoom) },
 		}})
 		for range 3 {
 			require.NoError(t, n.p.With(bg, at("a"), func(Conn) error { time.Sleep(time.Minute); return nil }))
 		}
-		require.Equal(t, 3, told)
+		require.EqualValues(t, 3, told.Load())
 		forget(n.lease(at("a")))
-		require.Equal(t, 4, told)
+		require.EqualValues(t, 4, told.Load())
 		require.EqualValues(t, 1, n.p.Stats().Leaked)
 		n.check()
 	})

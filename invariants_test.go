@@ -35,6 +35,13 @@ func (p *Pool) inconsistency() error {
 		}
 		sites = append(sites, s)
 	}
+	all := 0
+	for _, n := range looked {
+		all += n
+	}
+	if p.looked != all {
+		return fmt.Errorf("the pool counts %d that are being looked at, there are %d", p.looked, all)
+	}
 	for _, s := range sites {
 		addr := s.addr
 		if err := p.spareInconsistency(s, looked[s]); err != nil {

@@ -70,6 +70,7 @@ type Pool struct {
 	freed    chan struct{}      // closed and renewed when something may have freed one
 	watcher  *watcher           // nil where there is none, and before the first connection
 	sweeping bool               // a sweep is under way
+	looked   int                // idle connections of addresses with a reserve that are being looked at
 	sweeper  *time.Timer        // nil until there is something to sweep
 	left     chan struct{}      // closed and renewed when, after Close, something leaves the books
 	given    Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far

@@ -82,7 +82,7 @@ func (p *Pool) openSparesLocked(todo *agenda) {
 // opened, and handles are plenty.
 func (p *Pool) spareableLocked() bool {
 	return int(p.n[dialing]) < p.cfg.MaxDialing-p.cfg.MaxDialing/2 &&
-		int(p.n[idle]+p.n[dialing]) < p.cfg.MaxIdle &&
+		int(p.n[idle]+p.n[dialing])+p.looked < p.cfg.MaxIdle &&
 		p.pressure < handlesLow && p.starving == 0
 }
 
@@ -133,10 +133,12 @@ func (c *conn) lookedAtLocked(yes bool) {
 		if e = c.extra(); !e.looked {
 			e.looked = true
 			c.site.special.looked++
+			c.site.pool.looked++
 		}
 	case !yes && e != nil && e.looked:
 		e.looked = false
 		c.site.special.looked--
+		c.site.pool.looked--
 	}
 }
 

@@ -199,12 +199,31 @@ func TestCtrlCLeavesNoSocketBehind(t *testing.T) {
 	}
 }
 
+// lockedBuffer takes what several goroutines write.
+type lockedBuffer struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
 // gatewayRun is the command in this process; only for what ends by itself.
 func gatewayRun(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	var out, errs bytes.Buffer
+	var out bytes.Buffer
+	var errs lockedBuffer // the log writes to it, too
 	status = run(ctx, append([]string{"gateway"}, args...), &out, &errs)
 	return status, out.String(), errs.String()
 }
