@@ -231,9 +231,11 @@ func TestTheReserveFollowsItsLimit(t *testing.T) {
 		require.GreaterOrEqual(t, n.p.Stats().Idle, 5)
 		n.change(func(l *Limits) { l.MinSpare = 1 })
 		time.Sleep(3 * defaultIdleTimeout)
+		synctest.Wait() // for the sweep of that moment
 		n.gauges(0, 1, 0)
 		n.change(func(l *Limits) { l.MinSpare = 0 })
 		time.Sleep(3 * defaultIdleTimeout)
+		synctest.Wait()
 		n.gauges(0, 0, 0)
 		require.Zero(t, n.p.Stats().Addrs)
 	})

@@ -164,6 +164,7 @@ func TestAReserveOfADeadServerIsTriedOncePerSweep(t *testing.T) {
 			n.check()
 			n.Host("a").Up()
 			time.Sleep(5 * failureMemory)
+			synctest.Wait() // for the sweep of that moment
 			n.gauges(0, 3, 0)
 			n.check()
 		})
@@ -207,7 +208,7 @@ func TestAReserveThatDiesUnusedIsTriedOncePerSweep(t *testing.T) {
 			})
 			dials := p.Stats().Dials
 			require.LessOrEqual(t, dials, 2+sweeps, "the first, its spare, and one for each sweep")
-			soon(t, "the last is dead", func() bool { p.looksAround(); return p.Stats().Idle+p.Stats().Dialing == 0 })
+			soon(t, "the last is dead", func() bool { p.looksAround(); return p.Stats().Open == 1 })
 			dials = p.Stats().Dials
 			time.Sleep(20 * time.Millisecond) // in which nothing may happen
 			require.Equal(t, dials, p.Stats().Dials)
