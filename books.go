@@ -387,10 +387,14 @@ func (a *agenda) reasonOf(c *conn) CloseReason {
 	return ClosedUnknown
 }
 
+// run is inlined: on the agenda of most loans there is nothing.
 func (a *agenda) run(p *Pool) {
-	if a.dials == nil && a.closes == nil {
-		return
+	if a.dials != nil || a.closes != nil {
+		a.runAll(p)
 	}
+}
+
+func (a *agenda) runAll(p *Pool) {
 	for _, d := range a.dials {
 		go p.dial(d)
 	}
