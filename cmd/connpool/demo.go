@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -60,8 +59,6 @@ examples:
 func parseDemo(args []string, stdout io.Writer) (demoOptions, error) {
 	var o demoOptions
 	fs := flag.NewFlagSet("connpool demo", flag.ContinueOnError)
-	fs.SetOutput(io.Discard) // an error is told once, by the caller, without the whole usage
-	fs.Usage = func() {}
 	fs.IntVar(&o.addrs, "addrs", 40, "`number` of servers, each with an address of its own")
 	fs.IntVar(&o.workers, "workers", 64, "`number` of workers, each with one exchange at a time")
 	fs.IntVar(&o.maxOpen, "max-open", 24, "`number` of connections that may be open: the pool's MaxOpen")
@@ -71,22 +68,8 @@ func parseDemo(args []string, stdout io.Writer) (demoOptions, error) {
 	fs.BoolVar(&o.json, "json", false, "print the report as one JSON object")
 	fs.BoolVar(&o.quiet, "quiet", false, "no live line while it runs")
 
-	err := fs.Parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		var b bytes.Buffer
-		b.WriteString(demoTeaching)
-		fs.SetOutput(&b)
-		fs.PrintDefaults()
-		b.WriteString(demoExamples)
-		if _, err := b.WriteTo(stdout); err != nil {
-			return o, err
-		}
-		return o, flag.ErrHelp
-	case err != nil:
+	if err := parseTeaching(fs, args, stdout, demoTeaching, demoExamples); err != nil {
 		return o, err
-	case fs.NArg() > 0:
-		return o, fmt.Errorf("unexpected argument %q: the demo takes flags only", fs.Arg(0))
 	}
 	for _, n := range []struct {
 		flag  string

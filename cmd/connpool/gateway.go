@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -142,8 +141,6 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	o.MaxMemory, o.SocketMode = 512<<20, 0o600
 	var endian, errorReply string
 	fs := flag.NewFlagSet("connpool gateway", flag.ContinueOnError)
-	fs.SetOutput(io.Discard) // an error is told once, by the caller, without the whole usage
-	fs.Usage = func() {}
 	fs.StringVar(&o.Listen, "listen", "", "where clients connect: an `address`; port 0 is any that is free")
 	fs.StringVar(&o.To, "to", "", "the server: an `address`")
 	fs.StringVar(&o.Framing, "framing", "", "line, length, resp, modbus or session: a `name` from above")
@@ -188,22 +185,8 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	fs.BoolVar(&o.quiet, "quiet", false, "tell errors only")
 	fs.BoolVar(&o.verbose, "verbose", false, "tell also why single clients were closed and single requests failed")
 
-	err := fs.Parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		var b bytes.Buffer
-		b.WriteString(gatewayTeaching)
-		fs.SetOutput(&b)
-		fs.PrintDefaults()
-		b.WriteString(gatewayExamples)
-		if _, err := b.WriteTo(stdout); err != nil {
-			return o, err
-		}
-		return o, flag.ErrHelp
-	case err != nil:
+	if err := parseTeaching(fs, args, stdout, gatewayTeaching, gatewayExamples); err != nil {
 		return o, err
-	case fs.NArg() > 0:
-		return o, fmt.Errorf("unexpected argument %q: the gateway takes flags only", fs.Arg(0))
 	}
 	var others []string // flags of another framing
 	fs.Visit(func(f *flag.Flag) {
@@ -225,6 +208,7 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	default:
 		return o, fmt.Errorf("-length-endian is %q: use big or little", endian)
 	}
+	var err error
 	if o.ErrorReply, err = strconv.Unquote(`"` + strings.ReplaceAll(errorReply, `"`, `\"`) + `"`); err != nil {
 		return o, fmt.Errorf(`-error-reply is %q: use escapes as in Go, such as 'ERR\n'`, errorReply)
 	}
