@@ -190,9 +190,7 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	defer p.rescue(c, &owner)
 	c.uses++
 	c.uncounted = true
-	if t != p.cfg.Trace {
-		c.remember().trace = t
-	}
+	c.observedBy(t)
 	if p.holds != nil {
 		p.hold(c, 1)
 	}

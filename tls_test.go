@@ -366,3 +366,25 @@ func TestAPeerThatDoesNotReadHoldsUpNobody(t *testing.T) {
 		})
 	}
 }
+
+// Config.TLSFor: its result is copied once per address for as long as it is the
+// same, and what was negotiated outlives a change of it.
+func TestATLSConfigIsCopiedOncePerAddress(t *testing.T) {
+	caches := newSessionCaches()
+	one, two := &tls.Config{ServerName: "not this"}, new(tls.Config)
+	a := Addr{Transport: TLS, Host: "fe80::1%eth0", Port: 1}
+	b := Addr{Transport: TLS, Host: "a.example", ServerName: "b.example", Port: 1}
+	first := caches.configFor(a, one)
+	require.NotSame(t, one, first)
+	require.Equal(t, "fe80::1", first.ServerName, "no certificate names a zone")
+	require.Equal(t, "not this", one.ServerName, "what was given stays as it is")
+	require.Same(t, first, caches.configFor(a, one))
+	other := caches.configFor(b, one)
+	require.Equal(t, "b.example", other.ServerName)
+	require.NotSame(t, first.ClientSessionCache, other.ClientSessionCache, "no session crosses from one address to another")
+	changed := caches.configFor(a, two)
+	require.NotSame(t, first, changed)
+	require.Same(t, first.ClientSessionCache, changed.ClientSessionCache)
+	caches.forget(a)
+	require.NotSame(t, changed.ClientSessionCache, caches.configFor(a, two).ClientSessionCache, "Retire forgets sessions")
+}
