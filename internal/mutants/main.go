@@ -3,6 +3,7 @@
 //
 //	go run ./internal/mutants              all of them
 //	go run ./internal/mutants -run theft   those whose name matches
+//	go run ./internal/mutants -part 2/4    the second of four parts
 //	go run ./internal/mutants -list        what there is
 //	go run ./internal/mutants -in internal/gateway    the gateway's defences
 //
@@ -31,6 +32,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -57,6 +59,7 @@ var errSurvived = errors.New("SURVIVED")
 func main() {
 	in := flag.String("in", ".", "the `package` whose defences are removed: . or internal/gateway")
 	only := flag.String("run", "", "only mutants whose name matches this regular `expression`")
+	part := flag.String("part", "1/1", "`i/n`: only the i-th of n parts of these, so that several runs share the work")
 	tests := flag.String("tests", "", "run the tests of this `pattern` in the place of those in the table")
 	list := flag.Bool("list", false, "list the mutants and do nothing")
 	jobs := flag.Int("j", max(1, runtime.NumCPU()/2), "how many `mutants` run at the same time")
@@ -68,6 +71,9 @@ func main() {
 		fatal(fmt.Errorf("there is no table for the package %q", *in))
 	}
 	chosen, err := choose(table, *only)
+	if err == nil {
+		chosen, err = partOf(chosen, *part)
+	}
 	if err != nil {
 		fatal(err)
 	}
@@ -118,6 +124,25 @@ func choose(all []mutant, only string) ([]mutant, error) {
 	}
 	if len(chosen) == 0 {
 		return nil, fmt.Errorf("no mutant matches %q", only)
+	}
+	return chosen, nil
+}
+
+// partOf is every n-th of all, beginning with the i-th, for a part of the form
+// i/n. The n parts together are all, and about equally long.
+func partOf(all []mutant, part string) ([]mutant, error) {
+	first, count, found := strings.Cut(part, "/")
+	i, errI := strconv.Atoi(first)
+	n, errN := strconv.Atoi(count)
+	if !found || errI != nil || errN != nil || i < 1 || n < i {
+		return nil, fmt.Errorf("-part %q: write i/n, where i is between 1 and n, for example 2/4", part)
+	}
+	var chosen []mutant
+	for k := i - 1; k < len(all); k += n {
+		chosen = append(chosen, all[k])
+	}
+	if len(chosen) == 0 {
+		return nil, fmt.Errorf("-part %s is empty: there are %d mutants only", part, len(all))
 	}
 	return chosen, nil
 }
