@@ -1,0 +1,215 @@
+//go:build unix
+
+// Package realserver starts servers of the distribution for tests: on loopback,
+// on a port that was free, in a folder of their own, and never as root. A server
+// ends with its test; on Linux it also ends when the test's process is killed.
+package realserver
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// startTime bounds the start of a server, and its end. No server needs that long.
+const startTime = 30 * time.Second
+
+// Server is a server that runs.
+type Server struct {
+	Addr string // host and port
+	Dir  string // everything that the server writes
+
+	left chan struct{} // closed when the process is gone
+	proc *os.Process
+	stop syscall.Signal
+}
+
+// Kind says how a server is started.
+type Kind struct {
+	Program string         // its name, see Find
+	Package string         // the distribution's package that has it
+	Stop    syscall.Signal // ends it in good order
+	// Prepare runs before the first start, with a function that runs a
+	// program as the user of the server. It may be nil.
+	Prepare func(dir string, run func(argv ...string) error) error
+	// Args are the arguments for a server on 127.0.0.1:port.
+	Args func(dir string, port int) []string
+}
+
+// Redis is a redis-server that keeps nothing on disk. More arguments follow.
+func Redis(more ...string) Kind {
+	return Kind{
+		Program: "redis-server", Package: "redis-server", Stop: syscall.SIGTERM,
+		Args: func(dir string, port int) []string {
+			return append([]string{"--bind", "127.0.0.1", "--port", strconv.Itoa(port), "--dir", dir,
+				"--save", "", "--appendonly", "no", "--loglevel", "warning"}, more...)
+		},
+	}
+}
+
+// Postgres is a PostgreSQL that lets everybody in as the user "postgres".
+func Postgres() Kind {
+	return Kind{
+		Program: "postgres", Package: "postgresql", Stop: syscall.SIGINT,
+		Prepare: func(dir string, run func(argv ...string) error) error {
+			return run("initdb", "-D", filepath.Join(dir, "data"), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
+		},
+		Args: func(dir string, port int) []string {
+			return []string{"-D", filepath.Join(dir, "data"), "-h", "127.0.0.1", "-p", strconv.Itoa(port), "-k", dir, "-F"}
+		},
+	}
+}
+
+// Find is the path of a program: in PATH, or where Debian puts servers. Of
+// several versions the newest wins. Without the program the test is skipped.
+func Find(t testing.TB, program, pkg string) string {
+	t.Helper()
+	if path, err := exec.LookPath(program); err == nil {
+		return path
+	}
+	for _, pattern := range []string{"/usr/sbin", "/usr/lib/postgresql/*/bin"} {
+		found, _ := filepath.Glob(filepath.Join(pattern, program))
+		if len(found) > 0 {
+			return slices.MaxFunc(found, func(a, b string) int {
+				return cmp.Or(cmp.Compare(len(a), len(b)), strings.Compare(a, b))
+			})
+		}
+	}
+	t.Skipf("there is no %s on this machine: install the package %s", program, pkg)
+	return ""
+}
+
+// Start starts a server and returns when it takes connections.
+func Start(t testing.TB, k Kind) *Server {
+	t.Helper()
+	path := Find(t, k.Program, k.Package)
+	dir, err := os.MkdirTemp("", "rs") // short: a Unix socket's path has 107 bytes at most
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	as := process()
+	if os.Geteuid() == 0 {
+		nobody, err := user.Lookup("nobody")
+		if err != nil {
+			t.Skipf("we are root, and there is no other user to run %s: %v", k.Program, err)
+		}
+		uid, _ := strconv.Atoi(nobody.Uid)
+		gid, _ := strconv.Atoi(nobody.Gid)
+		as.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+		if err := os.Chown(dir, uid, gid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	command := func(path string, argv ...string) *exec.Cmd {
+		cmd := exec.Command(path, argv...)
+		cmd.Dir, cmd.SysProcAttr = dir, as
+		cmd.Env = []string{"PATH=/usr/bin:/bin", "LC_ALL=C", "TZ=UTC", "HOME=" + dir}
+		return cmd
+	}
+	if k.Prepare != nil {
+		err := k.Prepare(dir, func(argv ...string) error {
+			out, err := command(Find(t, argv[0], k.Package), argv[1:]...).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("%v: %w\n%s", argv, err, out)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A port that is free now may be taken when the server binds it.
+	for range 5 {
+		port, err := freePort()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &Server{Addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), Dir: dir, left: make(chan struct{}), stop: k.Stop}
+		if err = s.run(command(path, k.Args(dir, port)...)); err == nil {
+			t.Cleanup(s.Stop)
+			return s
+		}
+		t.Log(err)
+	}
+	log, _ := os.ReadFile(filepath.Join(dir, "log"))
+	t.Fatalf("%s does not start, in five tries on five ports:\n%s", k.Program, log)
+	return nil
+}
+
+func freePort() (int, error) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port, nil
+}
+
+// run starts the process and waits until it listens.
+func (s *Server) run(cmd *exec.Cmd) error {
+	log, err := os.OpenFile(filepath.Join(s.Dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	cmd.Stdout, cmd.Stderr = log, log
+	started := make(chan error)
+	go func() {
+		// The kernel ends the server when the thread ends that started it.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer log.Close()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			cmd.Wait()
+			close(s.left)
+		}
+	}()
+	if err := <-started; err != nil {
+		return err
+	}
+	s.proc = cmd.Process
+	ctx, cancel := context.WithTimeout(context.Background(), startTime)
+	defer cancel()
+	again := time.NewTicker(5 * time.Millisecond)
+	defer again.Stop()
+	for {
+		if nc, err := new(net.Dialer).DialContext(ctx, "tcp", s.Addr); err == nil {
+			nc.Close()
+			return nil
+		}
+		select {
+		case <-s.left:
+			return fmt.Errorf("%s ended at its start: %v", cmd.Path, cmd.ProcessState)
+		case <-ctx.Done():
+			s.Stop()
+			return fmt.Errorf("%s does not listen", cmd.Path)
+		case <-again.C:
+		}
+	}
+}
+
+// Stop ends the server, by force if that takes too long, and returns when it is
+// gone. It may be called again.
+func (s *Server) Stop() {
+	s.proc.Signal(s.stop)
+	select {
+	case <-s.left:
+	case <-time.After(startTime):
+		s.proc.Kill()
+		<-s.left
+	}
+}
