@@ -369,9 +369,33 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-cache-per-address",
-		old:   "s.lru.Get(addr)\n\tif known",
-		new:   "s.lru.Get(Addr{})\n\taddr = Addr{}\n\tif known",
+		old:   `s.lru.Add(addr, tlsOfAddr{from, cfg})`,
+		new:   "if all, ok := s.lru.Get(Addr{}); ok && cfg.ClientSessionCache != nil {\n\t\t\tcfg.ClientSessionCache = all.config.ClientSessionCache\n\t\t}\n\t\ts.lru.Add(addr, tlsOfAddr{from, cfg})\n\t\ts.lru.Add(Addr{}, tlsOfAddr{from, cfg})",
 		tests: `TestSessionsAreResumedPerAddressOnly`,
+	},
+	{
+		name:  "session-cache-per-identity",
+		old:   "if cfg.ClientSessionCache = nil; resumes(from) {",
+		new:   "if have, known := s.lru.Get(addr); known && !late {\n\t\tcfg.ClientSessionCache = have.config.ClientSessionCache\n\t} else if cfg.ClientSessionCache = nil; resumes(from) {",
+		tests: `TestANewResultOfTLSForResumesNoSessionOfTheOld`,
+	},
+	{
+		name:  "session-of-a-dial-from-before-retire",
+		old:   `late := before != s.forgotten`,
+		new:   `late := before != s.forgotten && false`,
+		tests: `TestRetireBesideASlowTLSForLeavesNoSessionOfTheOldIdentity`,
+	},
+	{
+		name:  "session-forgotten-by-retire",
+		old:   "s.forgotten++\n\ts.lru.Remove(addr)",
+		new:   `s.forgotten++`,
+		tests: `TestSessionsAreResumedPerAddressOnly`,
+	},
+	{
+		name:  "resumption-skips-no-function",
+		old:   `return cfg.ClientSessionCache != nil || cfg.VerifyPeerCertificate == nil && cfg.GetClientCertificate == nil`,
+		new:   `return true`,
+		tests: `TestAFunctionThatIsToRunInEachHandshakeRunsForEachConnection`,
 	},
 	{
 		name:  "server-name-verified",
