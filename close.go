@@ -21,7 +21,8 @@ func (p *Pool) EvictLRU() (Addr, bool) {
 
 // Retire makes the connections of addr that were opened, or are being opened,
 // before now unfit to be lent again: idle ones are closed now, borrowed ones
-// when they are given back. TLS sessions are forgotten too. Use it after a
+// when they are given back. TLS sessions are forgotten too, those of dials under
+// way included. Use it after a
 // change of certificates or credentials. Other addresses are not affected; an
 // addr that the pool does not know, or that is invalid, is no error.
 func (p *Pool) Retire(addr Addr) {

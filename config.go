@@ -141,12 +141,25 @@ type Config struct {
 	// the address alone, so that no session crosses from one identity to
 	// another (SessionTicketsDisabled switches resumption off). nil: the
 	// zero tls.Config, which trusts the system's roots.
+	//
+	// A connection that resumes a session keeps the client certificate and
+	// the proof of the peer's identity from the handshake in which the
+	// session was made. crypto/tls calls neither GetClientCertificate nor
+	// VerifyPeerCertificate for it. So with one of these two functions set
+	// the pool resumes no session, unless ClientSessionCache is set too
+	// (the pool does not use that cache; it only says that the functions
+	// may be skipped). VerifyConnection runs for every connection. After a
+	// change of what such a function does or returns, call [Pool.Retire]:
+	// it ends the connections and the sessions from before.
 	TLS *tls.Config
 
 	// TLSFor replaces TLS where identity or trust depends on the address,
 	// say on its Scope. It runs once per dial; a nil result means TLS. What
 	// it returns is copied, once per address for as long as it returns the
-	// same, and must not be changed later.
+	// same, and must not be changed later. Another pointer is another
+	// identity: no session made with the one before is resumed under it.
+	// So return the same pointer for as long as nothing changes; with a new
+	// one for each dial no session is ever resumed.
 	TLSFor func(Addr) (*tls.Config, error)
 
 	// Setup runs once per connection, before its first loan, to log in or

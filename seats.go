@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"log/slog"
 	"runtime"
 	"strconv"
 	"sync"
@@ -28,6 +29,10 @@ type seats struct {
 //
 // While it is free, c belongs to the session, and vacate takes it. While it is
 // taken, what seats.mu does not guard belongs to the goroutine that took it.
+// A session that has ended has no connection on a free seat: vacate takes those
+// of the seats that are free at that moment, rise that of a seat that becomes
+// free later. So what a use leaves and the end of the use are one critical
+// section.
 type seat struct {
 	addr Addr
 	by   uint64  // the goroutine that has it, 0 if it is free; seats.mu
@@ -54,6 +59,10 @@ type turn struct {
 func (b *seats) vacate() (held []*conn) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	return b.vacateLocked()
+}
+
+func (b *seats) vacateLocked() (held []*conn) {
 	if b.ended {
 		return nil
 	}
@@ -86,18 +95,30 @@ func (b *seats) giveBack(held []*conn) {
 		return
 	}
 	defer b.giveBack(held[1:])
-	b.p.returnKept(b.ctx, held[0])
+	b.giveBackOne(held[0])
 }
 
-// returnKept gives back a connection that a session kept.
-func (p *Pool) returnKept(ctx context.Context, c *conn) {
+// giveBackOne gives back a connection that was on a seat. The caller owns it.
+func (b *seats) giveBackOne(c *conn) (kept bool) {
 	owner := true
-	defer p.rescue(c, &owner)
-	p.putBack(ctx, c, ClosedUnknown, nil, &owner)
+	defer b.p.rescue(c, &owner)
+	b.p.putBack(b.ctx, c, ClosedUnknown, nil, &owner)
 	if owner {
 		owner = false
-		p.giveBack(c)
+		kept = b.p.giveBack(c)
 	}
+	return kept
+}
+
+// giveBackQuietly is giveBack on a goroutine of its own, where a panic of Reset
+// would find nobody to reach.
+func (b *seats) giveBackQuietly(held ...*conn) {
+	defer func() {
+		if v := recover(); v != nil {
+			b.p.log(slog.LevelError, "the end of a session panicked", "panic", v)
+		}
+	}()
+	b.giveBack(held)
 }
 
 // take makes the goroutine me the one who uses the seat of addr, or finds that
@@ -134,15 +155,19 @@ func (b *seats) take(ctx context.Context, addr Addr, me uint64) (st *seat, neste
 	case <-b.p.ctx.Done():
 		err = ErrClosed
 	}
+	var left *conn
 	b.mu.Lock()
 	mine := st.by == me
 	switch {
 	case mine && err != nil: // served at the last moment
-		b.riseLocked(st)
+		left = b.riseLocked(st, st.c)
 	case !w.served:
 		st.leave(w)
 	}
 	b.mu.Unlock()
+	if left != nil {
+		go b.giveBackQuietly(left) // the caller's ctx is done: it does not wait for Reset
+	}
 	switch {
 	case err != nil:
 		return nil, false, b.p.failed(addr, StageSession, err, start)
@@ -167,27 +192,34 @@ func (w *turn) serve() {
 	close(w.ready)
 }
 
-func (b *seats) rise(st *seat) {
+// rise ends a use of st, on which it leaves c, nil for nothing: the seat is free, or
+// that of the next in line. It returns c if the session has ended and the seat
+// with it; the caller owns c then, and must give it back.
+func (b *seats) rise(st *seat, c *conn) (left *conn) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.riseLocked(st)
+	return b.riseLocked(st, c)
 }
 
-// riseLocked frees a seat, or gives it to the next in line.
-func (b *seats) riseLocked(st *seat) {
+func (b *seats) riseLocked(st *seat, c *conn) (left *conn) {
+	st.c = c
 	if len(st.line) > 0 {
 		w := st.line[0]
 		st.line = st.line[1:]
 		st.by = w.by
 		w.serve()
-		return
+		return nil
 	}
 	st.by = 0
 	b.taken--
+	if b.ended {
+		left, st.c = c, nil
+	}
 	if st.c == nil {
 		delete(b.byAddr, st.addr)
 	}
 	b.leaveLocked()
+	return left
 }
 
 // goroutine is the number of the calling goroutine. The runtime gives each its

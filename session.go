@@ -2,7 +2,6 @@ package connpool
 
 import (
 	"context"
-	"log/slog"
 	"runtime"
 )
 
@@ -72,15 +71,9 @@ func (s *session) end() {
 	s.giveBack(s.vacate())
 }
 
-// endQuietly is end on a goroutine of its own, where a panic of Reset would find
-// nobody to reach.
+// endQuietly is end on a goroutine of its own.
 func (s *session) endQuietly() {
-	defer func() {
-		if v := recover(); v != nil {
-			s.p.log(slog.LevelError, "the end of a session panicked", "panic", v)
-		}
-	}()
-	s.giveBack(s.vacate())
+	s.giveBackQuietly(s.vacate()...)
 	runtime.KeepAlive(s)
 }
 

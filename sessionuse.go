@@ -13,13 +13,23 @@ import (
 // use is the outermost use of a seat, which the caller has taken.
 func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	p := b.p
-	defer b.rise(st)
+	risen := false
+	defer func() {
+		if risen {
+			return
+		}
+		// st.c is there only if a Trace function ended this before c was taken.
+		if left := b.rise(st, st.c); left != nil {
+			go b.giveBackQuietly(left)
+		}
+	}()
+	st.loan, st.spoiled, st.why = Conn{}, ClosedUnknown, nil
 	t := p.trace(ctx)
 	if t != nil && t.GetConn != nil {
 		t.GetConn(st.addr)
 	}
 	c, waited, owner := st.c, time.Duration(0), true
-	st.c, st.loan, st.spoiled, st.why = nil, Conn{}, ClosedUnknown, nil
+	st.c = nil
 	if c == nil {
 		var err error
 		if c, waited, err = p.borrow(ctx, st.addr, t); err != nil {
@@ -69,31 +79,15 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	p.countLoanLocked(c)
 	p.mu.Unlock()
 	c.observedBy(b.trace)
-	kept := b.keep(st, c)
-	if !kept {
-		p.putBack(b.ctx, c, ClosedUnknown, nil, &owner)
-		if owner {
-			owner = false
-			kept = p.giveBack(c)
+	st.usedAt = p.clock.exactly()
+	owner, risen = false, true // from here on c is the next one's in line, or the session's
+	left := b.rise(st, c)
+	if left == nil || b.giveBackOne(left) {
+		if t != nil && t.PutConn != nil {
+			t.PutConn(PutInfo{Addr: st.addr, ID: id, Held: p.clock.exactly().sub(began)})
 		}
 	}
-	owner = false
-	if kept && t != nil && t.PutConn != nil {
-		t.PutConn(PutInfo{Addr: st.addr, ID: id, Held: p.clock.exactly().sub(began)})
-	}
 	return unkeep(err)
-}
-
-// keep leaves c on its seat, unless the session has ended.
-func (b *seats) keep(st *seat, c *conn) bool {
-	st.usedAt = b.p.clock.exactly()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.ended {
-		return false
-	}
-	st.c = c
-	return true
 }
 
 // refuse says why a connection that a session kept cannot be used again, and

@@ -51,7 +51,7 @@ func (p *Pool) handshake(ctx context.Context, addr Addr, nc net.Conn) (net.Conn,
 var zeroTLS tls.Config // only copied
 
 func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
-	cfg := p.cfg.TLS
+	cfg, before := p.cfg.TLS, p.sessions.age()
 	if p.cfg.TLSFor != nil {
 		own, err := p.cfg.TLSFor(addr)
 		if err != nil {
@@ -64,7 +64,7 @@ func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 	if cfg == nil {
 		cfg = &zeroTLS
 	}
-	return p.sessions.configFor(addr, cfg), nil
+	return p.sessions.configFor(addr, cfg, before), nil
 }
 
 // tlsMode says what a tlsSocket does when crypto/tls reads.
@@ -246,9 +246,16 @@ func (s *tlsSocket) SetWriteDeadline(t time.Time) error {
 // dialled last, in the tls.Config of the address. One for all would let a
 // session be resumed under another name, scope or client certificate than it was
 // made with; a tls.Config for each connection would be the largest part of it.
+//
+// A cache belongs to one identity: an address and the tls.Config that was given
+// for it, known by its pointer. Another pointer is another identity with a cache
+// of its own, and Retire makes another identity of the same pointer. The cache
+// of an identity that is over is out of reach here, so what its connections
+// still put into it (a ticket may come at any time) meets nobody.
 type sessionCaches struct {
-	mu  sync.Mutex // guards lru; nothing else happens under it
-	lru *simplelru.LRU[Addr, tlsOfAddr]
+	mu        sync.Mutex // guards what follows; nothing else happens under it
+	lru       *simplelru.LRU[Addr, tlsOfAddr]
+	forgotten uint64 // how often Retire was called
 }
 
 type tlsOfAddr struct {
@@ -263,29 +270,46 @@ func newSessionCaches() *sessionCaches {
 	return &sessionCaches{lru: lru}
 }
 
-// configFor is from with what belongs to addr.
-func (s *sessionCaches) configFor(addr Addr, from *tls.Config) *tls.Config {
+// age is for a dial that is about to ask what its tls.Config is.
+func (s *sessionCaches) age() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	have, known := s.lru.Get(addr)
-	if known && have.from == from {
+	return s.forgotten
+}
+
+// configFor is from with what belongs to addr. before is the age from before
+// from was asked for: if there was a Retire meanwhile, from may be of the
+// identity that is over, and what is made of it is for one dial only.
+func (s *sessionCaches) configFor(addr Addr, from *tls.Config, before uint64) *tls.Config {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	late := before != s.forgotten
+	if have, known := s.lru.Get(addr); known && have.from == from && !late {
 		return have.config
 	}
 	cfg := from.Clone()
 	if cfg.ServerName = addr.ServerName; cfg.ServerName == "" {
 		cfg.ServerName, _, _ = strings.Cut(addr.Host, "%") // no certificate names a zone
 	}
-	if known {
-		cfg.ClientSessionCache = have.config.ClientSessionCache
-	} else {
+	if cfg.ClientSessionCache = nil; resumes(from) {
 		cfg.ClientSessionCache = tls.NewLRUClientSessionCache(4)
 	}
-	s.lru.Add(addr, tlsOfAddr{from, cfg})
+	if !late {
+		s.lru.Add(addr, tlsOfAddr{from, cfg})
+	}
 	return cfg
+}
+
+// resumes reports whether sessions made with cfg may be resumed. Who asks for a
+// say in each handshake gets it: a resumed session would pass over these
+// functions. A cache of the caller's own says that this is meant.
+func resumes(cfg *tls.Config) bool {
+	return cfg.ClientSessionCache != nil || cfg.VerifyPeerCertificate == nil && cfg.GetClientCertificate == nil
 }
 
 func (s *sessionCaches) forget(addr Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.forgotten++
 	s.lru.Remove(addr)
 }

@@ -368,23 +368,47 @@ func TestAPeerThatDoesNotReadHoldsUpNobody(t *testing.T) {
 }
 
 // Config.TLSFor: its result is copied once per address for as long as it is the
-// same, and what was negotiated outlives a change of it.
+// same; another one is another identity, with sessions of its own.
+//
+// TRY-22
 func TestATLSConfigIsCopiedOncePerAddress(t *testing.T) {
 	caches := newSessionCaches()
+	configFor := func(a Addr, from *tls.Config) *tls.Config { return caches.configFor(a, from, caches.age()) }
 	one, two := &tls.Config{ServerName: "not this"}, new(tls.Config)
 	a := Addr{Transport: TLS, Host: "fe80::1%eth0", Port: 1}
 	b := Addr{Transport: TLS, Host: "a.example", ServerName: "b.example", Port: 1}
-	first := caches.configFor(a, one)
+	first := configFor(a, one)
 	require.NotSame(t, one, first)
 	require.Equal(t, "fe80::1", first.ServerName, "no certificate names a zone")
 	require.Equal(t, "not this", one.ServerName, "what was given stays as it is")
-	require.Same(t, first, caches.configFor(a, one))
-	other := caches.configFor(b, one)
+	require.Same(t, first, configFor(a, one))
+	other := configFor(b, one)
 	require.Equal(t, "b.example", other.ServerName)
 	require.NotSame(t, first.ClientSessionCache, other.ClientSessionCache, "no session crosses from one address to another")
-	changed := caches.configFor(a, two)
+	changed := configFor(a, two)
 	require.NotSame(t, first, changed)
-	require.Same(t, first.ClientSessionCache, changed.ClientSessionCache)
+	require.NotSame(t, first.ClientSessionCache, changed.ClientSessionCache, "nor from one identity to another")
+	back := configFor(a, one)
+	require.NotSame(t, changed.ClientSessionCache, back.ClientSessionCache)
+	require.Same(t, other, configFor(b, one), "the other address has what it had")
 	caches.forget(a)
-	require.NotSame(t, changed.ClientSessionCache, caches.configFor(a, two).ClientSessionCache, "Retire forgets sessions")
+	renewed := configFor(a, one)
+	require.NotSame(t, back.ClientSessionCache, renewed.ClientSessionCache, "Retire forgets sessions")
+
+	// What was asked for before a Retire is for one dial alone.
+	before := caches.age()
+	caches.forget(a)
+	late := caches.configFor(a, one, before)
+	now := configFor(a, one)
+	require.NotSame(t, late.ClientSessionCache, now.ClientSessionCache)
+	later := caches.configFor(a, one, before)
+	require.NotSame(t, now.ClientSessionCache, later.ClientSessionCache)
+	require.NotSame(t, late.ClientSessionCache, later.ClientSessionCache)
+	require.Same(t, now, configFor(a, one), "and takes nobody's place")
+
+	// A new one for each dial costs no memory that grows.
+	for range 10 * 1024 {
+		configFor(a, new(tls.Config))
+	}
+	require.Equal(t, 2, caches.lru.Len())
 }

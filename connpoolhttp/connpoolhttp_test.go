@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -385,4 +386,33 @@ func TestWhatIsNilIsNamed(t *testing.T) {
 type odd struct {
 	net.Conn
 	_ []byte
+}
+
+// TRY-41
+func TestAClientThatGoesAwayAsItsRequestEndsLeavesNothingOut(t *testing.T) {
+	b := start(t, connpool.Config{})
+	h := Middleware(b.pool)(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_ = b.pool.With(r.Context(), b.addr, func(connpool.Conn) error { return nil })
+	}))
+	rounds := 20000
+	if testing.Short() {
+		rounds = 2000
+	}
+	for i := range rounds {
+		ctx, cancel := context.WithCancel(t.Context())
+		r := httptest.NewRequestWithContext(ctx, "GET", "/", nil)
+		var gone sync.WaitGroup
+		gone.Go(func() {
+			for range i % 64 {
+				runtime.KeepAlive(i)
+			}
+			cancel() // as net/http does
+		})
+		h.ServeHTTP(httptest.NewRecorder(), r)
+		gone.Wait()
+	}
+	for end := time.Now().Add(10 * time.Second); b.pool.Stats().InUse > 0; {
+		require.False(t, time.Now().After(end), "%v", b.pool.Stats())
+		<-time.After(time.Millisecond)
+	}
 }

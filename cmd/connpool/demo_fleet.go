@@ -21,7 +21,7 @@ type peer struct {
 	addr    connpool.Addr
 	network string // for package net, as target is
 	target  string
-	tls     *tls.Config // for who dials without the pool; nil without TLS
+	tls     *tls.Config // of its clients, the pool and those without; nil without TLS
 }
 
 // fleet is all the servers.

@@ -51,7 +51,7 @@ func poolConfig(o demoOptions, f *fleet) connpool.Config {
 			if p == nil {
 				return nil, fmt.Errorf("the pool asks for %v, which nobody named", a)
 			}
-			return p.ClientTLS(), nil
+			return p.tls, nil // the same each time: sessions are resumed
 		},
 		Setup: func(context.Context, connpool.Addr, net.Conn) (any, error) {
 			return &note{born: time.Now()}, nil

@@ -369,9 +369,33 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-cache-per-address",
-		old:   "s.lru.Get(addr)\n\tif known",
-		new:   "s.lru.Get(Addr{})\n\taddr = Addr{}\n\tif known",
+		old:   `s.lru.Add(addr, tlsOfAddr{from, cfg})`,
+		new:   "if all, ok := s.lru.Get(Addr{}); ok && cfg.ClientSessionCache != nil {\n\t\t\tcfg.ClientSessionCache = all.config.ClientSessionCache\n\t\t}\n\t\ts.lru.Add(addr, tlsOfAddr{from, cfg})\n\t\ts.lru.Add(Addr{}, tlsOfAddr{from, cfg})",
 		tests: `TestSessionsAreResumedPerAddressOnly`,
+	},
+	{
+		name:  "session-cache-per-identity",
+		old:   "if cfg.ClientSessionCache = nil; resumes(from) {",
+		new:   "if have, known := s.lru.Get(addr); known && !late {\n\t\tcfg.ClientSessionCache = have.config.ClientSessionCache\n\t} else if cfg.ClientSessionCache = nil; resumes(from) {",
+		tests: `TestANewResultOfTLSForResumesNoSessionOfTheOld`,
+	},
+	{
+		name:  "session-of-a-dial-from-before-retire",
+		old:   `late := before != s.forgotten`,
+		new:   `late := before != s.forgotten && false`,
+		tests: `TestRetireBesideASlowTLSForLeavesNoSessionOfTheOldIdentity`,
+	},
+	{
+		name:  "session-forgotten-by-retire",
+		old:   "s.forgotten++\n\ts.lru.Remove(addr)",
+		new:   `s.forgotten++`,
+		tests: `TestSessionsAreResumedPerAddressOnly`,
+	},
+	{
+		name:  "resumption-skips-no-function",
+		old:   `return cfg.ClientSessionCache != nil || cfg.VerifyPeerCertificate == nil && cfg.GetClientCertificate == nil`,
+		new:   `return true`,
+		tests: `TestAFunctionThatIsToRunInEachHandshakeRunsForEachConnection`,
 	},
 	{
 		name:  "server-name-verified",
@@ -793,9 +817,27 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-ended-keeps-nothing",
-		old:   "if b.ended {\n\t\treturn false\n\t}\n\tst.c = c",
-		new:   `st.c = c`,
+		old:   "if b.ended {\n\t\tleft, st.c = c, nil\n\t}",
+		new:   "",
 		tests: `TestASessionEndsWithItsCtxAndAfterTheUseUnderWay`,
+	},
+	{
+		name:  "session-keeps-and-rises-in-one",
+		old:   "defer b.mu.Unlock()\n\treturn b.riseLocked(st, c)",
+		new:   "ended := b.ended\n\tif !ended {\n\t\tst.c = c\n\t}\n\tb.mu.Unlock()\n\truntime.Gosched()\n\tb.mu.Lock()\n\tdefer b.mu.Unlock()\n\tif st.c == nil || ended {\n\t\treturn b.riseLocked(st, c)\n\t}\n\tnow := b.ended\n\tb.ended = false\n\tleft = b.riseLocked(st, c)\n\tb.ended = now\n\tb.leaveLocked()\n\treturn left",
+		tests: `TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut`,
+	},
+	{
+		name:  "session-seat-given-up",
+		old:   `left = b.riseLocked(st, st.c)`,
+		new:   `b.riseLocked(st, st.c)`,
+		tests: `TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection`,
+	},
+	{
+		name:  "session-ends-before-the-connection-is-taken",
+		old:   `if left := b.rise(st, st.c); left != nil {`,
+		new:   `if left := b.rise(st, st.c); false {`,
+		tests: `TestASessionThatEndsAtAnyMomentOfAUseGivesItsConnectionBack`,
 	},
 	{
 		name:  "session-not-in-hooks",
@@ -811,8 +853,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-all-given-back",
-		old:   "defer b.giveBack(held[1:])\n\tb.p.returnKept(b.ctx, held[0])",
-		new:   "b.p.returnKept(b.ctx, held[0])\n\tb.giveBack(held[1:])",
+		old:   "defer b.giveBack(held[1:])\n\tb.giveBackOne(held[0])",
+		new:   "b.giveBackOne(held[0])\n\tb.giveBack(held[1:])",
 		tests: `TestResetRunsAtTheEndOfTheSession`,
 	},
 	{
