@@ -119,7 +119,7 @@ func (p *Pool) dial(a *attempt) {
 			}
 			return
 		}
-		c.state = a.state
+		a.handState()
 		if a.err == nil {
 			p.dialed(a, start, t, nil)
 			return
@@ -194,6 +194,9 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 		if err = c.failure(); err == nil {
 			err = &brokenContract{"Config.Setup closed the connection"}
 		}
+	}
+	if err == nil {
+		err = p.setUp(a)
 	}
 	return err
 }

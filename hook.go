@@ -47,7 +47,9 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 			err = &brokenContract{"it closed the connection"}
 		}
 	case c.leftovers(word):
-		err = &brokenContract{"it left unread bytes behind"}
+		if err = c.held().clean("it"); err == nil {
+			err = &brokenContract{"it left unread bytes behind"}
+		}
 	}
 	switch err.(type) {
 	case nil, *hookPanic: // which says where it happened

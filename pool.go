@@ -392,7 +392,7 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 	}
 	reason, why := c.verdict(ctx, word, err)
 	if reason == ClosedUnknown && c.leftovers(word) {
-		reason = ClosedDirty
+		reason, why = ClosedDirty, c.held().clean("the borrower")
 	}
 	p.putBack(ctx, c, reason, why, owner)
 	if *owner {

@@ -105,8 +105,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "leftovers-in-the-state",
-		old:   `left := c.buffered() > 0`,
-		new:   `left := c.buffered() < 0`,
+		old:   `left := in.unread > 0`,
+		new:   `left := in.unread < 0`,
 		tests: `TestWhatTheStateHasBufferedCountsAsUnread`,
 	},
 	{
