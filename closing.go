@@ -11,13 +11,18 @@ import (
 // How a connection ends: what speaks against keeping it, whether its descriptor
 // is still its own, and how it is closed.
 
-// leftovers reports whether bytes are left that the borrower did not read: in
-// the state's buffer or in crypto/tls. Those in the kernel are found by the
-// look that precedes the next loan, together with those that come later.
+// leftovers reports whether bytes are left that the borrower did not read, in
+// the state's buffer or in crypto/tls, or did not flush. Those in the kernel are
+// found by the look that precedes the next loan, together with those that come
+// later.
 //
-// With a Push that is what it is for, and no reason to give the connection up.
+// With a Push what is unread is for it, and no reason to give the connection up.
 func (c *conn) leftovers(word uint64) bool {
-	left := c.buffered() > 0
+	in := c.held()
+	if in.unflushed > 0 {
+		return true
+	}
+	left := in.unread > 0
 	if word&moved != 0 && !left {
 		var err error
 		left, err = c.probe.leftovers()
@@ -31,12 +36,7 @@ func (c *conn) leftovers(word uint64) bool {
 }
 
 // buffered counts what the state has read and not used.
-func (c *conn) buffered() int {
-	if b, ok := c.state.(interface{ Buffered() int }); ok {
-		return b.Buffered()
-	}
-	return 0
-}
+func (c *conn) buffered() int { return c.held().unread }
 
 func (c *conn) unprobed() bool { return c.nc != nil && !c.probe.can() }
 

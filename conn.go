@@ -395,7 +395,7 @@ func (c *conn) note(err error) error {
 		case l.ctx == nil:
 		case l.ctx.Err() != nil:
 			ioe.cause = causeOf(l.ctx)
-			if errors.Is(ioe.cause, context.Canceled) {
+			if l.ctx.Err() == context.Canceled { // whatever the cause is made of
 				ioe.kind = KindCanceled
 			}
 		case !l.limit.IsZero() && !c.site.pool.clock.read().Before(l.limit):
@@ -412,7 +412,7 @@ func (c *conn) note(err error) error {
 }
 
 func ioErrorOf(word uint64, err error) *ioError {
-	ioe := &ioError{kind: KindTimeout, err: err}
+	ioe := &ioError{kind: KindTimeout, err: spent(err)}
 	if word&moved != 0 {
 		ioe.kind = KindTimeoutInTransfer
 	}

@@ -272,7 +272,7 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 
 func askProber(pr Prober) (err error) {
 	defer recoverInto(&err, "Probe")
-	return pr.Probe()
+	return spent(returned(pr.Probe()))
 }
 
 // lookPatience bounds what a look may wait for where it cannot do without

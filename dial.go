@@ -27,6 +27,18 @@ type dialError struct {
 func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
+// local reports whether the dial failed for want of something local, which says
+// nothing about the peer. What Setup returned may be the want of somebody else: of
+// another pool, whose address this one is not, or of a server's it has asked.
+func (e *dialError) local() bool {
+	var other *Error
+	if e.stage == StageSetup || errors.As(e.err, &other) {
+		return false
+	}
+	kind := KindOf(e.err)
+	return kind == KindResource || kind == KindUsage
+}
+
 // attempt is one dial under way.
 type attempt struct {
 	c   *conn
@@ -107,14 +119,14 @@ func (p *Pool) dial(a *attempt) {
 			}
 			return
 		}
-		c.state = a.state
+		a.handState()
 		if a.err == nil {
 			p.dialed(a, start, t, nil)
 			return
 		}
 		p.dialFailed(a, start, t, a.err)
 	}()
-	a.err = p.open(ctx, a)
+	a.err = spent(p.open(ctx, a))
 	a.ended = true
 }
 
@@ -182,6 +194,9 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 		if err = c.failure(); err == nil {
 			err = &brokenContract{"Config.Setup closed the connection"}
 		}
+	}
+	if err == nil {
+		err = p.setUp(a)
 	}
 	return err
 }
@@ -403,8 +418,7 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 		s.trouble = new(trouble)
 	}
 	s.trouble.lastErr = failure.err
-	// A failure for want of something local says nothing about the peer.
-	if kind := KindOf(failure.err); !p.closed && !s.tracked() && kind != KindResource && kind != KindUsage {
+	if !p.closed && !s.tracked() && !failure.local() {
 		s.trouble.failures++
 		s.trouble.failedAt = now
 	}

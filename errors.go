@@ -160,12 +160,25 @@ func (e *PanicError) Error() string {
 	if e.Value == nil {
 		return e.Where + " ended its goroutine (runtime.Goexit)"
 	}
-	return fmt.Sprintf("%s panicked: %v", e.Where, e.Value)
+	return oneLine(fmt.Sprintf("%s panicked: %v", e.Where, e.Value))
 }
 
 func (e *PanicError) Unwrap() error {
 	err, _ := e.Value.(error)
-	return err
+	return spent(err)
+}
+
+// oneLine is text with its lines after each other, since a log takes an error for
+// one line: errors.Join and what peers say have several.
+func oneLine(text string) string {
+	if !strings.ContainsAny(text, "\n\r") {
+		return text
+	}
+	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' })
+	for i, l := range lines {
+		lines[i] = strings.TrimSpace(l)
+	}
+	return strings.Join(lines, "; ")
 }
 
 // ioError is a time-out inside a loan, with the two facts that the plain error
@@ -254,24 +267,6 @@ func KindOf(err error) Kind {
 	return KindUnknown
 }
 
-// keepError is the verdict of [Keep].
-type keepError struct{ err error }
-
-func (k *keepError) Error() string { return k.err.Error() }
-func (k *keepError) Unwrap() error { return k.err }
-
-// Keep wraps the error of an exchange that went wrong for its own reasons and
-// left the connection in step: a "no such key", a rejected request. fn returns
-// Keep(err) to have err reported while the connection goes back to the pool.
-// Keep(nil) is nil. It does not save a connection whose socket failed, that
-// has unread bytes, or whose ctx is done.
-func Keep(err error) error {
-	if err == nil {
-		return nil
-	}
-	return &keepError{err}
-}
-
 func usage(addr Addr, err error) *Error {
 	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
 }
@@ -292,7 +287,7 @@ func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *E
 }
 
 func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start instant) *Error {
-	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: err}
+	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: spent(err)}
 	if start != 0 {
 		e.Waited = p.clock.exactly().sub(start)
 	}

@@ -158,7 +158,10 @@ func TestKeepWrapsAndUnkeepUnwraps(t *testing.T) {
 	require.True(t, unkeep(kept) == errBoom)
 	require.True(t, unkeep(errBoom) == errBoom)
 	deep := fmt.Errorf("deep: %w", kept)
-	require.True(t, unkeep(deep) == deep)
+	require.ErrorIs(t, unkeep(deep), deep)
+	require.True(t, isKept(deep))
+	require.False(t, isKept(unkeep(deep)), "a mark has its say once")
+	require.True(t, unkeep(Keep(kept)) == errBoom)
 }
 
 func TestAPanicErrorUnwrapsToItsError(t *testing.T) {

@@ -2,7 +2,6 @@ package connpool
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"runtime/debug"
@@ -22,7 +21,7 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 		var err error = &PanicError{Where: where} // stays if the hook calls runtime.Goexit
 		defer func() { answer <- err }()
 		defer recoverInto(&err, where)
-		err = hook(ctx, loan)
+		err = returned(hook(ctx, loan))
 	}()
 	late := false
 	select {
@@ -48,12 +47,15 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 			err = &brokenContract{"it closed the connection"}
 		}
 	case c.leftovers(word):
-		err = &brokenContract{"it left unread bytes behind"}
+		if err = c.held().clean("it"); err == nil {
+			err = &brokenContract{"it left unread bytes behind"}
+		}
 	}
-	if err == nil {
-		return nil
+	switch err.(type) {
+	case nil, *hookPanic: // which says where it happened
+		return err
 	}
-	return fmt.Errorf("%s: %w", where, err)
+	return fmt.Errorf("%s: %w", where, spent(err))
 }
 
 // hookGrace is what a hook, dialer or Setup gets beyond the end of its ctx,
@@ -76,23 +78,41 @@ func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, co
 	return ctx, func() { stop(); done(); cancel(nil) }
 }
 
+// hookPanic says that the hook that has just run did itself panic. Nothing else
+// may say so: the error that a hook returns may well hold the PanicError of
+// another pool, which is no panic of this one. So it is known by its type, never
+// by errors.As.
+type hookPanic struct{ pan *PanicError }
+
+func (e *hookPanic) Error() string      { return e.pan.Error() }
+func (e *hookPanic) Unwrap() error      { return e.pan }
+func (e *hookPanic) As(target any) bool { return entomb(target) }
+
+// returned is the error of foreign code that came back with it. One that it got
+// from a pool, say from CloseInfo.Err, tells of a panic elsewhere.
+func returned(err error) error {
+	if e, ok := err.(*hookPanic); ok {
+		return e.pan
+	}
+	return err
+}
+
 // recoverInto turns a panic of foreign code into an error. It must be deferred.
 func recoverInto(err *error, where string) {
 	if v := recover(); v != nil {
-		*err = &PanicError{Where: where, Value: v, Stack: debug.Stack()}
+		*err = &hookPanic{&PanicError{Where: where, Value: v, Stack: debug.Stack()}}
 	}
 }
 
 func isPanic(err error) bool {
-	var pan *PanicError
-	return errors.As(err, &pan) && pan.Value != nil
+	_, ok := err.(*hookPanic)
+	return ok
 }
 
 // passOn panics again with the panic of a hook that ran for the caller.
 func passOn(err error) {
-	var pan *PanicError
-	if errors.As(err, &pan) && pan.Value != nil {
-		panic(pan)
+	if e, ok := err.(*hookPanic); ok {
+		panic(e.pan)
 	}
 }
 

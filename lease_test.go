@@ -163,8 +163,8 @@ func TestALeaseIsJudgedAsALoanIs(t *testing.T) {
 			go l.Read(make([]byte, 1))
 			synctest.Wait()
 		}, ClosedInFlight},
-		"leftovers": {Config{Setup: func(context.Context, Addr, net.Conn) (any, error) { return buffered(1), nil }},
-			func(*testing.T, *testnet, *Lease) {}, ClosedDirty},
+		"leftovers": {Config{Setup: func(context.Context, Addr, net.Conn) (any, error) { return new(buffered), nil }},
+			func(_ *testing.T, _ *testnet, l *Lease) { *State[*buffered](Conn{l.c, l.gen}) = 1 }, ClosedDirty},
 		"Reset fails": {Config{Reset: func(context.Context, Conn) error { return errBoom }},
 			func(*testing.T, *testnet, *Lease) {}, ClosedResetFailed},
 		"retired":   {Config{}, func(t *testing.T, n *testnet, l *Lease) { n.p.Retire(at("a")) }, ClosedRetired},
@@ -196,7 +196,7 @@ func TestALeaseIsJudgedAsALoanIs(t *testing.T) {
 
 type buffered int
 
-func (b buffered) Buffered() int { return int(b) }
+func (b *buffered) Buffered() int { return int(*b) }
 
 func TestALeaseWaitsItsTurnAndGivesUpWithItsCtx(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -392,7 +392,7 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 	}
 	reason, why := c.verdict(ctx, word, err)
 	if reason == ClosedUnknown && c.leftovers(word) {
-		reason = ClosedDirty
+		reason, why = ClosedDirty, c.held().clean("the borrower")
 	}
 	p.putBack(ctx, c, reason, why, owner)
 	if *owner {
@@ -456,22 +456,17 @@ func (p *Pool) putBack(ctx context.Context, c *conn, reason CloseReason, why err
 	}
 }
 
-func isKept(err error) bool {
-	var k *keepError
-	return errors.As(err, &k)
-}
+// ctxError is the end of a ctx for which somebody gave a cause.
+type ctxError struct{ err, cause error }
 
-func unkeep(err error) error {
-	if k, ok := err.(*keepError); ok {
-		return k.err
-	}
-	return err
-}
+func (e *ctxError) Error() string   { return oneLine(e.err.Error() + ": " + e.cause.Error()) }
+func (e *ctxError) Unwrap() []error { return []error{e.err, spent(e.cause)} }
 
+// causeOf is why ctx is done: its error, with the cause if that says more.
 func causeOf(ctx context.Context) error {
 	err := ctx.Err()
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, err) {
-		return errors.Join(err, cause)
+		return &ctxError{err, cause}
 	}
 	return err
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 // BETA-17
@@ -471,16 +473,16 @@ func TestWhatTheStateHasBufferedCountsAsUnread(t *testing.T) {
 	})
 }
 
-// Bytes that Setup left unread are the first borrower's. If it leaves them,
-// too, nobody else gets them.
+// Without a Setup a greeting is the first borrower's. If it leaves the greeting,
+// nobody else gets it.
 func TestAGreetingBelongsToTheFirstBorrowerAlone(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
-		n.Host("a").Serve(nil)
-		n.open(Config{Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
-			n.Host("a").Conns()[len(n.Host("a").Conns())-1].Write([]byte("hello"))
-			return nil, nil
-		}})
+		n.Host("a").Serve(func(c *faultnet.Conn) {
+			c.Write([]byte("hello"))
+			io.Copy(io.Discard, c)
+		})
+		n.open(Config{})
 		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
 			b := make([]byte, 5)
 			_, err := io.ReadFull(c, b)

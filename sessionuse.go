@@ -67,7 +67,7 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	case st.spoiled != ClosedUnknown:
 		reason, why = st.spoiled, st.why
 	case c.leftovers(word):
-		reason = ClosedDirty
+		reason, why = ClosedDirty, c.held().clean("the borrower")
 	}
 	if reason != ClosedUnknown {
 		owner = false

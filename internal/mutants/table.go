@@ -105,8 +105,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "leftovers-in-the-state",
-		old:   `left := c.buffered() > 0`,
-		new:   `left := c.buffered() < 0`,
+		old:   `left := in.unread > 0`,
+		new:   `left := in.unread < 0`,
 		tests: `TestWhatTheStateHasBufferedCountsAsUnread`,
 	},
 	{
@@ -886,5 +886,43 @@ var mutants = []mutant{
 		old:   "return decide\n\t}",
 		new:   "_ = decide\n\t}",
 		tests: `TestTheHookClosestToTheUseDecides`,
+	},
+
+	// --- whom the word of a function is for ---
+	{
+		name:  "a-mark-is-never-spent",
+		old:   `return &spentError{err}`,
+		new:   `return err`,
+		tests: `TestTheMarkOfAnInnerUseNeverKeepsTheOuterConnection`,
+	},
+	{
+		name:  "a-spent-mark-counts",
+		old:   `case *spentError, *Error, *ioError, *PanicError, *hookPanic, *ctxError:`,
+		new:   `case nil:`,
+		tests: `TestTheMarkOfAnInnerUseNeverKeepsTheOuterConnection`,
+	},
+	{
+		name:  "as-finds-a-spent-mark",
+		old:   `*k = &keepError{spent: true}`,
+		new:   `_, ok = k, false`,
+		tests: `TestTheMarkOfAnInnerUseNeverKeepsTheOuterConnection`,
+	},
+	{
+		name:  "a-mark-in-a-dials-error",
+		old:   `a.err = spent(p.open(ctx, a))`,
+		new:   `a.err = p.open(ctx, a)`,
+		tests: `TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody`,
+	},
+	{
+		name:  "a-panic-that-is-only-told",
+		old:   "if e, ok := err.(*hookPanic); ok {\n\t\treturn e.pan\n",
+		new:   "if e, ok := err.(*hookPanic); ok {\n\t\treturn e\n",
+		tests: `TestAnErrorThatTellsOfAPanicIsNoPanic`,
+	},
+	{
+		name:  "another-pools-want-is-no-failure",
+		old:   `if e.stage == StageSetup || errors.As(e.err, &other) {`,
+		new:   `if errors.As(nil, &other) {`,
+		tests: `TestTheWantOfAnotherPoolIsAFailureOfTheDial`,
 	},
 }

@@ -1,0 +1,93 @@
+package connpool
+
+import (
+	"errors"
+	"fmt"
+)
+
+// The end of Setup. A connection on which something waits to be read when Setup is
+// done is not in step: the next thing that is read would be taken for the reply to
+// the first request. It is no matter for the first borrower, who cannot know, nor
+// for luck: the dial fails, whoever it was for. With a Push, what waits may be a
+// message, and Push gets it before the connection is lent to anybody.
+//
+// A server that speaks first needs a Setup, which reads what it says. Without one
+// nobody has claimed to know the protocol, and the greeting is left to whoever
+// dialled.
+
+// handState makes the state the connection's. From then on it is closed with it.
+// The caller has settled the dial, or holds a.mu.
+func (a *attempt) handState() {
+	if a.state != nil {
+		a.c.state, a.state = a.state, nil
+	}
+}
+
+// setUp judges what Setup, which said that all was well, has left behind.
+func (p *Pool) setUp(a *attempt) error {
+	c := a.c
+	a.mu.Lock()
+	late := a.settled
+	if !late {
+		a.handState()
+	}
+	a.mu.Unlock()
+	if late { // and closed by whoever finds that out, see dial
+		return nil
+	}
+	a.where = "the state's Buffered"
+	in := c.held()
+	if in.unflushed > 0 || in.unread > 0 && p.cfg.Push == nil {
+		return in.clean("Config.Setup")
+	}
+	if p.cfg.Push == nil {
+		a.where = "the look at the connection"
+		return c.speaksUnasked()
+	}
+	a.where = "Config.Push"
+	switch reason, err := p.pushAll(c); reason {
+	case ClosedUnknown:
+		return nil
+	case ClosedStale:
+		return fmt.Errorf("after Config.Setup: %w", err)
+	default:
+		return err
+	}
+}
+
+// speaksUnasked says what waits to be read on a connection that was just set up. A
+// peer that has hung up is found when the connection is about to be lent, and a
+// part of a TLS record is nothing yet, since most are tickets.
+func (c *conn) speaksUnasked() error {
+	pr := &c.probe
+	keep := pr.keep
+	pr.keep = true // so that a look tells how much there is
+	defer func() { pr.keep = keep }()
+	_, err := pr.leftovers()
+	if text, ok := err.(*plaintext); ok {
+		return &brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in crypto/tls", len(text.bytes))}
+	}
+	// Not c.ask, which would forget that the peer was seen to hang up.
+	reason, err := pr.ask(&c.site.pool.cfg, c.nc)
+	if reason != ClosedDirty || errors.Is(err, errPartial) {
+		return nil
+	}
+	n := 0
+	if text, ok := err.(*plaintext); ok {
+		n = len(text.bytes)
+	} else if pr.tls == nil && pr.raw != nil && !pr.prober {
+		n = pr.drain()
+	}
+	if n == 0 {
+		return &brokenContract{"Config.Setup left bytes unread in the connection"}
+	}
+	return &brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in the connection", n)}
+}
+
+// drain counts what waits in a socket that is about to be closed for it, by reading
+// it: up to 4 KiB.
+func (p *probe) drain() (n int) {
+	b := make([]byte, 4<<10)
+	p.raw.Control(func(fd uintptr) { n, _ = p.sys.readNow(fd, b) })
+	return max(n, 0)
+}
