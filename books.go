@@ -71,10 +71,27 @@ func (p *Pool) refreshLocked(s *site) {
 	s.want = want
 	p.counts.Waiting += s.queue.len - int(s.waiting)
 	s.waiting = int32(s.queue.len)
-	p.ready.set(s, want > 0)
+	p.readyOf(s).set(s, want > 0)
 	if s.special != nil {
 		p.refreshSpareLocked(s)
 	}
+}
+
+// readyOf is the heap that s belongs in.
+func (p *Pool) readyOf(s *site) *siteHeap {
+	if s.tracked() {
+		return &p.readyOwn
+	}
+	return &p.ready
+}
+
+// nextLocked is the site that gets the next slot: that of the oldest waiter of all
+// without a dial. There is one.
+func (p *Pool) nextLocked() *site {
+	if len(p.readyOwn) == 0 || len(p.ready) > 0 && p.ready[0].queue.bare.seq < p.readyOwn[0].queue.bare.seq {
+		return p.ready[0]
+	}
+	return p.readyOwn[0]
 }
 
 // admitLocked gives away what is free: it starts dials for the waiters that
@@ -86,6 +103,7 @@ func (p *Pool) admitLocked(todo *agenda) {
 		if room <= 0 {
 			return
 		}
+		s := p.nextLocked()
 		if openOf(&p.n) >= p.limitLocked() {
 			if int(p.n[closing]) >= min(p.want, room) {
 				return // enough is on its way
@@ -96,11 +114,15 @@ func (p *Pool) admitLocked(todo *agenda) {
 				todo.close(v, ClosedEvicted, nil)
 				continue
 			}
-			if p.cfg.WhenFull != Overflow || p.cfg.MaxOpen <= 0 {
+			switch own := p.stalledLocked(); {
+			case own != nil:
+				s = own
+			case p.cfg.WhenFull == Overflow && p.cfg.MaxOpen > 0 && len(p.ready) > 0:
+				s = p.ready[0]
+			default:
 				return
 			}
 		}
-		s := p.ready[0]
 		p.overtook = 0
 		p.startDialLocked(s, &attempt{ctx: s.queue.bare.ctx}, todo)
 	}
@@ -192,10 +214,13 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 			now = max(now, s.top.since)
 		}
 		c.since, c.idleFor = now, 0
+	} else {
+		c.since -= instant(c.idleFor)
+		c.lookedAtLocked(false)
 	}
 	p.countLoanLocked(c)
+	reserve := u == untouched && p.reservedLocked(s, 1, now)
 	if p.cfg.MinSpare > 0 {
-		c.lookedAtLocked(false)
 		if u == used || s.queue.head != nil {
 			p.lentLocked(s, now)
 		}
@@ -211,6 +236,8 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 		p.recency.touch(c)
 	}
 	if s.queue.head != nil {
+		c.lendAtLocked(now)
+		c.fromReserveLocked(reserve)
 		p.deliverLocked(s, c, u == justBorn, nil)
 		if s.surplus() > 0 {
 			p.doubtDialsLocked(s)
@@ -250,7 +277,7 @@ func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 		return ClosedCanceled // who dialled has gone, and it is good for nobody else
 	case c.uses >= p.cfg.MaxUses:
 		return ClosedMaxUses
-	case c.life > 0 && now.sub(c.born) >= c.life:
+	case c.life > 0 && p.clock.age(c.born, now) >= c.life:
 		return ClosedLifetime
 	case openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr, openOf(&p.n)-int(p.n[closing]) > limit:
 		return ClosedSurplus
@@ -269,7 +296,7 @@ func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 	// A busy address could keep its connections for ever while older
 	// waiters of other addresses need the slot. They are overtaken at most
 	// as often as there are slots.
-	if p.want > 0 && openOf(&p.n) >= limit && p.ready[0].queue.bare.seq < s.queue.head.seq {
+	if p.want > 0 && openOf(&p.n) >= limit && p.nextLocked().queue.bare.seq < s.queue.head.seq {
 		if p.overtook++; p.overtook > limit {
 			p.overtook = 0
 			return ClosedEvicted

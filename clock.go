@@ -11,24 +11,38 @@ type instant int64
 
 func (t instant) sub(u instant) time.Duration { return time.Duration(t - u) }
 
-// tick is how far the coarse clock may lag behind.
+// tick is the period of the coarse clock.
 const tick = 10 * time.Millisecond
 
-// clock tells how time passes for a pool. It advances by the longer of what the
-// monotonic and the wall clock say: a laptop that slept has stale connections
-// although its monotonic clock stood still.
+// clock tells how time passes for a pool. It is the monotonic clock: what the
+// pool measures and tells (waits, holds, ages, how long a dial took) does not
+// change because somebody sets the wall clock.
+//
+// Whether something is stale is another question. A laptop that slept has stale
+// connections, although its monotonic clock stood still meanwhile and only the
+// wall clock went on. So the clock also remembers by how much the wall clock ran
+// ahead of the monotonic one and when, and age counts that. What was sleep and
+// what was somebody's hand cannot be told apart. Therefore the steps that a
+// connection has lived through never add up: it is older by the largest of them,
+// and a wall clock that is set back and forth for ever expires nothing for ever.
 //
 // Two readings of the real clock would cost a loan more than all its books, so
 // now is coarse: while it is asked more than once a tick, a timer reads the
 // real clock each tick, and now is a load. A tick in which nobody asked is the
 // last one; a pool that rests, or is used now and then, has no timer, and its
-// clock is exact.
+// clock is exact. now is behind by a tick, and by the time that the timer waits
+// for a processor: none on a machine with one to spare, up to some tenths of a
+// second on one that is overloaded. It never goes back, and what was read exactly
+// is known to it at once. That the machine has slept is known at the first
+// reading of the real clock after it woke: a tick later, if the clock ticked when
+// it fell asleep.
 type clock struct {
 	read  func() time.Time // time.Now, but for tests
 	exact bool             // now never lags
 
-	latest atomic.Int64 // as of the last tick; 0: nothing ticks
-	asked  atomic.Bool  // since the last tick
+	latest atomic.Int64            // as of the last tick; 0: nothing ticks
+	asked  atomic.Bool             // since the last tick
+	steps  atomic.Pointer[[]sleep] // of the wall clock, see remember; nil as a rule. What it points to is never written again
 
 	mu    sync.Mutex // guards what follows; nothing else happens under it
 	at    instant    // the latest reading
@@ -36,7 +50,21 @@ type clock struct {
 	timer *time.Timer
 }
 
-// now is the time, to within a tick.
+// sleep is a moment at which the wall clock was found ahead of the monotonic one
+// by more than before.
+type sleep struct {
+	at instant
+	by time.Duration
+}
+
+// The wall clock is slewed, and the two readings of one time.Time are a moment
+// apart: less than leastStep is no step. No more than maxSteps are remembered.
+const (
+	leastStep = tick
+	maxSteps  = 16
+)
+
+// now is the time, to within a tick as a rule.
 func (k *clock) now() instant {
 	if t := k.latest.Load(); t != 0 {
 		if !k.asked.Load() {
@@ -67,19 +95,67 @@ func (k *clock) exactly() instant {
 	return k.advance()
 }
 
+// age is how long ago then was, as far as what has been left alone since then is
+// concerned: now less then, and the longest sleep in between.
+func (k *clock) age(then, now instant) time.Duration {
+	steps := k.steps.Load()
+	if steps == nil {
+		return now.sub(then)
+	}
+	return now.sub(then) + longestAfter(*steps, then)
+}
+
+// longestAfter is the longest of the steps that came after then. They are in
+// order of time, and each is longer than all that came later. (What has the
+// moment of a step came after it.)
+func longestAfter(steps []sleep, then instant) time.Duration {
+	for _, s := range steps {
+		if s.at > then {
+			return s.by
+		}
+	}
+	return 0
+}
+
 // advance reads the real clock; it needs mu.
 func (k *clock) advance() instant {
 	t := k.read()
 	if k.at == 0 {
 		k.at = 1
 	} else {
-		k.at += instant(max(0, t.Sub(k.then), t.Round(0).Sub(k.then.Round(0))))
+		passed := max(0, t.Sub(k.then)) // where there is no monotonic clock, that too may go back
+		k.at += instant(passed)
+		if by := t.Round(0).Sub(k.then.Round(0)) - passed; by >= leastStep {
+			k.at++ // what came before the step is told from what came after it
+			k.remember(sleep{k.at, min(by, century)})
+		}
 	}
 	k.then = t
 	if k.latest.Load() != 0 { // what was read exactly is never ahead of now by more than a tick
 		k.latest.Store(int64(k.at))
 	}
 	return k.at
+}
+
+// remember adds a step of the wall clock; it needs mu. A shorter one before it
+// will never be asked for again. If there are too many all the same, the oldest
+// two become one, which is as long as the longer and as late as the later of
+// them: what came in between counts as older than it is, but by no more than a
+// step that there was.
+func (k *clock) remember(s sleep) {
+	var steps []sleep
+	if old := k.steps.Load(); old != nil {
+		for _, o := range *old {
+			if o.by > s.by {
+				steps = append(steps, o)
+			}
+		}
+	}
+	if steps = append(steps, s); len(steps) > maxSteps {
+		steps[1].by = steps[0].by
+		steps = steps[1:]
+	}
+	k.steps.Store(&steps)
 }
 
 func (k *clock) beat() {

@@ -237,8 +237,12 @@ const (
 	defaultHookTimeout   = 5 * time.Second
 )
 
+// century is as long as any duration of a Config gets. Longer ones, which are
+// meant as "for ever", would overflow as soon as something is added to them.
+const century = 100 * 365 * 24 * time.Hour
+
 // resolved is cfg with every default filled in: a limit that is off is
-// math.MaxInt, a duration that is off is 0. MaxOpen alone keeps its 0, which
+// math.MaxInt, a duration that is off is 0, and none is longer than a century. MaxOpen alone keeps its 0, which
 // stands for the limit that the handles give at the time.
 func (cfg Config) resolved() (Config, error) {
 	senseless := func(a, b, why string) (Config, error) {
@@ -273,6 +277,7 @@ func (cfg Config) resolved() (Config, error) {
 		case *d < 0:
 			*d = 0
 		}
+		*d = min(*d, century)
 	}
 	if cfg.MaxUses <= 0 {
 		cfg.MaxUses = math.MaxInt
@@ -291,6 +296,7 @@ func (cfg Config) resolved() (Config, error) {
 			cfg.TrustIdle = defaultCheckInterval
 		}
 	}
+	cfg.TrustIdle = min(cfg.TrustIdle, century)
 	dialers := make(map[Transport]DialFunc, len(cfg.Dialers))
 	for t, d := range cfg.Dialers {
 		dialers[t] = d

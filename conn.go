@@ -41,7 +41,7 @@ type conn struct {
 	// Pool.mu guards these; since is the owner's too.
 	up, down       *conn   // neighbours in the idle stack
 	younger, older *conn   // neighbours in the recency
-	since          instant // given back, or lent, at
+	since          instant // given back, or lent, at; see lendAtLocked
 	phase          phase
 	round          uint8 // the last walk that met it, see recency
 	uncounted      bool  // the current loan is not in Stats yet; the owner's too
@@ -162,6 +162,7 @@ const (
 	oneOp    = 1 << 12
 	inFlight = (1<<12 - 1) << 12
 	genShift = 24
+	lastGen  = 1<<(64-genShift) - 1 // the next one is 1 again
 )
 
 var past = time.Unix(1, 0)
@@ -195,6 +196,16 @@ func (c *conn) link(inOrder bool) {
 	if below != nil {
 		below.up = c
 	}
+}
+
+// lendAtLocked books that c, which nobody had, has an owner. now was read before
+// the lock was had, and may be behind what was booked meanwhile.
+//
+// As long as the owner has c, since is when that began, and idleFor how long c had
+// been unused before; parked untouched, c is as old again as if nobody had had it.
+func (c *conn) lendAtLocked(now instant) {
+	now = max(now, c.since)
+	c.idleFor, c.since = now.sub(c.since), now
 }
 
 // unlink takes c off the idle stack.
@@ -231,7 +242,9 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	for {
 		// What others find out about the connection outlives the change.
 		w := c.word.Load()
-		gen = w>>genShift + 1
+		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
+			gen = 1 // 0 is the guard's
+		}
 		if c.word.CompareAndSwap(w, gen<<genShift|w&(hungUp|stolen|broken)|lent|flags) {
 			break
 		}

@@ -28,7 +28,8 @@ type Prober interface{ Probe() error }
 // The caller owns it. Age comes first, because it is cheap; then one look into
 // the socket; then, for one that has long been idle, the protocol's own ping.
 func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
-	idleFor := c.idleFor
+	unproven := p.clock.age(c.since-instant(c.idleFor), c.since)
+	idleFor := unproven
 	if e := c.more.Load(); e != nil && e.reserve {
 		idleFor = 0
 	}
@@ -41,11 +42,12 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 	if p.cfg.Check == nil {
 		return ClosedUnknown, nil
 	}
-	unproven := c.idleFor
 	if c.checked != 0 {
-		unproven = min(unproven, c.since.sub(c.checked))
+		unproven = min(unproven, p.clock.age(c.checked, c.since))
 	}
-	if unproven < p.cfg.TrustIdle {
+	// c.since may be older than the latest answer of Check: the borrower's clock
+	// was read before the lock. That is no reason to trust a peer where nothing is.
+	if max(0, unproven) < p.cfg.TrustIdle {
 		return ClosedUnknown, nil
 	}
 	return p.ping(ctx, c)
@@ -71,7 +73,7 @@ func (p *Pool) aged(c *conn, idleFor time.Duration, now instant) CloseReason {
 	switch {
 	case p.cfg.IdleTimeout > 0 && idleFor >= p.cfg.IdleTimeout:
 		return ClosedIdleTimeout
-	case c.life > 0 && now.sub(c.born) >= c.life:
+	case c.life > 0 && p.clock.age(c.born, now) >= c.life:
 		return ClosedLifetime
 	}
 	return ClosedUnknown

@@ -234,6 +234,9 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 
 func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	addr := a.c.site.addr
+	if a.c.site.absolute {
+		addr.Host += "."
+	}
 	a.stage = StageDial
 	own := p.cfg.Dialers[addr.Transport]
 	below, name := own, addr.Transport

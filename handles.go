@@ -64,6 +64,7 @@ func (p *Pool) enroll(c *conn) {
 		p.watchOnce.Do(p.startWatcher)
 	}
 	limit, limited := p.sys.handleLimit()
+	now := p.clock.now()
 	var todo agenda
 	p.mu.Lock()
 	if old := p.byFD[c.probe.fd()]; old != nil && old.word.Load()&shut == 0 {
@@ -72,7 +73,7 @@ func (p *Pool) enroll(c *conn) {
 	p.byFD[c.probe.fd()] = c
 	watcher := p.watcher
 	if limited && p.cfg.MaxOpen < math.MaxInt {
-		p.pressure = pressureAt(c.probe.fd(), limit)
+		p.pressure, p.pressedAt = pressureAt(c.probe.fd(), limit), now
 		if p.pressure == handlesCritical {
 			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
 				p.takeLocked(v)
@@ -80,10 +81,31 @@ func (p *Pool) enroll(c *conn) {
 				todo.close(v, ClosedLowHandles, nil)
 			}
 		}
+	} else {
+		p.pressure = handlesPlenty // there is no limit any more that could be short
 	}
 	p.mu.Unlock()
 	watcher.add(c)
 	todo.run(p)
+}
+
+// doubtPressure is the sweep's part. While handles are short nothing is kept, so as a
+// rule the next loan dials, and its descriptor tells how things stand. But dials of
+// connections without one tell nothing, and a pool that makes no others would
+// believe for ever what it was told once.
+func (p *Pool) doubtPressure(now instant) {
+	old := func() bool { return p.pressure > handlesPlenty && now.sub(p.pressedAt) >= p.sweepPeriod() }
+	p.mu.Lock()
+	doubted := old()
+	p.mu.Unlock()
+	if !doubted || p.sys.noHandleFree() {
+		return
+	}
+	p.mu.Lock()
+	if old() {
+		p.pressure = handlesPlenty
+	}
+	p.mu.Unlock()
 }
 
 // disownLocked books that the descriptor of c is another socket's. An idle

@@ -3,6 +3,7 @@ package connpool
 import (
 	"fmt"
 	"math"
+	"sync"
 	"testing"
 )
 
@@ -117,7 +118,7 @@ func (p *Pool) inconsistency() error {
 			return fmt.Errorf("4: %v reports %d waiting of %d", addr, s.waiting, length)
 		case (s.want > 0) != (s.heapIndex >= 0):
 			return fmt.Errorf("4: %v wants %d and is at %d in the heap", addr, s.want, s.heapIndex)
-		case s.heapIndex >= 0 && p.ready[s.heapIndex] != s:
+		case s.heapIndex >= 0 && (*p.readyOf(s))[s.heapIndex] != s:
 			return fmt.Errorf("4: %v is not where the heap has it", addr)
 		}
 		want += int(s.want)
@@ -128,9 +129,16 @@ func (p *Pool) inconsistency() error {
 			return fmt.Errorf("3: the pool counts %d in phase %d, its sites %d", p.n[ph], ph, n[ph])
 		}
 	}
-	limit := p.limitLocked()
+	limit, own := p.limitLocked(), 0 // connections of DialContext's
+	for s := range p.tracked {
+		own += openOf(&s.n)
+	}
 	switch {
-	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit && (!lowered || p.n[idle] > 0 && openOf(&p.n)-int(p.n[closing]) > limit):
+	case p.cfg.MaxOpen > 0 && !lowered && own-limit > p.reserve():
+		return fmt.Errorf("3: DialContext has %d connections of %d", own, limit)
+	case own != len(p.tracked)-len(p.readyOwn):
+		return fmt.Errorf("4: DialContext has %d connections, %d in its books, and %d want to dial", own, len(p.tracked), len(p.readyOwn))
+	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit+p.reserve() && (!lowered || p.n[idle] > 0 && openOf(&p.n)-int(p.n[closing]) > limit):
 		return fmt.Errorf("3: %d of %d open", openOf(&p.n), limit)
 	case int(p.n[dialing]) > p.cfg.MaxDialing && !lowered:
 		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
@@ -155,6 +163,15 @@ func (p *Pool) inconsistency() error {
 		}
 	}
 	return p.shortInconsistency()
+}
+
+// reserved has the pools with a DialReserve, and what that is.
+var reserved sync.Map
+
+func (p *Pool) reserve() int {
+	n, _ := reserved.Load(p)
+	k, _ := n.(int)
+	return k
 }
 
 // every lists all connections, least recently used first.

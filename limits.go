@@ -47,10 +47,13 @@ func (p *Pool) SetLimits(l Limits) error {
 	}
 	p.given = l
 	p.cfg.setLimits(now)
+	if now.MaxOpen == math.MaxInt {
+		p.pressure = handlesPlenty // the budget of handles was given up with the limit
+	}
 	p.dropSurplusLocked(&todo)
 	for s := range p.sites.all() {
 		if now.MinSpare == 0 && s.special != nil {
-			s.special.reserve = false
+			s.special.reserve, s.special.shaky, s.special.probe = false, false, false
 		}
 		p.refuseWarmingsLocked(s)
 		p.refreshLocked(s)
@@ -148,6 +151,7 @@ func (l Limits) senseless(full FullPolicy) (a, b, why string) {
 		return of, by, fmt.Sprintf("%d can never be reached under %d", n, limit)
 	}
 	above := func(n, limit int) bool { return limit > 0 && n > limit }
+	reaches := func(n, limit int) bool { return limit > 0 && n >= limit }
 	switch {
 	case above(l.MaxPerAddr, l.MaxOpen):
 		return over(l.MaxPerAddr, "MaxPerAddr", l.MaxOpen, "MaxOpen")
@@ -172,9 +176,9 @@ func (l Limits) senseless(full FullPolicy) (a, b, why string) {
 	case l.MinSpare > 0 && l.MaxIdle < 0:
 		return "MinSpare", "MaxIdle", "one keeps idle connections, the other keeps none"
 	// What is spare comes on top of the one that is lent.
-	case above(l.MinSpare+1, l.MaxOpen):
+	case reaches(l.MinSpare, l.MaxOpen):
 		return "MinSpare", "MaxOpen", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxOpen)
-	case above(l.MinSpare+1, l.MaxPerAddr):
+	case reaches(l.MinSpare, l.MaxPerAddr):
 		return "MinSpare", "MaxPerAddr", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxPerAddr)
 	case above(l.MinSpare, l.MaxIdle):
 		return over(l.MinSpare, "MinSpare", l.MaxIdle, "MaxIdle")

@@ -52,30 +52,33 @@ type Pool struct {
 
 	// mu guards everything below, and the fields of site, conn and waiter
 	// that say so. See invariant 1 for what must not happen under it.
-	mu       sync.Mutex
-	closed   bool
-	sites    siteTable
-	recency  recency
-	byFD     map[uintptr]*conn // by descriptor, from the dial to the removal
-	n        tally             // connections by phase
-	ready    siteHeap          // sites with want > 0
-	want     int               // dials that could start if there was room: the sum of site.want
-	overtook int               // hand-overs to a younger waiter since a slot was last given away
-	lastSeq  uint64            // of waiters
-	lastID   uint64            // of connections
-	counts   Stats             // but for the gauges that are made from n
-	closedBy [numCloseReasons]uint64
-	pressure pressure           // on file handles, as of the last dial
-	starving int                // dials that wait for a handle
-	freed    chan struct{}      // closed and renewed when something may have freed one
-	watcher  *watcher           // nil where there is none, and before the first connection
-	sweeping bool               // a sweep is under way
-	looked   int                // idle connections of addresses with a reserve that are being looked at
-	sweeper  *time.Timer        // nil until there is something to sweep
-	left     chan struct{}      // closed and renewed when, after Close, something leaves the books
-	given    Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far
-	short    list.List          // of the sites that want dials for nobody who waits, see warm.go
-	tracked  map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
+	mu        sync.Mutex
+	closed    bool
+	sites     siteTable
+	recency   recency
+	byFD      map[uintptr]*conn // by descriptor, from the dial to the removal
+	n         tally             // connections by phase
+	ready     siteHeap          // sites with want > 0, but for those of DialContext
+	readyOwn  siteHeap          // those of DialContext, which may not exceed MaxOpen under any policy
+	want      int               // dials that could start if there was room: the sum of site.want
+	overtook  int               // hand-overs to a younger waiter since a slot was last given away
+	lastSeq   uint64            // of waiters
+	lastID    uint64            // of connections
+	counts    Stats             // but for the gauges that are made from n
+	closedBy  [numCloseReasons]uint64
+	pressure  pressure           // on file handles, as of the last dial that told
+	pressedAt instant            // when that was
+	starving  int                // dials that wait for a handle
+	freed     chan struct{}      // closed and renewed when something may have freed one
+	watcher   *watcher           // nil where there is none, and before the first connection
+	sweeping  bool               // a sweep is under way
+	looked    int                // idle connections of addresses with a reserve that are being looked at
+	sweeper   *time.Timer        // nil until there is something to sweep
+	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
+	given     Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far
+	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
+	reserves  int                // calls under way of what DialReserve returned
+	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
 }
 
 // site is the books of one address. It exists while there is a connection, a
@@ -87,9 +90,11 @@ type site struct {
 	n         tally
 	want      int32    // dials that this site's own limits would let start
 	waiting   int32    // what Stats.Waiting counts of the queue
-	heapIndex int32    // in Pool.ready, -1 if not
+	heapIndex int32    // in Pool.ready or readyOwn, -1 if not
 	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
 	family    family   // of a site of DialContext's; for life
+	absolute  bool     // ... and its host had a final dot
+	reserve   uint16   // ... and so many may be open beyond MaxOpen for it, see DialReserve
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
 	trouble   *trouble // nil after a dial that worked
@@ -265,11 +270,13 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		c := s.top
 		if c != nil {
 			p.takeLocked(c)
-			c.idleFor, c.since = max(0, now.sub(c.since)), now
+			c.lendAtLocked(now)
 			if p.cfg.MinSpare > 0 {
 				p.takenLocked(c, now)
 				p.refreshLocked(s)
 				p.admitLocked(&todo)
+			} else {
+				c.fromReserveLocked(false)
 			}
 			p.mu.Unlock()
 			todo.run(p)
@@ -301,7 +308,6 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		if p.pushes(reason) {
 			// It goes to Push, and this borrower takes another, or it
 			// when Push is done.
-			c.since -= instant(c.idleFor)
 			p.push(c)
 			if ctx.Err() == nil {
 				continue
@@ -339,7 +345,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *in
 		p.lastSeq++
 		seq = p.lastSeq
 	}
-	w := &waiter{seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1)}
+	w := &waiter{seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1), stalled: p.cfg.WhenFull == Fail}
 	s.queueLocked().push(w)
 	p.refreshLocked(s)
 	p.admitLocked(todo)

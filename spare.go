@@ -101,7 +101,7 @@ func (p *Pool) spareableLocked() bool {
 // reserveMemory is for how long after its last loan an address has a reserve.
 func (p *Pool) reserveMemory() time.Duration {
 	if p.cfg.IdleTimeout > 0 {
-		return 10 * p.cfg.IdleTimeout
+		return 10 * min(p.cfg.IdleTimeout, century/10)
 	}
 	return 10 * defaultIdleTimeout
 }
@@ -118,10 +118,16 @@ func (p *Pool) lentLocked(s *site, now instant) {
 
 // takenLocked books, if there is a MinSpare, that a borrower took c off the stack.
 func (p *Pool) takenLocked(c *conn, now instant) {
-	if reserve := p.reservedLocked(c.site, c.site.n[idle]+1, now); reserve || c.more.Load() != nil {
-		c.extra().reserve = reserve
-	}
+	c.fromReserveLocked(p.reservedLocked(c.site, c.site.n[idle]+1, now))
 	p.lentLocked(c.site, now)
+}
+
+// fromReserveLocked books, with and without a MinSpare, whether c, which is about to
+// be lent, was one of a reserve: what an earlier loan was says nothing of this one.
+func (c *conn) fromReserveLocked(yes bool) {
+	if yes || c.more.Load() != nil {
+		c.extra().reserve = yes
+	}
 }
 
 // lookedAtLocked books, if there is a MinSpare, whether c is being looked at: then
@@ -146,7 +152,7 @@ func (c *conn) lookedAtLocked(yes bool) {
 // than so many, are its reserve, which IdleTimeout does not concern.
 func (p *Pool) reservedLocked(s *site, n int32, now instant) bool {
 	x := s.special
-	return x.reserved() && int(n) <= p.cfg.MinSpare && now.sub(x.usedAt) < p.reserveMemory()
+	return x.reserved() && int(n) <= p.cfg.MinSpare && p.clock.age(x.usedAt, now) < p.reserveMemory()
 }
 
 // sweepReserveLocked is the sweep's part.
@@ -155,7 +161,7 @@ func (p *Pool) sweepReserveLocked(s *site, now instant) {
 	if int(s.n[borrowed]) > x.looked || s.queue.len > 0 { // a loan may take longer
 		x.usedAt = now
 	}
-	if now.sub(x.usedAt) >= p.reserveMemory() {
+	if p.clock.age(x.usedAt, now) >= p.reserveMemory() {
 		x.reserve = false
 		p.refreshLocked(s)
 		p.forgetLocked(s)

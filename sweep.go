@@ -49,6 +49,7 @@ type sighting struct {
 
 func (p *Pool) sweep() {
 	now := p.clock.exactly()
+	p.doubtPressure(now)
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
@@ -130,7 +131,7 @@ func (p *Pool) sightLocked(met []*conn, now instant) (found sightings) {
 		if c.phase != idle {
 			continue
 		}
-		idleFor := now.sub(c.since)
+		idleFor := p.clock.age(c.since, now)
 		if p.reservedLocked(c.site, c.site.n[idle], now) {
 			idleFor = 0
 		}
@@ -180,6 +181,7 @@ func (p *Pool) examine(at sighting, ping bool) {
 		return
 	}
 	p.takeLocked(c)
+	c.lendAtLocked(p.clock.now())
 	c.lookedAtLocked(true)
 	p.mu.Unlock()
 	reason, err := c.ask()

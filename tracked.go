@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"math"
 	"net"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // DialContext opens a connection that the pool counts but does not pool: it is
@@ -36,6 +38,10 @@ import (
 // Stats.Tracked: Close of the pool leaves it alone, Shutdown waits for it and
 // names it. An error is an *[Error].
 func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return p.dialTracked(ctx, network, address, 0)
+}
+
+func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve int) (net.Conn, error) {
 	switch {
 	case p.stop == nil:
 		return nil, usage(Addr{}, ErrClosed)
@@ -51,7 +57,7 @@ func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Co
 		return nil, p.failed(addr, StageWait, causeOf(ctx), start)
 	}
 	// Its books are its own: nothing that is opened here may serve another.
-	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network)}
+	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network), absolute: absolute(network, address), reserve: uint16(max(0, min(reserve, math.MaxUint16)))}
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -62,9 +68,16 @@ func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Co
 		p.tracked = make(map[*site]struct{})
 	}
 	p.tracked[s] = struct{}{}
+	if s.reserve > 0 {
+		p.reserves++
+		defer p.noReserve()
+	}
 	w, err := p.enqueueLocked(ctx, s, 0, &start, p.trace(ctx), &todo) // unlocks
 	if err != nil {
 		return nil, err
+	}
+	if s.reserve > 0 {
+		defer time.AfterFunc(ownPatience, func() { p.stalled(w) }).Stop()
 	}
 	c, err := p.await(ctx, s, w)
 	if err != nil {
@@ -122,6 +135,14 @@ func (p *Pool) trackedAddr(ctx context.Context, network, address string) (Addr, 
 	return addr, nil
 }
 
+// absolute reports whether address names a host with a final dot: a resolver then
+// adds nothing of its search list. The canonical Addr has no dot (it is the same
+// peer), so the dial has to be told.
+func absolute(network, address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	return err == nil && network != "unix" && strings.HasSuffix(host, ".")
+}
+
 // dial is sys.dial, for one family of addresses.
 func (f family) dial(ctx context.Context, addr Addr) (net.Conn, error) {
 	network := map[family]string{family4: "tcp4", family6: "tcp6"}[f]
@@ -140,7 +161,11 @@ type tracked struct {
 // release closes the connection and frees its slot.
 func (t *tracked) release() error {
 	if t.closed.Swap(true) {
-		return &net.OpError{Op: "close", Net: t.c.nc.LocalAddr().Network(), Source: t.c.nc.LocalAddr(), Addr: t.c.nc.RemoteAddr(), Err: net.ErrClosed}
+		again := &net.OpError{Op: "close", Source: t.c.nc.LocalAddr(), Addr: t.c.nc.RemoteAddr(), Err: net.ErrClosed}
+		if again.Source != nil { // a connection of the user's need not know where it is
+			again.Net = again.Source.Network()
+		}
+		return again
 	}
 	t.cleanup.Stop()
 	if done := t.c.site.pool.untrack(t.c, nil); done != nil {
@@ -154,6 +179,65 @@ func (p *Pool) untrack(c *conn, err error) <-chan struct{} {
 	p.counts.Tracked--
 	p.mu.Unlock()
 	return p.discard(c, ClosedByBorrower, err)
+}
+
+// ownPatience is how long a dial waits for a slot before it may take of the reserve.
+const ownPatience = 250 * time.Millisecond
+
+// DialReserve returns a DialContext that is not stalled by a pool full of the
+// caller's own connections. A library may need one more connection before it can
+// give one up: a PostgreSQL client cancels a query over a second connection, and
+// holds the first until that has come through. If all slots of MaxOpen are such
+// connections, it would wait for itself.
+//
+// A dial of the function that DialReserve returns waits for a slot as others do.
+// After 250 milliseconds (under Fail: at once) it opens its connection beyond
+// MaxOpen, as long as no more than n are open beyond it, whoever opened them. What is
+// open beyond MaxOpen counts in Stats as everything else does, and is gone when as
+// many connections are closed: until then nothing else is opened. So MaxOpen and n
+// together are what the process, or the server, must allow.
+//
+// n is as many as may be needed at the same time, for a PostgreSQL client the queries
+// that are cancelled at once; the others wait for these. With n of 0 or less the
+// function is DialContext.
+func (p *Pool) DialReserve(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		return p.dialTracked(ctx, network, address, n)
+	}
+}
+
+// stalled is told that w, of a DialReserve, has waited for ownPatience.
+func (p *Pool) stalled(w *waiter) {
+	var todo agenda
+	p.mu.Lock()
+	w.stalled = true
+	if w.queued {
+		p.admitLocked(&todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+// noReserve is told that a call of DialReserve's function has ended.
+func (p *Pool) noReserve() {
+	p.mu.Lock()
+	p.reserves--
+	p.mu.Unlock()
+}
+
+// stalledLocked is the oldest dial that may take of its reserve; nil if there is none.
+func (p *Pool) stalledLocked() *site {
+	var oldest *site
+	if p.reserves == 0 {
+		return nil
+	}
+	for _, s := range p.readyOwn {
+		w := s.queue.bare
+		if w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
+			oldest = s
+		}
+	}
+	return oldest
 }
 
 // family is what DialContext was asked for.
@@ -180,17 +264,27 @@ func familyOf(network string) family {
 func (s *site) tracked() bool { return s.family != pooled }
 
 // track gives c the methods of what it is.
+//
+// What nobody can reach any more is closed, so what is reached must lead to the
+// object that the garbage collector watches, whichever way it is used. The books of
+// the pool refer to the connection that was dialled, which therefore is never
+// garbage. So the caller gets a copy of it, two words that share the socket, and the
+// copy is watched: every method of package net's has it in hand until it returns,
+// those that are not exported too (net.Buffers ends in one), and whoever gets at the
+// copy has the connection. A RawConn has the socket only, see heldRaw.
 func track(c *conn) net.Conn {
 	switch nc := c.nc.(type) {
 	case *net.TCPConn:
-		own := &trackedTCP{TCPConn: nc}
+		own := &trackedTCP{TCPConn: new(net.TCPConn)}
+		*own.TCPConn = *nc
 		own.t.c = c
-		own.t.cleanup = runtime.AddCleanup(own, lost, c)
+		own.t.cleanup = runtime.AddCleanup(own.TCPConn, lost, c)
 		return own
 	case *net.UnixConn:
-		own := &trackedUnix{UnixConn: nc}
+		own := &trackedUnix{UnixConn: new(net.UnixConn)}
+		*own.UnixConn = *nc
 		own.t.c = c
-		own.t.cleanup = runtime.AddCleanup(own, lost, c)
+		own.t.cleanup = runtime.AddCleanup(own.UnixConn, lost, c)
 		return own
 	default:
 		own := &trackedConn{Conn: nc}
@@ -212,27 +306,8 @@ type trackedTCP struct {
 
 func (c *trackedTCP) Close() error { return c.t.release() }
 
-// The garbage collector must not find the connection while it is being used.
-
-func (c *trackedTCP) Read(b []byte) (int, error) {
-	defer runtime.KeepAlive(c)
-	return c.TCPConn.Read(b)
-}
-
-func (c *trackedTCP) Write(b []byte) (int, error) {
-	defer runtime.KeepAlive(c)
-	return c.TCPConn.Write(b)
-}
-
-func (c *trackedTCP) ReadFrom(r io.Reader) (int64, error) {
-	defer runtime.KeepAlive(c)
-	return c.TCPConn.ReadFrom(r)
-}
-
-func (c *trackedTCP) WriteTo(w io.Writer) (int64, error) {
-	defer runtime.KeepAlive(c)
-	return c.TCPConn.WriteTo(w)
-}
+// SyscallConn gives access to the socket.
+func (c *trackedTCP) SyscallConn() (syscall.RawConn, error) { return holdRaw(c.TCPConn, c.TCPConn) }
 
 type trackedUnix struct {
 	*net.UnixConn
@@ -241,17 +316,40 @@ type trackedUnix struct {
 
 func (c *trackedUnix) Close() error { return c.t.release() }
 
-func (c *trackedUnix) Read(b []byte) (int, error) {
-	defer runtime.KeepAlive(c)
-	return c.UnixConn.Read(b)
+// SyscallConn gives access to the socket.
+func (c *trackedUnix) SyscallConn() (syscall.RawConn, error) { return holdRaw(c.UnixConn, c.UnixConn) }
+
+// heldRaw is a RawConn that holds what the garbage collector watches.
+type heldRaw struct {
+	raw  syscall.RawConn
+	held any
 }
 
-func (c *trackedUnix) Write(b []byte) (int, error) {
-	defer runtime.KeepAlive(c)
-	return c.UnixConn.Write(b)
+func holdRaw(sc syscall.Conn, held any) (syscall.RawConn, error) {
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	return &heldRaw{raw, held}, nil
 }
 
-// trackedConn is what a dialer of the user's made.
+func (r *heldRaw) Control(f func(uintptr)) error {
+	defer runtime.KeepAlive(r.held)
+	return r.raw.Control(f)
+}
+
+func (r *heldRaw) Read(f func(uintptr) bool) error {
+	defer runtime.KeepAlive(r.held)
+	return r.raw.Read(f)
+}
+
+func (r *heldRaw) Write(f func(uintptr) bool) error {
+	defer runtime.KeepAlive(r.held)
+	return r.raw.Write(f)
+}
+
+// trackedConn is what a dialer of the user's made. It cannot be copied, so it is
+// the wrapper that is watched, and each method has to hold it.
 type trackedConn struct {
 	net.Conn
 	t tracked
@@ -269,19 +367,40 @@ func (c *trackedConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// NetConn is what the dialer returned.
-func (c *trackedConn) NetConn() net.Conn { return c.Conn }
+func (c *trackedConn) SetDeadline(t time.Time) error {
+	defer runtime.KeepAlive(c)
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *trackedConn) SetReadDeadline(t time.Time) error {
+	defer runtime.KeepAlive(c)
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c *trackedConn) SetWriteDeadline(t time.Time) error {
+	defer runtime.KeepAlive(c)
+	return c.Conn.SetWriteDeadline(t)
+}
+
+// NetConn is what the dialer returned. Who has that can do without the wrapper, so
+// from now on it is not closed before Close is called.
+func (c *trackedConn) NetConn() net.Conn {
+	defer runtime.KeepAlive(c)
+	c.t.cleanup.Stop()
+	return c.Conn
+}
 
 // SyscallConn gives access to the socket, if there is one.
 func (c *trackedConn) SyscallConn() (syscall.RawConn, error) {
 	if sc, ok := c.Conn.(syscall.Conn); ok {
-		return sc.SyscallConn()
+		return holdRaw(sc, c)
 	}
 	return nil, errors.ErrUnsupported
 }
 
 // CloseWrite shuts down the sending side, if the connection can do that.
 func (c *trackedConn) CloseWrite() error {
+	defer runtime.KeepAlive(c)
 	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return cw.CloseWrite()
 	}

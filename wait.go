@@ -16,6 +16,7 @@ type waiter struct {
 
 	prev, next *waiter
 	queued     bool
+	stalled    bool // it may take of the reserve of its site, see DialReserve
 
 	// What it was served; written before ready is signalled.
 	c     *conn
