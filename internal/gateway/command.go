@@ -171,8 +171,11 @@ var respErrors = [numFailures]string{
 	busy:        "every connection to the server was in use for too long; the command was not sent",
 	tooLong:     "the reply is longer than the gateway passes on; the command was carried out",
 	noMemory:    "the gateway has no room for the reply; the command was carried out",
-	outOfStep:   "the server's answer was not RESP; the command may have been carried out",
+	outOfStep:   "what the server said was no answer to the command, which may have been carried out",
 	ending:      "the gateway is ending; the command may have been carried out",
+	speaks:      "the server speaks before it is asked, so that nobody could tell its answers apart; the command was not sent",
+	pinsFull:    "as many clients as -max-pinned allows have a connection to themselves; the command was not sent",
+	left:        "the client left; the command was not sent",
 }
 
 func respFailure(_ *Config, dst, _ []byte, why failure) []byte {

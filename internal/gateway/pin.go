@@ -66,6 +66,10 @@ var (
 // client goes on without it.
 func (cl *client) pinned(command []byte, m meaning) error {
 	g := cl.g
+	ctx, leave := context.WithCancelCause(cl.resp.ctx)
+	defer leave(nil)
+	watch := cl.watchOver(m.class == blocks, leave)
+	defer watch.stop()
 	late := time.NewTimer(g.RequestTimeout)
 	defer late.Stop()
 	var err error
@@ -73,10 +77,13 @@ func (cl *client) pinned(command []byte, m meaning) error {
 	select {
 	case g.pins <- struct{}{}:
 		defer func() { <-g.pins }()
-		g.count.pinned.Add(1)
-		defer g.count.pinned.Add(-1)
-		err = cl.ownUnder(cl.resp.ctx, cl.resp.addr, func(_ context.Context, c connpool.Conn) error {
+		err = cl.ownUnder(ctx, cl.resp.addr, func(_ context.Context, c connpool.Conn) error {
+			if err := watch.sendable(); err != nil {
+				return connpool.Keep(err)
+			}
 			ran = true
+			g.count.pinned.Add(1)
+			defer g.count.pinned.Add(-1)
 			p := &pin{cl: cl, c: c, u: connpool.State[*replies](c)}
 			return p.run(command, m)
 		})
@@ -85,10 +92,14 @@ func (cl *client) pinned(command []byte, m meaning) error {
 		}
 	case <-late.C:
 		err = errPins
-	case <-g.ctx.Done():
-		err = g.ctx.Err()
+	case <-ctx.Done():
+		err = context.Cause(ctx)
 	}
 	g.count.requests.Add(1)
+	if watch.verdict() != nil {
+		g.count.failures[left].Add(1)
+		return errLeft
+	}
 	g.count.replies.Add(1)
 	cl.out.b = cl.failed(cl.out.b, command, err, false)
 	return cl.flush()

@@ -316,7 +316,11 @@ func TestWhatCannotBeTakenBackKeepsItsConnectionToTheEnd(t *testing.T) {
 	m := g.call()
 	require.Equal(t, "+OK\r\n", m.do("MONITOR"))
 	b.do("GET", "k")
-	require.Contains(t, m.frame(), `"GET" "k"`)
+	said := m.frame()
+	for strings.Contains(said, `"PING"`) { // the gateway's own, on young connections
+		said = m.frame()
+	}
+	require.Contains(t, said, `"GET" "k"`)
 	require.EqualValues(t, 2, g.Status().Pinned)
 
 	// There are no more for single clients; the others are not held up.
