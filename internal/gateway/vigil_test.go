@@ -23,7 +23,6 @@ func (c *caller) leave(rst bool) {
 	c.Close()
 }
 
-
 // TRY-27
 func TestARequestOfAClientThatWasResetWhileItWaitedIsNotCarriedOut(t *testing.T) {
 	if !canWatch {
@@ -146,7 +145,9 @@ func TestABlockingCommandWhoseClientLeftWhileItWaitedTakesNothing(t *testing.T) 
 				}
 				gone := g.call()
 				gone.send("BLPOP", "list", "0")
-				soon(t, "it was read", func() bool { return g.Status().BytesIn >= uint64(len("*3\r\n$5\r\nBLPOP\r\n$4\r\nlist\r\n$1\r\n0\r\n")) && g.Status().Clients == 2 })
+				soon(t, "it was read", func() bool {
+					return g.Status().BytesIn >= uint64(len("*3\r\n$5\r\nBLPOP\r\n$4\r\nlist\r\n$1\r\n0\r\n")) && g.Status().Clients == 2
+				})
 				gone.leave(rst)
 				soon(t, "its wait has ended", func() bool { return g.Status().Clients == 1 })
 				if full == "pins" {
