@@ -178,6 +178,11 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	fs.DurationVar(&o.RequestTimeout, "request-timeout", 30*time.Second, "from a request to its reply, the wait for a connection included")
 	fs.DurationVar(&o.WriteTimeout, "write-timeout", 10*time.Second, "close a client that does not take its replies for so long")
 	fs.DurationVar(&o.DialTimeout, "dial-timeout", 10*time.Second, "for opening a connection to the server")
+	fs.DurationVar(&o.MaxLifetime, "max-lifetime", 30*time.Minute, "age at which a connection to the server is replaced, between two requests; negative: none")
+	fs.DurationVar(&o.GreetingWait, "greeting-wait", 1100*time.Millisecond, "how late a server may speak first and still be noticed: the first reply of all is held until its connection is so old; negative: nobody listens")
+	fs.DurationVar(&o.BroadcastWait, "broadcast-wait", 200*time.Millisecond, "modbus: how long a broadcast (unit 0, or function 8/4) has the line, if no reply comes")
+	fs.DurationVar(&o.ConnectDelay, "connect-delay", 0, "between the opening of a connection and its first request, for devices that are not ready at once")
+	fs.DurationVar(&o.RedialDelay, "redial-delay", 0, "between the end of a connection and the opening of the next, for devices that take one at a time")
 	fs.DurationVar(&o.Drain, "drain", 30*time.Second, "for what is under way when the gateway is told to end; negative: nothing is waited for")
 
 	fs.BoolVar(&o.check, "check", false, "check the flags and certificates, say what would be done, and end: status 0 if all is good, else 2")
@@ -197,6 +202,9 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 			if o.Framing != "resp" {
 				others = append(others, "-"+f.Name)
 			}
+		}
+		if f.Name == "broadcast-wait" && o.Framing != "modbus" || f.Name == "greeting-wait" && o.Framing == "session" {
+			others = append(others, "-"+f.Name)
 		}
 	})
 	if len(others) > 0 {

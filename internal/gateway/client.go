@@ -148,7 +148,7 @@ func (cl *client) parted(err error) {
 	var bad *malformed
 	count := &cl.g.count
 	switch {
-	case errors.Is(err, io.EOF), errors.Is(err, errDraining), errors.Is(err, net.ErrClosed):
+	case errors.Is(err, io.EOF), errors.Is(err, errDraining), errors.Is(err, net.ErrClosed), errors.Is(err, errLeft):
 		return
 	case errors.Is(err, errIdle):
 		count.idleClients.Add(1)
@@ -185,19 +185,30 @@ const (
 	noMemory                   // the reply does not fit into MaxMemory
 	outOfStep                  // the reply was no reply
 	ending                     // the gateway had to end
+	speaks                     // the server speaks first, and was not asked
+	pinsFull                   // MaxPinned clients have connections to themselves
+	left                       // the client left before its request was sent
 	numFailures
 )
 
-var failureNames = [numFailures]string{"lost", "late", "unreachable", "busy", "too-long", "no-memory", "out-of-step", "ending"}
+var failureNames = [numFailures]string{"lost", "late", "unreachable", "busy", "too-long", "no-memory", "out-of-step", "ending", "speaks-first", "pinned", "left"}
 
 func (f failure) String() string { return failureNames[f] }
 
 // failureOf classes the error of an exchange. ran: there was a connection.
 func (g *Gateway) failureOf(err error, ran bool) failure {
 	var bad *malformed
+	var first *speaksFirst
 	switch {
+	case errors.Is(err, errLeft):
+		return left
 	case g.ctx.Err() != nil:
 		return ending
+	case errors.As(err, &first):
+		if ran {
+			return outOfStep
+		}
+		return speaks
 	case errors.Is(err, errTooLong):
 		return tooLong
 	case errors.Is(err, errNoMemory):
@@ -205,18 +216,26 @@ func (g *Gateway) failureOf(err error, ran bool) failure {
 	case errors.As(err, &bad):
 		return outOfStep
 	case errors.Is(err, errPins):
-		return busy
+		return pinsFull
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		var pe *connpool.Error
 		switch {
 		case ran:
 			return late
 		case errors.As(err, &pe) && pe.Limit == 0:
-			return unreachable // no limit was in the way, only the server
+			return g.absent() // no limit was in the way, only the server
 		}
 		return busy
 	case ran:
 		return lost
+	}
+	return g.absent()
+}
+
+// absent is why there is no connection, and none could be opened.
+func (g *Gateway) absent() failure {
+	if g.greet.speaking() {
+		return speaks
 	}
 	return unreachable
 }

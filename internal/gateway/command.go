@@ -12,7 +12,7 @@ const (
 	transacts               // MULTI, WATCH and what ends them
 	subscribes              // several replies, and messages afterwards
 	blocks                  // one reply, some day
-	keeps                   // it leaves something behind that nobody can take away again
+	keeps                   // it leaves something behind, if the server agrees
 	identifies              // it changes who the client is, or which database it means
 	local                   // the gateway answers it itself
 	refused                 // the gateway does not pass it on
@@ -43,6 +43,17 @@ const (
 	vQuit
 	vReset
 	vHTTP
+	vMaint
+
+	// What these leave behind, the next may take back.
+	vTracking
+	vNoEvict
+	vNoTouch
+	vReadonly
+	vReadwrite
+	vAsking
+	vDebug
+	vReply
 )
 
 type meaning struct {
@@ -61,7 +72,7 @@ var commandTable = map[string]meaning{
 	"BLPOP": {class: blocks}, "BRPOP": {class: blocks}, "BRPOPLPUSH": {class: blocks}, "BLMOVE": {class: blocks}, "BLMPOP": {class: blocks},
 	"BZPOPMIN": {class: blocks}, "BZPOPMAX": {class: blocks}, "BZMPOP": {class: blocks}, "WAIT": {class: blocks}, "WAITAOF": {class: blocks},
 
-	"MONITOR": {class: keeps}, "READONLY": {class: keeps}, "READWRITE": {class: keeps}, "ASKING": {class: keeps},
+	"MONITOR": {class: keeps}, "READONLY": {keeps, vReadonly}, "READWRITE": {keeps, vReadwrite}, "ASKING": {keeps, vAsking},
 
 	"AUTH": {identifies, vAuth}, "HELLO": {identifies, vHello}, "SELECT": {identifies, vSelect},
 
@@ -77,6 +88,11 @@ var clientTable = map[string]meaning{
 	"ID": {}, "INFO": {}, "LIST": {}, "GETNAME": {}, "GETREDIR": {}, "KILL": {}, "PAUSE": {}, "UNPAUSE": {}, "UNBLOCK": {},
 	"HELP": {}, "TRACKINGINFO": {},
 	"SETNAME": {identifies, vSetname}, "SETINFO": {local, vSetinfo},
+	"CACHING":  {class: transacts}, // is for the next command, and only while there is tracking
+	"TRACKING": {keeps, vTracking}, "NO-EVICT": {keeps, vNoEvict}, "NO-TOUCH": {keeps, vNoTouch}, "REPLY": {keeps, vReply},
+	// Redis clients ask for pushes about moving nodes, which are of no use behind
+	// a gateway, each time they connect.
+	"MAINT_NOTIFICATIONS": {local, vMaint},
 }
 
 // classify says what a frame of respRequests is. Only arrays have a meaning; an
@@ -87,7 +103,7 @@ func classify(frame []byte) meaning {
 	if !ok {
 		return meaning{class: nothing}
 	}
-	var buf [16]byte
+	var buf [24]byte
 	m, known := commandTable[string(upper(buf[:0], name))]
 	if known {
 		return m
@@ -113,10 +129,45 @@ func classify(frame []byte) meaning {
 		}
 	case is(name, "SCRIPT"):
 		if sub, ok := args.next(); ok && is(sub, "DEBUG") {
-			m.class = keeps
+			m = meaning{keeps, vDebug}
 		}
 	}
 	return m
+}
+
+// takesBack reports whether a command ends what its like has left behind: the
+// state that it sets is the default one.
+func takesBack(v verb, frame []byte) bool {
+	list := words(frame)
+	last := func() []byte { // of CLIENT x WORD and SCRIPT DEBUG WORD
+		if len(list) < 2 {
+			return nil
+		}
+		return list[1]
+	}
+	switch v {
+	case vReadwrite:
+		return true
+	case vTracking, vNoEvict, vNoTouch:
+		return is(last(), "OFF")
+	case vDebug:
+		return is(last(), "NO")
+	case vReply:
+		return is(last(), "ON")
+	case vHello:
+		return len(list) == 0 // a question
+	}
+	return false
+}
+
+// silences reports whether a command is CLIENT REPLY OFF or SKIP: the server
+// answers neither it nor what follows, so that nothing can be counted any more.
+func silences(v verb, frame []byte) bool {
+	if v != vReply {
+		return false
+	}
+	list := words(frame)
+	return len(list) == 2 && (is(list[1], "OFF") || is(list[1], "SKIP"))
 }
 
 // upper appends name in upper case to dst, or nothing if it does not fit: no
@@ -171,8 +222,11 @@ var respErrors = [numFailures]string{
 	busy:        "every connection to the server was in use for too long; the command was not sent",
 	tooLong:     "the reply is longer than the gateway passes on; the command was carried out",
 	noMemory:    "the gateway has no room for the reply; the command was carried out",
-	outOfStep:   "the server's answer was not RESP; the command may have been carried out",
+	outOfStep:   "what the server said was no answer to the command, which may have been carried out",
 	ending:      "the gateway is ending; the command may have been carried out",
+	speaks:      "the server speaks before it is asked, so that nobody could tell its answers apart; the command was not sent",
+	pinsFull:    "as many clients as -max-pinned allows have a connection to themselves; the command was not sent",
+	left:        "the client left; the command was not sent",
 }
 
 func respFailure(_ *Config, dst, _ []byte, why failure) []byte {

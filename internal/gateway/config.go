@@ -59,6 +59,11 @@ type Config struct {
 	RequestTimeout time.Duration // from a request to its reply, the wait for a connection included. 0: 30 s
 	WriteTimeout   time.Duration // for a client to take its replies. 0: 10 s
 	DialTimeout    time.Duration // 0: 10 s
+	MaxLifetime    time.Duration // age of a connection to the server. 0: 30 min; negative: no limit
+	GreetingWait   time.Duration // how long a server that is not yet known may take to speak first, see greetings. 0: 1.1 s; negative: nobody listens
+	BroadcastWait  time.Duration // for a reply to a request that by the specification has none (modbus). 0: 200 ms
+	ConnectDelay   time.Duration // from the opening of a connection to its first request. 0 or negative: none
+	RedialDelay    time.Duration // from the end of a connection to the opening of the next one. 0 or negative: none
 	Drain          time.Duration // for what is under way when the gateway is told to end. 0: 30 s; negative: none
 
 	Logger *slog.Logger // nil: no log
@@ -182,6 +187,9 @@ func (cfg Config) plan() (*plan, error) {
 	span("request-timeout", &p.RequestTimeout, 30*time.Second, false)
 	span("write-timeout", &p.WriteTimeout, 10*time.Second, false)
 	span("dial-timeout", &p.DialTimeout, 10*time.Second, false)
+	span("max-lifetime", &p.MaxLifetime, 30*time.Minute, true)
+	span("greeting-wait", &p.GreetingWait, 1100*time.Millisecond, true)
+	span("broadcast-wait", &p.BroadcastWait, 200*time.Millisecond, false)
 	span("drain", &p.Drain, 30*time.Second, true)
 	span("reload-every", &p.ReloadEvery, 5*time.Second, true)
 	if p.SocketMode == 0 {

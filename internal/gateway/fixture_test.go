@@ -71,6 +71,9 @@ func begin(t testing.TB, cfg Config) *running {
 	if cfg.Listen == "" {
 		cfg.Listen = "tcp://127.0.0.1:0"
 	}
+	if cfg.GreetingWait == 0 { // most servers here are silent at first, and as fast as it gets
+		cfg.GreetingWait = 6 * time.Millisecond
+	}
 	g, err := New(cfg)
 	require.NoError(t, err)
 	r.Gateway = g

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"sync/atomic"
+	"time"
 )
 
 // A scanner follows one direction of a stream and finds where its frames end.
@@ -183,7 +184,14 @@ type replies struct {
 	max  int
 	buf  [upstreamBuffer]byte
 	r, w int    // buf[r:w] has been read and not been used
-	tid  uint16 // the last transaction id given, see modbus
+	tid  uint16 // the last transaction id given, see modbus; of resp, the last mark
+
+	born     time.Time // when it could have been asked for the first time
+	heard    bool      // it was silent before its first request
+	listened bool      // it was listened to in this loan
+	settled  bool      // it is believed without a look, see greetings
+	token    []byte    // of its marks
+	proves   bool      // the server proves its answers by marks
 
 	// pause is called before a read that may have to wait, and told whether a
 	// frame is under way; nil: not. Its error ends next.

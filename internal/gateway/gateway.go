@@ -39,7 +39,9 @@ type Gateway struct {
 	certs  certificates
 	memory budget
 	known  known
+	greet  greetings
 	pins   chan struct{} // one for each connection that one client may have to itself
+	places chan struct{} // one for each session
 	count  counters
 
 	listener, statusListener net.Listener
@@ -66,6 +68,8 @@ func New(cfg Config) (*Gateway, error) {
 		certs:   certificates{server: p.Server, upstream: p.Upstream},
 		memory:  budget{limit: p.MaxMemory},
 		pins:    make(chan struct{}, p.MaxPinned),
+		places:  make(chan struct{}, p.MaxOpen),
+		greet:   greetings{wait: p.GreetingWait, framing: p.Framing, once: p.MaxUses == 1, log: p.Logger},
 		clients: make(map[*client]struct{}),
 		started: time.Now(),
 	}
@@ -76,6 +80,7 @@ func New(cfg Config) (*Gateway, error) {
 		MaxOpen:     p.MaxOpen,
 		MaxDialing:  p.MaxOpen,
 		MaxUses:     p.MaxUses,
+		MaxLifetime: p.MaxLifetime,
 		DialTimeout: p.DialTimeout,
 		TLSFor:      func(connpool.Addr) (*tls.Config, error) { return g.certs.forServer.Load(), nil },
 		Setup:       g.setup,
@@ -88,18 +93,6 @@ func New(cfg Config) (*Gateway, error) {
 	}
 	g.ctx, g.cut = context.WithCancel(context.Background())
 	return g, nil
-}
-
-// setup makes the codec of a new connection to the server.
-func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
-	if g.framing.newReplies == nil {
-		return nil, nil
-	}
-	u := &replies{sc: g.framing.newReplies(&g.Config), max: g.MaxFrame}
-	if id, ok := ctx.Value(identityKey{}).(*identity); ok {
-		return u, id.assume(nc, u)
-	}
-	return u, nil
 }
 
 // Listen opens the listening sockets. If one of them fails, none is left.

@@ -286,8 +286,14 @@ func (cl *client) login(frame []byte) error {
 	g.count.replies.Add(1)
 	addr := g.to
 	addr.Scope = loginScope
+	ctx, leave := context.WithCancelCause(ctx)
+	watch := cl.watchOver(false, leave)
+	defer watch.stop()
 	ran := false
 	err := g.pool.With(ctx, addr, func(c connpool.Conn) error {
+		if watch.sendable() != nil {
+			return errLeft
+		}
 		ran = true
 		defer c.Close()
 		u := connpool.State[*replies](c)
@@ -299,6 +305,10 @@ func (cl *client) login(frame []byte) error {
 		}
 		return u.next(c, &cl.out)
 	})
+	if watch.verdict() != nil && !ran {
+		g.count.failures[left].Add(1)
+		return errLeft
+	}
 	if err != nil {
 		cl.out.b = cl.failed(cl.out.b, frame, err, ran)
 	}

@@ -66,7 +66,7 @@ const (
 func modbusException(_ *Config, dst, request []byte, why failure) []byte {
 	code := byte(modbusNoResponse)
 	switch why {
-	case unreachable:
+	case unreachable, speaks:
 		code = modbusUnreachable
 	case busy:
 		code = modbusBusy

@@ -356,7 +356,7 @@ func TestWhatTheServerSaysUnaskedReachesNobody(t *testing.T) {
 					io.WriteString(p, reply)
 				}
 			}})
-			g := begin(t, Config{Framing: "line", To: to, MaxOpen: 1})
+			g := begin(t, Config{Framing: "line", To: to, MaxOpen: 1, GreetingWait: -1})
 			for i := range 10 {
 				c := g.call()
 				c.say("r%d\n", i)

@@ -21,6 +21,9 @@ import (
 //	sending-+                                                       (the connection goes back)
 //	        +--> kept: it can never be clean again ----> closed, with the client
 //
+// What a command leaves behind counts when the server has agreed to it: what was
+// refused has changed nothing. What is taken back is over.
+//
 // Only hear releases, and it does so under mu when no command is pending; the
 // sender makes a command pending under mu before it sends it. So a command is
 // either sent before the release, which then does not happen, or not sent over
@@ -42,7 +45,11 @@ type pin struct {
 	total    int       // subscriptions to channels and patterns, as the server counts them
 	chans    int       // ... of them to channels
 	shards   int       // subscriptions to shard channels
+	behind   uint16    // what commands have left behind that others take back, see bit
+	queued   bool      // a command that leaves something behind waits for EXEC
 	kept     bool      // the connection is the client's to the end
+	muting   bool      // CLIENT REPLY OFF was sent last, with nothing before it: an answer is its refusal
+	stained  bool      // it serves nobody else, although the client can go on without it
 	active   time.Time // when something was last said
 	released bool
 	heard    error // why hear has ended; nil: it has not, or it released
@@ -52,8 +59,12 @@ type pin struct {
 // pending is a command that was sent.
 type pending struct {
 	meaning
-	left int // replies it will get; -1: as many as there are subscriptions of its kind
+	left int  // replies it will get; -1: as many as there are subscriptions of its kind
+	undo bool // it takes back what its like leaves behind
 }
+
+// bit is that of pin.behind for what a verb leaves behind.
+func bit(v verb) uint16 { return 1 << (v - vTracking) }
 
 var (
 	errReleased = errors.New("the connection is not needed any more")
@@ -66,6 +77,10 @@ var (
 // client goes on without it.
 func (cl *client) pinned(command []byte, m meaning) error {
 	g := cl.g
+	ctx, leave := context.WithCancelCause(cl.resp.ctx)
+	defer leave(nil)
+	watch := cl.watchOver(m.class == blocks, leave)
+	defer watch.stop()
 	late := time.NewTimer(g.RequestTimeout)
 	defer late.Stop()
 	var err error
@@ -73,10 +88,13 @@ func (cl *client) pinned(command []byte, m meaning) error {
 	select {
 	case g.pins <- struct{}{}:
 		defer func() { <-g.pins }()
-		g.count.pinned.Add(1)
-		defer g.count.pinned.Add(-1)
-		err = cl.ownUnder(cl.resp.ctx, cl.resp.addr, func(_ context.Context, c connpool.Conn) error {
+		err = cl.ownUnder(ctx, cl.resp.addr, func(_ context.Context, c connpool.Conn) error {
+			if err := watch.sendable(); err != nil {
+				return connpool.Keep(err)
+			}
 			ran = true
+			g.count.pinned.Add(1)
+			defer g.count.pinned.Add(-1)
 			p := &pin{cl: cl, c: c, u: connpool.State[*replies](c)}
 			return p.run(command, m)
 		})
@@ -85,10 +103,14 @@ func (cl *client) pinned(command []byte, m meaning) error {
 		}
 	case <-late.C:
 		err = errPins
-	case <-g.ctx.Done():
-		err = g.ctx.Err()
+	case <-ctx.Done():
+		err = context.Cause(ctx)
 	}
 	g.count.requests.Add(1)
+	if watch.verdict() != nil {
+		g.count.failures[left].Add(1)
+		return errLeft
+	}
 	g.count.replies.Add(1)
 	cl.out.b = cl.failed(cl.out.b, command, err, false)
 	return cl.flush()
@@ -126,6 +148,9 @@ func (p *pin) run(command []byte, m meaning) error {
 	p.ready.release()
 	switch {
 	case err == errReleased:
+		if p.stained {
+			p.c.Close()
+		}
 		return nil
 	case err == p.heard:
 		p.tell()
@@ -216,16 +241,15 @@ func (p *pin) enter(command []byte, m meaning) error {
 	}
 	p.active = time.Now()
 	switch {
-	case m.class == keeps || m.class == identifies || m.class == local,
-		m.class == subscribes && p.multi:
-		p.kept = true
-	}
-	if p.kept { // nothing is counted any more
-		p.pending, p.blocking = nil, 0
-		p.c.SetReadDeadline(time.Time{})
+	case p.kept:
+		p.muting = false
+		return nil
+	case silences(m.verb, command):
+		p.muting = len(p.pending) == 0
+		p.keepLocked()
 		return nil
 	}
-	e := pending{meaning: m, left: 1}
+	e := pending{meaning: m, left: 1, undo: takesBack(m.verb, command)}
 	switch m.verb {
 	case vSubscribe, vPsubscribe, vSsubscribe, vUnsubscribe, vPunsubscribe, vSunsubscribe:
 		if e.left = argsOf(command).left - 1; e.left == 0 {
@@ -242,6 +266,15 @@ func (p *pin) enter(command []byte, m meaning) error {
 	return nil
 }
 
+// keepLocked gives the connection to the client for good. Nothing is counted any
+// more.
+func (p *pin) keepLocked() {
+	p.kept = true
+	p.pending, p.blocking = nil, 0
+	p.c.SetReadDeadline(time.Time{})
+	p.moved.Broadcast()
+}
+
 // awaitLocked bounds how long the server may take for the oldest command.
 func (p *pin) awaitLocked() {
 	switch {
@@ -255,7 +288,7 @@ func (p *pin) awaitLocked() {
 
 // quietLocked reports whether the connection is as clean as when it was lent.
 func (p *pin) quietLocked() bool {
-	return len(p.pending) == 0 && !p.kept && !p.multi && !p.watching && p.total == 0 && p.shards == 0
+	return len(p.pending) == 0 && !p.kept && !p.multi && !p.watching && p.total == 0 && p.shards == 0 && p.behind == 0
 }
 
 // next waits for a command.
@@ -296,7 +329,7 @@ func (p *pin) rearmLocked(begun time.Time) error {
 	if !begun.IsZero() {
 		end = begun.Add(g.RequestTimeout)
 	}
-	waiting := len(p.pending) == 0 && !p.kept && p.total == 0 && p.shards == 0 // the server for the client
+	waiting := len(p.pending) == 0 && !p.kept && p.total == 0 && p.shards == 0 && p.behind == 0 // the server for the client
 	if held := p.active.Add(g.HoldTimeout); waiting && (end.IsZero() || held.Before(end)) {
 		end = held
 	}

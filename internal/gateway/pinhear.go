@@ -81,6 +81,10 @@ func (p *pin) pause(within bool) error {
 func (p *pin) accountLocked(frame []byte) error {
 	p.active = time.Now()
 	if p.kept {
+		if p.muting && isError(frame) {
+			p.kept = false
+		}
+		p.muting = false
 		return nil
 	}
 	v, count := subscription(frame)
@@ -108,23 +112,77 @@ func (p *pin) accountLocked(frame []byte) error {
 	case head == nil:
 		return &malformed{"a reply to nothing"}
 	}
+	done, keep := *head, false
 	switch v := head.verb; {
+	case p.multi && string(frame) == "+QUEUED\r\n":
+		switch head.class {
+		case subscribes: // EXEC has more than one reply then
+			keep = true
+		case keeps, identifies, local:
+			p.queued = true
+		}
 	case v == vMulti && frame[0] == '+':
 		p.multi = true
 	case v == vWatch && !isError(frame):
 		p.watching = true
 	case v == vExec && p.multi:
 		p.multi, p.watching = false, false
-		if isError(frame) && !hasPrefix(frame, "-EXECABORT") {
-			p.kept = true // who knows
+		switch {
+		case isError(frame):
+			keep = !hasPrefix(frame, "-EXECABORT") // who knows
+		case p.queued:
+			keep = !isNull(frame)
 		}
+		p.queued = false
 	case v == vDiscard && p.multi && hasPrefix(frame, "+OK"):
-		p.multi, p.watching = false, false
+		p.multi, p.watching, p.queued = false, false, false
 	case v == vUnwatch && !p.multi && hasPrefix(frame, "+OK"):
 		p.watching = false
+	case isError(frame): // has changed nothing
+	case head.class == keeps || head.class == identifies || head.class == local:
+		keep = p.leavesLocked(done)
+	}
+	if done.verb != vAsking && !p.multi { // it is for one command
+		p.behind &^= bit(vAsking)
 	}
 	p.popLocked()
+	if keep {
+		p.keepLocked()
+	}
 	return nil
+}
+
+// leavesLocked follows what a command has left behind that the server has agreed
+// to. It reports whether nobody can take that away again.
+func (p *pin) leavesLocked(done pending) (keep bool) {
+	switch v := done.verb; v {
+	case vTracking, vNoEvict, vNoTouch, vReadonly, vAsking, vDebug:
+		if p.behind |= bit(v); done.undo {
+			p.behind &^= bit(v)
+		}
+	case vReadwrite:
+		p.behind &^= bit(vReadonly)
+	case vReply:
+		return !done.undo
+	case vSetinfo: // a name in a list; the next client has its own
+		p.stained = true
+	case vReset:
+		if p.cl.resp.id != (identity{}) {
+			return true // it is not the connection of that identity any more
+		}
+		p.multi, p.watching, p.queued, p.behind = false, false, false, 0
+		p.total, p.chans, p.shards = 0, 0, 0
+	case vHello:
+		return !done.undo
+	default:
+		return true
+	}
+	return false
+}
+
+// isNull reports whether a reply is null, in RESP2 or RESP3.
+func isNull(reply []byte) bool {
+	return hasPrefix(reply, "*-1") || hasPrefix(reply, "$-1") || hasPrefix(reply, "_")
 }
 
 // popLocked takes the oldest command off: it was answered.

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/seed-ecb488c9/connpool"
 )
@@ -52,10 +53,14 @@ func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte)
 // returns. An error means that the protocol has no such word.
 func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) error {
 	g := cl.g
-	ctx, cancel := context.WithTimeout(ctx, g.RequestTimeout)
+	latest := time.Now().Add(g.RequestTimeout) // for the replies
+	ctx, cancel := context.WithDeadline(ctx, latest)
 	defer cancel()
+	ctx, leave := context.WithCancelCause(ctx)
+	watch := cl.watchOver(false, leave)
+	defer watch.stop()
 	g.count.requests.Add(uint64(len(cl.batch)))
-	answered, ran := 0, false
+	mark, answered, ran := len(cl.out.b), 0, false
 	var unheard error
 	refuse := func(err error) {
 		if told := cl.failed(cl.out.b, cl.batch[answered], err, ran); told != nil {
@@ -65,13 +70,26 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 		answered++
 	}
-	err := g.pool.With(ctx, addr, func(c connpool.Conn) error {
-		ran = true
+	try := func(c connpool.Conn) error {
+		if watch.stop() != nil {
+			return errLeft
+		}
 		u := connpool.State[*replies](c)
+		u.listened = false
+		believed := latest.Add(-g.RequestTimeout / 4) // time enough to tell the client
+		if err := g.greet.before(c, u, believed); err != nil {
+			return err
+		}
+		if watch.sendable() != nil {
+			return u.kept(errLeft)
+		}
+		ran = true
 		if g.framing.name == "modbus" {
 			return u.modbus(c, cl.batch[0], &cl.out, &answered)
 		}
-		return converse(c, wire, func() error {
+		believable := u.settled || g.greet.wait <= 0 // what it has said, whatever befalls it now
+		asked, proof := time.Now(), g.greet.mark(u)
+		err := converse(c, wire, proof, func() error {
 			for answered < len(cl.batch) {
 				switch err := u.next(c, &cl.out); {
 				case err == nil:
@@ -84,9 +102,37 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 					return err
 				}
 			}
-			return nil
+			var err error
+			if proof == nil {
+				err = g.greet.after(c, u, asked, believed)
+			} else {
+				err = g.greet.marked(c, u)
+			}
+			believable = believable || err == nil
+			return err
 		})
-	})
+		if err != nil && !believable { // nobody knows which of the replies was none
+			cl.out.b, answered = cl.out.b[:mark], 0
+		}
+		if err == nil {
+			err = u.kept(nil)
+		}
+		return err
+	}
+	err := g.hopeless()
+	if err == nil {
+		err = g.pool.With(ctx, addr, try)
+	}
+	if errors.Is(err, errSilent) {
+		err = nil
+	}
+	if watch.verdict() != nil && !ran {
+		err = errLeft
+		unheard = errLeft
+		g.count.failures[left].Add(uint64(len(cl.batch)))
+		g.Logger.Debug("request dropped", "client", cl.raw.RemoteAddr(), "error", err)
+		return err
+	}
 	if err != nil && answered < len(cl.batch) && unheard == nil {
 		for refuse(err); answered < len(cl.batch) && unheard == nil; {
 			refuse(errBehind)
@@ -94,6 +140,15 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 	}
 	g.count.replies.Add(uint64(answered))
 	return unheard
+}
+
+// kept is what the function of a loan returns that leaves the connection in
+// step: a read that timed out because it was meant to is forgiven.
+func (u *replies) kept(err error) error {
+	if err == nil && u.listened {
+		err = errSilent
+	}
+	return connpool.Keep(err)
 }
 
 // errBehind is what became of the requests behind one that failed.
@@ -113,11 +168,14 @@ func (cl *client) failed(dst, request []byte, err error, ran bool) []byte {
 	return g.framing.refuse(&g.Config, dst, request, why)
 }
 
-// converse sends wire and receives. What is longer than the sockets are sure to
-// hold is sent while the reply is read, or a server that answers before it has
-// read all would wait for us and we for it.
-func converse(c connpool.Conn, wire []byte, receive func() error) error {
-	if len(wire) <= batchBytes {
+// converse sends wire, and more behind it, and receives. What is longer than the
+// sockets are sure to hold is sent while the reply is read, or a server that
+// answers before it has read all would wait for us and we for it.
+func converse(c connpool.Conn, wire, more []byte, receive func() error) error {
+	if len(wire)+len(more) <= batchBytes {
+		if len(more) > 0 { // wire lies in the client's buffer, with other things behind it
+			wire = append(append(make([]byte, 0, len(wire)+len(more)), wire...), more...)
+		}
 		if _, err := c.Write(wire); err != nil {
 			return err
 		}
@@ -126,6 +184,9 @@ func converse(c connpool.Conn, wire []byte, receive func() error) error {
 	sent := make(chan error, 1)
 	go func() {
 		_, err := c.Write(wire)
+		if err == nil && len(more) > 0 {
+			_, err = c.Write(more)
+		}
 		sent <- err
 	}()
 	err := receive()

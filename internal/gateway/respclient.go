@@ -118,6 +118,8 @@ func (cl *client) answer(m meaning) error {
 	case vReset:
 		cl.become(identity{})
 		cl.out.b = append(cl.out.b, "+RESET\r\n"...)
+	case vMaint: // in the server's own words
+		cl.out.b = append(cl.out.b, "-ERR unknown subcommand 'MAINT_NOTIFICATIONS'. Try CLIENT HELP.\r\n"...)
 	case vSetinfo:
 		cl.out.b = append(cl.out.b, "+OK\r\n"...)
 	case vHTTP:

@@ -19,12 +19,12 @@ const sessionBuffer = 32 << 10
 // and that connection serves nobody else after it.
 func (cl *client) serveSession() {
 	g := cl.g
-	buf := make([]byte, sessionBuffer)
+	first := make([]byte, clientBuffer) // as long as it has no connection
 	n := 0
 	if !g.Eager {
 		err := cl.readWithin(g.IdleTimeout)
 		if err == nil {
-			n, err = cl.in.r.Read(buf)
+			n, err = cl.in.r.Read(first)
 		}
 		switch {
 		case n > 0:
@@ -40,12 +40,13 @@ func (cl *client) serveSession() {
 	}
 	g.count.requests.Add(1)
 	ran := false
-	err := cl.own(g.to, func(_ context.Context, c connpool.Conn) error {
+	err := cl.inPlace(func(c connpool.Conn) error {
 		ran = true
 		defer c.Close()
 		g.count.pinned.Add(1)
 		defer g.count.pinned.Add(-1)
-		cl.relay(c, buf[:n], buf)
+		buf := make([]byte, sessionBuffer)
+		cl.relay(c, buf[:copy(buf, first[:n])], buf)
 		return nil
 	})
 	if !ran && err != nil {
@@ -55,12 +56,58 @@ func (cl *client) serveSession() {
 	}
 }
 
-// own lends the client a connection for as long as fn takes. Waiting for it may
-// take RequestTimeout; the ctx of fn has no deadline.
-func (cl *client) own(addr connpool.Addr, fn func(context.Context, connpool.Conn) error) error {
-	return cl.ownUnder(cl.g.ctx, addr, fn)
+// inPlace waits for one of the MaxOpen places of sessions, in the order of
+// arrival, and for a connection, and lends that to fn. A client whose direction
+// ends while it waits for a place has left; once it has one, the end of its
+// direction is a part of what it has to say.
+func (cl *client) inPlace(fn func(connpool.Conn) error) error {
+	g := cl.g
+	ctx, leave := context.WithCancelCause(g.ctx)
+	defer leave(nil)
+	if err := cl.takePlace(ctx, leave); err != nil {
+		return err
+	}
+	defer func() { <-g.places }()
+	watch := cl.watchOver(false, leave)
+	defer watch.stop()
+	return cl.ownUnder(ctx, g.to, func(_ context.Context, c connpool.Conn) error {
+		if err := watch.sendable(); err != nil {
+			return err
+		}
+		return fn(c)
+	})
 }
 
+// takePlace waits for a place of a session, which whoever has it gives back.
+func (cl *client) takePlace(ctx context.Context, leave context.CancelCauseFunc) error {
+	g := cl.g
+	select {
+	case g.places <- struct{}{}:
+		return nil
+	default:
+	}
+	g.count.queued.Add(1)
+	defer g.count.queued.Add(-1)
+	late := time.NewTimer(g.RequestTimeout)
+	defer late.Stop()
+	watch := cl.watchOver(true, leave)
+	defer watch.stop()
+	select {
+	case g.places <- struct{}{}:
+	case <-late.C:
+		return context.DeadlineExceeded
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if err := watch.sendable(); err != nil {
+		<-g.places
+		return err
+	}
+	return nil
+}
+
+// ownUnder lends the client a connection for as long as fn takes. Waiting for it
+// may take RequestTimeout; the ctx of fn has no deadline.
 func (cl *client) ownUnder(ctx context.Context, addr connpool.Addr, fn func(context.Context, connpool.Conn) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

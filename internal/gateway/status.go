@@ -25,6 +25,7 @@ type counters struct {
 	bytesIn, bytesOut                                    atomic.Uint64
 	reloads, reloadsFailed                               atomic.Uint64
 	pinned                                               atomic.Int64
+	queued                                               atomic.Int64 // sessions that wait for their turn
 }
 
 // Status is a snapshot of a gateway. Counters begin with the gateway.
@@ -74,6 +75,7 @@ func (g *Gateway) Status() Status {
 		Reloads: c.reloads.Load(), ReloadsFailed: c.reloadsFailed.Load(),
 		Pool: g.pool.Stats(),
 	}
+	st.Pool.Waiting += int(c.queued.Load())
 	if g.listener != nil {
 		at := g.listen
 		at.address = g.listener.Addr().String() // the port that was found for 0

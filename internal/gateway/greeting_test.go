@@ -1,0 +1,373 @@
+package gateway
+
+import (
+	"bufio"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// protocol is what the tests of greetings need to know of a framing.
+type protocol struct {
+	cfg     Config
+	request func(n int) []byte
+	reply   func(n int) []byte
+	// next reads one message of either side; n is its number, -1 if it is none
+	// of these (a failure, a PING, a greeting).
+	next func(r *bufio.Reader) (n int, all []byte, err error)
+}
+
+func textNumber(s string) int {
+	var n int
+	if _, err := fmt.Sscanf(s, "n%d.", &n); err != nil {
+		return -1
+	}
+	return n
+}
+
+var protocols = map[string]protocol{
+	"line": {
+		cfg:     Config{Framing: "line", ErrorReply: "ERR\n"},
+		request: func(n int) []byte { return fmt.Appendf(nil, "n%d.\n", n) },
+		reply:   func(n int) []byte { return fmt.Appendf(nil, "n%d.\n", n) },
+		next: func(r *bufio.Reader) (int, []byte, error) {
+			line, err := r.ReadString('\n')
+			return textNumber(line), []byte(line), err
+		},
+	},
+	"length": {
+		cfg:     Config{Framing: "length", Length: LengthField{Size: 1}, ErrorReply: "\x03ERR"},
+		request: func(n int) []byte { s := fmt.Sprintf("n%d.", n); return append([]byte{byte(len(s))}, s...) },
+		reply:   func(n int) []byte { s := fmt.Sprintf("n%d.", n); return append([]byte{byte(len(s))}, s...) },
+		next: func(r *bufio.Reader) (int, []byte, error) {
+			size, err := r.ReadByte()
+			if err != nil {
+				return -1, nil, err
+			}
+			b := make([]byte, size)
+			_, err = io.ReadFull(r, b)
+			return textNumber(string(b)), append([]byte{size}, b...), err
+		},
+	},
+	"resp": {
+		cfg:     Config{Framing: "resp"},
+		request: func(n int) []byte { return appendCommand(nil, []byte("ECHO"), fmt.Appendf(nil, "n%d.", n)) },
+		reply:   func(n int) []byte { return []byte(bulk(fmt.Sprintf("n%d.", n))) },
+		next: func(r *bufio.Reader) (int, []byte, error) {
+			var all []byte
+			sc := &respReplies{max: 1 << 20} // requests are arrays, and so replies
+			for {
+				b, err := r.ReadByte()
+				if err != nil {
+					return -1, all, err
+				}
+				all = append(all, b)
+				if _, done, err := sc.scan([]byte{b}); err != nil || done {
+					n := -1
+					if i := strings.Index(string(all), "\r\nn"); i >= 0 {
+						n = textNumber(string(all[i+2:]))
+					}
+					return n, all, err
+				}
+			}
+		},
+	},
+	"modbus": {
+		cfg:     Config{Framing: "modbus"},
+		request: func(n int) []byte { return readRegisters(uint16(n), 7, uint16(n), 1) },
+		reply: func(n int) []byte {
+			return binary.BigEndian.AppendUint16([]byte{0, 0, 0, 0, 0, 5, 7, 3, 2}, uint16(n))
+		},
+		next: func(r *bufio.Reader) (int, []byte, error) {
+			head := make([]byte, 6)
+			if _, err := io.ReadFull(r, head); err != nil {
+				return -1, nil, err
+			}
+			rest := make([]byte, binary.BigEndian.Uint16(head[4:]))
+			_, err := io.ReadFull(r, rest)
+			all := append(head, rest...)
+			switch {
+			case err != nil || len(rest) < 5 || rest[1] != 3:
+				return -1, all, err
+			case len(rest) == 6:
+				return int(binary.BigEndian.Uint16(rest[2:])), all, nil
+			}
+			return int(binary.BigEndian.Uint16(rest[3:])), all, nil
+		},
+	},
+}
+
+// greets is a server that answers as p asks, and says word without a request:
+// after late or, if that is negative, between its first request and the reply.
+// From how many connections on it does so is from.
+func (p protocol) greets(word string, late time.Duration, from int, requests *atomic.Int64) func(*faultnet.Peer) {
+	return func(peer *faultnet.Peer) {
+		r := bufio.NewReader(peer)
+		greet := func() { io.WriteString(peer, word) }
+		if peer.Serial() < from {
+			greet = func() {}
+		}
+		switch {
+		case late == 0:
+			greet()
+		case late > 0:
+			t := time.AfterFunc(late, greet)
+			defer t.Stop()
+		}
+		for first := true; ; first = false {
+			n, all, err := p.next(r)
+			if err != nil {
+				return
+			}
+			if first && late < 0 && n >= 0 {
+				greet()
+			}
+			var reply []byte
+			switch {
+			case n >= 0:
+				requests.Add(1)
+				if reply = p.reply(n); p.cfg.Framing == "modbus" {
+					copy(reply, all[:2])
+				}
+			case string(all) == "*1\r\n$4\r\nPING\r\n":
+				reply = []byte("+PONG\r\n")
+			case p.cfg.Framing == "resp":
+				reply = []byte(bulk(string(words(all)[0])))
+			default:
+				return
+			}
+			if _, err := peer.Write(reply); err != nil {
+				return
+			}
+		}
+	}
+}
+
+// ask has clients make requests, each with a number of its own, until enough
+// were answered or refused, and accuses who got another's reply. It returns how
+// many got the right one.
+func (p protocol) ask(t *testing.T, g *running, clients, total int) (right int64) {
+	t.Helper()
+	var foreign atomic.Pointer[string]
+	var numbers, done, good atomic.Int64
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Go(func() {
+			var nc net.Conn
+			var r *bufio.Reader
+			defer func() {
+				if nc != nil {
+					nc.Close()
+				}
+			}()
+			for done.Load() < int64(total) && foreign.Load() == nil {
+				if nc == nil {
+					var err error
+					if nc, err = net.Dial("tcp", g.Addr().String()); err != nil {
+						s := err.Error()
+						foreign.CompareAndSwap(nil, &s)
+						return
+					}
+					nc.SetDeadline(time.Now().Add(forever))
+					r = bufio.NewReader(nc)
+				}
+				// Pipelines of one to three, and no number twice.
+				var mine []int
+				var wire []byte
+				for range 1 + numbers.Load()%3 {
+					n := int(numbers.Add(1))
+					mine = append(mine, n)
+					wire = append(wire, p.request(n)...)
+				}
+				if p.cfg.Framing == "modbus" {
+					mine, wire = mine[:1], p.request(mine[0])
+				}
+				nc.Write(wire)
+				for _, n := range mine {
+					got, all, err := p.next(r)
+					done.Add(1)
+					switch {
+					case err != nil:
+						nc.Close()
+						nc = nil
+					case got == n:
+						good.Add(1)
+					case got < 0 && strings.Contains(string(all), fmt.Sprintf("n%d.", n)): // with half a greeting before it
+					case got >= 0 || !p.refusal(all):
+						s := fmt.Sprintf("to request %d came %q", n, all)
+						foreign.CompareAndSwap(nil, &s)
+						return
+					}
+					if nc == nil {
+						break
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if what := foreign.Load(); what != nil {
+		t.Fatal(*what)
+	}
+	return good.Load()
+}
+
+// refusal reports whether a reply is the gateway's own.
+func (p protocol) refusal(reply []byte) bool {
+	switch p.cfg.Framing {
+	case "resp":
+		return strings.HasPrefix(string(reply), "-ERR gateway: ")
+	case "modbus":
+		return len(reply) == 9 && reply[7]&0x80 != 0
+	}
+	return string(reply) == p.cfg.ErrorReply
+}
+
+// TRY-04
+func TestAServerThatSpeaksFirstIsNeverTakenToHaveAnswered(t *testing.T) {
+	words := map[string][]string{
+		"line":   {"220 hello\n", "220-one\n220-two\n220 three\n", "22"},
+		"length": {"\x02hi", "\x02hi\x01x\x00", "\x05h"},
+		"resp":   {"+OK ready\r\n", "-ERR max number of clients reached\r\n", "220 hello\r\n", "$5\r\nhello\r\n:7\r\n", "$5\r\nhe"},
+		"modbus": {"\x00\x01\x00\x00\x00\x05\x07\x03\x02\x00\x00", "220 hello\r\n", "\x00\x01\x00\x00\x00\x05\x07"},
+	}
+	for name, p := range protocols {
+		for i, word := range words[name] {
+			for when, late := range map[string]time.Duration{
+				"at once": 0, "after 5 ms": 5 * time.Millisecond, "after 50 ms": 50 * time.Millisecond,
+				"after 300 ms": 300 * time.Millisecond, "within the first exchange": -1,
+			} {
+				t.Run(fmt.Sprintf("%s/%d/%s", name, i, when), func(t *testing.T) {
+					t.Parallel()
+					var requests atomic.Int64
+					_, to := serve(t, faultnet.Options{Handler: p.greets(word, late, 0, &requests)})
+					cfg := p.cfg
+					// Far longer than what is to be noticed, for busy machines.
+					cfg.To, cfg.MaxOpen, cfg.GreetingWait, cfg.RequestTimeout = to, 2, 2*time.Second, 5*time.Second
+					g := begin(t, cfg)
+					right := p.ask(t, g, 6, 300)
+					if partial := word == words[name][len(words[name])-1]; !partial && (name == "line" || name == "length") {
+						require.Zero(t, right, "nothing can be believed")
+						require.NotZero(t, g.Status().Failures["speaks-first"]+g.Status().Failures["out-of-step"])
+						require.Contains(t, g.log.String(), "the server speaks first")
+					}
+					if late == 0 && name != "modbus" {
+						require.Zero(t, requests.Load(), "nothing was sent to it")
+					}
+				})
+			}
+		}
+	}
+}
+
+// TRY-04: what was learned of a server is not believed of each connection.
+func TestAServerThatBeginsToGreetLaterIsNoticed(t *testing.T) {
+	for name, p := range protocols {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var requests atomic.Int64
+			word := map[string]string{"line": "220 hello\n", "length": "\x02hi", "resp": "+hello\r\n", "modbus": "220 hello\r\n"}[name]
+			srv, to := serve(t, faultnet.Options{Handler: p.greets(word, 0, 3, &requests)})
+			cfg := p.cfg
+			cfg.To, cfg.MaxOpen, cfg.GreetingWait, cfg.RequestTimeout = to, 1, 60*time.Millisecond, 5*time.Second
+			g := begin(t, cfg)
+			for range 2 {
+				require.NotZero(t, p.ask(t, g, 1, 20))
+				srv.CutIdle(1, faultnet.RST)
+				soon(t, "the connection is gone", func() bool { return g.Status().Pool.Open == 0 })
+			}
+			require.Zero(t, p.ask(t, g, 4, 300))
+		})
+	}
+}
+
+// TRY-04: a full server says so without being asked.
+func TestAFullRedisIsToldAsAServerThatCannotBeReached(t *testing.T) {
+	r := startRedis(t, "--maxclients", "1")
+	hold, err := r.dial()
+	require.NoError(t, err)
+	defer hold.Close()
+	own := &caller{hold, t, bufio.NewReader(hold)}
+	soon(t, "the one client is in", func() bool { io.WriteString(hold, "PING\r\n"); return own.frame() == "+PONG\r\n" })
+	g := begin(t, Config{Framing: "resp", To: r.addr()})
+	for range 20 {
+		c := g.call()
+		c.send("PING")
+		c.send("PING")
+		for range 2 {
+			require.Contains(t, c.frame(), "-ERR gateway: the server cannot be reached; the command was not sent")
+		}
+		c.Close()
+	}
+	require.EqualValues(t, 40, g.Status().Failures["unreachable"])
+	require.Less(t, g.Status().Pool.Dials, uint64(20), "its refusals are not asked for with each request")
+	hold.Close()
+	soon(t, "it works when there is room", func() bool { return g.call().do("PING") == "+PONG\r\n" })
+}
+
+// TRY-04: a server that wants a password, or that is older than PING with a
+// word, or that knows no PING at all, is no server that speaks first.
+func TestServersThatAnswerPingInTheirOwnWayAreServed(t *testing.T) {
+	t.Run("password", func(t *testing.T) {
+		r := startRedis(t, "--requirepass", "secret")
+		g := begin(t, Config{Framing: "resp", To: r.addr()})
+		c := g.call()
+		require.Contains(t, c.do("PING"), "-NOAUTH")
+		require.Equal(t, "+OK\r\n", c.do("AUTH", "secret"))
+		require.Equal(t, "+PONG\r\n", c.do("PING"))
+		require.Zero(t, g.Status().Failures["speaks-first"])
+	})
+	for name, answers := range map[string][2]string{
+		"no word":   {"+PONG\r\n", "-ERR wrong number of arguments for 'ping' command\r\n"},
+		"a proxy":   {"+PONG\r\n", "+PONG\r\n"},
+		"no PING":   {"-ERR unknown command 'PING'\r\n", "-ERR unknown command 'PING'\r\n"},
+		"something": {"+OK\r\n", "+OK\r\n"},
+		"hangs up":  {"+PONG\r\n", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
+				r := bufio.NewReader(peer)
+				for {
+					_, all, err := protocols["resp"].next(r)
+					if err != nil {
+						return
+					}
+					switch args := words(all); {
+					case is(all[8:12], "ECHO"):
+						io.WriteString(peer, bulk(string(args[0])))
+					case len(args) > 0 && answers[1] == "":
+						return
+					default:
+						io.WriteString(peer, answers[min(len(args), 1)])
+					}
+				}
+			}})
+			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2})
+			soon(t, "it is served", func() bool { return protocols["resp"].ask(t, g, 1, 10) == 10 })
+			require.NotZero(t, protocols["resp"].ask(t, g, 4, 200))
+		})
+	}
+}
+
+// TRY-04: who accepts and hangs up answers nobody.
+func TestAServerThatAcceptsAndHangsUpAnswersNobody(t *testing.T) {
+	for name, p := range protocols {
+		t.Run(name, func(t *testing.T) {
+			_, to := serve(t, faultnet.Options{Handler: func(*faultnet.Peer) {}})
+			cfg := p.cfg
+			cfg.To, cfg.MaxOpen = to, 2
+			g := begin(t, cfg)
+			require.Zero(t, p.ask(t, g, 4, 40))
+		})
+	}
+}

@@ -1,0 +1,97 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// errLeft is that the client left while its request waited to be sent.
+var errLeft = errors.New("the client left before its request was sent")
+
+// vigilAfter is how long a request waits before somebody looks after its client:
+// most wait for no time at all.
+const vigilAfter = 5 * time.Millisecond
+
+// A vigil watches a client that reads nothing because its request waits: for the
+// pool, for a connection of its own, for a place. Nobody else would notice that
+// the client has left, and its request would be carried out for nobody.
+//
+// A reset ends the wait. The end of the client's direction does so only if fin
+// is set, since "printf ... | nc" is no way to leave.
+type vigil struct {
+	raw   net.Conn
+	fin   bool
+	end   context.CancelCauseFunc // of the wait
+	begun time.Time
+	timer *time.Timer
+	done  chan struct{} // closed when the watch has ended
+
+	stopped atomic.Bool
+	left    atomic.Bool
+}
+
+// watchOver begins a vigil. It must be stopped before anybody reads from the
+// client. end ends the wait, with errLeft.
+func (cl *client) watchOver(fin bool, end context.CancelCauseFunc) *vigil {
+	v := &vigil{raw: cl.raw, fin: fin, end: end, begun: time.Now()}
+	if _, ok := cl.raw.(syscall.Conn); ok && canWatch {
+		v.done = make(chan struct{})
+		v.timer = time.AfterFunc(vigilAfter, v.watch)
+	}
+	return v
+}
+
+func (v *vigil) watch() {
+	defer close(v.done)
+	rc, err := v.raw.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return
+	}
+	// stop says so before it sets its own deadline: either this one comes first
+	// and is overwritten, or the question is answered yes.
+	v.raw.SetReadDeadline(time.Time{})
+	rc.Read(func(fd uintptr) bool {
+		if !v.stopped.Load() && hasLeft(fd, v.fin) {
+			v.left.Store(true)
+		}
+		return v.stopped.Load() || v.left.Load()
+	})
+	if v.left.Load() {
+		v.end(errLeft)
+	}
+}
+
+// stop ends the vigil and reports whether the client was there to the end of it.
+func (v *vigil) stop() error {
+	if v.timer != nil && !v.stopped.Swap(true) && !v.timer.Stop() {
+		v.raw.SetReadDeadline(past)
+		<-v.done
+	}
+	return v.verdict()
+}
+
+// sendable stops the vigil of a request that has waited and is about to be sent,
+// and looks once more.
+func (v *vigil) sendable() error {
+	if v.stop() == nil && v.timer != nil && time.Since(v.begun) > time.Millisecond {
+		if rc, err := v.raw.(syscall.Conn).SyscallConn(); err == nil {
+			rc.Control(func(fd uintptr) {
+				if hasLeft(fd, v.fin) {
+					v.left.Store(true)
+				}
+			})
+		}
+	}
+	return v.verdict()
+}
+
+func (v *vigil) verdict() error {
+	if v.left.Load() {
+		return errLeft
+	}
+	return nil
+}
