@@ -139,6 +139,7 @@ func load(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // comparing is a whole run: server if need be, rounds, report.
 func comparing(ctx context.Context, o loadOptions, live *notices) (*loadReport, error) {
+	during, greeting := ctx, func() error { return nil }
 	if o.own {
 		s, err := startEchoServer(noWork)
 		if err != nil {
@@ -165,19 +166,25 @@ func comparing(ctx context.Context, o loadOptions, live *notices) (*loadReport, 
 	live.say("%v, probe %s: %d workers, %d rounds of %d ways; Ctrl-C ends it with a report",
 		o.target.addr, o.target.probe.name, o.workers, o.rounds, len(ways))
 	r := newLoadReport(o, ways)
+	if !o.own {
+		during, greeting = o.target.listening(ctx)
+	}
 	began := time.Now()
 	for round := range o.rounds {
 		for i := range ways {
 			at := (round + i) % len(ways) // nobody always comes first
-			r.add(at, o.turn(ctx, ways[at], round, live))
-			if ctx.Err() != nil {
+			r.add(at, o.turn(during, ways[at], round, live))
+			if during.Err() != nil {
 				break
 			}
 		}
 		r.endRound()
-		if ctx.Err() != nil {
+		if during.Err() != nil {
 			break
 		}
+	}
+	if err := greeting(); err != nil {
+		return nil, err
 	}
 	r.Seconds, r.Interrupted = time.Since(began).Seconds(), ctx.Err() != nil
 	return r, r.finish(o, ways)

@@ -22,6 +22,16 @@ import (
 type probe struct {
 	name  string
 	begin func(ctx context.Context, addr connpool.Addr, nc net.Conn) (session, error)
+
+	// blind: any bytes pass for the answer, so that it takes a look at the peer
+	// to tell one from what it says by itself.
+	blind bool
+
+	// marked: each message of the peer says what it is, so that no look is needed.
+	marked bool
+
+	// alpn is the name of the protocol for a TLS handshake. "": none is told.
+	alpn string
 }
 
 // session is a probe's side of one connection: the state that Setup returns.
@@ -39,7 +49,8 @@ const probeTeaching = `probes: what is asked again and again
                         and most text protocols)
   redis                 PING, after AUTH if REDISCLI_AUTH holds a password
   http                  GET / with keep-alive; http:/path for another page. A
-                        status of 400 or more counts as an error
+                        status of 400 or more counts as an error, and 1xx is
+                        no answer yet
   postgres              log-in, then "SELECT 1"; postgres:SQL for another query.
                         PGUSER, PGDATABASE and PGPASSWORD as with psql; trust,
                         clear text, MD5 and SCRAM-SHA-256 are spoken, Kerberos
@@ -47,6 +58,8 @@ const probeTeaching = `probes: what is asked again and again
                         that take TLS without being asked (PostgreSQL 17)
   hex:BYTES,len=N       BYTES in hex; the answer is N bytes long
   hex:BYTES,until=BYTES the answer ends with these bytes
+A server that speaks before it is asked, as mail servers do, is refused: its
+greeting would be taken for an answer.
 `
 
 // parseProbe reads the value of -probe.
@@ -61,7 +74,7 @@ func parseProbe(text string) (probe, error) {
 		if strings.ContainsAny(rest, "\r\n") {
 			return p, errors.New("-probe line: the text must be one line")
 		}
-		p.begin = bytesProbe([]byte(rest+"\n"), 0, []byte("\n"))
+		p.begin, p.blind = bytesProbe([]byte(rest+"\n"), 0, []byte("\n")), true
 	case "redis":
 		if given {
 			return p, errors.New("-probe redis takes no text: it sends PING")
@@ -82,7 +95,7 @@ func parseProbe(text string) (probe, error) {
 		if strings.TrimSpace(rest) == "" || strings.Contains(rest, "\x00") {
 			return p, errors.New("-probe postgres: the query is empty; leave the colon out for SELECT 1")
 		}
-		p.begin = postgresProbe(rest)
+		p.begin, p.marked, p.alpn = postgresProbe(rest), true, "postgresql"
 	case "hex":
 		return parseHexProbe(p, rest)
 	default:
@@ -98,6 +111,7 @@ func parseHexProbe(p probe, text string) (probe, error) {
 	if err != nil || len(request) == 0 {
 		return p, fmt.Errorf("-probe hex: %q are no bytes in hex: %s", ask, form)
 	}
+	p.blind = true
 	how, value, _ := strings.Cut(end, "=")
 	switch how {
 	case "len":
@@ -132,8 +146,7 @@ func unexpected(format string, args ...any) error { return &probeError{fmt.Sprin
 // bytesSession sends the same bytes each time. The answer has n bytes, or ends
 // with until.
 type bytesSession struct {
-	*bufio.Reader
-	nc      net.Conn
+	*wire
 	request []byte
 	n       int
 	until   []byte
@@ -141,19 +154,19 @@ type bytesSession struct {
 
 func bytesProbe(request []byte, n int, until []byte) func(context.Context, connpool.Addr, net.Conn) (session, error) {
 	return func(_ context.Context, _ connpool.Addr, nc net.Conn) (session, error) {
-		return &bytesSession{bufio.NewReader(nc), nc, request, n, until}, nil
+		return &bytesSession{newWire(nc), request, n, until}, nil
 	}
 }
 
 func (s *bytesSession) exchange() (bool, error) {
-	if _, err := s.nc.Write(s.request); err != nil {
+	if err := s.ask(s.request); err != nil {
 		return false, err
 	}
 	if s.until == nil {
 		for left := s.n; left > 0; {
 			k, err := s.Discard(min(left, 4096))
 			if err != nil {
-				return false, err
+				return false, s.lastWords(err)
 			}
 			left -= k
 		}
@@ -167,7 +180,7 @@ func (s *bytesSession) exchange() (bool, error) {
 		switch {
 		case err == bufio.ErrBufferFull:
 		case err != nil:
-			return false, err
+			return false, s.lastWords(err)
 		case len(s.until) == 1:
 			return true, nil
 		}
@@ -180,30 +193,38 @@ func (s *bytesSession) exchange() (bool, error) {
 	return false, unexpected("%d bytes came, and not %x", maxAnswer, s.until)
 }
 
-// --- Redis ---
-
-type redisSession struct {
-	*bufio.Reader
-	nc net.Conn
+// answersIn is how many whole answers b holds.
+func (s *bytesSession) answersIn(b []byte) int {
+	if s.until == nil {
+		return len(b) / s.n
+	}
+	return bytes.Count(b, s.until)
 }
 
+// --- Redis ---
+
+type redisSession struct{ *wire }
+
 func beginRedis(_ context.Context, _ connpool.Addr, nc net.Conn) (session, error) {
-	s := &redisSession{bufio.NewReader(nc), nc}
+	s := &redisSession{newWire(nc)}
 	if password := os.Getenv("REDISCLI_AUTH"); password != "" {
-		if err := s.ask(fmt.Sprintf("*2\r\n$4\r\nAUTH\r\n$%d\r\n%s\r\n", len(password), password), "+OK"); err != nil {
+		if err := s.command(fmt.Sprintf("*2\r\n$4\r\nAUTH\r\n$%d\r\n%s\r\n", len(password), password), "+OK"); err != nil {
 			return nil, err
 		}
 	}
 	return s, nil
 }
 
-func (s *redisSession) ask(command, want string) error {
-	if _, err := io.WriteString(s.nc, command); err != nil {
+func (s *redisSession) command(command, want string) error {
+	if err := s.unasked(); err != nil {
+		return err
+	}
+	if err := s.ask([]byte(command)); err != nil {
 		return err
 	}
 	line, err := s.ReadSlice('\n')
 	if err != nil {
-		return err
+		return s.lastWords(err)
 	}
 	if got := bytes.TrimRight(line, "\r\n"); string(got) != want {
 		advice := ""
@@ -216,7 +237,7 @@ func (s *redisSession) ask(command, want string) error {
 }
 
 func (s *redisSession) exchange() (bool, error) {
-	return true, s.ask("*1\r\n$4\r\nPING\r\n", "+PONG")
+	return true, s.command("*1\r\n$4\r\nPING\r\n", "+PONG")
 }
 
 // shortened is the beginning of what a peer sent, for an error.
@@ -225,47 +246,81 @@ func shortened(b []byte) []byte { return b[:min(len(b), 80)] }
 // --- HTTP ---
 
 type httpSession struct {
-	*bufio.Reader
-	nc      net.Conn
+	*wire
 	request []byte
 }
 
 func httpProbe(path string) func(context.Context, connpool.Addr, net.Conn) (session, error) {
 	return func(_ context.Context, addr connpool.Addr, nc net.Conn) (session, error) {
-		host := addr.ServerName
-		if host == "" {
-			host = addr.Host
-		}
-		switch {
-		case addr.Transport == connpool.Unix:
-			host = "localhost"
-		case strings.Contains(host, ":"):
-			host = "[" + host + "]"
-		}
-		if addr.Port != 0 && addr.Port != 80 && addr.Port != 443 {
-			host += ":" + strconv.Itoa(int(addr.Port))
-		}
-		request := "GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\nUser-Agent: connpool\r\n\r\n"
-		return &httpSession{bufio.NewReader(nc), nc, []byte(request)}, nil
+		request := "GET " + path + " HTTP/1.1\r\nHost: " + httpHost(addr) + "\r\nUser-Agent: connpool\r\n\r\n"
+		return &httpSession{newWire(nc), []byte(request)}, nil
 	}
 }
 
+// httpHost is the field Host for addr: a zone means nothing to the peer, and
+// the port may be left out only if it is that of the scheme.
+func httpHost(addr connpool.Addr) string {
+	host := addr.ServerName
+	if host == "" {
+		host, _, _ = strings.Cut(addr.Host, "%")
+	}
+	own := uint16(80)
+	switch {
+	case addr.Transport == connpool.Unix:
+		return "localhost"
+	case addr.Transport == connpool.TLS:
+		own = 443
+	}
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	if addr.Port != own {
+		host += ":" + strconv.Itoa(int(addr.Port))
+	}
+	return host
+}
+
+// maxInterim is how many informational answers may precede the final one.
+const maxInterim = 16
+
 func (s *httpSession) exchange() (bool, error) {
-	if _, err := s.nc.Write(s.request); err != nil {
+	if err := s.unasked(); err != nil {
 		return false, err
 	}
-	resp, err := http.ReadResponse(s.Reader, nil)
+	if err := s.ask(s.request); err != nil {
+		return false, err
+	}
+	resp, err := s.final()
 	if err != nil {
 		return false, err
 	}
 	defer resp.Body.Close()
 	if n, err := io.Copy(io.Discard, io.LimitReader(resp.Body, maxAnswer)); err != nil {
-		return false, err
+		return false, s.lastWords(err)
 	} else if n == maxAnswer {
 		return false, unexpected("the page is larger than %d bytes; choose a smaller one", maxAnswer)
 	}
-	if resp.StatusCode >= 400 {
-		return false, unexpected("the server answers %s", resp.Status)
+	switch {
+	case resp.StatusCode >= 400:
+		return false, unexpected("the server answers with an error page: %s", resp.Status)
+	case resp.StatusCode < 200:
+		return false, unexpected("the server answers %s, which was not asked for", resp.Status)
 	}
 	return !resp.Close, nil
+}
+
+// final reads on beyond informational answers, which are none (RFC 9110, 15.2).
+// That of a change of protocol is one.
+func (s *httpSession) final() (*http.Response, error) {
+	for range maxInterim {
+		resp, err := http.ReadResponse(s.Reader, nil)
+		if err != nil {
+			return nil, s.lastWords(err)
+		}
+		if resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
+			return resp, nil
+		}
+		resp.Body.Close()
+	}
+	return nil, unexpected("%d informational answers came, and no final one", maxInterim)
 }

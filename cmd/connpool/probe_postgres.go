@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/hmac"
@@ -26,15 +25,14 @@ import (
 
 // postgresSession speaks version 3 of the protocol, with simple queries.
 type postgresSession struct {
-	*bufio.Reader
-	nc    net.Conn
+	*wire
 	query []byte // the message as it is sent
 }
 
 func postgresProbe(sql string) func(context.Context, connpool.Addr, net.Conn) (session, error) {
 	return func(_ context.Context, _ connpool.Addr, nc net.Conn) (session, error) {
 		name, database, password := postgresLogin()
-		s := &postgresSession{bufio.NewReader(nc), nc, postgresMessage('Q', sql+"\x00")}
+		s := &postgresSession{newWire(nc), postgresMessage('Q', sql+"\x00")}
 		if err := s.login(name, database, password); err != nil {
 			return nil, err
 		}
@@ -70,12 +68,13 @@ func postgresMessage(kind byte, body string) []byte {
 // receive reads one message; the body is valid until the next call.
 func (s *postgresSession) receive() (kind byte, body []byte, err error) {
 	var head [5]byte
+	s.forget()
 	if _, err := io.ReadFull(s, head[:]); err != nil {
-		return 0, nil, err
+		return 0, nil, s.lastWords(err)
 	}
-	n := int(binary.BigEndian.Uint32(head[1:])) - 4
+	n := int64(binary.BigEndian.Uint32(head[1:])) - 4
 	if n < 0 || n > maxAnswer {
-		return 0, nil, unexpected("this is not PostgreSQL: a message of %d bytes", n)
+		return 0, nil, unexpected("this is not PostgreSQL: a message of %d bytes, in %q", n, s.heard())
 	}
 	body = make([]byte, n)
 	_, err = io.ReadFull(s, body)
@@ -99,19 +98,27 @@ func refused(body []byte) error {
 	return unexpected("the server says: %s (%s)", shortened([]byte(text)), code)
 }
 
-// exchange sends the query and reads up to "ready for query".
+// exchange sends the query and reads up to "ready for query". If the server
+// hangs up, what it said before is the error.
 func (s *postgresSession) exchange() (bool, error) {
-	if _, err := s.nc.Write(s.query); err != nil {
-		return false, err
-	}
 	var failed error
+	asked := s.send(s.query)
+	answered := false
 	for {
 		kind, body, err := s.receive()
 		switch {
+		case err != nil && failed != nil:
+			return false, failed
+		case asked != nil && err != nil:
+			return false, asked
 		case err != nil:
 			return false, err
 		case kind == 'E':
 			failed = refused(body)
+		case kind == 'C', kind == 'I': // a command is complete, or was empty
+			answered = true
+		case kind == 'Z' && failed == nil && !answered:
+			return false, unexpected("the server is ready for a query without having answered this one")
 		case kind == 'Z':
 			return failed == nil, failed
 		}
@@ -129,14 +136,14 @@ const (
 )
 
 func (s *postgresSession) login(name, database, password string) error {
-	if _, err := s.nc.Write(postgresMessage(0, "\x00\x03\x00\x00user\x00"+name+"\x00database\x00"+database+
-		"\x00application_name\x00connpool\x00\x00")); err != nil {
-		return err
-	}
+	sent := s.send(postgresMessage(0, "\x00\x03\x00\x00user\x00"+name+"\x00database\x00"+database+
+		"\x00application_name\x00connpool\x00\x00"))
 	var proof *scram
 	for {
 		kind, body, err := s.receive()
 		switch {
+		case sent != nil && err != nil:
+			return sent // nor did the server say why
 		case err != nil:
 			return err
 		case kind == 'E':
@@ -180,9 +187,7 @@ func (s *postgresSession) login(name, database, password string) error {
 		default:
 			return unexpected("the server wants authentication of kind %d, which this probe does not speak; allow trust, password, md5 or scram-sha-256 in pg_hba.conf", how)
 		}
-		if _, err := s.nc.Write(postgresMessage('p', reply)); err != nil {
-			return err
-		}
+		sent = s.send(postgresMessage('p', reply))
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/hex"
 	"fmt"
@@ -387,6 +388,167 @@ func TestArgumentsOfAdviceSurviveAShell(t *testing.T) {
 	}
 	f := targetFlags{to: "tls://h:1?scope=a", probe: "line:x y", ca: "ca.pem"}
 	assert.Equal(t, "-to 'tls://h:1?scope=a' -probe 'line:x y' -tls-ca ca.pem", f.flags())
+}
+
+// greets answers each line with itself, and says something of its own after a
+// while, however busy it is with that.
+func greets(after time.Duration, greeting string) func(net.Conn) {
+	return func(nc net.Conn) {
+		if after <= 0 {
+			io.WriteString(nc, greeting)
+			echo(nc, noWork)
+			return
+		}
+		said := time.AfterFunc(after, func() { io.WriteString(nc, greeting) })
+		defer said.Stop()
+		// Like a server that looks up a name before it listens to its client.
+		time.Sleep(after)
+		echo(nc, noWork)
+	}
+}
+
+// TRY-05
+func TestAServerThatSpeaksFirstIsNotMeasured(t *testing.T) {
+	for name, serve := range map[string]func(net.Conn){
+		"at once":                  greets(0, "220 mail.example ESMTP\n"),
+		"a little later":           greets(60*time.Millisecond, "220 mail.example ESMTP\n"),
+		"after the first question": greets(600*time.Millisecond, "220 mail.example ESMTP\n"),
+	} {
+		for _, probe := range []string{"line:ping", "hex:70696e670a,len=5", "hex:70696e670a,until=670a"} {
+			if name == "after the first question" && probe == "hex:70696e670a,until=670a" {
+				continue // it does not end like an answer, so it is read as the beginning of one
+			}
+			t.Run(name+", "+probe, func(t *testing.T) {
+				t.Parallel()
+				to := "tcp://" + startServer(t, serve)
+				for _, args := range [][]string{
+					{"load", "-to", to, "-probe", probe, "-n", "30", "-rounds", "1", "-workers", "1", "-quiet", "-timeout", "5s"},
+					{"size", "-to", to, "-probe", probe, "-step", "100ms", "-max-clients", "1", "-quiet", "-timeout", "5s"},
+				} {
+					var out, errs bytes.Buffer
+					assert.Equal(t, exitBroken, run(t.Context(), args, &out, &errs), "%v: %s", args, out.String())
+					assert.Contains(t, errs.String(), "without being asked", args)
+				}
+			})
+		}
+	}
+	for name, serve := range map[string]func(net.Conn){"echo": func(nc net.Conn) { echo(nc, noWork) }, "two lines for one": func(nc net.Conn) {
+		in := bufio.NewReader(nc)
+		for i := 0; ; i++ {
+			if _, err := in.ReadString('\n'); err != nil {
+				return
+			}
+			fmt.Fprintf(nc, "%d\nof two\n", i)
+		}
+	}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var out, errs bytes.Buffer
+			assert.Equal(t, exitOK, run(t.Context(), []string{"load", "-to", "tcp://" + startServer(t, serve), "-n", "9", "-quiet"}, &out, &errs), errs.String())
+		})
+	}
+}
+
+// TRY-05
+func TestInformationalAnswersAreReadOver(t *testing.T) {
+	const ok = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+	const hints = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n"
+	for name, c := range map[string]struct{ answer, says string }{
+		"hints":            {hints + ok, ""},
+		"three of them":    {"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n" + hints + ok, ""},
+		"no end of them":   {strings.Repeat(hints, maxInterim+1) + ok, "no final one"},
+		"an error page":    {hints + "HTTP/1.1 500 Oops\r\nContent-Length: 2\r\n\r\nno", "error page: 500"},
+		"another protocol": {"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", "101"},
+		"no web server":    {"220 mail.example ESMTP\r\n", "220 mail.example"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o, err := ownTo(t, startServer(t, func(nc net.Conn) {
+				in := bufio.NewReader(nc)
+				for {
+					if _, err := http.ReadRequest(in); err != nil {
+						return
+					}
+					io.WriteString(nc, c.answer)
+				}
+			}), "http")
+			require.NoError(t, err)
+			for range 3 {
+				more, err := o.ask(5 * time.Second)
+				if c.says != "" {
+					require.ErrorContains(t, err, c.says)
+					return
+				}
+				require.NoError(t, err)
+				require.True(t, more)
+				require.Zero(t, o.Buffered(), "the answer was read to its end")
+			}
+		})
+	}
+}
+
+// TRY-05
+func TestWhatAServerSaidBeforeItHungUpIsTold(t *testing.T) {
+	t.Setenv("REDISCLI_AUTH", "")
+	t.Setenv("PGUSER", "u")
+	t.Setenv("PGPASSWORD", "")
+	welcome := pg('R', pgOK) + pg('Z', pgReady)
+	fatal := pg('E', "SFATAL\x00C57P01\x00Mterminating connection due to administrator command\x00\x00")
+	once := func(request int, words string) func(net.Conn) {
+		return func(nc net.Conn) {
+			io.ReadFull(nc, make([]byte, request))
+			io.WriteString(nc, words)
+		}
+	}
+	for probe, c := range map[string]struct {
+		serve func(net.Conn)
+		says  string
+	}{
+		"line:a":              {once(2, "421 too many"), "421 too many"},
+		"hex:0102,len=50":     {once(2, "busy"), "busy"},
+		"hex:0102,until=0d0a": {once(2, "busy"), "busy"},
+		"redis":               {once(len(ping), "-ERR max num"), "-ERR max num"},
+		"http":                {once(1, "HTTP/1.1 503 Ser"), "503 Ser"},
+		"postgres": {func(nc net.Conn) {
+			pgFake(welcome, fatal)(&hangsUp{Conn: nc, writes: 2})
+		}, "57P01"},
+		"postgres:select 1": {func(nc net.Conn) { // the end came before the question
+			pgFake(welcome + fatal)(&hangsUp{Conn: nc, writes: 1})
+		}, "57P01"},
+	} {
+		t.Run(probe, func(t *testing.T) {
+			o, err := ownTo(t, startServer(t, c.serve), probe)
+			require.NoError(t, err)
+			_, err = o.ask(5 * time.Second)
+			require.ErrorContains(t, err, c.says)
+			require.NotErrorIs(t, err, io.ErrNoProgress)
+		})
+	}
+}
+
+// hangsUp is closed after some writes.
+type hangsUp struct {
+	net.Conn
+	writes int
+}
+
+func (h *hangsUp) Write(b []byte) (int, error) {
+	n, err := h.Conn.Write(b)
+	if h.writes--; h.writes == 0 {
+		h.Conn.(*net.TCPConn).CloseWrite()
+	}
+	return n, err
+}
+
+// TRY-31
+func TestTheFieldHostHasNoZoneAndOnlyPortsThatAreNotTheSchemesOwn(t *testing.T) {
+	for addr, want := range map[string]string{
+		"tcp://h:80": "h", "tcp://h:443": "h:443", "tls://h:443": "h", "tls://h:80": "h:80", "tcp://h:8080": "h:8080",
+		"tcp://[fe80::1%25eth0]:80": "[fe80::1]", "tls://[fe80::1%25eth0]:8443": "[fe80::1]:8443",
+		"tls://10.0.0.1:443?server-name=www.example": "www.example", "unix:/run/s": "localhost",
+	} {
+		assert.Equal(t, want, httpHost(connpool.MustParseAddr(addr)), addr)
+	}
 }
 
 func TestDialGivesUpOnALogInThatNeverEnds(t *testing.T) {

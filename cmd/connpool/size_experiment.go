@@ -43,6 +43,7 @@ type experiment struct {
 }
 
 func experimentOn(ctx context.Context, o sizeOptions, live *notices) (*experiment, error) {
+	during, greeting := ctx, func() error { return nil }
 	if o.work != nil {
 		s, err := startEchoServer(o.work)
 		if err != nil {
@@ -53,11 +54,16 @@ func experimentOn(ctx context.Context, o sizeOptions, live *notices) (*experimen
 		if o.target, err = o.targetFlags.target(); err != nil {
 			return nil, err
 		}
+	} else {
+		during, greeting = o.target.listening(ctx)
 	}
-	r := &ramp{rampOptions: o.ramp, crew: newCrew(ctx, o.target), live: live}
+	r := &ramp{rampOptions: o.ramp, crew: newCrew(during, o.target), live: live}
 	live.say("%v, probe %s: more and more clients, until the %s response exceeds %v (%v each; Ctrl-C ends it with a report)",
 		o.target.addr, o.target.probe.name, o.ramp.judge, o.ramp.limit, o.ramp.step)
-	ended, within, err := r.run(ctx)
+	ended, within, err := r.run(during)
+	if spoke := greeting(); spoke != nil {
+		return nil, spoke
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool"
@@ -65,6 +66,9 @@ func (f *targetFlags) target() (*target, error) {
 		return t, nil
 	}
 	t.tls = &tls.Config{InsecureSkipVerify: f.trustAnyone}
+	if t.probe.alpn != "" {
+		t.tls.NextProtos = []string{t.probe.alpn}
+	}
 	if f.ca != "" {
 		if f.trustAnyone {
 			return nil, errors.New("-tls-ca and -tls-insecure-trust-anyone contradict each other: drop the latter")
@@ -164,7 +168,7 @@ func (t *target) connect(ctx context.Context, sessions tls.ClientSessionCache) (
 	cfg := t.tls.Clone()
 	cfg.ClientSessionCache = sessions
 	if cfg.ServerName = a.ServerName; cfg.ServerName == "" {
-		cfg.ServerName = a.Host
+		cfg.ServerName, _, _ = strings.Cut(a.Host, "%") // no certificate names a zone
 	}
 	tc := tls.Client(nc, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
