@@ -264,9 +264,12 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 // unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
 func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 	s, limit := c.site, p.limitLocked()
+	marked, _ := c.condemned()
 	switch {
 	case p.closed:
 		return ClosedWithPool
+	case marked != ClosedUnknown:
+		return marked
 	case c.epoch != s.epoch:
 		return ClosedRetired
 	case u == justBorn && s.queue.head != nil:

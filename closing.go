@@ -53,9 +53,14 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 // descriptor is still the connection's own. If it is not, the connection goes
 // into quarantine, and must not be closed.
 func (c *conn) seal() bool {
-	if c.word.Load()&stolen == 0 && !c.probe.isStolen() {
-		c.word.Or(shut)
-		return true
+	for {
+		w := c.word.Load()
+		if w&stolen != 0 || c.probe.isStolen() {
+			break
+		}
+		if c.word.CompareAndSwap(w, w|shut) { // or it was marked stolen just now
+			return true
+		}
 	}
 	quarantine.add(c.nc)
 	// Wakes who is blocked in it: a deadline does not touch the descriptor.

@@ -228,6 +228,9 @@ func (c *conn) ask() (CloseReason, error) {
 	if c.word.Load()&hungUp != 0 {
 		c.word.And(^uint64(hungUp)) // before the look, so that the next one is not missed
 	}
+	if reason, err := c.condemned(); reason != ClosedUnknown {
+		return reason, err
+	}
 	reason, err := c.probe.ask(&c.site.pool.cfg, c.nc)
 	if reason == ClosedDirty && c.probe.keep {
 		c.keepAhead(err)

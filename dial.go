@@ -191,9 +191,7 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	case word&inFlight != 0:
 		err = &brokenContract{"Config.Setup left an operation running"}
 	case word&(gone|broken|timedOut|halfClosed) != 0:
-		if err = c.failure(); err == nil {
-			err = &brokenContract{"Config.Setup closed the connection"}
-		}
+		err = c.failureOf(word, "Config.Setup closed the connection")
 	}
 	if err == nil {
 		err = p.setUp(a)

@@ -67,7 +67,7 @@ func (p *Pool) enroll(c *conn) {
 	now := p.clock.now()
 	var todo agenda
 	p.mu.Lock()
-	if old := p.byFD[c.probe.fd()]; old != nil && old.word.Load()&shut == 0 {
+	if old := p.byFD[c.probe.fd()]; old != nil {
 		p.disownLocked(old, &todo)
 	}
 	p.byFD[c.probe.fd()] = c
@@ -108,25 +108,80 @@ func (p *Pool) doubtPressure(now instant) {
 	p.mu.Unlock()
 }
 
-// disownLocked books that the descriptor of c is another socket's. An idle
-// connection goes into quarantine now, any other when its owner is done with it.
-func (p *Pool) disownLocked(c *conn, todo *agenda) {
-	c.word.Or(stolen)
+// disownLocked books that the descriptor of c is another socket's, and reports
+// whether that is news. An idle connection goes into quarantine now, any other
+// when its owner is done with it.
+func (p *Pool) disownLocked(c *conn, todo *agenda) bool {
+	if !c.mark(stolen) {
+		return false
+	}
 	if c.phase == idle {
 		p.takeLocked(c)
 		p.moveLocked(c, closing)
 		todo.close(c, Quarantined, errStolen)
 	}
+	return true
+}
+
+// mark sets stolen, or broken for a connection that is driven by two, unless the
+// connection is known to be stolen, or is not the pool's any more: it is being
+// closed (seal), or its borrower has detached it. Each of these is one step on
+// the word, so of two at once it is known which was first.
+//
+// Who finds the mark: the owner of a loan at its end (verdict); between loans
+// whoever looks at the connection (ask) and whoever parks it (unwantedLocked),
+// through condemned.
+func (c *conn) mark(flag uint64) bool {
+	for {
+		w := c.word.Load()
+		if w&(stolen|shut|detached) != 0 {
+			return false
+		}
+		if c.word.CompareAndSwap(w, w|flag) {
+			return true
+		}
+	}
+}
+
+// condemned says why c, on which no loan stands, may not be lent again, whatever a
+// look at it would show: ClosedUnknown, or what mark has left. An operation
+// that failed leaves the same flag as a mark, but no connection without a loan.
+func (c *conn) condemned() (CloseReason, error) {
+	switch w := c.word.Load(); {
+	case w&stolen != 0:
+		return Quarantined, errStolen
+	case w&broken != 0:
+		return ClosedMarkedDead, nil
+	}
+	return ClosedUnknown, nil
+}
+
+var errMarkedDead = &brokenContract{"MarkDead was told that the connection's socket is somebody else's too"}
+
+// failureOf is the error of a hook or Setup that returned nil, after a loan in
+// which it cannot have used the connection as it should: what failed, a mark,
+// or else what it did.
+func (c *conn) failureOf(word uint64, what string) error {
+	if err := c.failure(); err != nil {
+		return err
+	}
+	if word&(gone|timedOut|halfClosed) == 0 {
+		return errMarkedDead
+	}
+	return &brokenContract{what}
 }
 
 // MarkDead is for a program that opens sockets beside the pool. The caller
 // holds the socket nc, so every pooled connection with the number of its
 // descriptor has died silently, and one that is the same socket under another
-// number is driven by two. Both leave the pool, idle ones at once and borrowed
-// ones when they are given back: the former without being touched, the latter
-// by closing the pool's own descriptor. MarkDead returns how many there were; 0
-// also if nc has no descriptor. The pool finds such connections by itself when
-// it is about to lend or close them, or when it dials; MarkDead is quicker.
+// number is driven by two. Both leave the pool, wherever they are: idle ones at
+// once, borrowed ones when they are given back, and those between two uses of a
+// session, in the pool's own hands or still in Setup as soon as that ends. The
+// former are not touched, of the latter the pool's own descriptor is closed.
+// MarkDead returns how many there were; 0 also if nc has no descriptor. What the
+// pool itself has lent (a Conn, a Lease, what DialContext returned) is not
+// harmed by being nc. The pool finds such connections by itself when it is about
+// to lend or close them, or when it dials; MarkDead is quicker.
 func (p *Pool) MarkDead(nc syscall.Conn) int {
 	if p.stop == nil || nc == nil {
 		return 0
@@ -135,30 +190,49 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 	if err != nil {
 		return 0
 	}
+	own := connBehind(nc)
 	marked := 0
 	var todo agenda
 	p.mu.Lock()
-	for _, c := range p.recency.all() {
-		word := c.word.Load()
+	for _, c := range p.byFD { // unlike the recency it has those in Setup, too
+		same := known && c.probe.known && c.probe.who == who
 		switch {
-		case c.probe.raw == nil || c.phase == closing || word&(stolen|shut) != 0:
+		case c == own, c.phase == closing:
 		case c.probe.fd() == fd:
-			p.disownLocked(c, &todo)
-			marked++
-		case known && c.probe.known && c.probe.who == who:
-			marked++
-			if c.phase != idle {
-				c.word.Or(broken)
-				continue
+			// The same socket under the same number is the connection itself.
+			if !same && p.disownLocked(c, &todo) {
+				marked++
 			}
-			p.takeLocked(c)
-			p.moveLocked(c, closing)
-			todo.close(c, ClosedMarkedDead, nil)
+		case same && c.mark(broken):
+			marked++
+			if c.phase == idle {
+				p.takeLocked(c)
+				p.moveLocked(c, closing)
+				todo.close(c, ClosedMarkedDead, nil)
+			}
 		}
 	}
 	p.mu.Unlock()
 	todo.run(p)
 	return marked
+}
+
+// connBehind is the connection of the pool's that nc is a handle of, nil if it
+// is none. It is for where sockets have no identity.
+func connBehind(nc syscall.Conn) *conn {
+	switch nc := nc.(type) {
+	case Conn:
+		return nc.c
+	case *Lease:
+		return nc.c
+	case *trackedTCP:
+		return nc.t.c
+	case *trackedUnix:
+		return nc.t.c
+	case *trackedConn:
+		return nc.t.c
+	}
+	return nil
 }
 
 func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who identity, known bool, err error) {

@@ -43,9 +43,7 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 	case word&(cut|inFlight) != 0:
 		err = &brokenContract{"it left an operation running"}
 	case word&(gone|broken|timedOut|halfClosed) != 0:
-		if err = c.failure(); err == nil {
-			err = &brokenContract{"it closed the connection"}
-		}
+		err = c.failureOf(word, "it closed the connection")
 	case c.leftovers(word):
 		if err = c.held().clean("it"); err == nil {
 			err = &brokenContract{"it left unread bytes behind"}

@@ -152,7 +152,7 @@ func (h Conn) Detach() (net.Conn, error) {
 		p.discard(c, ClosedCanceled, why)
 		return nil, why
 	}
-	if c.word.Load()&stolen != 0 || c.probe.isStolen() {
+	if word&stolen != 0 || c.probe.isStolen() {
 		c.word.And(^uint64(detached))
 		p.discard(c, Quarantined, errStolen)
 		return nil, errStolen

@@ -297,7 +297,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 				}
 				return nil, 0, p.failed(addr, stage, err, start)
 			}
-			if w.fresh && c.word.Load()&(hungUp|stolen) == 0 && !c.probe.isStolen() { // Setup may have taken its time
+			if w.fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() { // Setup may have taken its time
 				return c, waited, nil
 			}
 		}
@@ -439,6 +439,9 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 // longer its owner.
 func (p *Pool) putBack(ctx context.Context, c *conn, reason CloseReason, why error, owner *bool) {
 	own := false // why is of Reset, which ran for this borrower
+	if reason == ClosedUnknown {
+		reason, why = c.condemned()
+	}
 	if reason == ClosedUnknown && c.word.Load()&hungUp != 0 {
 		if reason, why = c.ask(); p.pushes(reason) {
 			reason = ClosedUnknown

@@ -216,6 +216,9 @@ var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
 	end := p.clock.exactly() + instant(defaultHookTimeout)
 	for {
+		if reason, err := c.condemned(); reason != ClosedUnknown {
+			return reason, err
+		}
 		if c.holds() {
 			return ClosedDirty, ErrUnread
 		}

@@ -12,13 +12,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "identity-at-close",
-		old:   "if c.word.Load()&stolen == 0 && !c.probe.isStolen() {\n\t\tc.word.Or(shut)\n\t\treturn true",
-		new:   "if c.word.Load()&stolen == 0 {\n\t\tc.word.Or(shut)\n\t\treturn true",
+		old:   "if w&stolen != 0 || c.probe.isStolen() {\n\t\t\tbreak",
+		new:   "if w&stolen != 0 {\n\t\t\tbreak",
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
 		name:  "identity-after-setup",
-		old:   `if w.fresh && c.word.Load()&(hungUp|stolen) == 0 && !c.probe.isStolen() {`,
+		old:   `if w.fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() {`,
 		new:   `if w.fresh {`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
@@ -54,8 +54,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "number-proves-death",
-		old:   `old != nil && old.word.Load()&shut == 0`,
-		new:   `old != nil && false`,
+		old:   `old := p.byFD[c.probe.fd()]; old != nil`,
+		new:   `old := p.byFD[c.probe.fd()]; false`,
 		tests: `TestThePoolsOwnNextDialProvesTheOlderEntryDead`,
 	},
 	{
@@ -66,9 +66,51 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-by-identity",
-		old:   `case known && c.probe.known && c.probe.who == who:`,
-		new:   `case known && c.probe.known && c.probe.who == who && false:`,
+		old:   `case same && c.mark(broken):`,
+		new:   `case same && false && c.mark(broken):`,
 		tests: `TestMarkDead`,
+	},
+	{
+		name:  "mark-dead-at-the-give-back",
+		old:   `case marked != ClosedUnknown:`,
+		new:   `case false:`,
+		tests: `TestMarkDeadTakesEffect`,
+	},
+	{
+		name:  "mark-dead-at-the-look",
+		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\treturn reason, err\n\t}\n\treason, err := c.probe.ask",
+		new:   "reason, err := c.probe.ask",
+		tests: `TestMarkDeadTakesEffect`,
+	},
+	{
+		name:  "mark-dead-before-push",
+		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\t\treturn reason, err\n\t\t}\n\t\tif c.holds()",
+		new:   "if c.holds()",
+		tests: `TestMarkDeadTakesEffect`,
+	},
+	{
+		name:  "mark-dead-in-setup",
+		old:   `for _, c := range p.byFD {`,
+		new:   `for _, c := range p.recency.all() {`,
+		tests: `TestMarkDeadOfAConnectionInSetupFailsItsDial`,
+	},
+	{
+		name:  "mark-dead-of-a-detached-one",
+		old:   `if w&(stolen|shut|detached) != 0 {`,
+		new:   `if w&(stolen|shut) != 0 {`,
+		tests: `TestOfMarkDeadAndDetachTheFirstWins`,
+	},
+	{
+		name:  "mark-dead-of-its-own",
+		old:   `if !same && p.disownLocked(c, &todo) {`,
+		new:   `if p.disownLocked(c, &todo) {`,
+		tests: `TestMarkDeadOfThePoolsOwnHandleHarmsNothing`,
+	},
+	{
+		name:  "mark-dead-of-its-own-without-identity",
+		old:   `case c == own, c.phase == closing:`,
+		new:   `case c == own && false, c.phase == closing:`,
+		tests: `TestMarkDeadOfThePoolsOwnHandleHarmsNothing`,
 	},
 
 	// --- whether it lives and is clean ---
