@@ -48,7 +48,7 @@ func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Co
 	}
 	start := p.clock.exactly()
 	if ctx.Err() != nil {
-		return nil, p.failed(addr, StageWait, causeOf(ctx), start)
+		return nil, p.tooLate(ctx, addr)
 	}
 	// Its books are its own: nothing that is opened here may serve another.
 	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network)}
