@@ -278,6 +278,11 @@ func KindOf(err error) Kind {
 		return KindInternal
 	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable):
 		return KindResource
+	case errors.Is(err, errTimedOut):
+		if inTransfer(err) {
+			return KindBroken
+		}
+		return KindTimeout
 	case errors.Is(err, ErrReturned), errors.Is(err, ErrClosed), errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrInvalid),
 		errors.Is(err, errors.ErrUnsupported):
 		return KindUsage
@@ -311,6 +316,22 @@ func KindOf(err error) Kind {
 		return KindTimeout
 	}
 	return KindUnknown
+}
+
+// inTransfer reports whether err comes from an operation on a connection, and not
+// from the dial: that the system gave up there is the end of a connection.
+func inTransfer(err error) bool {
+	var (
+		ope *net.OpError
+		sys *os.SyscallError
+	)
+	if errors.As(err, &ope) {
+		return !strings.Contains(ope.Op, "dial") && !strings.Contains(ope.Op, "connect")
+	}
+	if errors.As(err, &sys) {
+		return !strings.HasPrefix(strings.ToLower(sys.Syscall), "connect")
+	}
+	return false
 }
 
 // ownKind is that of the outermost error of a pool's in err. What is further in, as
