@@ -99,7 +99,7 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 	if p.awaitLeft(ctx, func() bool { return openOf(&p.n) == 0 && !p.sweeping }) {
 		return nil
 	}
-	return fmt.Errorf("connpool: shutdown: %w; %s", causeOf(ctx), p.stillOut())
+	return &cutShort{causeOf(ctx), p.stillOut()}
 }
 
 // shut marks the pool closed and reports whether it was open.
@@ -165,6 +165,30 @@ func (p *Pool) awaitLeft(ctx context.Context, done func() bool) bool {
 	}
 }
 
+// cutShort is the error of a Shutdown whose ctx ended.
+type cutShort struct {
+	ctx  error
+	what string // is still out
+}
+
+func (e *cutShort) Error() string { return "connpool: shutdown: " + e.ctx.Error() + "; " + e.what }
+func (e *cutShort) Unwrap() error { return spent(e.ctx) }
+
+// borrowedBy names the places where the connections of an address that are in use
+// were borrowed, as far as they are known, up to ten of them.
+func (p *Pool) borrowedBy(a Addr, now instant) string {
+	known, more := p.out.at(a, 10)
+	var b strings.Builder
+	for i, h := range known {
+		b.WriteString([]string{" borrowed", ", and"}[min(i, 1)])
+		fmt.Fprintf(&b, " %v ago by %s", now.sub(h.since).Round(time.Millisecond), h.place())
+	}
+	if more > 0 {
+		fmt.Fprintf(&b, ", and %d more", more)
+	}
+	return b.String()
+}
+
 // stillOut lists the connections that are in use, by address.
 func (p *Pool) stillOut() string {
 	now := p.clock.exactly()
@@ -192,7 +216,7 @@ func (p *Pool) stillOut() string {
 	var b strings.Builder
 	for _, a := range order {
 		o := byAddr[a]
-		fmt.Fprintf(&b, "%d in use for %s (for %v), ", o.n, a, o.held.Round(time.Millisecond))
+		fmt.Fprintf(&b, "%d in use for %s (for %v)%s, ", o.n, a, o.held.Round(time.Millisecond), p.borrowedBy(a, now))
 	}
 	fmt.Fprintf(&b, "%d dials and %d closes have not ended", dials, closes)
 	return b.String()

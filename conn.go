@@ -385,8 +385,10 @@ func (c *conn) note(err error) error {
 	if errors.Is(err, net.ErrClosed) && c.word.Load()&gone != 0 {
 		return err
 	}
+	// The system's own ETIMEDOUT says Timeout, too, but no deadline passed: the peer
+	// has answered neither data nor probes, and the connection is gone.
 	ne, ok := err.(net.Error)
-	late := ok && ne.Timeout()
+	late := ok && ne.Timeout() && !errors.Is(err, errTimedOut)
 	if late {
 		c.word.Or(timedOut)
 	} else {

@@ -1,7 +1,9 @@
 package connpool
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -34,11 +36,17 @@ type desyncer struct {
 
 	exchanges, complete       atomic.Int64 // of complete ones the reply was read to its end
 	late, canceled, cut, none atomic.Int64 // time-outs and cancels inside fn, replies cut short; fn never ran
+	unflushed                 atomic.Int64 // requests that never went out
 	foreign                   atomic.Pointer[string]
 }
 
-// history is the state of a connection: what a borrower may expect of it.
-type history struct{ serial, seq int }
+// history is the state of a connection: what a borrower may expect of it, and the
+// writer through which some send, so that what one leaves in it would go out with
+// the request of the next.
+type history struct {
+	serial, seq int
+	out         *bufio.Writer
+}
 
 // TestDesyncNobodyEverReadsAReplyThatIsNotTheirs makes 50,000 exchanges, a
 // million with CONNPOOL_STRESS set. The lines that it proves: BETA-07, BETA-X08,
@@ -68,7 +76,9 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 			d := &desyncer{n: n}
 			d.p = n.pool(t, func(c *Config) {
 				c.MaxPerAddr = workers / 2 // so that connections also go from hand to hand
-				c.Setup = func(context.Context, Addr, net.Conn) (any, error) { return new(history), nil }
+				c.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+					return &history{out: bufio.NewWriter(nc)}, nil
+				}
 			})
 			var wg sync.WaitGroup
 			for w := range workers {
@@ -92,10 +102,11 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 
 			// Was the hazard there? The pool must have had to give up
 			// connections on each of these grounds, and to reuse many.
-			for _, reason := range []CloseReason{ClosedTimeout, ClosedCanceled, ClosedDirty} {
+			for _, reason := range []CloseReason{ClosedTimeout, ClosedCanceled, ClosedDirty, ClosedFnError} {
 				require.Greater(t, st.Closed[reason], uint64(total/2500), reason)
 			}
 			require.Greater(t, st.Reused, uint64(total/50))
+			require.Greater(t, d.unflushed.Load(), int64(total/2500))
 			require.Zero(t, st.InUse+st.Waiting)
 			closed := uint64(0)
 			for _, k := range st.Closed {
@@ -114,7 +125,13 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 	var inside func() // what somebody else does while fn runs
 	readAll := true
 	moment := time.Duration(rng.IntN(400)) * time.Microsecond
-	switch rng.IntN(12) {
+	switch rng.IntN(14) {
+	case 12: // writes, forgets to flush, and sees nothing wrong (TRY-03)
+		d.forget(rng)
+		return
+	case 13: // sends a request, and goes away because something else failed (TRY-01)
+		d.abandon(rng)
+		return
 	case 0, 1: // a deadline of its own
 		patience = moment
 	case 2: // the ctx's deadline
@@ -171,6 +188,67 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 	}
 }
 
+// forget leaves a request in the writer of a connection.
+func (d *desyncer) forget(rng *rand.Rand) {
+	lend := d.p.With
+	if rng.IntN(2) == 0 {
+		lend = func(_ context.Context, addr Addr, fn func(Conn) error) error {
+			l, err := d.p.Lease(bg, addr)
+			if err != nil {
+				return err
+			}
+			defer l.Return()
+			return l.Do(bg, fn)
+		}
+	}
+	if err := lend(bg, d.n.addr, func(c Conn) error {
+		d.unflushed.Add(1)
+		_, err := io.WriteString(State[*history](c).out, newToken()+"\n")
+		return err
+	}); err != nil {
+		d.accuse("%v", err)
+	}
+}
+
+// abandon sends a request and does not read the reply, because a use inside it, of
+// the same pool and another address, said no, with a word for its own connection
+// alone. The no comes out through a few more uses, wrapped at each.
+func (d *desyncer) abandon(rng *rand.Rand) {
+	ways := []func(error) error{asItIs, wrapOnce, joined, wrappedTwice, hidden}
+	wrap := func(err error) error { return ways[rng.IntN(len(ways))](err) }
+	ctx, end := bg, func() {}
+	if rng.IntN(2) == 0 {
+		ctx, end = d.p.Session(bg)
+	}
+	defer end()
+	depth := 1 + rng.IntN(3)
+	var within func(left int) error
+	within = func(left int) error {
+		addr := scoped(d.n.addr, left)
+		return d.p.With(ctx, addr, func(c Conn) error {
+			if left == 0 {
+				if err := d.talk(c, newToken(), true, rng); err != nil {
+					return err
+				}
+				return wrap(errKept)
+			}
+			if _, err := io.WriteString(c, newToken()+"\n"); err != nil {
+				return err
+			}
+			return wrap(within(left - 1))
+		})
+	}
+	err := d.p.With(ctx, d.n.addr, func(c Conn) error {
+		if _, err := io.WriteString(c, newToken()+"\n"); err != nil {
+			return err
+		}
+		return wrap(within(depth))
+	})
+	if !errors.Is(err, errAbsent) {
+		d.accuse("%v", err)
+	}
+}
+
 func (d *desyncer) accuse(format string, args ...any) {
 	what := fmt.Sprintf(format, args...)
 	d.foreign.CompareAndSwap(nil, &what)
@@ -180,7 +258,10 @@ func (d *desyncer) talk(c Conn, token string, readAll bool, rng *rand.Rand) erro
 	h := State[*history](c)
 	h.seq++
 	if want := fmt.Sprintf("%d %d %s\n", h.serial, h.seq, token); !readAll && h.serial != 0 {
-		if _, err := io.WriteString(c, token+"\n"); err != nil {
+		if _, err := io.WriteString(h.out, token+"\n"); err != nil {
+			return err
+		}
+		if err := h.out.Flush(); err != nil {
 			return err
 		}
 		b := make([]byte, 1+rng.IntN(len(want)-1))
@@ -192,7 +273,7 @@ func (d *desyncer) talk(c Conn, token string, readAll bool, rng *rand.Rand) erro
 		}
 		return nil
 	}
-	r, err := ask(c, token)
+	r, err := ask(flushed{c, h.out}, token)
 	if err != nil {
 		return err
 	}
@@ -204,4 +285,18 @@ func (d *desyncer) talk(c Conn, token string, readAll bool, rng *rand.Rand) erro
 		d.accuse("request %d on connection %d was answered as %d on %d", h.seq, h.serial, r.seq, r.serial)
 	}
 	return nil
+}
+
+// flushed writes through a buffer, and leaves nothing in it.
+type flushed struct {
+	Conn
+	out *bufio.Writer
+}
+
+func (f flushed) Write(b []byte) (int, error) {
+	n, err := f.out.Write(b)
+	if err == nil {
+		err = f.out.Flush()
+	}
+	return n, err
 }

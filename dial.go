@@ -10,6 +10,7 @@ import (
 	"net"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -51,6 +52,10 @@ type attempt struct {
 	warm         *warming           // for which it was started, if for one
 	giveUp       context.CancelFunc // nil before it runs
 
+	since instant // when it began, 0 before
+
+	reached atomic.Uint32 // a copy of stage, for who asks meanwhile
+
 	where string // the foreign code that runs
 	stage Stage
 	err   error
@@ -60,6 +65,12 @@ type attempt struct {
 	mu      sync.Mutex // guards adopted and settled; nothing else happens under it
 	adopted bool       // c has its socket, and the guard of Setup is open
 	settled bool       // somebody has booked, or is booking, the outcome
+}
+
+// enter says how far the dial has come.
+func (a *attempt) enter(s Stage) {
+	a.stage = s
+	a.reached.Store(uint32(s))
 }
 
 // settle makes the caller the one who books the outcome, if nobody was before.
@@ -82,9 +93,9 @@ func (p *Pool) dial(a *attempt) {
 		ctx = context.WithoutCancel(ctx)
 	}
 	ctx, cancel := p.within(ctx, p.cfg.DialTimeout)
-	a.stage = StageDial
+	a.enter(StageDial)
 	p.mu.Lock()
-	a.giveUp = cancel
+	a.giveUp, a.since = cancel, start
 	surplus := a.surplus
 	p.mu.Unlock()
 	if surplus {
@@ -161,7 +172,8 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 		return err
 	}
 	c.adopt(nc)
-	a.stage, a.where = StageSetup, "Config.Setup"
+	a.enter(StageSetup)
+	a.where = "Config.Setup"
 	setup := p.cfg.Setup
 	if c.site.tracked() {
 		setup = nil
@@ -217,7 +229,7 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 		if _, ok := p.evict(ctx); ok || p.awaitHandle(ctx, &patience) {
 			continue
 		}
-		err = errors.Join(ErrNoneRemovable, err)
+		err = &noHandle{err}
 		decide := p.noneRemovable(ctx)
 		if asked || decide == nil {
 			return nil, err
@@ -235,7 +247,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	if a.c.site.absolute {
 		addr.Host += "."
 	}
-	a.stage = StageDial
+	a.enter(StageDial)
 	own := p.cfg.Dialers[addr.Transport]
 	below, name := own, addr.Transport
 	if addr.Transport == TLS && own == nil {
@@ -260,7 +272,8 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	case addr.Transport != TLS || own != nil:
 		return nc, nil
 	}
-	a.stage, a.where = StageHandshake, "Config.TLSFor"
+	a.enter(StageHandshake)
+	a.where = "Config.TLSFor"
 	return p.handshake(ctx, addr, nc)
 }
 

@@ -7,6 +7,7 @@ import "syscall"
 // The system's numbers for what KindOf tells apart.
 const (
 	errRefused      = syscall.ECONNREFUSED
+	errTimedOut     = syscall.ETIMEDOUT
 	errReset        = syscall.ECONNRESET
 	errAborted      = syscall.ECONNABORTED
 	errPipe         = syscall.EPIPE

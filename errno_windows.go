@@ -5,6 +5,7 @@ import "golang.org/x/sys/windows"
 // The numbers that sockets give here; those of package syscall are invented.
 const (
 	errRefused      = windows.WSAECONNREFUSED
+	errTimedOut     = windows.WSAETIMEDOUT
 	errReset        = windows.WSAECONNRESET
 	errAborted      = windows.WSAECONNABORTED
 	errPipe         = windows.WSAESHUTDOWN

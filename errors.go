@@ -40,8 +40,14 @@ var (
 
 	// ErrNoneRemovable says that file handles ran out and no idle
 	// connection was left that could make room.
-	ErrNoneRemovable = errors.New("connpool: out of handles and every connection is in use")
+	ErrNoneRemovable = errors.New("connpool: out of handles, and no idle connection is left to close")
 )
+
+// noHandle is a dial that lacked a handle, with nothing left to make room.
+type noHandle struct{ err error }
+
+func (e *noHandle) Error() string   { return ErrNoneRemovable.Error() + ": " + e.err.Error() }
+func (e *noHandle) Unwrap() []error { return []error{ErrNoneRemovable, e.err} }
 
 // Stage tells how far a borrow came before it failed.
 type Stage uint8
@@ -114,9 +120,12 @@ type Error struct {
 	LimitName                  string
 
 	Err error // never nil
+
+	elsewhere bool // the pool had nothing open when handles ran out
 }
 
-// Error says what failed, for how long it was tried, and what to change.
+// Error says in one line what failed, for how long it was tried, and what to
+// change.
 func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString("connpool: ")
@@ -126,21 +135,47 @@ func (e *Error) Error() string {
 		b.WriteString(e.Addr.String())
 	}
 	b.WriteString(": ")
-	b.WriteString(strings.TrimPrefix(e.Err.Error(), "connpool: "))
+	b.WriteString(strings.TrimPrefix(textOf(e.Err), "connpool: "))
 	if e.Limit > 0 {
-		fmt.Fprintf(&b, " (%d of %d in use, %d waiting; raise %s, borrow for a shorter time, or give ctx longer)",
-			e.InUse, e.Limit, e.Waiting, e.LimitName)
+		e.adviseOnLimit(&b)
 	}
 	switch {
+	case e.Err == nil:
 	case errors.Is(e.Err, errAddrNotAvail):
 		b.WriteString(" (no local port is left for this peer: keep connections longer, or raise the range of local ports)")
+	case errors.Is(e.Err, ErrNoneRemovable) && e.elsewhere:
+		b.WriteString(" (raise the process's limit on open files: none of them is the pool's)")
 	case errors.Is(e.Err, ErrNoneRemovable):
 		b.WriteString(" (raise the process's limit on open files, or lower MaxOpen so that borrowers queue)")
 	}
 	if e.Waited > 0 {
 		fmt.Fprintf(&b, ", after %v", e.Waited.Round(time.Microsecond))
 	}
-	return b.String()
+	return oneLine(b.String())
+}
+
+// adviseOnLimit says how full the limit is that was in the way, and what helps
+// against it.
+func (e *Error) adviseOnLimit(b *strings.Builder) {
+	switch e.LimitName {
+	case "MaxWaiters":
+		fmt.Fprintf(b, " (%d of %d waiting; raise MaxWaiters", e.Waiting, e.Limit)
+	case "MaxDialing", "MaxDialingPerAddr":
+		fmt.Fprintf(b, " (%d dials of %d under way, %d waiting; raise %s", e.Limit, e.Limit, e.Waiting, e.LimitName)
+	case "MaxIdle", "MaxIdlePerAddr":
+		fmt.Fprintf(b, " (no more than %d may be idle; raise %s, or warm fewer)", e.Limit, e.LimitName)
+		return
+	default:
+		fmt.Fprintf(b, " (%d of %d in use, %d waiting; raise %s", e.InUse, e.Limit, e.Waiting, e.LimitName)
+	}
+	switch {
+	case errors.Is(e.Err, ErrExhausted):
+		b.WriteString(", borrow for a shorter time, or let borrowers wait: WhenFull, MaxWaiters)")
+	case e.Kind == KindTimeout:
+		b.WriteString(", borrow for a shorter time, or give ctx longer)")
+	default:
+		b.WriteString(", or borrow for a shorter time)")
+	}
 }
 
 func (e *Error) Unwrap() error { return e.Err }
@@ -168,6 +203,14 @@ func (e *PanicError) Unwrap() error {
 	return spent(err)
 }
 
+// textOf is what err says, in one line.
+func textOf(err error) string {
+	if err == nil {
+		return "no error"
+	}
+	return oneLine(err.Error())
+}
+
 // oneLine is text with its lines after each other, since a log takes an error for
 // one line: errors.Join and what peers say have several.
 func oneLine(text string) string {
@@ -191,9 +234,9 @@ type ioError struct {
 
 func (e *ioError) Error() string {
 	if e.cause != nil {
-		return e.err.Error() + ": " + e.cause.Error()
+		return oneLine(e.err.Error() + ": " + e.cause.Error())
 	}
-	return e.err.Error()
+	return oneLine(e.err.Error())
 }
 func (e *ioError) Unwrap() []error {
 	if e.cause != nil {
@@ -207,6 +250,9 @@ func (e *ioError) Temporary() bool { return true }
 // KindOf classes any error: of With, of a Conn's methods, of package net,
 // crypto/tls or the operating system.
 func KindOf(err error) Kind {
+	if k, ok := ownKind(err); ok {
+		return k
+	}
 	var (
 		pe  *Error
 		ioe *ioError
@@ -232,6 +278,11 @@ func KindOf(err error) Kind {
 		return KindInternal
 	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable):
 		return KindResource
+	case errors.Is(err, errTimedOut):
+		if inTransfer(err) {
+			return KindBroken
+		}
+		return KindTimeout
 	case errors.Is(err, ErrReturned), errors.Is(err, ErrClosed), errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrInvalid),
 		errors.Is(err, errors.ErrUnsupported):
 		return KindUsage
@@ -267,6 +318,52 @@ func KindOf(err error) Kind {
 	return KindUnknown
 }
 
+// inTransfer reports whether err comes from an operation on a connection, and not
+// from the dial: that the system gave up there is the end of a connection.
+func inTransfer(err error) bool {
+	var (
+		ope *net.OpError
+		sys *os.SyscallError
+	)
+	if errors.As(err, &ope) {
+		return !strings.Contains(ope.Op, "dial") && !strings.Contains(ope.Op, "connect")
+	}
+	if errors.As(err, &sys) {
+		return !strings.HasPrefix(strings.ToLower(sys.Syscall), "connect")
+	}
+	return false
+}
+
+// ownKind is that of the outermost error of a pool's in err. What is further in, as
+// the cause of a ctx or the last dial's error, may be of another kind, and of
+// another pool.
+func ownKind(err error) (Kind, bool) {
+	for err != nil {
+		switch e := err.(type) {
+		case *Error:
+			return e.Kind, true
+		case *ioError:
+			return e.kind, true
+		case *inVain:
+			return KindOf(e.ctx), true
+		case *ctxError:
+			return KindOf(e.err), true
+		case interface{ Unwrap() error }:
+			err = e.Unwrap()
+		case interface{ Unwrap() []error }:
+			for _, one := range e.Unwrap() {
+				if k, ok := ownKind(one); ok {
+					return k, true
+				}
+			}
+			return KindUnknown, false
+		default:
+			return KindUnknown, false
+		}
+	}
+	return KindUnknown, false
+}
+
 func usage(addr Addr, err error) *Error {
 	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
 }
@@ -275,6 +372,14 @@ func (p *Pool) failed(addr Addr, stage Stage, err error, start instant) *Error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.failedLocked(addr, stage, err, start)
+}
+
+// tooLate is the error of a borrow whose ctx was done before it began. It has
+// waited for nothing.
+func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
+	e := p.failed(addr, StageWait, causeOf(ctx), 0)
+	e.Limit, e.LimitName = 0, ""
+	return e
 }
 
 // failedLocked is the error of a borrow, with the books as they are.
@@ -292,12 +397,24 @@ func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start instant) *E
 		e.Waited = p.clock.exactly().sub(start)
 	}
 	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
+	if errors.Is(err, ErrNoneRemovable) {
+		e.elsewhere = p.n[idle]+p.n[borrowed] == 0
+	}
 	if stage != StageWait || p.closed {
 		return e
 	}
-	switch e.LimitName = p.fullLocked(s, 0, 0); e.LimitName {
+	if vain, ok := err.(*inVain); ok {
+		e.LimitName = vain.full
+	} else {
+		e.LimitName = p.fullLocked(s, 0, 0)
+	}
+	switch e.LimitName {
 	case "MaxPerAddr":
 		e.Limit = p.cfg.MaxPerAddr
+	case "MaxDialingPerAddr":
+		e.Limit = p.cfg.MaxDialingPerAddr
+	case "MaxDialing":
+		e.Limit = p.cfg.MaxDialing
 	case "MaxOpen":
 		e.Limit = p.limitLocked()
 		e.Open, e.InUse, e.Idle = openOf(&p.n), int(p.n[borrowed]), int(p.n[idle])

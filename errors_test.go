@@ -104,8 +104,8 @@ func TestAnErrorSaysWhatToChange(t *testing.T) {
 		"connpool: wait tls://db.example:5432: context deadline exceeded (4 of 4 in use, 7 waiting; raise MaxPerAddr," +
 			" borrow for a shorter time, or give ctx longer), after 2s": {Addr: addr, Stage: StageWait, Kind: KindTimeout, Waited: 2 * time.Second,
 			InUse: 4, Waiting: 7, Limit: 4, LimitName: "MaxPerAddr", Err: context.DeadlineExceeded},
-		"connpool: wait tls://db.example:5432: limit reached (0 of 3 in use, 3 waiting; raise MaxWaiters," +
-			" borrow for a shorter time, or give ctx longer)": {Addr: addr, Stage: StageWait, Waiting: 3, Limit: 3, LimitName: "MaxWaiters", Err: ErrExhausted},
+		"connpool: wait tls://db.example:5432: limit reached (3 of 3 waiting; raise MaxWaiters," +
+			" borrow for a shorter time, or let borrowers wait: WhenFull, MaxWaiters)": {Addr: addr, Stage: StageWait, Waiting: 3, Limit: 3, LimitName: "MaxWaiters", Err: ErrExhausted},
 		"connpool: dial tls://db.example:5432: connection refused, after 1.235ms": {Addr: addr, Stage: StageDial,
 			Waited: 1234567 * time.Nanosecond, Err: syscall.ECONNREFUSED},
 		"connpool: back-off tls://db.example:5432: boom":  {Addr: addr, Stage: StageBackoff, Err: errBoom},
@@ -145,7 +145,7 @@ func TestTheLimitInTheWayIsNamed(t *testing.T) {
 		pe := n.fail(ctx, at("a"))
 		require.Zero(t, pe.Limit)
 		require.Empty(t, pe.LimitName)
-		require.Equal(t, "connpool: wait mem://a: context deadline exceeded, after 1s", pe.Error())
+		require.Equal(t, "connpool: wait mem://a: context deadline exceeded; a dial has been under way for 1s (dial), after 1s", pe.Error())
 	})
 }
 

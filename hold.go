@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"container/list"
 	"fmt"
 	"log/slog"
 	"runtime"
@@ -34,6 +35,7 @@ type holding struct {
 
 	next, prev *holding // in holds
 	listed     bool
+	out        *list.Element // in Pool.out
 }
 
 // holds is the list of what is out and has not been reported yet, longest held
@@ -51,6 +53,7 @@ func (p *Pool) hold(c *conn, skip int) {
 	n := runtime.Callers(skip+2, pcs[:])
 	h := &holding{addr: c.site.addr, id: c.id, since: p.clock.exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
 	c.remember().hold = h
+	p.out.add(h)
 	if p.cfg.Profile != nil {
 		p.cfg.Profile.Add(h, skip+2)
 	}
@@ -79,6 +82,7 @@ func (p *Pool) hold(c *conn, skip int) {
 func (p *Pool) unhold(lent *lending) {
 	h := lent.hold
 	lent.hold = nil
+	p.out.remove(h)
 	if p.cfg.Profile != nil {
 		p.cfg.Profile.Remove(h)
 	}

@@ -2,7 +2,6 @@ package connpool
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"runtime/debug"
 	"time"
@@ -53,8 +52,17 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 	case nil, *hookPanic: // which says where it happened
 		return err
 	}
-	return fmt.Errorf("%s: %w", where, spent(err))
+	return &hookError{where, spent(err)}
 }
+
+// hookError is what a hook returned, or did wrong.
+type hookError struct {
+	where string
+	err   error
+}
+
+func (e *hookError) Error() string { return oneLine(e.where + ": " + e.err.Error()) }
+func (e *hookError) Unwrap() error { return e.err }
 
 // hookGrace is what a hook, dialer or Setup gets beyond the end of its ctx,
 // before the pool goes on without it.

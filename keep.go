@@ -61,7 +61,7 @@ func isKept(err error) bool {
 		switch e := err.(type) {
 		case *keepError:
 			return !e.spent
-		case *spentError, *Error, *ioError, *PanicError, *hookPanic, *ctxError:
+		case *spentError, *Error, *ioError, *PanicError, *hookPanic, *ctxError, *inVain:
 			return false
 		case interface{ Unwrap() error }:
 			err = e.Unwrap()

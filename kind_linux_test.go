@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -46,4 +47,38 @@ func TestAnAddressWithoutARouteIsAnAddressError(t *testing.T) {
 	err := p.With(t.Context(), a, notRun(t))
 	failsWith(t, err, StageDial, KindAddress)
 	require.ErrorIs(t, err, syscall.ENETUNREACH)
+}
+
+// TRY-20, by the kernel itself: the peer's window is shut, so that what was sent
+// stays unacknowledged beyond QoS.UserTimeout.
+func TestAPeerThatTakesNothingIsGivenUp(t *testing.T) {
+	nothingLeaks(t)
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2048) })
+	}}
+	ln, err := lc.Listen(bg, "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close() // nobody accepts, and nobody reads
+	addr := Addr{Transport: TCP, Host: "127.0.0.1", Port: uint16(ln.Addr().(*net.TCPAddr).Port), QoS: QoS{UserTimeout: 300 * time.Millisecond}}
+	p, err := New(Config{})
+	require.NoError(t, err)
+	defer p.Close()
+	var inside error
+	err = p.With(bg, addr, func(c Conn) error {
+		raw, err := c.SyscallConn()
+		require.NoError(t, err)
+		raw.Write(func(fd uintptr) bool { // as much as the kernel takes
+			for b := make([]byte, 64<<10); ; {
+				if _, err := unix.Write(int(fd), b); err != nil {
+					return true
+				}
+			}
+		})
+		c.SetReadDeadline(time.Now().Add(bounded))
+		_, inside = c.Read(make([]byte, 1))
+		return Keep(inside)
+	})
+	require.ErrorIs(t, err, syscall.ETIMEDOUT)
+	require.Equal(t, KindBroken, KindOf(inside))
+	require.Equal(t, reasons{ClosedBroken: 1}, p.Stats().Closed)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"testing"
 	"time"
 
@@ -220,4 +221,63 @@ func TestEachKindOfErrorIsToldApart(t *testing.T) {
 		require.NoError(t, p.Close())
 		require.Equal(t, KindUsage, KindOf(p.With(t.Context(), n.addr, notRun(t))))
 	})
+}
+
+// givesUp is a connection of which the system says, at each operation, that it gave
+// the peer up.
+type givesUp struct {
+	net.Conn
+	err error
+}
+
+func (g givesUp) Read([]byte) (int, error) {
+	return 0, &net.OpError{Op: "read", Net: "tcp", Err: g.err}
+}
+
+func (g givesUp) Write([]byte) (int, error) {
+	return 0, &net.OpError{Op: "write", Net: "tcp", Err: g.err}
+}
+
+// TRY-20: the system's ETIMEDOUT is the end of the connection, as a reset is. No
+// deadline has passed, and Keep forgives nothing.
+func TestTheSystemsTimeoutIsTheEndOfTheConnection(t *testing.T) {
+	for _, errno := range []error{errTimedOut, os.NewSyscallError("read", errTimedOut), os.NewSyscallError("wsarecv", errTimedOut)} {
+		for how, verdict := range map[string]func(error) error{"Keep": Keep, "nil": func(error) error { return nil }, "wrapped": func(err error) error { return wrapOnce(Keep(err)) }} {
+			for name, op := range map[string]func(Conn) error{
+				"read":    func(c Conn) error { _, err := c.Read(make([]byte, 1)); return err },
+				"write":   func(c Conn) error { _, err := c.Write(make([]byte, 1)); return err },
+				"WriteTo": func(c Conn) error { _, err := c.WriteTo(io.Discard); return err },
+				"under a deadline": func(c Conn) error {
+					c.SetReadDeadline(time.Now().Add(time.Hour))
+					_, err := c.Read(make([]byte, 1))
+					return err
+				},
+			} {
+				for _, ctx := range []context.Context{bg, t.Context()} {
+					here, there := net.Pipe()
+					defer there.Close()
+					p, err := New(Config{Dialers: map[Transport]DialFunc{memory: func(context.Context, Addr) (net.Conn, error) {
+						return givesUp{here, errno}, nil
+					}}})
+					require.NoError(t, err)
+					var inside error
+					p.With(ctx, at("a"), func(c Conn) error {
+						inside = op(c)
+						return verdict(inside)
+					})
+					require.ErrorIs(t, inside, errTimedOut)
+					require.Equal(t, KindBroken, KindOf(inside), "%s, %s", name, how)
+					require.NoError(t, p.Close())
+					require.Equal(t, reasons{ClosedBroken: 1}, p.Stats().Closed, "%s, %s", name, how)
+				}
+			}
+		}
+	}
+	for _, dial := range []error{
+		&net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", errTimedOut)}, os.NewSyscallError("connectex", errTimedOut), errTimedOut,
+		&net.OpError{Op: "socks connect", Net: "tcp", Err: errTimedOut},
+	} {
+		require.Equal(t, KindTimeout, KindOf(dial), "%v", dial)
+	}
+	require.Equal(t, KindBroken, KindOf(os.NewSyscallError("recvfrom", errTimedOut)))
 }

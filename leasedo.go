@@ -30,7 +30,7 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 	case fn == nil:
 		return usage(c.site.addr, errors.New("fn is nil"))
 	case ctx.Err() != nil:
-		return p.failed(c.site.addr, StageWait, causeOf(ctx), 0)
+		return p.tooLate(ctx, c.site.addr)
 	}
 	if err := l.pause(); err != nil {
 		return usage(c.site.addr, err)

@@ -44,6 +44,7 @@ type Pool struct {
 
 	inSession atomic.Int64 // sessions that have not ended; With looks into its ctx only if there are any
 	holds     *holds       // nil unless somebody wants to know who holds what
+	out       outs         // what is known of that
 
 	sessions *sessionCaches // for TLS
 
@@ -234,7 +235,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		unload agenda // the connection found unfit in the last round
 	)
 	if ctx.Err() != nil {
-		return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+		return nil, 0, p.tooLate(ctx, addr)
 	}
 	hash := p.sites.hash(&addr)
 	for {
@@ -355,13 +356,13 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *in
 		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-int(s.want)+here-1) != ""
 		crowded := here > p.cfg.MaxWaiters
 		if full || crowded {
+			s.queue.remove(w)
+			p.refreshLocked(s)
 			err := p.failedAtLocked(s, StageWait, ErrExhausted, *start)
 			if !full {
 				err.Limit, err.LimitName = p.cfg.MaxWaiters, "MaxWaiters"
 			}
 			refused = err
-			s.queue.remove(w)
-			p.refreshLocked(s)
 			p.forgetLocked(s)
 			p.counts.Exhausted++
 		}

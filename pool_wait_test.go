@@ -96,7 +96,8 @@ func TestAWaitEndsExactlyWithItsContext(t *testing.T) {
 		require.True(t, pe.Timeout())
 		require.ErrorIs(t, pe, context.DeadlineExceeded)
 		require.Equal(t, [5]int{1, 1, 0, 0, 1}, [5]int{pe.Open, pe.InUse, pe.Idle, pe.Waiting, pe.Limit})
-		require.Equal(t, "connpool: wait mem://a: context deadline exceeded (1 of 1 in use, 0 waiting;"+
+		require.Equal(t, "connpool: wait mem://a: context deadline exceeded; what is in use for longest has been for 50ms"+
+			" (1 of 1 in use, 0 waiting;"+
 			" raise MaxPerAddr, borrow for a shorter time, or give ctx longer), after 50ms", pe.Error())
 		n.gauges(1, 0, 0)
 		require.EqualValues(t, 1, n.p.Stats().WaitsFailed)

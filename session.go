@@ -94,7 +94,7 @@ func (p *Pool) withinSession(ctx context.Context, addr Addr, fn func(Conn) error
 	}
 	defer runtime.KeepAlive(s)
 	if ctx.Err() != nil {
-		return true, p.failed(addr, StageWait, causeOf(ctx), 0)
+		return true, p.tooLate(ctx, addr)
 	}
 	addr, err := p.resolve(addr)
 	if err != nil {

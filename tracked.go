@@ -54,7 +54,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 	}
 	start := p.clock.exactly()
 	if ctx.Err() != nil {
-		return nil, p.failed(addr, StageWait, causeOf(ctx), start)
+		return nil, p.tooLate(ctx, addr)
 	}
 	// Its books are its own: nothing that is opened here may serve another.
 	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network), absolute: absolute(network, address), reserve: uint16(max(0, min(reserve, math.MaxUint16)))}

@@ -23,6 +23,8 @@ type waiter struct {
 	fresh bool // c comes straight from its dial
 	err   error
 	ready chan struct{} // capacity 1
+
+	why *inVain // what it has waited for, if it left
 }
 
 // queue holds the waiters of one address, oldest first, and knows which of them
@@ -162,7 +164,7 @@ func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 		if err := p.leave(s, w); err != nil {
 			return nil, err
 		}
-		return nil, causeOf(ctx)
+		return nil, p.gaveUp(s, w, causeOf(ctx))
 	}
 }
 
@@ -172,6 +174,7 @@ func (p *Pool) leave(s *site, w *waiter) error {
 	var todo agenda
 	p.mu.Lock()
 	if w.queued {
+		w.why = p.whyLocked(s, w)
 		s.queue.remove(w)
 		p.waitedLocked(w, true)
 		p.refreshLocked(s)

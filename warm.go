@@ -84,7 +84,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	}
 	start := p.clock.exactly()
 	if ctx.Err() != nil {
-		return p.failed(addr, StageWait, causeOf(ctx), start)
+		return p.tooLate(ctx, addr)
 	}
 	w := &warming{ctx: ctx, n: n, ready: make(chan struct{})}
 	var todo agenda
@@ -112,9 +112,12 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	select {
 	case <-w.ready:
 	case <-ctx.Done():
+		why := causeOf(ctx)
 		p.mu.Lock()
 		if !w.ended {
-			w.err = p.warmFailedLocked(s, causeOf(ctx))
+			vain := p.whyLocked(s, nil)
+			vain.ctx = why
+			w.err = p.warmFailedLocked(s, vain)
 			p.endWarmingLocked(s, w)
 			p.refreshLocked(s)
 			p.forgetLocked(s)

@@ -939,7 +939,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-spent-mark-counts",
-		old:   `case *spentError, *Error, *ioError, *PanicError, *hookPanic, *ctxError:`,
+		old:   `case *spentError, *Error, *ioError, *PanicError, *hookPanic, *ctxError, *inVain:`,
 		new:   `case nil:`,
 		tests: `TestTheMarkOfAnInnerUseNeverKeepsTheOuterConnection`,
 	},
@@ -966,5 +966,67 @@ var mutants = []mutant{
 		old:   `if e.stage == StageSetup || errors.As(e.err, &other) {`,
 		new:   `if errors.As(nil, &other) {`,
 		tests: `TestTheWantOfAnotherPoolIsAFailureOfTheDial`,
+	},
+
+	// --- what a state and Setup leave behind ---
+	{
+		name:  "unflushed-is-kept",
+		old:   "if in.unflushed > 0 {\n\t\treturn true",
+		new:   "if in.unflushed < 0 {\n\t\treturn true",
+		tests: `TestWhatWasNotFlushedNeverGoesOutInAnotherLoan`,
+	},
+	{
+		name:  "unflushed-is-kept-and-read",
+		old:   "if in.unflushed > 0 {\n\t\treturn true",
+		new:   "if in.unflushed < 0 {\n\t\treturn true",
+		tests: `TestDesyncNobodyEverReadsAReplyThatIsNotTheirs`,
+	},
+	{
+		name:  "a-mark-is-never-spent-and-a-reply-is-read",
+		old:   `return &spentError{err}`,
+		new:   `return err`,
+		tests: `TestDesyncNobodyEverReadsAReplyThatIsNotTheirs`,
+	},
+	{
+		name:  "a-state-without-fields",
+		old:   `if shape.paths != nil {`,
+		new:   `if shape.paths != nil && false {`,
+		tests: `TestWhatWasNotFlushedNeverGoesOutInAnotherLoan`,
+	},
+	{
+		name:  "a-state-without-embedded-pointers",
+		old:   `if f.Type.Kind() == reflect.Pointer && !f.Anonymous && !ownBuffers(f.Type.Elem()) {`,
+		new:   `if f.Type.Kind() == reflect.Pointer && !ownBuffers(f.Type.Elem()) {`,
+		tests: `TestWhatWasNotFlushedNeverGoesOutInAnotherLoan`,
+	},
+	{
+		name:  "setup-leaves-bytes-in-the-state",
+		old:   `if in.unflushed > 0 || in.unread > 0 && p.cfg.Push == nil {`,
+		new:   `if in.unflushed > 0 {`,
+		tests: `TestWhatSetupLeavesUnreadFailsTheDial`,
+	},
+	{
+		name:  "setup-leaves-bytes-unflushed",
+		old:   `if in.unflushed > 0 || in.unread > 0 && p.cfg.Push == nil {`,
+		new:   `if in.unread > 0 && p.cfg.Push == nil {`,
+		tests: `TestWhatSetupDidNotFlushFailsTheDial`,
+	},
+	{
+		name:  "setup-leaves-bytes-in-tls",
+		old:   `_, err := pr.leftovers()`,
+		new:   `err := error(nil)`,
+		tests: `TestWhatSetupLeavesUnreadFailsTheDial`,
+	},
+	{
+		name:  "setup-leaves-bytes-in-the-kernel",
+		old:   `if reason != ClosedDirty || errors.Is(err, errPartial) {`,
+		new:   `if reason != ClosedDirty || true || errors.Is(err, errPartial) {`,
+		tests: `TestWhatSetupLeavesUnreadFailsTheDial`,
+	},
+	{
+		name:  "setup-leaves-a-message",
+		old:   `switch reason, err := p.pushAll(c); reason {`,
+		new:   `switch reason, err := ClosedUnknown, error(nil); reason {`,
+		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	},
 }
