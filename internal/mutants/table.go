@@ -845,4 +845,158 @@ var mutants = []mutant{
 		new:   "_ = decide\n\t}",
 		tests: `TestTheHookClosestToTheUseDecides`,
 	},
+
+	// --- what a limit causes, and time ---
+	{
+		name:  "pressure-ends-with-its-limit",
+		old:   "p.pressure = handlesPlenty // the budget of handles was given up with the limit",
+		new:   "",
+		tests: `TestWithoutMaxOpenThereIsNoPressureOfHandles`,
+	},
+	{
+		name:  "pressure-ends-with-the-systems-limit",
+		old:   "p.pressure = handlesPlenty // there is no limit any more that could be short",
+		new:   "",
+		tests: `TestWithoutMaxOpenThereIsNoPressureOfHandles`,
+	},
+	{
+		name:  "pressure-is-doubted",
+		old:   "\tp.doubtPressure(now)\n",
+		new:   "",
+		tests: `TestPressureIsDoubtedWhereNoDescriptorTells`,
+	},
+	{
+		name:  "reserve-mark-ends",
+		old:   "} else {\n\t\t\t\tc.fromReserveLocked(false)\n\t\t\t}",
+		new:   "}",
+		tests: `TestAConnectionIsNoReserveAnyMoreWhenThereIsNone`,
+	},
+	{
+		name:  "reserve-mark-ends-at-a-hand-over",
+		old:   "c.fromReserveLocked(reserve)\n\t\tp.deliverLocked",
+		new:   "p.deliverLocked",
+		tests: `TestAReserveThatIsHandedOverIsLentAndNothingElse`,
+	},
+	{
+		name:  "looks-end",
+		old:   "c.since -= instant(c.idleFor)\n\t\tc.lookedAtLocked(false)",
+		new:   "c.since -= instant(c.idleFor)\n\t\tif p.cfg.MinSpare > 0 {\n\t\t\tc.lookedAtLocked(false)\n\t\t}",
+		tests: `TestALookThatIsOverCountsForNoReserve`,
+	},
+	{
+		name:  "a-look-changes-no-age",
+		old:   "c.since -= instant(c.idleFor)\n\t\tc.lookedAtLocked",
+		new:   "c.lookedAtLocked",
+		tests: `TestALookThatFindsNothingLeavesTheAgeAsItIs`,
+	},
+	{
+		name:  "a-hand-over-begins-a-hold",
+		old:   "c.lendAtLocked(now)\n\t\tc.fromReserveLocked(reserve)",
+		new:   "c.fromReserveLocked(reserve)",
+		tests: `TestALookHandsOverWithTheRightTimes`,
+	},
+	{
+		name:  "dialcontext-overflows-nothing",
+		old:   "if s.tracked() {\n\t\treturn &p.readyOwn\n\t}",
+		new:   "",
+		tests: `TestDialContextKeepsMaxOpenUnderOverflow`,
+	},
+	{
+		name:  "check-for-an-early-clock",
+		old:   `if max(0, unproven) < p.cfg.TrustIdle {`,
+		new:   `if unproven < p.cfg.TrustIdle {`,
+		tests: `TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock`,
+	},
+	{
+		name:  "lent-no-earlier-than-given-back",
+		old:   "now = max(now, c.since)\n",
+		new:   "",
+		tests: `TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock`,
+	},
+	{
+		name:  "durations-are-bounded",
+		old:   "*d = min(*d, century)\n",
+		new:   "",
+		tests: `TestTheLongestDurationsAreForEver`,
+	},
+	{
+		name:  "reserve-memory-is-bounded",
+		old:   `10 * min(p.cfg.IdleTimeout, century/10)`,
+		new:   `10 * p.cfg.IdleTimeout`,
+		tests: `TestTheLongestDurationsAreForEver`,
+	},
+	{
+		name:  "generations-wrap",
+		old:   `gen = (w>>genShift + 1) & lastGen; gen == 0`,
+		new:   `gen = w>>genShift + 1; gen == 0`,
+		tests: `TestTheLastGenerationIsFollowedByTheFirst`,
+	},
+	{
+		name:  "measured-by-the-monotonic-clock",
+		old:   `passed := max(0, t.Sub(k.then)) //`,
+		new:   `passed := max(0, t.Sub(k.then), t.Round(0).Sub(k.then.Round(0))) //`,
+		tests: `TestAStepOfTheWallClockIsNoTimeThatPassed`,
+	},
+	{
+		name:  "readings-do-not-add-up",
+		old:   `passed := max(0, t.Sub(k.then)) //`,
+		new:   `passed := max(0, t.Sub(k.then), t.Round(0).Sub(k.then.Round(0))) //`,
+		tests: `TestAClockThatIsReadOftenRunsNoFaster`,
+	},
+	{
+		name:  "steps-do-not-add-up",
+		old:   "if s.at > then {\n\t\t\treturn s.by\n\t\t}",
+		new:   "if s.at > then {\n\t\t\treturn s.by + longestAfter(steps, s.at)\n\t\t}",
+		tests: `TestStepsOfTheWallClockNeverAddUp`,
+	},
+	{
+		name:  "sleep-ages",
+		old:   "return now.sub(then) + longestAfter(*steps, then)",
+		new:   "return now.sub(then)",
+		tests: `TestAJumpOfTheWallClockAloneAgesConnections`,
+	},
+
+	// --- DialContext ---
+	{
+		name:  "tracked-copy-is-watched",
+		old:   `runtime.AddCleanup(own.TCPConn, lost, c)`,
+		new:   `runtime.AddCleanup(own, lost, c)`,
+		tests: `TestATrackedConnectionIsKeptByEach|TestTheInnerConnectionKeepsATrackedConnection`,
+	},
+	{
+		name:  "tracked-unix-copy-is-watched",
+		old:   `runtime.AddCleanup(own.UnixConn, lost, c)`,
+		new:   `runtime.AddCleanup(own, lost, c)`,
+		tests: `TestATrackedConnectionIsKeptByEach|TestTheInnerConnectionKeepsATrackedConnection`,
+	},
+	{
+		name:  "tracked-raw-is-held",
+		old:   `return &heldRaw{raw, held}, nil`,
+		new:   `return raw, nil`,
+		tests: `TestTheRawConnOfATrackedConnectionKeepsIt`,
+	},
+	{
+		name:  "tracked-inner-keeps",
+		old:   "c.t.cleanup.Stop()\n\treturn c.Conn",
+		new:   "return c.Conn",
+		tests: `TestTheInnerConnectionKeepsATrackedConnection`,
+	},
+	{
+		name:  "absolute-names",
+		old:   `addr.Host += "."`,
+		new:   ``,
+		tests: `TestDialContextDialsTheNameAsGiven`,
+	},
+	{
+		name:  "reserve-of-dials-waits",
+		old:   `w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve)`,
+		new:   `openOf(&p.n)-p.limitLocked() < int(s.reserve)`,
+		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
+	},
+	{
+		name:  "reserve-of-dials-is-bounded",
+		old:   `w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve)`,
+		new:   `w.stalled && s.reserve > 0`,
+		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
+	},
 }
