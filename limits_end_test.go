@@ -118,6 +118,48 @@ func TestAConnectionIsNoReserveAnyMoreWhenThereIsNone(t *testing.T) {
 	}
 }
 
+// TRY-50: a connection of the reserve that was being looked at when a borrower came is
+// lent, however long it was idle; what was one in an earlier loan is one no more.
+func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
+	for _, reserve := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			n := open(t, Config{IdleTimeout: time.Minute, MinSpare: 1, CheckInterval: -1, MaxPerAddr: 2})
+			n.idle(at("a"), 2)
+			time.Sleep(2 * time.Minute)
+			n.use(at("a"))
+			synctest.Wait()
+			if !reserve {
+				n.change(func(l *Limits) { l.MinSpare = 0 })
+			}
+			time.Sleep(2 * time.Minute)
+			var looked []*conn
+			for _, c := range n.p.every() {
+				n.p.mu.Lock()
+				n.p.takeLocked(c)
+				c.lendAtLocked(n.p.clock.now())
+				c.lookedAtLocked(true)
+				n.p.mu.Unlock()
+				looked = append(looked, c)
+			}
+			require.NotEmpty(t, looked)
+			n.Host("a").SetLatency(5 * time.Second)
+			expired := n.p.Stats().Closed[ClosedIdleTimeout]
+			b := n.queue(1, at("a"))[0]
+			n.p.park(looked[0], untouched)
+			synctest.Wait()
+			require.Equal(t, reserve, b.holds(), "lent, or closed, and a dial serves the borrower")
+			for _, c := range looked[1:] {
+				n.p.park(c, untouched)
+			}
+			b.conn()
+			synctest.Wait()
+			require.Equal(t, reserve, n.p.Stats().Closed[ClosedIdleTimeout] == expired)
+			require.NoError(t, b.giveBack())
+			n.check()
+		})
+	}
+}
+
 // TRY-50: what was looked at while there was no reserve is not taken for a part of
 // the reserve that comes later.
 func TestALookThatIsOverCountsForNoReserve(t *testing.T) {

@@ -306,7 +306,8 @@ func (h Conn) Age() time.Duration {
 }
 
 // IdleFor is how long the connection had been unused when it was lent, to
-// within 10 ms as a rule (more on a machine whose processors are all busy); 0 on its first use and after the loan, and only then.
+// within 10 ms as a rule, more on a machine whose processors are all busy; 0 on
+// its first use and after the loan, and only then.
 func (h Conn) IdleFor() time.Duration {
 	return about(h, func(c *conn) time.Duration {
 		if c.uses > 1 {
