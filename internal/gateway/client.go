@@ -22,6 +22,7 @@ type client struct {
 	out  store // replies that are not yet written
 
 	batch [][]byte // the requests of one exchange
+	vigil vigil
 	resp  respClient
 }
 

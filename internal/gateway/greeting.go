@@ -198,7 +198,7 @@ func (k *greetings) found(u *replies) {
 // before listens to a connection that has carried no request yet. It does so
 // until latest at most.
 func (k *greetings) before(c net.Conn, u *replies, latest time.Time) error {
-	if k.wait <= 0 || u.settled || u.heard {
+	if k.wait <= 0 || u.settled || u.heard || u.proves {
 		return nil
 	}
 	k.mu.Lock()

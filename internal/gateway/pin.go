@@ -77,8 +77,8 @@ var (
 // client goes on without it.
 func (cl *client) pinned(command []byte, m meaning) error {
 	g := cl.g
-	ctx, leave := context.WithCancelCause(cl.resp.ctx)
-	defer leave(nil)
+	ctx, leave := context.WithCancel(cl.resp.ctx)
+	defer leave()
 	watch := cl.watchOver(m.class == blocks, leave)
 	defer watch.stop()
 	late := time.NewTimer(g.RequestTimeout)

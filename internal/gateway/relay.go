@@ -56,8 +56,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 	latest := time.Now().Add(g.RequestTimeout) // for the replies
 	ctx, cancel := context.WithDeadline(ctx, latest)
 	defer cancel()
-	ctx, leave := context.WithCancelCause(ctx)
-	watch := cl.watchOver(false, leave)
+	watch := cl.watchOver(false, cancel)
 	defer watch.stop()
 	g.count.requests.Add(uint64(len(cl.batch)))
 	mark, answered, ran := len(cl.out.b), 0, false
