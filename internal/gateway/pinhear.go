@@ -23,8 +23,12 @@ func (p *pin) hear() error {
 			return err
 		}
 		p.mu.Lock()
+		exec := len(p.pending) > 0 && p.pending[0].verb == vExec
 		err := p.accountLocked(p.frame.b)
 		p.mu.Unlock()
+		if isDemotion(p.frame.b) || exec && holdsDemotion(p.frame.b) {
+			p.cl.g.demoted(p.frame.b)
+		}
 		if err != nil {
 			return err
 		}

@@ -60,6 +60,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 	defer watch.stop()
 	g.count.requests.Add(uint64(len(cl.batch)))
 	mark, answered, ran := len(cl.out.b), 0, false
+	var demotion []byte // a reply
 	var unheard error
 	refuse := func(err error) {
 		if told := cl.failed(cl.out.b, cl.batch[answered], err, ran); told != nil {
@@ -90,9 +91,13 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		asked, proof := time.Now(), g.greet.mark(u)
 		err := converse(c, wire, proof, func() error {
 			for answered < len(cl.batch) {
+				at := len(cl.out.b)
 				switch err := u.next(c, &cl.out); {
 				case err == nil:
 					answered++
+					if g.framing.demotes != nil && g.framing.demotes(cl.out.b[at:]) {
+						demotion = cl.out.b[at:]
+					}
 				case errors.Is(err, errNoMemory): // and in step all the same
 					if refuse(err); unheard != nil {
 						return unheard
@@ -115,6 +120,9 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 		if err == nil {
 			err = u.kept(nil)
+		}
+		if demotion != nil { // before this connection is given back
+			g.demoted(demotion)
 		}
 		return err
 	}
