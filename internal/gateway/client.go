@@ -23,6 +23,7 @@ type client struct {
 
 	batch [][]byte // the requests of one exchange
 	vigil vigil
+	ahead ahead
 	resp  respClient
 }
 
@@ -135,7 +136,9 @@ func (cl *client) flush() error {
 		return nil
 	}
 	cl.conn.SetWriteDeadline(time.Now().Add(cl.g.WriteTimeout))
+	cl.ahead.begin(cl)
 	n, err := cl.conn.Write(cl.out.b)
+	cl.ahead.end()
 	cl.g.count.bytesOut.Add(uint64(n))
 	cl.out.empty()
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -155,7 +158,7 @@ func (cl *client) parted(err error) {
 		count.idleClients.Add(1)
 	case errors.Is(err, errStalled):
 		count.stalledClients.Add(1)
-	case errors.As(err, &bad), errors.Is(err, errTooLong):
+	case errors.As(err, &bad), errors.Is(err, errTooLong), errors.Is(err, errHalf):
 		count.badFrames.Add(1)
 	case errors.Is(err, errNoMemory):
 		count.failures[noMemory].Add(1)

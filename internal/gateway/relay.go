@@ -110,7 +110,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 			if proof == nil {
 				err = g.greet.after(c, u, asked, believed)
 			} else {
-				err = g.greet.marked(c, u)
+				err = g.greet.marked(c, u, asked, believed)
 			}
 			believable = believable || err == nil
 			return err
