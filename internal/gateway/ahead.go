@@ -18,6 +18,7 @@ type ahead struct {
 	timer   *time.Timer
 	done    chan struct{} // gets a value when the reading has ended
 	stopped atomic.Bool
+	scratch []byte // for what is dropped
 }
 
 // begin makes a start before a write to the client, and end an end after it.
@@ -39,7 +40,19 @@ func (a *ahead) read() {
 	// and is overwritten, or the question is answered yes.
 	cl.conn.SetReadDeadline(time.Time{})
 	for !a.stopped.Load() {
-		if cl.in.more() != nil { // and whoever reads next finds out why
+		switch err := cl.in.more(); err {
+		case nil:
+		case errNoMemory: // the rest is read all the same, or the client would not come to read why it is refused
+			cl.in.broken = err
+			fallthrough
+		case cl.in.broken:
+			if a.scratch == nil {
+				a.scratch = make([]byte, clientBuffer)
+			}
+			if _, err := cl.in.r.Read(a.scratch); err != nil {
+				return
+			}
+		default: // whoever reads next finds out why
 			return
 		}
 		// Whoever writes is alive, and will come to read.

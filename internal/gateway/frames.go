@@ -78,15 +78,16 @@ func (s *store) reserve(n int) error {
 	for size < need {
 		size *= 2
 	}
-	if more := size - clientBuffer - s.taken; more > 0 {
-		if !s.take(more) {
-			return errNoMemory
-		}
-		s.taken += more
+	// While it grows both are there, and both are counted.
+	more := max(0, size-clientBuffer)
+	if !s.take(more) {
+		return errNoMemory
 	}
 	grown := make([]byte, len(s.b), size)
 	copy(grown, s.b)
 	s.b = grown
+	s.give(s.taken)
+	s.taken = more
 	return nil
 }
 
@@ -121,6 +122,8 @@ type frames struct {
 	store   store
 	start   int // of the frame under way in store.b
 	scanned int // sc has seen store.b[start:scanned]
+
+	broken error // nothing can be read any more: what came was dropped, for this reason
 }
 
 // take returns the next frame that is complete, if there is one, as a part of
@@ -169,6 +172,9 @@ func (f *frames) fill() error {
 
 // more is fill, but what was taken stays.
 func (f *frames) more() error {
+	if f.broken != nil {
+		return f.broken
+	}
 	if err := f.store.reserve(1); err != nil {
 		return err
 	}

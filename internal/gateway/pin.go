@@ -312,8 +312,12 @@ func (p *pin) next() ([]byte, error) {
 	var begun time.Time // when a part of it was there
 	for {
 		frame, ok, err := cl.in.take()
-		if ok || err != nil {
-			return frame, err
+		if err != nil {
+			p.lastReplies() // to what was sent before
+			return nil, err
+		}
+		if ok {
+			return frame, nil
 		}
 		p.idle()
 		if begun.IsZero() && cl.in.partial() {
@@ -329,7 +333,7 @@ func (p *pin) next() ([]byte, error) {
 		case err == nil:
 			p.patient()
 		case errors.Is(err, os.ErrDeadlineExceeded): // whose it was is for rearmLocked to say
-		case err == io.EOF, err == errHalf:
+		case err == io.EOF, err == errHalf, err == errNoMemory:
 			p.lastReplies()
 			if err == io.EOF {
 				err = errGone

@@ -31,6 +31,7 @@ func (cl *client) serveExchanges() {
 			err = cl.exchange(cl.g.ctx, cl.g.to, cl.in.store.b[cl.in.start-size:cl.in.start])
 		}
 		if err != nil {
+			cl.bidFarewell(err)
 			cl.parted(err)
 			return
 		}
@@ -89,7 +90,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 		believable := u.settled || g.greet.wait <= 0 // what it has said, whatever befalls it now
 		asked, proof := time.Now(), g.greet.mark(u)
-		err := converse(c, wire, proof, func() error {
+		err := converse(c, wire, proof, g.to.QoS.SendBuffer > 0, func() error {
 			for answered < len(cl.batch) {
 				at := len(cl.out.b)
 				switch err := u.next(c, &cl.out); {
@@ -177,9 +178,10 @@ func (cl *client) failed(dst, request []byte, err error, ran bool) []byte {
 
 // converse sends wire, and more behind it, and receives. What is longer than the
 // sockets are sure to hold is sent while the reply is read, or a server that
-// answers before it has read all would wait for us and we for it.
-func converse(c connpool.Conn, wire, more []byte, receive func() error) error {
-	if len(wire)+len(more) <= batchBytes {
+// answers before it has read all would wait for us and we for it. With small
+// set nothing is sure.
+func converse(c connpool.Conn, wire, more []byte, small bool, receive func() error) error {
+	if len(wire)+len(more) <= batchBytes && !small {
 		if len(more) > 0 { // wire lies in the client's buffer, with other things behind it
 			wire = append(append(make([]byte, 0, len(wire)+len(more)), wire...), more...)
 		}

@@ -15,9 +15,9 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// replica is a server that says say to each SET, and the number of its
-// connection to GET.
-func replica(say *atomic.Pointer[string]) func(*faultnet.Peer) {
+// replica is a server that says say to each SET, which it counts, and the number
+// of its connection to GET.
+func replica(say *atomic.Pointer[string], sets *atomic.Int64) func(*faultnet.Peer) {
 	return func(peer *faultnet.Peer) {
 		r := bufio.NewReader(peer)
 		for {
@@ -37,6 +37,7 @@ func replica(say *atomic.Pointer[string]) func(*faultnet.Peer) {
 			case is(name, "EXEC"):
 				io.WriteString(peer, "*2\r\n:1\r\n"+*say.Load())
 			case is(name, "SET"):
+				sets.Add(1)
 				io.WriteString(peer, *say.Load())
 			default:
 				io.WriteString(peer, "+OK\r\n")
@@ -58,7 +59,7 @@ func TestAServerThatSaysItIsNotTheOneToAskIsLeft(t *testing.T) {
 				var say atomic.Pointer[string]
 				ok := "+OK\r\n"
 				say.Store(&ok)
-				srv, to := serve(t, faultnet.Options{Handler: replica(&say)})
+				srv, to := serve(t, faultnet.Options{Handler: replica(&say, new(atomic.Int64))})
 				g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2})
 				c, other := g.call(), g.call()
 				require.Equal(t, ok, c.do("SET", "k", "v"))
