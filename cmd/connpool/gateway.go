@@ -48,7 +48,8 @@ connection.
 Without TLS the gateway listens on loopback and Unix sockets only. Ctrl-C or
 SIGTERM ends it: it stops listening, lets the requests under way end, for -drain
 at most, and closes. A second one ends it at once. SIGHUP reads the certificates
-again; so does a change of their files.
+again, as a change of their files does, and replaces all connections to the
+server.
 
 flags:
 `
@@ -277,7 +278,7 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		for {
 			select {
 			case <-reload:
-				g.Reload() // which tells
+				g.Renew() // which tells
 			case <-again: // the first one is that which ends ctx
 				if signals++; signals == 2 {
 					o.Logger.Info("told to hurry")

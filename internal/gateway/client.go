@@ -22,6 +22,8 @@ type client struct {
 	out  store // replies that are not yet written
 
 	batch [][]byte // the requests of one exchange
+	vigil vigil
+	ahead ahead
 	resp  respClient
 }
 
@@ -134,7 +136,9 @@ func (cl *client) flush() error {
 		return nil
 	}
 	cl.conn.SetWriteDeadline(time.Now().Add(cl.g.WriteTimeout))
+	cl.ahead.begin(cl)
 	n, err := cl.conn.Write(cl.out.b)
+	cl.ahead.end()
 	cl.g.count.bytesOut.Add(uint64(n))
 	cl.out.empty()
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -154,7 +158,7 @@ func (cl *client) parted(err error) {
 		count.idleClients.Add(1)
 	case errors.Is(err, errStalled):
 		count.stalledClients.Add(1)
-	case errors.As(err, &bad), errors.Is(err, errTooLong):
+	case errors.As(err, &bad), errors.Is(err, errTooLong), errors.Is(err, errHalf):
 		count.badFrames.Add(1)
 	case errors.Is(err, errNoMemory):
 		count.failures[noMemory].Add(1)
@@ -162,15 +166,61 @@ func (cl *client) parted(err error) {
 	cl.g.Logger.Debug("client closed", "client", cl.raw.RemoteAddr(), "error", err)
 }
 
+// bidFarewell tells the client what was wrong with what it sent, if that is why
+// it is closed and the protocol has words for it, and lets it read what it was
+// told.
+func (cl *client) bidFarewell(err error) {
+	var bad *malformed
+	resp, words := cl.g.framing.name == "resp", ""
+	switch {
+	case errors.As(err, &bad):
+		words = "Protocol error: " + bad.what
+	case errors.Is(err, errTooLong):
+		words = "Protocol error: the request is longer than the gateway passes on"
+	case errors.Is(err, errNoMemory):
+		words = "gateway: there is no room for the request"
+	case errors.Is(err, errHalf):
+		if resp { // servers say nothing, either
+			return
+		}
+	default:
+		return
+	}
+	cl.in.broken = err
+	cl.in.store.release() // nobody needs it while the client takes its time
+	if resp {
+		cl.out.b = append(append(append(cl.out.b, "-ERR "...), words...), "\r\n"...)
+	} else {
+		cl.out.b = append(cl.out.b, cl.g.ErrorReply...)
+	}
+	if cl.flush() == nil {
+		cl.farewell()
+	}
+}
+
+// lingerSilence is how long a client that was told its end may say nothing.
+const lingerSilence = time.Second
+
 // farewell lets the client read what was written to it before the connection
-// is closed. To close while input is unread would take it back.
+// is closed. To close while input is unread would take it back; so a client that
+// sends something large before it reads is read to the end, for as long as a
+// request may take to arrive.
 func (cl *client) farewell() {
 	cw, ok := cl.conn.(interface{ CloseWrite() error })
 	if !ok || cw.CloseWrite() != nil {
 		return
 	}
-	cl.raw.SetReadDeadline(time.Now().Add(250 * time.Millisecond))
-	io.CopyN(io.Discard, cl.raw, 1<<20)
+	end := time.Now().Add(cl.g.RequestTimeout)
+	scratch := make([]byte, 16<<10)
+	for n := 1; n > 0 && time.Now().Before(end); {
+		silence := lingerSilence
+		if cl.g.draining.Load() {
+			silence = 250 * time.Millisecond
+			end = earlier(end, time.Now().Add(silence))
+		}
+		cl.raw.SetReadDeadline(earlier(end, time.Now().Add(silence)))
+		n, _ = cl.raw.Read(scratch)
+	}
 }
 
 // failure is why a request has no reply.

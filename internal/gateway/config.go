@@ -74,8 +74,9 @@ type framing struct {
 	name        string
 	newRequests func(*Config) scanner
 	newReplies  func(*Config) scanner
-	serve       func(*client) // until the client is done for
-	full        string        // told to a client too many
+	serve       func(*client)     // until the client is done for
+	full        string            // told to a client too many
+	demotes     func([]byte) bool // whether a reply says that another server is the one to ask; nil: none does
 
 	// refuse appends the answer to a request that the server did not answer.
 	// nil means that the protocol has no such answer.
@@ -113,6 +114,7 @@ func init() {
 			newReplies:  func(cfg *Config) scanner { return &respReplies{max: cfg.MaxFrame} },
 			serve:       (*client).serveRESP,
 			refuse:      respFailure,
+			demotes:     isDemotion,
 			full:        "-ERR max number of clients reached\r\n",
 		},
 		"session": {name: "session", serve: (*client).serveSession},

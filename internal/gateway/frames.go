@@ -20,6 +20,7 @@ type scanner interface {
 var (
 	errTooLong  = errors.New("a frame is longer than -max-frame")
 	errNoMemory = errors.New("the gateway holds as many bytes as -max-memory allows")
+	errHalf     = errors.New("the client ended its direction in the middle of a request")
 )
 
 // malformed says what is wrong with a frame, in words that may be told to the
@@ -77,15 +78,16 @@ func (s *store) reserve(n int) error {
 	for size < need {
 		size *= 2
 	}
-	if more := size - clientBuffer - s.taken; more > 0 {
-		if !s.take(more) {
-			return errNoMemory
-		}
-		s.taken += more
+	// While it grows both are there, and both are counted.
+	more := max(0, size-clientBuffer)
+	if !s.take(more) {
+		return errNoMemory
 	}
 	grown := make([]byte, len(s.b), size)
 	copy(grown, s.b)
 	s.b = grown
+	s.give(s.taken)
+	s.taken = more
 	return nil
 }
 
@@ -120,6 +122,8 @@ type frames struct {
 	store   store
 	start   int // of the frame under way in store.b
 	scanned int // sc has seen store.b[start:scanned]
+
+	broken error // nothing can be read any more: what came was dropped, for this reason
 }
 
 // take returns the next frame that is complete, if there is one, as a part of
@@ -149,8 +153,11 @@ func (f *frames) untake(frame []byte) {
 // partial reports whether there is the beginning of a frame.
 func (f *frames) partial() bool { return len(f.store.b) > f.start }
 
-// fill reads more, once. io.EOF in the middle of a frame is
-// io.ErrUnexpectedEOF.
+// An ender is a scanner whose last frame may be ended by the end of the stream.
+type ender interface{ end() string } // what is missing then
+
+// fill forgets the frames that were taken and reads more, once. The end of the
+// stream in the middle of a frame is errHalf, unless it is the end of the frame.
 func (f *frames) fill() error {
 	if f.start > 0 {
 		rest := copy(f.store.b, f.store.b[f.start:])
@@ -159,6 +166,14 @@ func (f *frames) fill() error {
 		if f.store.b = f.store.b[:rest]; rest == 0 {
 			f.store.empty()
 		}
+	}
+	return f.more()
+}
+
+// more is fill, but what was taken stays.
+func (f *frames) more() error {
+	if f.broken != nil {
+		return f.broken
 	}
 	if err := f.store.reserve(1); err != nil {
 		return err
@@ -170,7 +185,14 @@ func (f *frames) fill() error {
 	case n > 0:
 		return nil // the error comes again
 	case err == io.EOF && f.partial():
-		return io.ErrUnexpectedEOF
+		// What was read ahead may have whole frames in it: the end is the
+		// last frame's. It comes again.
+		if e, ok := f.sc.(ender); ok && s.b[len(s.b)-1] != e.end()[0] {
+			return s.append([]byte(e.end()))
+		}
+		return errHalf
+	case err == io.ErrUnexpectedEOF && f.partial(): // of TLS: it was cut off
+		return errHalf
 	case err == nil:
 		return io.ErrNoProgress
 	}

@@ -35,14 +35,15 @@ import (
 // Draining closes who is waiting, and lets the others come back to it.
 type Gateway struct {
 	*plan
-	pool   *connpool.Pool
-	certs  certificates
-	memory budget
-	known  known
-	greet  greetings
-	pins   chan struct{} // one for each connection that one client may have to itself
-	places chan struct{} // one for each session
-	count  counters
+	pool    *connpool.Pool
+	certs   certificates
+	memory  budget
+	known   known
+	greet   greetings
+	renewal renewal
+	pins    chan struct{} // one for each connection that one client may have to itself
+	places  chan struct{} // one for each session
+	count   counters
 
 	listener, statusListener net.Listener
 
@@ -148,9 +149,7 @@ func (g *Gateway) Reload() error {
 	}
 	if changed {
 		g.count.reloads.Add(1)
-		for addr := range g.pool.Addrs() {
-			g.pool.Retire(addr)
-		}
+		g.retireAll()
 		g.Logger.Info("certificates reloaded")
 	}
 	return nil

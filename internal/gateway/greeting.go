@@ -198,7 +198,7 @@ func (k *greetings) found(u *replies) {
 // before listens to a connection that has carried no request yet. It does so
 // until latest at most.
 func (k *greetings) before(c net.Conn, u *replies, latest time.Time) error {
-	if k.wait <= 0 || u.settled || u.heard {
+	if k.wait <= 0 || u.settled || u.heard || u.proves {
 		return nil
 	}
 	k.mu.Lock()
@@ -414,11 +414,16 @@ func (k *greetings) mark(u *replies) []byte {
 	return appendCommand(nil, []byte("PING"), u.nextMark())
 }
 
-// marked reads the answer to mark.
-func (k *greetings) marked(c io.Reader, u *replies) error {
+// marked reads the answer to mark, as after listens: the replies before it may be
+// believed if there is no error. A server that is busy, loads or has lost its
+// master refuses PING too, and then only time can tell.
+func (k *greetings) marked(c net.Conn, u *replies, asked, latest time.Time) error {
 	var reply store
 	if err := u.next(c, &reply); err != nil {
 		return err
+	}
+	if isError(reply.b) && isTolerable(reply.b) {
+		return k.after(c, u, asked, latest)
 	}
 	if !u.isMark(reply.b) {
 		return k.surprised(&speaksFirst{k.framing, reply.b[:min(len(reply.b), 64)]})

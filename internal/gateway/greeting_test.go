@@ -359,6 +359,39 @@ func TestServersThatAnswerPingInTheirOwnWayAreServed(t *testing.T) {
 	}
 }
 
+// TRY-04: a server that refuses PING for a while has not spoken first.
+func TestAServerThatIsBusyForAWhileIsNoServerThatSpeaksFirst(t *testing.T) {
+	var busy atomic.Bool
+	word := "-MASTERDOWN Link with MASTER is down\r\n"
+	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
+		r := bufio.NewReader(peer)
+		for {
+			_, all, err := protocols["resp"].next(r)
+			if err != nil {
+				return
+			}
+			switch args := words(all); {
+			case busy.Load():
+				io.WriteString(peer, word)
+			case len(args) == 0:
+				io.WriteString(peer, "+PONG\r\n")
+			default:
+				io.WriteString(peer, bulk(string(args[0])))
+			}
+		}
+	}})
+	g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 1, GreetingWait: 200 * time.Millisecond})
+	c := g.call()
+	require.Equal(t, bulk("x"), c.do("ECHO", "x"))
+	busy.Store(true)
+	for range 3 {
+		require.Equal(t, word, c.do("ECHO", "x"))
+	}
+	busy.Store(false)
+	require.Equal(t, bulk("y"), c.do("ECHO", "y"))
+	require.Zero(t, g.Status().Failures["speaks-first"]+g.Status().Failures["out-of-step"])
+}
+
 // TRY-04: who accepts and hangs up answers nobody.
 func TestAServerThatAcceptsAndHangsUpAnswersNobody(t *testing.T) {
 	for name, p := range protocols {

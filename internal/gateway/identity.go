@@ -286,8 +286,7 @@ func (cl *client) login(frame []byte) error {
 	g.count.replies.Add(1)
 	addr := g.to
 	addr.Scope = loginScope
-	ctx, leave := context.WithCancelCause(ctx)
-	watch := cl.watchOver(false, leave)
+	watch := cl.watchOver(false, cancel)
 	defer watch.stop()
 	ran := false
 	err := g.pool.With(ctx, addr, func(c connpool.Conn) error {

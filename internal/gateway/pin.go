@@ -14,8 +14,9 @@ import (
 
 // pin is a Redis client with a connection to itself, because what it said left
 // something behind there, or will: a transaction, subscriptions, a blocked
-// command. Two goroutines work for it, each on one direction: the client's own
-// sends commands, and hear receives replies and messages.
+// command. Three goroutines work for it: the client's own sends commands, hear
+// receives replies and messages, and deliver writes these to the client. So
+// neither the server nor the client ever waits for the other to read.
 //
 //	        +--> quiet: nothing pending, nothing left behind --> released
 //	sending-+                                                       (the connection goes back)
@@ -33,7 +34,8 @@ type pin struct {
 	c  connpool.Conn
 	u  *replies
 
-	frame, ready store // hear's: the frame that is read, and those to be written to the client
+	frame, ready store // hear's: the frame that is read, and those that go to outbox next
+	writes       store // deliver's: what is being written to the client
 
 	// mu guards what follows. Only deadlines are set under it.
 	mu       sync.Mutex
@@ -52,6 +54,11 @@ type pin struct {
 	stained  bool      // it serves nobody else, although the client can go on without it
 	active   time.Time // when something was last said
 	released bool
+	sending  bool  // the sender is about to send, or does
+	outbox   store // what deliver is to write next
+	writing  bool  // deliver writes
+	closing  bool  // nothing more will come into outbox
+	unread   error // why deliver has ended
 	heard    error // why hear has ended; nil: it has not, or it released
 	over     bool  // hear has ended
 }
@@ -77,8 +84,8 @@ var (
 // client goes on without it.
 func (cl *client) pinned(command []byte, m meaning) error {
 	g := cl.g
-	ctx, leave := context.WithCancelCause(cl.resp.ctx)
-	defer leave(nil)
+	ctx, leave := context.WithCancel(cl.resp.ctx)
+	defer leave()
 	watch := cl.watchOver(m.class == blocks, leave)
 	defer watch.stop()
 	late := time.NewTimer(g.RequestTimeout)
@@ -119,19 +126,26 @@ func (cl *client) pinned(command []byte, m meaning) error {
 // run ends with nil when the connection is released, and is clean.
 func (p *pin) run(command []byte, m meaning) error {
 	p.moved.L = &p.mu
-	p.frame.budget, p.ready.budget = &p.cl.g.memory, &p.cl.g.memory
+	for _, s := range []*store{&p.frame, &p.ready, &p.writes, &p.outbox} {
+		s.budget = &p.cl.g.memory
+		defer s.release()
+	}
 	p.u.pause = p.pause
 	// Before hear begins, or it would find the connection clean.
 	if err := p.enter(command, m); err != nil {
 		return err
 	}
-	heard := make(chan struct{})
+	heard, delivered := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(delivered)
+		p.deliver()
+	}()
 	go func() {
 		defer close(heard)
 		err := p.hear()
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.over = true
+		p.over, p.closing = true, true
 		if err != errReleased && p.heard == nil {
 			p.heard = err
 		}
@@ -143,9 +157,8 @@ func (p *pin) run(command []byte, m meaning) error {
 		p.c.Close() // ends hear
 	}
 	<-heard
+	<-delivered
 	p.u.pause = nil
-	p.frame.release()
-	p.ready.release()
 	switch {
 	case err == errReleased:
 		if p.stained {
@@ -240,6 +253,8 @@ func (p *pin) enter(command []byte, m meaning) error {
 		return &malformed{"replication does not pass through the gateway"}
 	}
 	p.active = time.Now()
+	p.sending = true
+	p.moved.Broadcast()
 	switch {
 	case p.kept:
 		p.muting = false
@@ -297,9 +312,14 @@ func (p *pin) next() ([]byte, error) {
 	var begun time.Time // when a part of it was there
 	for {
 		frame, ok, err := cl.in.take()
-		if ok || err != nil {
-			return frame, err
+		if err != nil {
+			p.lastReplies() // to what was sent before
+			return nil, err
 		}
+		if ok {
+			return frame, nil
+		}
+		p.idle()
 		if begun.IsZero() && cl.in.partial() {
 			begun = time.Now()
 		}
@@ -310,10 +330,15 @@ func (p *pin) next() ([]byte, error) {
 			return nil, err
 		}
 		switch err := cl.in.fill(); {
-		case err == nil, errors.Is(err, os.ErrDeadlineExceeded): // whose it was is for rearmLocked to say
-		case err == io.EOF:
+		case err == nil:
+			p.patient()
+		case errors.Is(err, os.ErrDeadlineExceeded): // whose it was is for rearmLocked to say
+		case err == io.EOF, err == errHalf, err == errNoMemory:
 			p.lastReplies()
-			return nil, errGone
+			if err == io.EOF {
+				err = errGone
+			}
+			return nil, err
 		default:
 			return nil, err
 		}

@@ -23,8 +23,12 @@ func (p *pin) hear() error {
 			return err
 		}
 		p.mu.Lock()
+		exec := len(p.pending) > 0 && p.pending[0].verb == vExec
 		err := p.accountLocked(p.frame.b)
 		p.mu.Unlock()
+		if isDemotion(p.frame.b) || exec && holdsDemotion(p.frame.b) {
+			p.cl.g.demoted(p.frame.b)
+		}
 		if err != nil {
 			return err
 		}
@@ -32,40 +36,117 @@ func (p *pin) hear() error {
 			return err
 		}
 		if len(p.ready.b) >= keptBuffer {
-			if err := p.deliver(); err != nil {
+			if err := p.handOver(); err != nil {
 				return err
 			}
 		}
 	}
 }
 
-// deliver writes what was heard to the client.
-func (p *pin) deliver() error {
+// outboxFull is how much waits for a client before the server waits for it, if
+// the client has asked for nothing that comes.
+const outboxFull = 1 << 20
+
+// handOver gives what was heard to deliver. A client that waits for replies, or
+// sends, may do so because it does not read yet: then all of it is taken, within
+// -max-memory.
+func (p *pin) handOver() error {
 	if len(p.ready.b) == 0 {
 		return nil
 	}
-	cl := p.cl
-	cl.conn.SetWriteDeadline(time.Now().Add(cl.g.WriteTimeout))
-	n, err := cl.conn.Write(p.ready.b)
-	cl.g.count.bytesOut.Add(uint64(n))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.unread == nil && len(p.outbox.b) >= outboxFull && !p.sending && len(p.pending) == 0 {
+		p.moved.Wait()
+	}
+	if p.unread != nil {
+		return p.unread
+	}
+	if err := p.outbox.append(p.ready.b); err != nil {
+		return err
+	}
 	p.ready.empty()
-	if err != nil {
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			cl.g.count.slowClients.Add(1)
+	p.moved.Broadcast()
+	return nil
+}
+
+// deliver writes what was handed over to the client, until the last of it is
+// written or the client is gone.
+func (p *pin) deliver() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.unread == nil {
+		if len(p.outbox.b) == 0 {
+			if p.closing {
+				return
+			}
+			p.moved.Wait()
+			continue
 		}
-		return errGone
+		p.outbox, p.writes = p.writes, p.outbox
+		p.writing = true
+		p.mu.Unlock()
+		err := p.write(p.writes.b)
+		p.writes.empty()
+		p.mu.Lock()
+		p.writing, p.unread = false, err
+		p.moved.Broadcast()
+	}
+	if p.heard == nil { // as good as heard
+		p.heard = p.unread
+	}
+	p.rearmLocked(time.Time{})
+}
+
+// write writes in parts, each of which may take the client WriteTimeout.
+func (p *pin) write(b []byte) error {
+	cl := p.cl
+	for len(b) > 0 {
+		cl.conn.SetWriteDeadline(time.Now().Add(cl.g.WriteTimeout))
+		n, err := cl.conn.Write(b[:min(len(b), keptBuffer)])
+		cl.g.count.bytesOut.Add(uint64(n))
+		if err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				cl.g.count.slowClients.Add(1)
+			}
+			return errGone
+		}
+		b = b[n:]
 	}
 	return nil
 }
 
-// pause runs when all that has come was passed on: the time to write it, and to
-// release the connection if it is clean.
+// idle says that the sender waits for the client.
+func (p *pin) idle() {
+	p.mu.Lock()
+	p.sending = false
+	p.mu.Unlock()
+}
+
+// patient gives a client that sends more time to read.
+func (p *pin) patient() {
+	p.mu.Lock()
+	writing := p.writing
+	p.mu.Unlock()
+	if writing {
+		p.cl.conn.SetWriteDeadline(time.Now().Add(p.cl.g.WriteTimeout))
+	}
+}
+
+// pause runs when all that has come was passed on: the time to hand it over and,
+// when it is written, to release the connection if it is clean.
 func (p *pin) pause(within bool) error {
-	if err := p.deliver(); err != nil {
+	if err := p.handOver(); err != nil {
 		return err
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	for !within && p.quietLocked() && p.unread == nil && (p.writing || len(p.outbox.b) > 0) {
+		p.moved.Wait()
+	}
+	if p.unread != nil {
+		return p.unread
+	}
 	if p.quietLocked() && !within {
 		p.released = true
 		p.over = true

@@ -31,6 +31,7 @@ func (cl *client) serveExchanges() {
 			err = cl.exchange(cl.g.ctx, cl.g.to, cl.in.store.b[cl.in.start-size:cl.in.start])
 		}
 		if err != nil {
+			cl.bidFarewell(err)
 			cl.parted(err)
 			return
 		}
@@ -56,11 +57,11 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 	latest := time.Now().Add(g.RequestTimeout) // for the replies
 	ctx, cancel := context.WithDeadline(ctx, latest)
 	defer cancel()
-	ctx, leave := context.WithCancelCause(ctx)
-	watch := cl.watchOver(false, leave)
+	watch := cl.watchOver(false, cancel)
 	defer watch.stop()
 	g.count.requests.Add(uint64(len(cl.batch)))
 	mark, answered, ran := len(cl.out.b), 0, false
+	var demotion []byte // a reply
 	var unheard error
 	refuse := func(err error) {
 		if told := cl.failed(cl.out.b, cl.batch[answered], err, ran); told != nil {
@@ -89,11 +90,15 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 		believable := u.settled || g.greet.wait <= 0 // what it has said, whatever befalls it now
 		asked, proof := time.Now(), g.greet.mark(u)
-		err := converse(c, wire, proof, func() error {
+		err := converse(c, wire, proof, g.to.QoS.SendBuffer > 0, func() error {
 			for answered < len(cl.batch) {
+				at := len(cl.out.b)
 				switch err := u.next(c, &cl.out); {
 				case err == nil:
 					answered++
+					if g.framing.demotes != nil && g.framing.demotes(cl.out.b[at:]) {
+						demotion = cl.out.b[at:]
+					}
 				case errors.Is(err, errNoMemory): // and in step all the same
 					if refuse(err); unheard != nil {
 						return unheard
@@ -106,7 +111,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 			if proof == nil {
 				err = g.greet.after(c, u, asked, believed)
 			} else {
-				err = g.greet.marked(c, u)
+				err = g.greet.marked(c, u, asked, believed)
 			}
 			believable = believable || err == nil
 			return err
@@ -116,6 +121,9 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 		if err == nil {
 			err = u.kept(nil)
+		}
+		if demotion != nil { // before this connection is given back
+			g.demoted(demotion)
 		}
 		return err
 	}
@@ -170,9 +178,10 @@ func (cl *client) failed(dst, request []byte, err error, ran bool) []byte {
 
 // converse sends wire, and more behind it, and receives. What is longer than the
 // sockets are sure to hold is sent while the reply is read, or a server that
-// answers before it has read all would wait for us and we for it.
-func converse(c connpool.Conn, wire, more []byte, receive func() error) error {
-	if len(wire)+len(more) <= batchBytes {
+// answers before it has read all would wait for us and we for it. With small
+// set nothing is sure.
+func converse(c connpool.Conn, wire, more []byte, small bool, receive func() error) error {
+	if len(wire)+len(more) <= batchBytes && !small {
 		if len(more) > 0 { // wire lies in the client's buffer, with other things behind it
 			wire = append(append(make([]byte, 0, len(wire)+len(more)), wire...), more...)
 		}

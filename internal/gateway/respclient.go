@@ -3,7 +3,6 @@ package gateway
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/seed-ecb488c9/connpool"
 )
@@ -34,25 +33,6 @@ func (cl *client) serveRESP() {
 
 // errQuit is the end of a client that said so.
 var errQuit = errors.New("the client said QUIT")
-
-// bidFarewell tells the client what was wrong with what it sent, if that is why
-// it is closed.
-func (cl *client) bidFarewell(err error) {
-	var bad *malformed
-	switch {
-	case errors.As(err, &bad):
-		cl.out.b = fmt.Appendf(cl.out.b, "-ERR Protocol error: %s\r\n", bad.what)
-	case errors.Is(err, errTooLong):
-		cl.out.b = append(cl.out.b, "-ERR Protocol error: the request is longer than the gateway passes on\r\n"...)
-	case errors.Is(err, errNoMemory):
-		cl.out.b = append(cl.out.b, "-ERR gateway: there is no room for the request\r\n"...)
-	default:
-		return
-	}
-	if cl.flush() == nil {
-		cl.farewell()
-	}
-}
 
 // respStep carries out what begins with frame. frame is the one that in.take
 // returned last.
@@ -101,6 +81,9 @@ func (cl *client) read(frame []byte) (command []byte, m meaning, err error) {
 	args, err := splitInline(frame)
 	if err != nil {
 		return nil, m, err
+	}
+	if cap(cl.resp.line) > clientBuffer { // of a longer one, which is over
+		cl.resp.line = nil
 	}
 	cl.resp.line = appendCommand(cl.resp.line[:0], args...)
 	return cl.resp.line, classify(cl.resp.line), nil

@@ -62,24 +62,28 @@ func (cl *client) serveSession() {
 // direction is a part of what it has to say.
 func (cl *client) inPlace(fn func(connpool.Conn) error) error {
 	g := cl.g
-	ctx, leave := context.WithCancelCause(g.ctx)
-	defer leave(nil)
+	ctx, leave := context.WithCancel(g.ctx)
+	defer leave()
 	if err := cl.takePlace(ctx, leave); err != nil {
 		return err
 	}
 	defer func() { <-g.places }()
 	watch := cl.watchOver(false, leave)
 	defer watch.stop()
-	return cl.ownUnder(ctx, g.to, func(_ context.Context, c connpool.Conn) error {
+	err := cl.ownUnder(ctx, g.to, func(_ context.Context, c connpool.Conn) error {
 		if err := watch.sendable(); err != nil {
 			return err
 		}
 		return fn(c)
 	})
+	if watch.verdict() != nil {
+		return errLeft
+	}
+	return err
 }
 
 // takePlace waits for a place of a session, which whoever has it gives back.
-func (cl *client) takePlace(ctx context.Context, leave context.CancelCauseFunc) error {
+func (cl *client) takePlace(ctx context.Context, leave func()) error {
 	g := cl.g
 	select {
 	case g.places <- struct{}{}:
@@ -97,7 +101,10 @@ func (cl *client) takePlace(ctx context.Context, leave context.CancelCauseFunc) 
 	case <-late.C:
 		return context.DeadlineExceeded
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		if err := watch.stop(); err != nil {
+			return err
+		}
+		return ctx.Err()
 	}
 	if err := watch.sendable(); err != nil {
 		<-g.places

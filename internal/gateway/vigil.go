@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"context"
 	"errors"
 	"net"
 	"sync/atomic"
@@ -22,31 +21,42 @@ const vigilAfter = 5 * time.Millisecond
 //
 // A reset ends the wait. The end of the client's direction does so only if fin
 // is set, since "printf ... | nc" is no way to leave.
+//
+// A client has one, which is used again; it is over before the next one begins.
 type vigil struct {
 	raw   net.Conn
 	fin   bool
-	end   context.CancelCauseFunc // of the wait
+	end   func() // of the wait
 	begun time.Time
 	timer *time.Timer
-	done  chan struct{} // closed when the watch has ended
+	done  chan struct{} // gets a value when the watch has ended
 
 	stopped atomic.Bool
 	left    atomic.Bool
 }
 
 // watchOver begins a vigil. It must be stopped before anybody reads from the
-// client. end ends the wait, with errLeft.
-func (cl *client) watchOver(fin bool, end context.CancelCauseFunc) *vigil {
-	v := &vigil{raw: cl.raw, fin: fin, end: end, begun: time.Now()}
-	if _, ok := cl.raw.(syscall.Conn); ok && canWatch {
-		v.done = make(chan struct{})
+// client. end ends the wait; the verdict is then errLeft.
+func (cl *client) watchOver(fin bool, end func()) *vigil {
+	v := &cl.vigil
+	v.fin, v.end, v.begun = fin, end, time.Now()
+	v.left.Store(false)
+	if _, ok := cl.raw.(syscall.Conn); !ok || !canWatch {
+		v.stopped.Store(true)
+		return v
+	}
+	v.stopped.Store(false)
+	if v.timer == nil {
+		v.raw, v.done = cl.raw, make(chan struct{}, 1)
 		v.timer = time.AfterFunc(vigilAfter, v.watch)
+	} else {
+		v.timer.Reset(vigilAfter)
 	}
 	return v
 }
 
 func (v *vigil) watch() {
-	defer close(v.done)
+	defer func() { v.done <- struct{}{} }()
 	rc, err := v.raw.(syscall.Conn).SyscallConn()
 	if err != nil {
 		return
@@ -61,13 +71,13 @@ func (v *vigil) watch() {
 		return v.stopped.Load() || v.left.Load()
 	})
 	if v.left.Load() {
-		v.end(errLeft)
+		v.end()
 	}
 }
 
 // stop ends the vigil and reports whether the client was there to the end of it.
 func (v *vigil) stop() error {
-	if v.timer != nil && !v.stopped.Swap(true) && !v.timer.Stop() {
+	if !v.stopped.Swap(true) && !v.timer.Stop() {
 		v.raw.SetReadDeadline(past)
 		<-v.done
 	}

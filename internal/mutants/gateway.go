@@ -223,8 +223,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "reload-retires",
-		old:   `g.pool.Retire(addr)` + "\n\t\t}\n\t\tg.Logger",
-		new:   `_ = addr` + "\n\t\t}\n\t\tg.Logger",
+		old:   "g.retireAll()\n\t\tg.Logger",
+		new:   "g.Logger",
 		tests: `TestReloadReplaces`,
 	},
 	{
