@@ -290,7 +290,7 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 				go g.Reload() // which tells, and may wait for a file
 			case <-again: // the first one is that which ends ctx
 				if signals++; signals == 2 {
-					o.Logger.Info("told to hurry")
+					g.Logger.Info("told to hurry")
 					hasten()
 				}
 			case <-served:
@@ -298,7 +298,7 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 			}
 		}
 	}()
-	o.Logger.Info("listening", "at", g.Status().Listen, "to", o.To, "framing", o.Framing, "status", statusPlace(g), "clients", g.MaxClientsNow())
+	g.Logger.Info("listening", "at", g.Status().Listen, "to", o.To, "framing", o.Framing, "status", statusPlace(g), "clients", g.MaxClientsNow())
 	err = g.Serve(ctx, hurry)
 	close(served)
 	st := g.Status()

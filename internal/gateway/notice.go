@@ -127,8 +127,12 @@ func (g *Gateway) serverDown(err error) {
 	g.down.Store(true)
 	advice := ""
 	var unknown *tls.CertificateVerificationError
-	if errors.As(err, &unknown) {
+	var alert *net.OpError
+	switch {
+	case errors.As(err, &unknown):
 		advice = ", or not believed: see -ca and -server-name"
+	case errors.As(err, &alert) && alert.Op == "remote error":
+		advice = ", since it ends the TLS handshake: it may want a certificate (-upstream-cert) or the name of a protocol (-alpn)"
 	}
 	g.notice(slog.LevelError, "down", "the server cannot be reached"+advice, "server", g.to, "error", err)
 }

@@ -48,6 +48,10 @@ func lockDirectoryOf(ctx context.Context, path string, tell func(dir string)) (u
 	}
 }
 
+// bound is called when a socket has its name and its mode, and does not listen
+// yet. It is for tests.
+var bound = func(path string) {}
+
 // bindUnix makes a socket at path that nobody can connect to before it has its
 // mode: until it listens, whoever tries is refused.
 func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
@@ -69,6 +73,7 @@ func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 		return fail("bind", err)
 	}
 	err = os.Chmod(path, mode)
+	bound(path)
 	if err == nil {
 		err = os.NewSyscallError("listen", syscall.Listen(fd, 4096)) // less where the system allows less
 	}
