@@ -46,10 +46,10 @@ modbus: exception 0x0A, 0x0B or 0x06), by -error-reply, or by the end of its
 connection.
 
 Without TLS the gateway listens on loopback and Unix sockets only. Ctrl-C or
-SIGTERM ends it: it stops listening, lets the requests under way end, for -drain
-at most, and closes. A second one ends it at once. SIGHUP reads the certificates
-again, as a change of their files does, and replaces all connections to the
-server.
+SIGTERM ends it: it stops listening, on -status too, lets the requests under way
+end, for -drain at most, and closes. A second one ends it at once. SIGHUP reads
+the certificates again, as a change of their files does, and replaces all
+connections to the server.
 
 flags:
 `
@@ -159,6 +159,8 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	fs.StringVar(&o.Upstream.Key, "upstream-key", "", "PEM `file` with its key")
 	fs.DurationVar(&o.ReloadEvery, "reload-every", 5*time.Second, "how often to look whether the files of certificates changed; negative: on SIGHUP only")
 
+	fs.StringVar(&o.ALPN, "alpn", "", "TLS: the `name` of the protocol, or several with commas, that is offered to the server and accepted from clients, such as postgresql")
+
 	fs.IntVar(&o.Length.Size, "length-bytes", 4, "length: `bytes` of the field, 1, 2 or 4")
 	fs.IntVar(&o.Length.Offset, "length-offset", 0, "length: `bytes` before the field")
 	fs.StringVar(&endian, "length-endian", "big", "length: `order` of the field's bytes, big or little")
@@ -166,7 +168,7 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	fs.StringVar(&errorReply, "error-reply", "", `line, length: the `+"`reply`"+` to a request that the server did not answer, with escapes as in Go: 'ERR\n', '\x00\x00\x00\x03ERR'`)
 	fs.BoolVar(&o.Eager, "eager", false, "session: connect to the server at once, not at the client's first byte; for protocols where the server speaks first")
 
-	fs.IntVar(&o.MaxClients, "max-clients", 10_000, "`number` of clients; one more is closed at once")
+	fs.IntVar(&o.MaxClients, "max-clients", 10_000, "`number` of clients, or as many as the limit of open files has room for, if it is not given; one more is closed at once")
 	fs.IntVar(&o.MaxOpen, "max-open", 16, "`number` of connections to the server")
 	fs.IntVar(&o.MaxPinned, "max-pinned", 0, "resp: `number` of them that single clients may have to themselves; 0: half of -max-open")
 	fs.IntVar(&o.MaxUses, "max-uses", 0, "`number` of times a connection is used; 0: no limit; 1 for a server that is not trusted")
@@ -187,7 +189,7 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	fs.DurationVar(&o.Drain, "drain", 30*time.Second, "for what is under way when the gateway is told to end; negative: nothing is waited for")
 
 	fs.BoolVar(&o.check, "check", false, "check the flags and certificates, say what would be done, and end: status 0 if all is good, else 2")
-	fs.BoolVar(&o.reach, "reach", false, "with -check: connect to the server too")
+	fs.BoolVar(&o.reach, "reach", false, "with -check: find out too whether the server would answer a request")
 	fs.BoolVar(&o.quiet, "quiet", false, "tell errors only")
 	fs.BoolVar(&o.verbose, "verbose", false, "tell also why single clients were closed and single requests failed")
 
@@ -195,7 +197,14 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 		return o, err
 	}
 	var others []string // flags of another framing
+	clients := o.MaxClients
+	o.MaxClients = 0 // what was not asked for is as many as fit
 	fs.Visit(func(f *flag.Flag) {
+		if f.Name == "max-clients" {
+			if o.MaxClients = clients; clients == 0 {
+				o.MaxClients = -1 // refused below
+			}
+		}
 		if strings.HasPrefix(f.Name, "length-") && o.Framing != "length" {
 			others = append(others, "-"+f.Name)
 		}
@@ -244,9 +253,16 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		level = slog.LevelDebug
 	}
 	o.Logger = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	ignoreBrokenPipes()
+	// Nothing that it says of itself may keep it: neither whoever reads its log,
+	// nor whoever reads its report, need be alive or awake.
+	told, logged := &teller{w: stdout}, &teller{w: stderr}
+	defer told.flush(ctx, o.check)
+	defer logged.flush(ctx, o.check)
+	stdout, stderr = told, logged
 	var g *gateway.Gateway
 	if err == nil {
-		g, err = gateway.New(o.Config)
+		err = within(ctx, func() (err error) { g, err = gateway.NewContext(ctx, o.Config); return err })
 	}
 	if err != nil {
 		for line := range strings.Lines(err.Error()) {
@@ -258,8 +274,10 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 	if o.check {
 		return checkGateway(ctx, o, g, stdout, stderr)
 	}
-	if err := g.Listen(); err != nil {
-		g.Close()
+	if err := within(ctx, func() error { return g.ListenContext(ctx) }); err != nil {
+		if !errors.Is(err, errNotWaited) {
+			g.Close()
+		}
 		fmt.Fprintf(stderr, "connpool gateway: %v\n", err)
 		return exitBroken
 	}
@@ -278,10 +296,10 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		for {
 			select {
 			case <-reload:
-				g.Renew() // which tells
+				go g.Renew() // which tells, and may wait for a file
 			case <-again: // the first one is that which ends ctx
 				if signals++; signals == 2 {
-					o.Logger.Info("told to hurry")
+					g.Logger.Info("told to hurry")
 					hasten()
 				}
 			case <-served:
@@ -289,7 +307,7 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 			}
 		}
 	}()
-	o.Logger.Info("listening", "at", g.Status().Listen, "to", o.To, "framing", o.Framing, "status", statusPlace(g))
+	g.Logger.Info("listening", "at", g.Status().Listen, "to", o.To, "framing", o.Framing, "status", statusPlace(g), "clients", g.MaxClientsNow())
 	err = g.Serve(ctx, hurry)
 	close(served)
 	st := g.Status()
@@ -316,14 +334,23 @@ func statusPlace(g *gateway.Gateway) string {
 func checkGateway(ctx context.Context, o gatewayOptions, g *gateway.Gateway, stdout, stderr io.Writer) int {
 	defer g.Close()
 	if o.reach {
-		if err := g.Reach(ctx); err != nil {
+		remark, err := g.Examine(ctx)
+		if err != nil {
 			fmt.Fprintf(stderr, "connpool gateway: the server is not reached: %v\n", err)
 			return exitUsage
+		}
+		if remark != "" {
+			fmt.Fprintf(stderr, "connpool gateway: %s\n", remark)
 		}
 	}
 	st := g.Status()
 	fmt.Fprintf(stdout, "connpool gateway: as the flags say: %s, from %s to %s, at most %d clients on %d connections%s\n",
-		st.Framing, st.Listen, st.To, o.MaxClients, o.MaxOpen, map[bool]string{true: "; the server was reached"}[o.reach])
+		st.Framing, st.Listen, st.To, g.MaxClientsNow(), o.MaxOpen, map[bool]string{true: "; the server was reached"}[o.reach])
+	shares, lacks := g.Descriptors()
+	fmt.Fprintf(stdout, "  file descriptors: %s\n", shares)
+	if lacks != "" {
+		fmt.Fprintf(stderr, "connpool gateway: %s\n", lacks)
+	}
 	lines, expired := g.Certificates()
 	for _, line := range lines {
 		fmt.Fprintf(stdout, "  %s\n", line)

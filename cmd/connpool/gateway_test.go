@@ -33,6 +33,9 @@ import (
 func TestMain(m *testing.M) {
 	switch os.Getenv("CONNPOOL_TEST_AS") {
 	case "command":
+		if n := os.Getenv("CONNPOOL_TEST_FILES"); n != "" {
+			limitFiles(n)
+		}
 		main()
 	case "clients":
 		os.Exit(beClients(os.Args[1], os.Args[2]))

@@ -14,3 +14,7 @@ func reloadSignal() (<-chan os.Signal, func()) {
 	signal.Notify(c, syscall.SIGHUP)
 	return c, func() { signal.Stop(c) }
 }
+
+// ignoreBrokenPipes: whoever reads what a long-lived process says may leave
+// before it does. By default that ends the process at its next word.
+func ignoreBrokenPipes() { signal.Ignore(syscall.SIGPIPE) }

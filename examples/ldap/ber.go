@@ -84,17 +84,17 @@ func readLength(next func() (byte, error)) (int, error) {
 	if b == 0x80 || b > 0x84 {
 		return 0, errBER
 	}
-	n := 0
+	n := uint32(0) // an int would be negative on a 32-bit system
 	for range b & 0x7f {
 		if b, err = next(); err != nil {
 			return 0, err
 		}
-		n = n<<8 | int(b)
+		n = n<<8 | uint32(b)
 	}
 	if n > maxElement {
 		return 0, fmt.Errorf("%w: an element of %d bytes", errBER, n)
 	}
-	return n, nil
+	return int(n), nil
 }
 
 // parser takes elements off the contents of another. Its first error stays.

@@ -126,6 +126,17 @@ func (t *talkative) Write(b []byte) (int, error) {
 	return t.Conn.Write(b)
 }
 
+// TRY-34: where an int has 32 bits too.
+func TestALengthBeyondTheBoundIsRefusedOnEverySystem(t *testing.T) {
+	for _, length := range []string{"\x84\xff\xff\xff\xff", "\x84\x80\x00\x00\x00", "\x84\x7f\xff\xff\xff", "\x83\xff\xff\xff"} {
+		_, _, err := readElement(bufio.NewReader(strings.NewReader("\x30" + length + "abc")))
+		require.ErrorIs(t, err, errBER)
+		p := &parser{rest: []byte("\x04" + length + "abc")}
+		p.any()
+		require.ErrorIs(t, p.err, errBER)
+	}
+}
+
 func FuzzParser(f *testing.F) {
 	f.Add(element(tagSequence, number(tagInteger, 1), element(tagDone, number(tagEnum, 0), octets(""), octets("x"))))
 	f.Add([]byte{tagSequence, 0x84, 0xff, 0xff, 0xff, 0xff})

@@ -56,6 +56,9 @@ func (c *codec) get(key string) (string, error) {
 	case head == "END":
 		return "", connpool.Keep(fmt.Errorf("%w: %s", errMiss, key)) // the exchange is complete
 	}
+	if err := refusal(head); err != nil {
+		return "", err
+	}
 	words := strings.Fields(head)
 	if len(words) < 4 || words[0] != "VALUE" || words[1] != key {
 		return "", fmt.Errorf("memcached answers %q to get %s", head, key) // out of step: close it
@@ -69,6 +72,9 @@ func (c *codec) get(key string) (string, error) {
 		return "", err
 	}
 	end, err := c.line()
+	if err == nil {
+		err = refusal(end)
+	}
 	if err == nil && (end != "END" || !bytes.HasSuffix(value, []byte("\r\n"))) {
 		err = fmt.Errorf("memcached: a value of %d bytes does not end where it should", n)
 	}
@@ -92,10 +98,24 @@ func (c *codec) expect(prefix, format string, args ...any) error {
 		return err
 	}
 	line, err := c.line()
+	if err == nil {
+		err = refusal(line)
+	}
 	if err == nil && !strings.HasPrefix(line, prefix) {
 		err = fmt.Errorf("memcached answers %q", line)
 	}
 	return err
+}
+
+// refusal is the error in a line, if the server says that it cannot do what it
+// understood: then it has read all of the request, and the line is the whole
+// answer. After ERROR and CLIENT_ERROR nobody knows what of the request it still
+// has to read, so those are no refusals, and cost the connection.
+func refusal(line string) error {
+	if !strings.HasPrefix(line, "SERVER_ERROR") {
+		return nil
+	}
+	return connpool.Keep(fmt.Errorf("memcached refuses: %s", line))
 }
 
 // store is a server that knows get, set and version.

@@ -109,8 +109,38 @@ func TestWithARealMemcached(t *testing.T) {
 	require.NoError(t, m.pool.With(t.Context(), m.addr, func(c connpool.Conn) error { return connpool.State[*codec](c).ping() }))
 }
 
+// TRY-34: what a server says of itself is a whole answer, and no reason to part
+// at the moment when it has the least to spare.
+func TestAServersErrorKeepsTheConnection(t *testing.T) {
+	s, err := loopback.Start(func(nc net.Conn) {
+		in := bufio.NewReader(nc)
+		for {
+			line, err := in.ReadString('\n')
+			if err != nil {
+				return
+			}
+			if strings.HasPrefix(line, "set") {
+				in.ReadString('\n')
+			}
+			fmt.Fprint(nc, "SERVER_ERROR out of memory\r\n")
+		}
+	})
+	require.NoError(t, err)
+	defer s.Close()
+	m, err := newCache(s.Addr())
+	require.NoError(t, err)
+	defer m.pool.Close()
+	for range 5 {
+		_, err := m.get(t.Context(), "k")
+		require.ErrorContains(t, err, "SERVER_ERROR out of memory")
+		require.ErrorContains(t, m.set(t.Context(), "k", "v"), "SERVER_ERROR out of memory")
+	}
+	require.EqualValues(t, 1, m.pool.Stats().Dials)
+}
+
 func TestNonsenseCostsTheConnection(t *testing.T) {
-	for _, reply := range []string{"VALUE other 0 1\r\nx\r\nEND\r\n", "VALUE k 0 99999999999\r\n", "VALUE k 0 1\r\nxyEND\r\n", "SERVER_ERROR out of memory\r\n", "\r\n"} {
+	for _, reply := range []string{"VALUE other 0 1\r\nx\r\nEND\r\n", "VALUE k 0 99999999999\r\n", "VALUE k 0 1\r\nxyEND\r\n", "CLIENT_ERROR bad command line format\r\n", "ERROR\r\n",
+		"SERVER_ERROR out of memory\r\nERROR\r\n", "\r\n"} {
 		s, err := loopback.Start(func(nc net.Conn) {
 			bufio.NewReader(nc).ReadString('\n')
 			fmt.Fprint(nc, reply)

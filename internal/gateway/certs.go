@@ -2,10 +2,11 @@ package gateway
 
 import (
 	"bytes"
-	"crypto/rand"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"sync"
@@ -65,37 +66,121 @@ func (f UpstreamFiles) fits(to *connpool.Addr) (errs []error) {
 type certificates struct {
 	server   ServerFiles
 	upstream UpstreamFiles
+	alpn     []string // names of the protocol, for both sides
 
 	forClients atomic.Pointer[tls.Config] // nil: the listener is not tls
 	forServer  atomic.Pointer[tls.Config]
 
-	mu   sync.Mutex // guards seen; reading the files happens under it, so that two reloads do not cross
-	seen [][]byte   // the contents that are in force
+	mu      sync.Mutex // guards seen and reading; no file is read under it
+	seen    [][]byte   // the contents that are in force
+	reading *reading   // under way; nil: none
+}
+
+// reading is one look at all of the files. It has a goroutine of its own, because
+// nobody knows how long it takes to open a file: a FIFO without a writer, or
+// a file server that is gone, may never answer. At most one is under way.
+type reading struct {
+	began    time.Time
+	at       atomic.Pointer[string] // the flag and file it is at
+	done     chan struct{}          // closed when what follows is there
+	contents [][]byte
+	err      error
+}
+
+// readFor is how long a file may take before those who wait are told that it
+// does not open.
+const readFor = 5 * time.Second
+
+// maxPEM bounds what is read of a file that never ends.
+const maxPEM = 4 << 20
+
+func (c *certificates) read(r *reading) {
+	defer close(r.done)
+	for _, f := range [...]struct{ flag, name string }{
+		{"cert", c.server.Cert}, {"key", c.server.Key}, {"client-ca", c.server.ClientCA},
+		{"ca", c.upstream.CA}, {"upstream-cert", c.upstream.Cert}, {"upstream-key", c.upstream.Key},
+	} {
+		if f.name == "" {
+			r.contents = append(r.contents, nil)
+			continue
+		}
+		at := "-" + f.flag + " " + f.name
+		r.at.Store(&at)
+		b, err := readPEM(f.name)
+		if err != nil {
+			r.err = fmt.Errorf("-%s: %w", f.flag, err)
+			return
+		}
+		r.contents = append(r.contents, b)
+	}
+}
+
+func readPEM(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxPEM+1))
+	if err == nil && len(b) > maxPEM {
+		err = fmt.Errorf("%s has more than %d bytes: it is no file of certificates", name, maxPEM)
+	}
+	return b, err
 }
 
 // load reads the files and puts them in force if all of them are good, else
 // none. It reports whether anything had changed.
-func (c *certificates) load() (changed bool, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var contents [][]byte
-	read := func(flag, name string) []byte {
-		if name == "" || err != nil {
-			contents = append(contents, nil)
-			return nil
+func (c *certificates) load() (changed bool, err error) { return c.loadWithin(context.Background()) }
+
+// loadWithin is load that waits for the files until ctx is done, and for readFor
+// at most. What comes later is not put in force; the next call reads again.
+func (c *certificates) loadWithin(ctx context.Context) (changed bool, err error) {
+	late := time.NewTimer(readFor)
+	defer late.Stop()
+	for {
+		c.mu.Lock()
+		r, mine := c.reading, false
+		if r == nil {
+			r, mine = &reading{began: time.Now(), done: make(chan struct{})}, true
+			c.reading = r
+			go c.read(r)
 		}
-		var b []byte
-		if b, err = os.ReadFile(name); err != nil {
-			err = fmt.Errorf("-%s: %w", flag, err)
+		c.mu.Unlock()
+		var stuck error
+		select {
+		case <-r.done:
+		case <-late.C:
+			at := "a file"
+			if p := r.at.Load(); p != nil {
+				at = *p
+			}
+			stuck = fmt.Errorf("%s does not open, or cannot be read to its end, since %v", at, time.Since(r.began).Round(time.Second))
+		case <-ctx.Done():
+			stuck = ctx.Err()
 		}
-		contents = append(contents, b)
-		return b
+		if stuck != nil {
+			return false, stuck
+		}
+		c.mu.Lock()
+		if c.reading == r {
+			c.reading = nil
+		}
+		if mine {
+			changed, err = c.applyLocked(r)
+		}
+		c.mu.Unlock()
+		if mine { // else it had begun before this call, and may not show what is there now
+			return changed, err
+		}
 	}
-	cert, key, clientCA := read("cert", c.server.Cert), read("key", c.server.Key), read("client-ca", c.server.ClientCA)
-	ca, ourCert, ourKey := read("ca", c.upstream.CA), read("upstream-cert", c.upstream.Cert), read("upstream-key", c.upstream.Key)
-	if err != nil {
-		return false, err
+}
+
+func (c *certificates) applyLocked(r *reading) (changed bool, err error) {
+	if r.err != nil {
+		return false, r.err
 	}
+	contents := r.contents
+	cert, key, clientCA, ca, ourCert, ourKey := contents[0], contents[1], contents[2], contents[3], contents[4], contents[5]
 	changed = c.seen == nil
 	for i := range c.seen {
 		changed = changed || !bytes.Equal(c.seen[i], contents[i])
@@ -105,7 +190,7 @@ func (c *certificates) load() (changed bool, err error) {
 	}
 	var forClients, forServer *tls.Config
 	if cert != nil {
-		forClients = &tls.Config{MinVersion: tls.VersionTLS12}
+		forClients = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: c.alpn}
 		if forClients.Certificates, err = keyPair("-cert and -key", cert, key); err != nil {
 			return false, err
 		}
@@ -115,12 +200,11 @@ func (c *certificates) load() (changed bool, err error) {
 			}
 			forClients.ClientAuth = tls.RequireAndVerifyClientCert
 		}
-		// A session of before a change must not be resumed after it.
-		var ticketKey [32]byte
-		rand.Read(ticketKey[:])
-		forClients.SetSessionTicketKeys([][32]byte{ticketKey})
+		// The keys of its session tickets are its own: a session of before a
+		// change cannot be resumed after it, and crypto/tls changes them every
+		// day, and forgets them after a week.
 	}
-	forServer = &tls.Config{MinVersion: tls.VersionTLS12}
+	forServer = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: c.alpn}
 	if ca != nil {
 		if forServer.RootCAs, err = roots("-ca", ca); err != nil {
 			return false, err
@@ -151,15 +235,6 @@ func roots(flag string, pem []byte) (*x509.CertPool, error) {
 		return nil, fmt.Errorf("%s: there is no PEM certificate in the file", flag)
 	}
 	return pool, nil
-}
-
-// listener is the configuration of a tls listener: each handshake takes what is
-// in force.
-func (c *certificates) listener() *tls.Config {
-	return &tls.Config{
-		MinVersion:         tls.VersionTLS12,
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.forClients.Load(), nil },
-	}
 }
 
 // Certificates describes those in force, with their ends of life, and reports

@@ -3,6 +3,7 @@ package gateway
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"net"
 	"os"
 	"sync/atomic"
 	"testing"
@@ -143,4 +144,102 @@ func TestCertificatesTellTheirEnd(t *testing.T) {
 	lines, expired = g.Certificates()
 	require.True(t, expired)
 	require.Contains(t, lines[0], "EXPIRED on 1970-01-01")
+}
+
+// spoil puts something in the place of a file that is no certificate.
+func spoil(t *testing.T, file string) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(file, []byte("-----BEGIN CERT"), 0o600))
+}
+
+// demanding starts a TLS 1.3 server that wants a certificate, which nobody has.
+func demanding(t *testing.T) (*faultnet.CA, keys, string) {
+	t.Helper()
+	ca := faultnet.NewCA()
+	cert := ca.Server("127.0.0.1")
+	_, to := serve(t, faultnet.Options{Network: "tls", TLS: &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13,
+		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: faultnet.NewCA().Pool()}})
+	return ca, writeKeys(t, t.TempDir(), "server", cert), to
+}
+
+// TRY-31
+func TestBothSidesOfTLSSpeakOfTheirProtocol(t *testing.T) {
+	ca := faultnet.NewCA()
+	cert := ca.Server("127.0.0.1")
+	k := writeKeys(t, t.TempDir(), "k", cert)
+	var heard atomic.Pointer[string]
+	_, to := serve(t, faultnet.Options{Network: "tls", TLS: &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"postgresql"},
+		VerifyConnection: func(st tls.ConnectionState) error {
+			heard.Store(&st.NegotiatedProtocol)
+			return nil
+		}}})
+	cfg := Config{Framing: "session", To: to, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}, Upstream: UpstreamFiles{CA: k.ca}}
+	for alpn, want := range map[string]string{"": "", "postgresql": "postgresql", "other,postgresql": "postgresql"} {
+		cfg.ALPN = alpn
+		g := begin(t, cfg)
+		nc, err := tls.Dial("tcp", g.Addr().String(), &tls.Config{RootCAs: ca.Pool(), NextProtos: []string{"postgresql"}})
+		require.NoError(t, err)
+		require.Equal(t, want, nc.ConnectionState().NegotiatedProtocol, alpn)
+		nc.SetDeadline(time.Now().Add(forever))
+		nc.Write([]byte("x\n"))
+		_, err = nc.Read(make([]byte, 100))
+		require.NoError(t, err)
+		require.Equal(t, want, *heard.Load(), alpn)
+		nc.Close()
+	}
+	for _, bad := range []string{",", "a,,b", "a,"} {
+		cfg.ALPN = bad
+		_, err := New(cfg)
+		require.ErrorContains(t, err, "-alpn")
+	}
+	_, err := New(Config{Framing: "line", Listen: "127.0.0.1:0", To: "tcp://127.0.0.1:1", ALPN: "x"})
+	require.ErrorContains(t, err, "-alpn is for TLS")
+}
+
+// TRY-31: a ticket that was given away must not be good for ever.
+func TestKeysOfSessionTicketsAreForgottenAfterAWeek(t *testing.T) {
+	k := writeKeys(t, t.TempDir(), "k", faultnet.NewCA().Server("127.0.0.1"))
+	for day, opens := range map[int]bool{1: true, 9: false, 60: false} {
+		c := &certificates{server: ServerFiles{Cert: k.cert, Key: k.key}}
+		_, err := c.load()
+		require.NoError(t, err)
+		cfg := c.forClients.Load()
+		now := time.Now()
+		cfg.Time = func() time.Time { return now }
+		ticket, st := ticketOf(t, cfg)
+		for range day { // somebody connects every day
+			now = now.Add(24 * time.Hour)
+			cfg.EncryptTicket(st, new(tls.SessionState))
+		}
+		got, err := cfg.DecryptTicket(ticket, st)
+		require.NoError(t, err)
+		require.Equal(t, opens, got != nil, "after %d days", day)
+	}
+}
+
+// ticketOf is a ticket that a listener with cfg gives to a client.
+func ticketOf(t *testing.T, cfg *tls.Config) (ticket []byte, st tls.ConnectionState) {
+	t.Helper()
+	cfg.WrapSession = func(s tls.ConnectionState, ss *tls.SessionState) ([]byte, error) {
+		b, err := cfg.EncryptTicket(s, ss)
+		ticket, st = b, s
+		return b, err
+	}
+	defer func() { cfg.WrapSession = nil }()
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	done := make(chan error, 1)
+	go func() {
+		tc := tls.Server(b, cfg)
+		err := tc.Handshake()
+		tc.Write([]byte("x"))
+		done <- err
+	}()
+	client := tls.Client(a, &tls.Config{InsecureSkipVerify: true, ClientSessionCache: tls.NewLRUClientSessionCache(1)})
+	require.NoError(t, client.Handshake())
+	client.Read(make([]byte, 1))
+	require.NoError(t, <-done)
+	require.NotEmpty(t, ticket)
+	return ticket, st
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"time"
@@ -50,12 +51,13 @@ func (cl *client) serve() {
 	}()
 	defer cl.raw.Close()
 	if g.listen.tls {
-		tc := tls.Server(cl.raw, g.certs.listener())
+		tc := tls.Server(cl.raw, g.certs.forClients.Load())
 		ctx, cancel := context.WithTimeout(g.ctx, g.RequestTimeout)
 		err := tc.HandshakeContext(ctx)
 		cancel()
 		if err != nil {
 			g.count.handshakesFailed.Add(1)
+			g.notice(slog.LevelWarn, "handshake", "TLS handshakes of clients fail", "client", cl.raw.RemoteAddr(), "error", err)
 			g.Logger.Debug("handshake failed", "client", cl.raw.RemoteAddr(), "error", err)
 			return
 		}
@@ -160,6 +162,7 @@ func (cl *client) parted(err error) {
 		count.stalledClients.Add(1)
 	case errors.As(err, &bad), errors.Is(err, errTooLong), errors.Is(err, errHalf):
 		count.badFrames.Add(1)
+		cl.g.notice(slog.LevelWarn, "bad-frames", "clients are closed because they break the protocol", "client", cl.raw.RemoteAddr(), "error", err)
 	case errors.Is(err, errNoMemory):
 		count.failures[noMemory].Add(1)
 	}

@@ -36,6 +36,10 @@ type Config struct {
 	// 0: 5 s; negative: only Reload looks.
 	ReloadEvery time.Duration
 
+	// ALPN are the names of the protocol in TLS, separated by commas, which the
+	// gateway offers to the server and accepts from clients. "": none.
+	ALPN string
+
 	Length LengthField // of the framing length
 
 	// ErrorReply is what a client of line or length gets in the place of a
@@ -46,13 +50,16 @@ type Config struct {
 	// its first byte, for protocols in which the server speaks first.
 	Eager bool
 
-	MaxClients int   // 0: 10000
-	MaxOpen    int   // connections to the server. 0: 16
-	MaxPinned  int   // those of them that single clients may have to themselves (resp). 0: half of MaxOpen, 1 at least
-	MaxUses    int   // exchanges of one connection to the server. 0: no limit
-	MaxFrame   int   // bytes of a request, and of a reply. 0: 16 MiB
-	MaxMemory  int64 // bytes held for all clients together. 0: 512 MiB
-	Pipeline   int   // requests of one client that are sent ahead of their replies. 0: 32, and 1 for modbus
+	// MaxClients is as many as the limit of open files has room for, if that is
+	// fewer. 0: 10000.
+	MaxClients int
+
+	MaxOpen   int   // connections to the server. 0: 16
+	MaxPinned int   // those of them that single clients may have to themselves (resp). 0: half of MaxOpen, 1 at least
+	MaxUses   int   // exchanges of one connection to the server. 0: no limit
+	MaxFrame  int   // bytes of a request, and of a reply. 0: 16 MiB
+	MaxMemory int64 // bytes held for all clients together. 0: 512 MiB
+	Pipeline  int   // requests of one client that are sent ahead of their replies. 0: 32, and 1 for modbus
 
 	IdleTimeout    time.Duration // of a client that says nothing. 0: 1 hour; negative: none
 	HoldTimeout    time.Duration // of a client that says nothing in the middle of a transaction (resp). 0: 1 minute
@@ -137,6 +144,10 @@ type plan struct {
 	status  endpoint
 	to      connpool.Addr
 	framing *framing
+	alpn    []string
+
+	wantClients int // that were asked for by name; 0: whatever is possible
+	askClients  int // the same, or the default
 }
 
 func (cfg Config) plan() (*plan, error) {
@@ -152,7 +163,8 @@ func (cfg Config) plan() (*plan, error) {
 			bad("-%s is %d: use %d or more", flag, *n, least)
 		}
 	}
-	number("max-clients", &p.MaxClients, 10_000, 1)
+	p.wantClients = p.MaxClients
+	number("max-clients", &p.MaxClients, defaultMaxClients, 1)
 	number("max-open", &p.MaxOpen, 16, 1)
 	number("max-pinned", &p.MaxPinned, max(1, p.MaxOpen/2), 1)
 	if p.MaxPinned > p.MaxOpen {
@@ -259,8 +271,30 @@ func (cfg Config) plan() (*plan, error) {
 	default:
 		errs = append(errs, p.Upstream.fits(&p.to)...)
 	}
-	if len(errs) > 0 {
-		return nil, errors.Join(errs...)
+	if p.alpn, err = parseALPN(p.ALPN); err != nil {
+		errs = append(errs, err)
+	} else if len(p.alpn) > 0 && !p.listen.tls && p.to.Transport != connpool.TLS {
+		bad("-alpn is for TLS, and neither -listen nor -to begins with tls://")
+	}
+	if len(errs) == 0 {
+		errs = append(errs, p.fit())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
 	}
 	return p, nil
+}
+
+// parseALPN reads the names of protocols.
+func parseALPN(s string) (names []string, err error) {
+	if s == "" {
+		return nil, nil
+	}
+	for name := range strings.SplitSeq(s, ",") {
+		if name == "" || len(name) > 255 {
+			return nil, fmt.Errorf("-alpn is %q: use names of 1 to 255 bytes, separated by commas, such as postgresql", s)
+		}
+		names = append(names, name)
+	}
+	return names, nil
 }

@@ -67,7 +67,9 @@ type running struct {
 func begin(t testing.TB, cfg Config) *running {
 	t.Helper()
 	r := &running{t: t, log: new(logged), ended: make(chan error, 1)}
-	cfg.Logger = slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
 	if cfg.Listen == "" {
 		cfg.Listen = "tcp://127.0.0.1:0"
 	}

@@ -10,7 +10,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
+	"log/slog"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -45,7 +45,12 @@ type Gateway struct {
 	places  chan struct{} // one for each session
 	count   counters
 
-	listener, statusListener net.Listener
+	journal *journal
+	notices notices
+	down    atomic.Bool  // the server could not be reached, and has not answered since
+	room    atomic.Int64 // how many clients may be there
+
+	listener, statusListener *socket
 
 	ctx      context.Context // of all that is under way
 	cut      context.CancelFunc
@@ -59,14 +64,21 @@ type Gateway struct {
 
 // New checks cfg and reads the certificates. It opens nothing. The error lists
 // everything that is wrong.
-func New(cfg Config) (*Gateway, error) {
+func New(cfg Config) (*Gateway, error) { return NewContext(context.Background(), cfg) }
+
+// NewContext is New that waits for names to be looked up and for the files of
+// certificates to be opened until ctx is done at most.
+func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 	p, err := cfg.plan()
 	if err != nil {
 		return nil, err
 	}
+	if err := p.notItself(ctx, p.listen); err != nil {
+		return nil, err
+	}
 	g := &Gateway{
 		plan:    p,
-		certs:   certificates{server: p.Server, upstream: p.Upstream},
+		certs:   certificates{server: p.Server, upstream: p.Upstream, alpn: p.alpn},
 		memory:  budget{limit: p.MaxMemory},
 		pins:    make(chan struct{}, p.MaxPinned),
 		places:  make(chan struct{}, p.MaxOpen),
@@ -74,7 +86,10 @@ func New(cfg Config) (*Gateway, error) {
 		clients: make(map[*client]struct{}),
 		started: time.Now(),
 	}
-	if _, err := g.certs.load(); err != nil {
+	g.journal = newJournal(p.Logger.Handler())
+	g.Logger = slog.New(g.journal)
+	g.room.Store(int64(p.MaxClients))
+	if _, err := g.certs.loadWithin(ctx); err != nil {
 		return nil, err
 	}
 	g.pool, err = connpool.New(connpool.Config{
@@ -85,7 +100,7 @@ func New(cfg Config) (*Gateway, error) {
 		DialTimeout: p.DialTimeout,
 		TLSFor:      func(connpool.Addr) (*tls.Config, error) { return g.certs.forServer.Load(), nil },
 		Setup:       g.setup,
-		Logger:      p.Logger,
+		Logger:      slog.New(ofPool{g.journal, g}),
 		// The only address has all of the slots, and all of the dials.
 		MaxDialingPerAddr: p.MaxOpen,
 	})
@@ -97,12 +112,25 @@ func New(cfg Config) (*Gateway, error) {
 }
 
 // Listen opens the listening sockets. If one of them fails, none is left.
-func (g *Gateway) Listen() (err error) {
-	if g.listener, err = g.listen.listen(g.SocketMode); err != nil {
+func (g *Gateway) Listen() error { return g.ListenContext(context.Background()) }
+
+// ListenContext is Listen that waits for names, and for the lock of a socket's
+// directory, until ctx is done at most. For the lock it is 5 seconds.
+func (g *Gateway) ListenContext(ctx context.Context) (err error) {
+	waits := func(dir string) {
+		g.Logger.Warn("waiting for the lock on a directory that somebody else holds", "directory", dir)
+	}
+	if g.listener, err = g.listen.listen(ctx, g.SocketMode, waits); err != nil {
 		return fmt.Errorf("-listen: %w", err)
 	}
+	at := g.listen
+	at.address = g.listener.Addr().String() // with the port that was found for 0
+	if err := g.notItself(ctx, at); err != nil {
+		g.listener.Close()
+		return err
+	}
 	if g.StatusListen != "" {
-		if g.statusListener, err = g.status.listen(g.SocketMode); err != nil {
+		if g.statusListener, err = g.status.listen(ctx, g.SocketMode, waits); err != nil {
 			g.listener.Close()
 			return fmt.Errorf("-status: %w", err)
 		}
@@ -123,28 +151,67 @@ func (g *Gateway) StatusAddr() net.Addr {
 // took.
 func (g *Gateway) Close() error {
 	g.cut()
-	if g.listener != nil {
-		g.listener.Close()
-	}
-	if g.statusListener != nil {
-		g.statusListener.Close()
-	}
-	return g.pool.Close()
+	g.unlisten()
+	err := g.pool.Close()
+	g.journal.flush(lastLines)
+	return err
 }
 
-// Reach opens a connection to the server, or says why it cannot.
-func (g *Gateway) Reach(ctx context.Context) error {
-	return g.pool.With(ctx, g.to, func(connpool.Conn) error { return nil })
+// unlisten gives up both sockets and their files, so that a successor can have
+// them while this gateway drains. Who is connected to the status stays.
+func (g *Gateway) unlisten() {
+	var both sync.WaitGroup
+	for _, s := range []*socket{g.listener, g.statusListener} {
+		if s == nil {
+			continue
+		}
+		both.Go(func() {
+			if err := s.Close(); err != nil {
+				g.Logger.Warn("the file of a socket is left behind", "path", s.path, "error", err)
+			}
+		})
+	}
+	both.Wait()
+}
+
+// MaxClientsNow is how many clients may be there: -max-clients, or fewer if the
+// process may not open as many files.
+func (g *Gateway) MaxClientsNow() int { return int(g.room.Load()) }
+
+// Descriptors says how the files that the process may open are shared out. lacks
+// is what is wrong with that: "" if nothing is.
+func (g *Gateway) Descriptors() (shares, lacks string) {
+	d := g.share()
+	if room := min(d.clients(), g.MaxClientsNow()); g.wantClients > room {
+		lacks = fmt.Sprintf("-max-clients is %d, and the process may not open as many files: there is room for %d; raise the limit (ulimit -n) or lower the flag", g.wantClients, room)
+	}
+	return d.String(), lacks
+}
+
+// resize follows a limit of the process that was changed while it runs.
+func (g *Gateway) resize() {
+	room := max(leastClients, min(g.share().clients(), g.askClients))
+	if was := g.room.Swap(int64(room)); was != int64(room) {
+		g.Logger.Info("the limit of open files has changed", "clients", room, "before", was)
+	}
 }
 
 // Reload reads the certificates again. If they changed, new connections use
 // them and those to the server are replaced as they come back; if one of them
-// is bad, all stay as they were.
+// is bad, or does not open, all stay as they were.
 func (g *Gateway) Reload() error {
-	changed, err := g.certs.load()
-	if err != nil {
+	g.resize()
+	return g.reload(g.ctx)
+}
+
+func (g *Gateway) reload(ctx context.Context) error {
+	changed, err := g.certs.loadWithin(ctx)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil:
 		g.count.reloadsFailed.Add(1)
-		g.Logger.Error("certificates not reloaded, the old ones stay in force", "error", err)
+		g.notice(slog.LevelError, "reload", "certificates not reloaded, the old ones stay in force", "error", err)
 		return err
 	}
 	if changed {
@@ -155,11 +222,19 @@ func (g *Gateway) Reload() error {
 	return nil
 }
 
+// The bounds of what comes after the drain.
+const (
+	lastGoodbyes = 5 * time.Second // to the server
+	lastClients  = 5 * time.Second // that were cut off
+	lastLines    = time.Second     // of the log
+)
+
 // Serve works until ctx is done. Then it stops listening, lets what is under
 // way end for as long as Drain, and returns when nothing is left of it: no
 // client, no connection, no goroutine, no socket file. A done hurry cuts the
 // drain short. The error says how much had to be cut.
 func (g *Gateway) Serve(ctx, hurry context.Context) error {
+	defer g.journal.flush(lastLines)
 	var rest sync.WaitGroup
 	helpers, stop := context.WithCancel(context.Background())
 	if g.statusListener != nil {
@@ -172,63 +247,87 @@ func (g *Gateway) Serve(ctx, hurry context.Context) error {
 			for {
 				select {
 				case <-tick.C:
-					g.Reload() // which tells
+					g.reload(helpers) // which tells
 				case <-helpers.Done():
 					return
 				}
 			}
 		})
 	}
-	unlisten := context.AfterFunc(ctx, func() { g.listener.Close() })
+	if _, lacks := g.Descriptors(); lacks != "" {
+		g.Logger.Warn(lacks)
+	}
+	wake := context.AfterFunc(ctx, g.listener.stop)
 	failed := g.accept(ctx)
-	unlisten()
-	g.listener.Close()
-
-	cut := g.drain(hurry)
+	wake()
+	late := time.NewTimer(max(0, g.Drain))
+	defer late.Stop()
+	gone := make(chan struct{})
+	rest.Go(func() { g.unlisten(); close(gone) })
+	select { // before a client is let go, so that none finds the file of who does not listen
+	case <-gone:
+	case <-hurry.Done():
+	case <-time.After(min(lockForEnd, max(0, g.Drain))):
+	}
+	cut, left := g.drain(hurry, late.C)
 	stop()
 	rest.Wait()
-	last, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	last, cancel := context.WithTimeout(context.Background(), lastGoodbyes)
 	defer cancel()
 	err := g.pool.Shutdown(last)
 	if cut > 0 {
 		err = errors.Join(fmt.Errorf("%d clients were cut off in the middle of something, after %v of draining", cut, g.Drain), err)
 	}
+	if left > 0 {
+		err = errors.Join(fmt.Errorf("%d clients did not end within %v of being cut off", left, lastClients), err)
+	}
 	return errors.Join(failed, err)
 }
 
 // accept lets clients in until ctx is done. An error of the listener that may
-// pass, such as a lack of file handles, makes it pause.
+// pass makes it pause, but for a lack of descriptors: one is kept to turn
+// clients away with.
 func (g *Gateway) accept(ctx context.Context) error {
 	const shortest, longest = 5 * time.Millisecond, time.Second
 	pause := shortest
+	var kept spare
+	kept.keep()
+	defer kept.release()
 	for {
 		nc, err := g.listener.Accept()
-		if err == nil {
+		if err == nil && ctx.Err() == nil {
 			pause = shortest
 			g.admit(nc)
 			continue
 		}
 		if ctx.Err() != nil {
+			if err == nil {
+				nc.Close()
+			}
 			return nil
 		}
 		if errors.Is(err, net.ErrClosed) {
 			return err
 		}
 		g.count.acceptErrors.Add(1)
-		g.Logger.Error("cannot accept", "error", err, "pause", pause)
+		g.notice(slog.LevelError, "accept", "cannot accept clients", "error", err)
+		if outOfDescriptors(err) && g.turnAway(&kept) {
+			continue
+		}
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
 			return nil
 		}
 		pause = min(2*pause, longest)
+		kept.keep()
 	}
 }
 
 // admit gives nc a goroutine, or turns it away.
 func (g *Gateway) admit(nc net.Conn) {
 	g.mu.Lock()
-	full := len(g.clients) >= g.MaxClients
+	full := len(g.clients) >= g.MaxClientsNow()
 	cl := newClient(g, nc)
 	if !full {
 		g.clients[cl] = struct{}{}
@@ -236,12 +335,7 @@ func (g *Gateway) admit(nc net.Conn) {
 	}
 	g.mu.Unlock()
 	if full {
-		g.count.turnedAway.Add(1)
-		if g.framing.full != "" && !g.listen.tls {
-			nc.SetWriteDeadline(time.Now().Add(time.Second)) // its buffer is empty: this does not wait
-			io.WriteString(nc, g.framing.full)
-		}
-		nc.Close()
+		g.sendAway(nc)
 		return
 	}
 	g.count.accepted.Add(1)
@@ -257,29 +351,28 @@ func (g *Gateway) admit(nc net.Conn) {
 }
 
 // drain waits for the clients, and cuts off those that take too long. It
-// returns how many these were.
-func (g *Gateway) drain(hurry context.Context) (cut int) {
+// returns how many these were, and how many of them have not ended all the same.
+func (g *Gateway) drain(hurry context.Context, late <-chan time.Time) (cut, stuck int) {
 	g.draining.Store(true)
 	g.mu.Lock()
 	for cl := range g.clients {
 		cl.raw.SetReadDeadline(past)
 	}
-	if n := len(g.clients); n > 0 {
+	n := len(g.clients)
+	g.mu.Unlock()
+	if n > 0 {
 		g.Logger.Info("draining", "clients", n, "for at most", g.Drain)
 	}
-	g.mu.Unlock()
 	left := make(chan struct{})
 	go func() {
 		g.serving.Wait()
 		close(left)
 	}()
-	late := time.NewTimer(max(0, g.Drain))
-	defer late.Stop()
 	select {
 	case <-left:
 		g.cut()
-		return 0
-	case <-late.C:
+		return 0, 0
+	case <-late:
 	case <-hurry.Done():
 	}
 	g.cut()
@@ -289,8 +382,16 @@ func (g *Gateway) drain(hurry context.Context) (cut int) {
 		cl.raw.Close()
 	}
 	g.mu.Unlock()
-	<-left
-	return cut
+	never := time.NewTimer(lastClients)
+	defer never.Stop()
+	select {
+	case <-left:
+	case <-never.C:
+		g.mu.Lock()
+		stuck = len(g.clients)
+		g.mu.Unlock()
+	}
+	return cut, stuck
 }
 
 var past = time.Unix(1, 0)

@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -94,13 +96,28 @@ func (e endpoint) mayServe(cfg *Config) error {
 		"if a network is meant to connect without TLS, say both -insecure-listen and -i-know-that-anyone-can-connect", cfg.Listen)
 }
 
+// lockFor is how long a start, and an end, waits for the lock of a directory.
+const lockForStart, lockForEnd = 5 * time.Second, time.Second
+
+// socket is a place that is listened on. Its file, if it has one, is removed
+// before the socket is closed: as long as the socket is open, no other file can
+// have the number of its file.
+type socket struct {
+	net.Listener
+	path string      // of its file; "": it has none
+	file fs.FileInfo // that was made for it
+
+	ended   atomic.Bool // nobody is to be accepted any more; set before the deadline
+	release sync.Once
+}
+
 // listen opens it. A Unix socket that a dead process left behind is replaced;
-// one that answers is an error.
-func (e endpoint) listen(mode fs.FileMode) (net.Listener, error) {
+// one that answers is an error. tell is called once if it takes long.
+func (e endpoint) listen(ctx context.Context, mode fs.FileMode, tell func(dir string)) (*socket, error) {
 	if e.network == "unix" && !strings.HasPrefix(e.address, "@") {
-		return listenUnix(e.address, mode)
+		return listenUnix(ctx, e.address, mode, tell)
 	}
-	l, err := net.Listen(e.network, e.address)
+	l, err := new(net.ListenConfig).Listen(ctx, e.network, e.address)
 	if err != nil {
 		return nil, err
 	}
@@ -108,33 +125,72 @@ func (e endpoint) listen(mode fs.FileMode) (net.Listener, error) {
 		l.Close()
 		return nil, fmt.Errorf("%s is %v on this machine, which is not loopback: write 127.0.0.1", e.address, a.IP)
 	}
-	return l, nil
+	return &socket{Listener: l}, nil
 }
 
-func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
-	unlock, err := lockDirectoryOf(path)
+func listenUnix(ctx context.Context, path string, mode fs.FileMode, tell func(dir string)) (*socket, error) {
+	locking, cancel := context.WithTimeout(ctx, lockForStart)
+	defer cancel()
+	unlock, err := lockDirectoryOf(locking, path, tell)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if err := removeStale(path); err != nil {
+	if err := removeStale(ctx, path); err != nil {
 		return nil, err
 	}
-	l, err := net.Listen("unix", path)
+	l, err := bindUnix(path, mode)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, mode); err != nil {
+	info, err := os.Lstat(path)
+	if err != nil {
 		l.Close()
 		return nil, err
 	}
-	return l, nil
+	return &socket{Listener: l, path: path, file: info}, nil
+}
+
+// stop makes Accept return, and wakes it if it waits. The socket stays open.
+func (s *socket) stop() {
+	s.ended.Store(true)
+	s.wakeIfStopped()
+}
+
+func (s *socket) wakeIfStopped() {
+	if d, ok := s.Listener.(interface{ SetDeadline(time.Time) error }); ok && s.ended.Load() {
+		d.SetDeadline(past)
+	}
+}
+
+// Close removes the socket's file, if it is still the one that was made for it,
+// and closes the socket. The directory's lock keeps another gateway from putting
+// its own there between the look and the removal. Where the lock is not to be
+// had the file stays, and the next gateway finds that nobody listens on it.
+func (s *socket) Close() (err error) {
+	s.release.Do(func() {
+		s.stop()
+		if s.path != "" {
+			locking, cancel := context.WithTimeout(context.Background(), lockForEnd)
+			defer cancel()
+			unlock, lockErr := lockDirectoryOf(locking, s.path, func(string) {})
+			if lockErr == nil {
+				defer unlock()
+				if now, err := os.Lstat(s.path); err == nil && os.SameFile(now, s.file) {
+					os.Remove(s.path)
+				}
+			}
+			err = lockErr
+		}
+		s.Listener.Close()
+	})
+	return err
 }
 
 // removeStale removes the socket that a process left behind which is no more.
 // Whoever calls it holds the lock of the directory, so that of two gateways
 // that start at once none removes the other's.
-func removeStale(path string) error {
+func removeStale(ctx context.Context, path string) error {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -144,7 +200,7 @@ func removeStale(path string) error {
 	case info.Mode()&fs.ModeSocket == 0:
 		return fmt.Errorf("%s exists and is no socket: it is left alone, choose another path", path)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	nc, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	if err == nil {
@@ -152,6 +208,14 @@ func removeStale(path string) error {
 	}
 	if !errors.Is(err, syscall.ECONNREFUSED) {
 		return fmt.Errorf("%s is in use: somebody listens there; stop it, or choose another path", path)
+	}
+	switch now, err := os.Lstat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case !os.SameFile(now, info):
+		return fmt.Errorf("%s was replaced by somebody at this moment: start again", path)
 	}
 	return os.Remove(path)
 }

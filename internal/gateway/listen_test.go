@@ -111,7 +111,7 @@ func TestOneOfManyGatewaysTakesAStaleSocket(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 8 {
 			wg.Go(func() {
-				if l, err := listenUnix(path, 0o600); err == nil {
+				if l, err := listenUnix(t.Context(), path, 0o600, func(string) {}); err == nil {
 					mu.Lock()
 					won = append(won, l)
 					mu.Unlock()

@@ -273,6 +273,7 @@ func (p *pin) popLocked() {
 	}
 	p.pending = p.pending[:copy(p.pending, p.pending[1:])]
 	p.cl.g.count.replies.Add(1)
+	p.cl.g.answered()
 	p.moved.Broadcast()
 	p.awaitLocked()
 }

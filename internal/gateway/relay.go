@@ -147,6 +147,9 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 	}
 	g.count.replies.Add(uint64(answered))
+	if err == nil {
+		g.answered()
+	}
 	return unheard
 }
 
@@ -168,6 +171,7 @@ func (cl *client) failed(dst, request []byte, err error, ran bool) []byte {
 	g := cl.g
 	why := g.failureOf(err, ran)
 	g.count.failures[why].Add(1)
+	g.unanswered(why, err)
 	g.Logger.Debug("request failed", "client", cl.raw.RemoteAddr(), "why", why, "error", err)
 	var said *serverSaid
 	if errors.As(err, &said) {

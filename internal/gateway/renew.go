@@ -87,9 +87,9 @@ func (g *Gateway) retireAll() {
 // and all connections to the server are replaced as they come back, whatever
 // came of that. What was learned of the server is forgotten.
 func (g *Gateway) Renew() error {
-	err := g.Reload()
+	// First what cannot wait: a certificate file may not open for long.
 	g.greet.forget()
 	g.retireAll()
 	g.Logger.Info("connections to the server are replaced as they come back")
-	return err
+	return g.Reload()
 }

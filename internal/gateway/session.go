@@ -52,6 +52,7 @@ func (cl *client) serveSession() {
 	if !ran && err != nil {
 		why := g.failureOf(err, false)
 		g.count.failures[why].Add(1)
+		g.unanswered(why, err)
 		g.Logger.Debug("no connection for a session", "client", cl.raw.RemoteAddr(), "why", why, "error", err)
 	}
 }
@@ -143,6 +144,7 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 				n, err := dst.Write(buf[:pending])
 				if counted {
 					g.count.bytesOut.Add(uint64(n))
+					g.answered()
 				}
 				if err != nil {
 					return err

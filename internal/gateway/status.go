@@ -5,11 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -58,6 +61,9 @@ type Status struct {
 	Reloads       uint64 `json:"reloads"`
 	ReloadsFailed uint64 `json:"reloads_failed"`
 
+	LogDropped uint64 `json:"log_lines_dropped"` // that the log did not take
+	MaxClients int    `json:"max_clients"`       // that may be there, see Config.MaxClients
+
 	Pool connpool.Stats `json:"pool"`
 }
 
@@ -73,6 +79,7 @@ func (g *Gateway) Status() Status {
 		BadFrames: c.badFrames.Load(), Idle: c.idleClients.Load(), Stalled: c.stalledClients.Load(), Slow: c.slowClients.Load(),
 		BytesIn: c.bytesIn.Load(), BytesOut: c.bytesOut.Load(), Memory: g.memory.held.Load(),
 		Reloads: c.reloads.Load(), ReloadsFailed: c.reloadsFailed.Load(),
+		LogDropped: g.journal.droppedSoFar(), MaxClients: g.MaxClientsNow(),
 		Pool: g.pool.Stats(),
 	}
 	st.Pool.Waiting += int(c.queued.Load())
@@ -141,6 +148,8 @@ func (st *Status) metrics() []byte {
 	count("client_bytes_out_total", "Bytes to clients.", st.BytesOut)
 	count("reloads_total", "Changes of certificates put in force.", st.Reloads)
 	count("reloads_failed_total", "Changes of certificates refused.", st.ReloadsFailed)
+	count("log_lines_dropped_total", "Lines that the log did not take.", st.LogDropped)
+	gauge("max_clients", "Clients that may be connected: -max-clients, or fewer where the limit of open files is lower.", st.MaxClients)
 
 	p := st.Pool
 	labelled("upstream_connections", "gauge", "Connections to the server, by state.", "state", map[string]uint64{
@@ -180,13 +189,79 @@ func (g *Gateway) serveStatus(ctx context.Context) {
 		Handler:           g.sameMachine(mux),
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second,
 		WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
+		ErrorLog: log.New(io.Discard, "", 0), // of net/http, which would write to stderr and wait for it
 	}
-	stop := context.AfterFunc(ctx, func() { srv.Close() })
-	defer stop()
-	if err := srv.Serve(g.statusListener); err != http.ErrServerClosed {
+	few := &crowd{Listener: g.statusListener, most: statusClients}
+	srv.ConnState = few.follow
+	if err := srv.Serve(few); !g.statusListener.ended.Load() {
 		g.Logger.Error("the status is not served any more", "error", err)
 	}
+	<-ctx.Done() // who is connected may go on asking
 	srv.Close()
+}
+
+// crowd is a listener that has so many connections at most. One more takes the
+// place of the one that has been silent for longest; if none is, it is closed.
+type crowd struct {
+	net.Listener
+	most int
+
+	mu  sync.Mutex // guards all; sockets are closed after it
+	all []*visitor // the one that has been as it is for longest first
+}
+
+type visitor struct {
+	net.Conn
+	asking bool // a request is under way
+}
+
+func (c *crowd) Accept() (net.Conn, error) {
+	for {
+		nc, err := c.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		v := &visitor{Conn: nc}
+		if out := c.enter(v); out != nil {
+			out.Conn.Close()
+			if out == v {
+				continue
+			}
+		}
+		return v, nil
+	}
+}
+
+// enter makes room for v, and returns who is to be closed for that.
+func (c *crowd) enter(v *visitor) (out *visitor) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.all) >= c.most {
+		i := slices.IndexFunc(c.all, func(v *visitor) bool { return !v.asking })
+		if i < 0 {
+			return v
+		}
+		out = c.all[i]
+		c.all = slices.Delete(c.all, i, i+1)
+	}
+	c.all = append(c.all, v)
+	return out
+}
+
+// follow is told by the server what each connection does.
+func (c *crowd) follow(nc net.Conn, state http.ConnState) {
+	v := nc.(*visitor)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := slices.Index(c.all, v)
+	if i < 0 || state == http.StateNew {
+		return // it was closed to make room, or has just come
+	}
+	c.all = slices.Delete(c.all, i, i+1)
+	if state != http.StateClosed && state != http.StateHijacked {
+		v.asking = state == http.StateActive
+		c.all = append(c.all, v)
+	}
 }
 
 // sameMachine turns away what a web page had a browser ask for: its Host is a

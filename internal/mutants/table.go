@@ -1029,6 +1029,7 @@ var mutants = []mutant{
 		new:   `switch reason, err := ClosedUnknown, error(nil); reason {`,
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	// --- what a limit causes, and time ---
+	},
 	{
 		name:  "pressure-ends-with-its-limit",
 		old:   "p.pressure = handlesPlenty // the budget of handles was given up with the limit",

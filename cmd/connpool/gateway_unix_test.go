@@ -1,0 +1,229 @@
+//go:build !windows && !js && !plan9
+
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+)
+
+// endsInTime tells a process to end, and waits for it.
+func endsInTime(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	left := make(chan error, 1)
+	go func() { left <- cmd.Wait() }()
+	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	select {
+	case <-left:
+	case <-time.After(20 * time.Second):
+		cmd.Process.Kill()
+		<-left
+		t.Fatal("SIGTERM does not end it")
+	}
+}
+
+// TRY-09
+func TestTheReaderOfItsWordsMayLeaveOrStandStill(t *testing.T) {
+	srv, err := faultnet.Start(faultnet.Options{})
+	require.NoError(t, err)
+	defer srv.Close()
+	for _, how := range []string{"stderr's reader leaves", "stdout's reader leaves", "nobody reads"} {
+		t.Run(how, func(t *testing.T) {
+			dir := shortDirOf(t)
+			cmd := exec.Command(os.Args[0], "gateway", "-framing", "line", "-listen", "unix:"+dir+"/s", "-drain", "1s", "-verbose", "-dial-timeout", "1s",
+				"-to", fmt.Sprintf("tcp://127.0.0.1:%d", srv.Port()))
+			cmd.Env = append(os.Environ(), "CONNPOOL_TEST_AS=command")
+			errs, toErrs, err := os.Pipe()
+			require.NoError(t, err)
+			outs, toOuts, err := os.Pipe()
+			require.NoError(t, err)
+			cmd.Stderr, cmd.Stdout = toErrs, toOuts
+			if how == "nobody reads" { // nor is there room
+				fill(t, toErrs)
+				fill(t, toOuts)
+			}
+			require.NoError(t, cmd.Start())
+			toErrs.Close()
+			toOuts.Close()
+			defer errs.Close()
+			defer outs.Close()
+			defer cmd.Process.Kill()
+			var nc net.Conn
+			require.True(t, eventually(20*time.Second, func() bool {
+				nc, err = net.Dial("unix", dir+"/s")
+				return err == nil
+			}), "it listens")
+			switch how {
+			case "stderr's reader leaves":
+				errs.Close()
+			case "stdout's reader leaves":
+				outs.Close()
+			}
+			// Each of these leaves a line behind.
+			for range 100 {
+				bad, err := net.Dial("unix", dir+"/s")
+				require.NoError(t, err, "it lives")
+				fmt.Fprintf(bad, "x\n")
+				bad.Close()
+			}
+			nc.SetDeadline(time.Now().Add(20 * time.Second))
+			fmt.Fprintf(nc, "token\n")
+			line, err := bufio.NewReader(nc).ReadString('\n')
+			require.NoError(t, err)
+			require.Contains(t, line, "token")
+			nc.Close()
+			endsInTime(t, cmd)
+			if how != "nobody reads" {
+				assert.Equal(t, exitOK, cmd.ProcessState.ExitCode())
+			}
+			_, err = os.Lstat(dir + "/s")
+			require.ErrorIs(t, err, os.ErrNotExist)
+		})
+	}
+}
+
+// fill takes the room that a pipe has.
+func fill(t *testing.T, f *os.File) {
+	t.Helper()
+	require.NoError(t, f.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
+	for {
+		if _, err := f.Write(make([]byte, 1)); err != nil {
+			break
+		}
+		io.WriteString(f, strings.Repeat("x", 4096))
+	}
+	require.NoError(t, f.SetWriteDeadline(time.Time{}))
+}
+
+func shortDirOf(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "gw")
+	require.NoError(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// TRY-09: what hangs in a system call ends with the process.
+func TestSIGTERMEndsAStartThatHangs(t *testing.T) {
+	dir := shortDirOf(t)
+	never := filepath.Join(dir, "never.pem")
+	require.NoError(t, syscall.Mkfifo(never, 0o600))
+	locked, err := os.Open(dir)
+	require.NoError(t, err)
+	defer locked.Close()
+	require.NoError(t, syscall.Flock(int(locked.Fd()), syscall.LOCK_EX))
+	for name, args := range map[string][]string{
+		"a file that does not open": {"-listen", "tls://127.0.0.1:0", "-cert", never, "-key", never},
+		"a lock":                    {"-listen", "unix:" + dir + "/s"},
+		"a lock for the status":     {"-listen", "127.0.0.1:0", "-status", "unix:" + dir + "/s"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command(os.Args[0], append([]string{"gateway", "-framing", "line", "-to", "tcp://127.0.0.1:1"}, args...)...)
+			cmd.Env = append(os.Environ(), "CONNPOOL_TEST_AS=command")
+			require.NoError(t, cmd.Start())
+			defer cmd.Process.Kill()
+			// It has begun to wait when it has been told to end in vain: the
+			// signals of a process that has just been born may end it anyhow.
+			require.True(t, eventually(20*time.Second, func() bool { return handlesSIGTERM(cmd.Process.Pid) }))
+			endsInTime(t, cmd)
+		})
+	}
+}
+
+// TRY-09: with a file that does not open any more, also while it serves.
+func TestSIGTERMEndsAGatewayWhoseCertificateDoesNotOpen(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := writeKeys(t, dir, time.Now().Add(time.Hour))
+	g := startGateway(t, "-framing", "line", "-listen", "tls://127.0.0.1:0", "-cert", cert, "-key", key, "-reload-every", "10ms", "-drain", "1s", "-to", "tcp://127.0.0.1:1")
+	require.NoError(t, os.Remove(cert))
+	require.NoError(t, syscall.Mkfifo(cert, 0o600))
+	require.NoError(t, g.Process.Signal(syscall.SIGHUP))
+	require.True(t, eventually(20*time.Second, func() bool { return strings.Contains(g.said(), "does not open") }), g.said())
+	require.NoError(t, g.Process.Signal(syscall.SIGTERM))
+	require.Equal(t, exitOK, g.ended(), g.said())
+}
+
+// TRY-17
+func TestFewDescriptorsAreSharedOutBeforeClientsTakeThem(t *testing.T) {
+	t.Setenv("CONNPOOL_TEST_FILES", "64")
+	to := "tcp://" + startServer(t, replies(len(ping), "+PONG\r\n"))
+	g := startGateway(t, "-framing", "resp", "-listen", "tcp://127.0.0.1:0", "-to", to, "-request-timeout", "5s")
+	told, in := 0, []net.Conn(nil)
+	for range 100 {
+		nc, err := net.Dial("tcp", g.at)
+		require.NoError(t, err)
+		defer nc.Close()
+		in = append(in, nc)
+	}
+	answered := 0
+	for _, nc := range in {
+		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		io.WriteString(nc, ping)
+		line, err := bufio.NewReader(nc).ReadString('\n')
+		require.NoError(t, err)
+		switch line {
+		case "+PONG\r\n":
+			answered++
+		case "-ERR max number of clients reached\r\n":
+			told++
+		default:
+			t.Fatalf("came %q", line)
+		}
+	}
+	assert.Greater(t, answered, 10)
+	assert.Equal(t, 100, answered+told)
+	require.NoError(t, g.Process.Signal(syscall.SIGTERM))
+	require.Equal(t, exitOK, g.ended(), g.said())
+
+	for given, want := range map[string]string{"": "for clients", "500": "there is room for"} {
+		args := []string{"gateway", "-check", "-framing", "resp", "-listen", "127.0.0.1:0", "-to", to}
+		if given != "" {
+			args = append(args, "-max-clients", given)
+		}
+		cmd := exec.Command(os.Args[0], args...)
+		cmd.Env = append(os.Environ(), "CONNPOOL_TEST_AS=command")
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, string(out))
+		require.Contains(t, string(out), want)
+		require.Contains(t, string(out), "file descriptors: of 64")
+	}
+}
+
+// limitFiles is what a child does that is to have few descriptors.
+func limitFiles(n string) {
+	var r syscall.Rlimit
+	if _, err := fmt.Sscan(n, &r.Cur); err == nil {
+		r.Max = r.Cur
+		syscall.Setrlimit(syscall.RLIMIT_NOFILE, &r)
+	}
+}
+
+// handlesSIGTERM reports whether a process has taken the signal into its own
+// hands; where that is not told, it is taken to have.
+func handlesSIGTERM(pid int) bool {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return true
+	}
+	for line := range strings.Lines(string(status)) {
+		var mask uint64
+		if _, err := fmt.Sscanf(line, "SigCgt: %x", &mask); err == nil {
+			return mask&(1<<(uint(syscall.SIGTERM)-1)) != 0
+		}
+	}
+	return false
+}

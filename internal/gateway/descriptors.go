@@ -1,0 +1,132 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"syscall"
+	"time"
+)
+
+// descriptors is how the process's file descriptors are shared out. Clients come
+// as they like and the server side cannot do without, so what clients may have
+// is what is left over, and not the other way round.
+type descriptors struct {
+	limit   int // of the process; 0: there is none that counts
+	server  int // connections to the server, -max-open
+	status  int // connections to the status
+	reserve int // the rest: sockets that listen, files, what was open before, and what the pool wants to see free
+}
+
+const (
+	ownDescriptors    = 12 // standard streams, listeners, pollers, the spare, a file that is read
+	statusClients     = 8  // connections to the status at once
+	leastClients      = 1
+	defaultMaxClients = 10_000
+)
+
+// share computes the shares. The pool closes idle connections when fewer than
+// one descriptor in sixteen is free, and 10 at least: so much stays free.
+func (p *plan) share() descriptors {
+	d := descriptors{limit: descriptorLimit(), server: p.MaxOpen}
+	if p.StatusListen != "" {
+		d.status = statusClients
+	}
+	inherited := max(0, descriptorsOpen()-ownDescriptors/2)
+	d.reserve = ownDescriptors + max(10, d.limit/16) + min(inherited, d.limit/2)
+	return d
+}
+
+// clients is how many clients there is room for.
+func (d descriptors) clients() int {
+	if d.limit == 0 {
+		return int(^uint(0) >> 1)
+	}
+	return d.limit - d.server - d.status - d.reserve
+}
+
+func (d descriptors) String() string {
+	if d.limit == 0 {
+		return "no limit is known"
+	}
+	s := fmt.Sprintf("of %d, %d are for the server, %d are kept back", d.limit, d.server, d.reserve)
+	if d.status > 0 {
+		s += fmt.Sprintf(", %d are for the status", d.status)
+	}
+	return s + fmt.Sprintf(", and %d left for clients", max(0, d.clients()))
+}
+
+// fit lowers the number of clients to what there is room for. Who asked for more
+// is told; where even one does not fit, nothing is started.
+func (p *plan) fit() error {
+	files := p.share()
+	room := files.clients()
+	if room < leastClients {
+		return fmt.Errorf("the process may open %d files, which is too few for -max-open %d and %d more: raise the limit (ulimit -n), or lower -max-open",
+			files.limit, p.MaxOpen, files.status+files.reserve+leastClients)
+	}
+	p.askClients = p.MaxClients
+	p.MaxClients = min(p.MaxClients, room)
+	return nil
+}
+
+// spare is a descriptor that is kept for the moment when there is none: a client
+// that cannot be accepted otherwise is accepted, told, and closed, instead of
+// waiting in the system's queue for nobody.
+type spare struct{ file *os.File }
+
+func (s *spare) keep() {
+	if s.file == nil {
+		s.file, _ = os.Open(os.DevNull)
+	}
+}
+
+func (s *spare) release() {
+	if s.file != nil {
+		s.file.Close()
+		s.file = nil
+	}
+}
+
+// outOfDescriptors reports whether err is the want of one.
+func outOfDescriptors(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
+
+// turnAway accepts one client in the place of the spare, and tells it that there
+// is no room. It reports whether there was one.
+func (g *Gateway) turnAway(s *spare) bool {
+	if s.file == nil {
+		return false
+	}
+	s.release()
+	defer s.keep()
+	if d, ok := g.listener.Listener.(interface{ SetDeadline(time.Time) error }); ok {
+		d.SetDeadline(time.Now().Add(100 * time.Millisecond)) // whoever was there may have left
+		defer func() {
+			d.SetDeadline(time.Time{})
+			g.listener.wakeIfStopped()
+		}()
+	}
+	nc, err := g.listener.Accept()
+	if err != nil {
+		return false
+	}
+	g.sendAway(nc)
+	return true
+}
+
+// sendAway tells a client that it is one too many.
+func (g *Gateway) sendAway(nc net.Conn) {
+	g.count.turnedAway.Add(1)
+	g.notice(slog.LevelWarn, "full", "clients are turned away: as many as -max-clients, or the limit of open files, allows are here",
+		"clients", g.MaxClientsNow())
+	if g.framing.full != "" && !g.listen.tls {
+		nc.SetWriteDeadline(time.Now().Add(time.Second)) // its buffer is empty: this does not wait
+		io.WriteString(nc, g.framing.full)
+	}
+	nc.Close()
+}

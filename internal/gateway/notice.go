@@ -1,0 +1,192 @@
+package gateway
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"time"
+)
+
+// noticeEvery is how often one cause is told: what happens to a thousand
+// clients in a second is one thing to the operator.
+const noticeEvery = time.Minute
+
+// notices are what an operator is told without -verbose, and when.
+type notices struct {
+	mu    sync.Mutex // guards seen; nothing is logged under it
+	seen  map[string]*noticed
+	since time.Time // when the server was found to be down; zero: it was not
+}
+
+type noticed struct {
+	last  time.Time
+	times int // since then
+}
+
+// due reports whether cause is to be told now, and how often it was met since
+// it was told last. Causes are few and fixed.
+func (n *notices) due(cause string) (times int, due bool) {
+	now := time.Now()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.seen == nil {
+		n.seen = make(map[string]*noticed)
+	}
+	s := n.seen[cause]
+	if s == nil {
+		s = &noticed{}
+		n.seen[cause] = s
+	}
+	s.times++
+	if !s.last.IsZero() && now.Sub(s.last) < noticeEvery {
+		return 0, false
+	}
+	times, s.last, s.times = s.times, now, 0
+	return times, true
+}
+
+// notice tells of cause, once a minute at most.
+func (g *Gateway) notice(level slog.Level, cause, msg string, args ...any) {
+	if times, due := g.notices.due(cause); due {
+		if times > 1 {
+			args = append(args, "times", times)
+		}
+		g.Logger.Log(context.Background(), level, msg, args...)
+	}
+}
+
+// unanswered tells why requests get no answer, with what may be changed.
+func (g *Gateway) unanswered(why failure, err error) {
+	warn := func(cause, msg string) { g.notice(slog.LevelWarn, cause, msg, "error", err) }
+	switch {
+	case why == ending || errors.Is(err, errBehind):
+	case why == unreachable, refusal(err) != "":
+		g.serverDown(err)
+	case errors.Is(err, errPins):
+		g.notice(slog.LevelWarn, "pins", "clients wait too long for a connection of their own: all of -max-pinned are taken", "max-pinned", g.MaxPinned)
+	case why == busy:
+		g.notice(slog.LevelWarn, "busy", "requests wait too long for a connection: all of -max-open are in use", "max-open", g.MaxOpen, "error", err)
+	case why == lost:
+		warn("lost", "the server ends connections with requests under way")
+	case why == late:
+		g.notice(slog.LevelWarn, "late", "the server does not answer within -request-timeout", "request-timeout", g.RequestTimeout)
+	case why == tooLong:
+		g.notice(slog.LevelWarn, "too-long", "replies are longer than -max-frame", "max-frame", g.MaxFrame)
+	case why == noMemory:
+		g.notice(slog.LevelWarn, "no-memory", "replies find no room in -max-memory", "max-memory", g.MaxMemory)
+	default:
+		warn(why.String(), "requests fail: "+why.String())
+	}
+}
+
+// refused tells that the server does not take us for who we are.
+func (g *Gateway) refused(err error) {
+	if len(g.Upstream.Cert) == 0 {
+		g.notice(slog.LevelError, "refused", "the server refuses connections without a certificate: give -upstream-cert and -upstream-key", "server", g.to, "error", err)
+		return
+	}
+	g.notice(slog.LevelError, "refused", "the server refuses our certificate: -upstream-cert is not to its liking", "server", g.to, "error", err)
+}
+
+// refusal is the alert with which a TLS server ended a connection because of our
+// certificate, or of its absence; "" for any other error.
+func refusal(err error) string {
+	var said *net.OpError
+	if errors.As(err, &said) && said.Op == "remote error" {
+		text := said.Err.Error()
+		for _, word := range []string{"certificate", "access denied", "unknown certificate authority"} {
+			if strings.Contains(text, word) {
+				return text
+			}
+		}
+	}
+	return ""
+}
+
+// serverDown tells that the server cannot be reached.
+func (g *Gateway) serverDown(err error) {
+	var said *serverSaid
+	switch {
+	case refusal(err) != "":
+		g.refused(err)
+		return
+	case errors.As(err, &said): // it is there, and does not want this client
+		g.notice(slog.LevelWarn, "login", "the server refuses what clients say of themselves", "server", g.to, "error", said)
+		return
+	}
+	g.notices.mu.Lock()
+	if g.notices.since.IsZero() {
+		g.notices.since = time.Now()
+	}
+	g.notices.mu.Unlock()
+	g.down.Store(true)
+	advice := ""
+	var unknown *tls.CertificateVerificationError
+	var alert *net.OpError
+	switch {
+	case errors.As(err, &unknown):
+		advice = ", or not believed: see -ca and -server-name"
+	case errors.As(err, &alert) && alert.Op == "remote error":
+		advice = ", since it ends the TLS handshake: it may want a certificate (-upstream-cert) or the name of a protocol (-alpn)"
+	}
+	g.notice(slog.LevelError, "down", "the server cannot be reached"+advice, "server", g.to, "error", err)
+}
+
+// answered is told of each success; only the first after a failure costs
+// anything.
+func (g *Gateway) answered() {
+	if !g.down.Load() || !g.down.CompareAndSwap(true, false) {
+		return
+	}
+	g.notices.mu.Lock()
+	since := g.notices.since
+	g.notices.since = time.Time{}
+	g.notices.mu.Unlock()
+	if !since.IsZero() {
+		g.notice(slog.LevelInfo, "up", "the server answers again", "server", g.to, "after", time.Since(since).Round(time.Millisecond))
+	}
+}
+
+// ofPool is the handler of the pool's own log. What it says of failed dials is
+// the gateway's to tell; of everything else one line a minute is enough, unless
+// all is asked for.
+type ofPool struct {
+	slog.Handler
+	g *Gateway
+}
+
+func (h ofPool) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level >= slog.LevelWarn && !h.Enabled(ctx, slog.LevelDebug) {
+		if strings.HasSuffix(r.Message, "dial failed") {
+			h.g.serverDown(errorOf(r))
+			return nil
+		}
+		if _, due := h.g.notices.due(r.Message); !due {
+			return nil
+		}
+	}
+	return h.Handler.Handle(ctx, r)
+}
+
+func (h ofPool) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return ofPool{h.Handler.WithAttrs(attrs), h.g}
+}
+func (h ofPool) WithGroup(name string) slog.Handler { return ofPool{h.Handler.WithGroup(name), h.g} }
+
+// errorOf is the error that a line of the pool tells.
+func errorOf(r slog.Record) (err error) {
+	r.Attrs(func(a slog.Attr) bool {
+		var ok bool
+		err, ok = a.Value.Any().(error)
+		return !ok
+	})
+	if err == nil {
+		err = fmt.Errorf("%s", r.Message)
+	}
+	return err
+}
