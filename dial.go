@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"runtime/debug"
 	"sync"
@@ -15,7 +14,9 @@ import (
 
 // A dial belongs to the pool. It is started for the oldest waiter that has
 // none, runs under that waiter's ctx values but not its cancellation, and
-// serves whoever is the oldest when it ends. From the moment it is started its
+// serves whoever is the oldest when it ends. But its error is for the waiter for
+// whom it was started, and for nobody else: what the dialer and Setup make of
+// that waiter's values may be the cause. From the moment it is started its
 // connection holds a slot.
 
 // dialError is a dial's failure with its stage, on its way to a waiter.
@@ -32,9 +33,12 @@ type attempt struct {
 	c   *conn
 	ctx context.Context // of the borrower for whom it was started: its values
 
+	waiter *waiter // ... as it was then; nil if it was started for nobody who waits
+
 	// Pool.mu guards these.
 	newer, older *attempt           // among those of the site that waiters count on
-	surplus      bool               // it is not one of them any more
+	surplus      bool               // it is not one of them any more: the pool breaks it off
+	brokenOff    bool               // when it ended, the pool was the cause, whatever its error says
 	spare        bool               // it was started for no waiter, and is never surplus
 	warm         *warming           // for which it was started, if for one
 	giveUp       context.CancelFunc // nil before it runs
@@ -283,6 +287,7 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 	c, s := a.c, a.c.site
 	info := DialInfo{Addr: s.addr, Took: now.sub(start)}
 	p.mu.Lock()
+	a.brokenOff = a.surplus || p.closed
 	if a.giveUp = nil; !a.surplus {
 		s.dropLocked(a)
 		s.queue.dialEnded()
@@ -298,8 +303,7 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 		if c.unprobed() {
 			p.counts.Unprobed++
 		}
-		p.stopRetryLocked(s)
-		s.trouble = nil
+		p.reachedLocked(s)
 		p.moveLocked(c, borrowed)
 		p.parkLocked(c, justBorn, now, &todo)
 	} else {
@@ -316,13 +320,13 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 	p.admitLocked(&todo)
 	p.forgetLocked(s)
 	p.leftLocked()
-	at := sighting{c, c.generation()}
+	at, brokenOff := sighting{c, c.generation()}, a.brokenOff
 	p.mu.Unlock()
 	todo.run(p)
 	switch {
 	case failure == nil:
 		p.hearAgain(at)
-	case !a.givenUp(failure):
+	case !brokenOff:
 		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
 	if t != nil && t.DialDone != nil {
@@ -379,11 +383,6 @@ func (s *site) dropLocked(a *attempt) {
 	a.newer, a.older = nil, nil
 }
 
-// givenUp reports whether the pool itself is the cause of a failure.
-func (a *attempt) givenUp(failure *dialError) bool {
-	return a.surplus && errors.Is(failure.err, context.Canceled)
-}
-
 func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 	c, s := a.c, a.c.site
 	if failure.stage == StageSetup {
@@ -396,30 +395,27 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 	}
 	p.counts.DialErrors++
 	s.dialErrors++
-	if a.givenUp(failure) {
+	if a.brokenOff {
 		return
 	}
-	if s.trouble == nil {
-		s.trouble = new(trouble)
-	}
-	s.trouble.lastErr = failure.err
 	// A failure for want of something local says nothing about the peer.
-	if kind := KindOf(failure.err); !p.closed && !s.tracked() && kind != KindResource && kind != KindUsage {
-		s.trouble.failures++
-		s.trouble.failedAt = now
+	if kind := KindOf(failure.err); !s.tracked() && kind != KindResource && kind != KindUsage {
+		p.failureLocked(s, failure.err, now, p.lastID, false)
+	} else {
+		if s.trouble == nil {
+			s.trouble = new(trouble)
+		}
+		s.trouble.lastErr = failure.err
 	}
-	if s.queue.head != nil && !a.surplus {
-		p.deliverLocked(s, nil, false, failure)
+	if a.spare && s.special.reserve {
+		s.special.shaky = true
 	}
-	if !s.backingOff() {
-		return
+	if w := a.waiter; w != nil && w.queued {
+		p.waitedLocked(w, true)
+		s.queue.remove(w)
+		w.serve(nil, false, failure)
 	}
-	p.giveUpLocked(s)
-	if s.trouble.retry == nil && !p.closed {
-		pause := min(backoffMax, backoffMin<<min(s.trouble.failures-backoffAfter, 16))
-		pause -= rand.N(pause / 2)
-		s.trouble.retry = time.AfterFunc(pause, func() { p.retry(s) })
-	}
+	p.pauseLocked(s)
 }
 
 // evict closes the least recently used idle connection of all, and waits until
