@@ -195,12 +195,19 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 // as something can be closed. If all are in use, it waits for a moment for one to
 // come back (handlePatience), and at last asks NoneRemovable whether to try once
 // more.
+//
+// Errors are kept, by crypto/x509 and by dialers, and told again when there are
+// handles in plenty. So one that hides its errno in another error is believed
+// only if there is none indeed, and one that comes as from the system only once.
 func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 	asked, patience := false, handlePatience
-	for {
+	for tries := 0; ; tries++ {
 		nc, err := p.connectOnce(ctx, a)
 		if err == nil || !p.outOfHandles(err) {
 			return nc, err
+		}
+		if !asked && (tries > 0 || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {
+			return nil, err
 		}
 		if ctx.Err() != nil {
 			return nil, err
@@ -233,6 +240,11 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 		below = p.sys.dial
 		if f := a.c.site.family; f > anyFamily {
 			below = f.dial
+		}
+	}
+	if addr.Transport == TLS && own == nil {
+		if err := p.loadRoots(p.cfg.TLS); err != nil {
+			return nil, err
 		}
 	}
 	a.where = fmt.Sprintf("Config.Dialers[%q]", name)
