@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"math/rand/v2"
 	"time"
 )
 
@@ -14,17 +15,26 @@ const (
 	backoffMin   = 50 * time.Millisecond
 	backoffMax   = time.Second
 
+	// hollowMax takes the place of backoffMax where the peer accepts and
+	// hangs up: that costs both sides more than a refusal does.
+	hollowMax = 8 * time.Second
+
 	// failureMemory is how long the failures of an address are remembered
 	// when nobody asks for it.
 	failureMemory = time.Minute
 )
 
-// trouble is what an address remembers of dials that failed.
+// trouble is what an address remembers of dials that failed, and of connections
+// that were hollow.
 type trouble struct {
 	failures int         // in a row
+	hollow   bool        // connections were among them: a dial that ends well is no news
+	accepts  bool        // ... and the last of them was one
+	since    uint64      // connections with a greater ID were dialled after the first of them
 	failedAt instant     // the last of them
 	lastErr  error       // its error
 	retry    *time.Timer // running while the next probe is not due
+	paused   int         // failures when retry was started
 }
 
 func (s *site) failing() bool    { return s.trouble != nil && s.trouble.failures > 0 }
@@ -35,6 +45,58 @@ func (s *site) lastErr() error {
 		return nil
 	}
 	return s.trouble.lastErr
+}
+
+// failureLocked books a failure that speaks against s: of the connection with
+// this ID, or of a dial that ended after that connection's.
+func (p *Pool) failureLocked(s *site, why error, now instant, id uint64, hollow bool) {
+	if s.trouble == nil {
+		s.trouble = new(trouble)
+	}
+	t := s.trouble
+	if t.failures == 0 || id < t.since {
+		t.since = id
+	}
+	t.lastErr = why
+	t.failures++
+	t.hollow, t.accepts = t.hollow || hollow, hollow
+	t.failedAt = now
+}
+
+// pauseLocked begins the pause before the next dial, if s is backing off.
+func (p *Pool) pauseLocked(s *site) {
+	if !s.backingOff() {
+		return
+	}
+	p.giveUpLocked(s)
+	if s.trouble.retry != nil || p.closed {
+		return
+	}
+	pause := s.trouble.pause()
+	pause -= rand.N(pause / 2)
+	s.trouble.paused = s.trouble.failures
+	s.trouble.retry = time.AfterFunc(pause, func() { p.retry(s) })
+}
+
+// pause is how long the pause lasts before the random part is taken away.
+func (t *trouble) pause() time.Duration {
+	longest := backoffMax
+	if t.accepts {
+		longest = hollowMax
+	}
+	return min(longest, backoffMin<<min(t.failures-backoffAfter, 16))
+}
+
+// reachedLocked books that a dial to s has ended well. That is the end of all
+// trouble, unless connections have been hollow: then one has to live first, and
+// the next dial keeps its pause.
+func (p *Pool) reachedLocked(s *site) {
+	if s.trouble != nil && s.trouble.hollow {
+		p.pauseLocked(s)
+		return
+	}
+	p.stopRetryLocked(s)
+	s.trouble = nil
 }
 
 // giveUpLocked ends the wait of borrowers that have nothing to wait for: their
@@ -55,8 +117,15 @@ func (p *Pool) giveUpLocked(s *site) {
 func (p *Pool) retry(s *site) {
 	var todo agenda
 	p.mu.Lock()
-	if s.trouble != nil {
-		s.trouble.retry = nil
+	if t := s.trouble; t != nil && t.retry != nil {
+		t.retry = nil
+		// The pause began with the third connection that was hollow. If the
+		// rest of a burst was, too, it has to be longer.
+		now := p.clock.exactly()
+		if rest := min(2*backoffMax, t.pause()) - now.sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !p.closed {
+			t.paused = t.failures
+			t.retry = time.AfterFunc(rest, func() { p.retry(s) })
+		}
 	}
 	p.refreshLocked(s)
 	p.admitLocked(&todo)

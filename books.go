@@ -124,7 +124,7 @@ func (p *Pool) admitLocked(todo *agenda) {
 			}
 		}
 		p.overtook = 0
-		p.startDialLocked(s, &attempt{ctx: s.queue.bare.ctx}, todo)
+		p.startDialLocked(s, &attempt{ctx: s.queue.bare.ctx, waiter: s.queue.bare}, todo)
 	}
 	if p.short.Len() > 0 {
 		p.openSparesLocked(todo)
@@ -225,6 +225,7 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 			p.lentLocked(s, now)
 		}
 	}
+	news := u == used && c.word.Load()&lived != lived && p.livedLocked(c, true)
 	if reason := p.unwantedLocked(c, u, now); reason != ClosedUnknown {
 		p.moveLocked(c, closing)
 		todo.close(c, reason, nil)
@@ -243,7 +244,7 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 			p.doubtDialsLocked(s)
 		}
 		p.refreshLocked(s)
-		if p.short.Len() > 0 {
+		if news || p.short.Len() > 0 {
 			p.admitLocked(todo)
 		}
 		return true
@@ -311,6 +312,7 @@ func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 // discard closes a connection that its owner gives up, and frees the slot. The
 // channel is closed when the socket is; it is nil if that has happened already.
 func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
+	p.judge(c, reason, err)
 	if l := c.loan.Load(); l != nil && l.hold != nil {
 		p.unhold(l)
 	}
@@ -369,7 +371,7 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 		p.closedBy[reason]++
 	}
 	if s.special != nil {
-		p.reserveLostLocked(c, reason, age)
+		p.reserveLostLocked(c, reason, err, age)
 	}
 	p.giveUpLocked(s)
 	p.refreshLocked(s)

@@ -80,6 +80,7 @@ type lending struct {
 	ctx      context.Context // nil if it can never be done
 	limit    time.Time       // the ctx's deadline, which no deadline of fn's may exceed
 	firstErr error           // of an operation
+	foreign  bool            // ... or of what the operation copied from or to, see blame
 
 	unwatch   func() bool // stops the watch on ctx
 	interrupt func()      // c.interrupt, made once: a method value allocates
@@ -132,7 +133,7 @@ func (c *conn) trace() *Trace {
 
 // The state word:
 //
-//	 63            24 23         12 11           0
+//	 63            26 25         14 13           0
 //	+----------------+-------------+--------------+
 //	|   generation   | operations  |    flags     |
 //	|  of the loan   | in flight   |              |
@@ -158,10 +159,12 @@ const (
 	hungUp                 // the peer was seen to hang up
 	stolen                 // the descriptor is proven to be another socket's
 	shut                   // the pool closes, or has closed, the socket
+	told                   // a borrower has written, in this loan or before; see lived.go
+	heard                  // ... and read
 
-	oneOp    = 1 << 12
-	inFlight = (1<<12 - 1) << 12
-	genShift = 24
+	oneOp    = 1 << 14
+	inFlight = (1<<12 - 1) << 14
+	genShift = 26
 	lastGen  = 1<<(64-genShift) - 1 // the next one is 1 again
 )
 
@@ -227,7 +230,7 @@ func (c *conn) generation() uint64 { return c.word.Load() >> genShift }
 func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	l := c.loan.Load()
 	if l != nil { // of the loan that this one, a hook's, is part of
-		l.ctx, l.limit, l.firstErr = nil, time.Time{}, nil
+		l.ctx, l.limit, l.firstErr, l.foreign = nil, time.Time{}, nil, false
 	}
 	watch := ctx.Done() != nil
 	if watch {
@@ -245,7 +248,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
 			gen = 1 // 0 is the guard's
 		}
-		if c.word.CompareAndSwap(w, gen<<genShift|w&(hungUp|stolen|broken)|lent|flags) {
+		if c.word.CompareAndSwap(w, gen<<genShift|w&(hungUp|stolen|broken|told|heard)|lent|flags) {
 			break
 		}
 	}
@@ -367,6 +370,9 @@ func (c *conn) leaveRead(n int64, err error) error {
 	if sock := c.probe.sock(); sock != nil {
 		sock.record.read.Add(uint32(n))
 	}
+	if n > 0 {
+		c.moves(heard)
+	}
 	return c.leave(n, err)
 }
 
@@ -376,6 +382,9 @@ func (c *conn) leaveRead(n int64, err error) error {
 func (c *conn) leaveWrite(n int64, err error) error {
 	if err != nil {
 		c.word.Or(broken)
+	}
+	if n > 0 {
+		c.moves(told)
 	}
 	return c.leave(n, err)
 }

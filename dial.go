@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"runtime/debug"
 	"sync"
@@ -16,7 +15,9 @@ import (
 
 // A dial belongs to the pool. It is started for the oldest waiter that has
 // none, runs under that waiter's ctx values but not its cancellation, and
-// serves whoever is the oldest when it ends. From the moment it is started its
+// serves whoever is the oldest when it ends. But its error is for the waiter for
+// whom it was started, and for nobody else: what the dialer and Setup make of
+// that waiter's values may be the cause. From the moment it is started its
 // connection holds a slot.
 
 // dialError is a dial's failure with its stage, on its way to a waiter.
@@ -45,9 +46,12 @@ type attempt struct {
 	c   *conn
 	ctx context.Context // of the borrower for whom it was started: its values
 
+	waiter *waiter // ... as it was then; nil if it was started for nobody who waits
+
 	// Pool.mu guards these.
 	newer, older *attempt           // among those of the site that waiters count on
-	surplus      bool               // it is not one of them any more
+	surplus      bool               // it is not one of them any more: the pool breaks it off
+	brokenOff    bool               // when it ended, the pool was the cause, whatever its error says
 	spare        bool               // it was started for no waiter, and is never surplus
 	warm         *warming           // for which it was started, if for one
 	giveUp       context.CancelFunc // nil before it runs
@@ -216,12 +220,19 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 // as something can be closed. If all are in use, it waits for a moment for one to
 // come back (handlePatience), and at last asks NoneRemovable whether to try once
 // more.
+//
+// Errors are kept, by crypto/x509 and by dialers, and told again when there are
+// handles in plenty. So one that hides its errno in another error is believed
+// only if there is none indeed, and one that comes as from the system only once.
 func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 	asked, patience := false, handlePatience
-	for {
+	for tries := 0; ; tries++ {
 		nc, err := p.connectOnce(ctx, a)
 		if err == nil || !p.outOfHandles(err) {
 			return nc, err
+		}
+		if !asked && (tries > 0 || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {
+			return nil, err
 		}
 		if ctx.Err() != nil {
 			return nil, err
@@ -257,6 +268,11 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 		below = p.sys.dial
 		if f := a.c.site.family; f > anyFamily {
 			below = f.dial
+		}
+	}
+	if addr.Transport == TLS && own == nil {
+		if err := p.loadRoots(p.cfg.TLS); err != nil {
+			return nil, err
 		}
 	}
 	a.where = fmt.Sprintf("Config.Dialers[%q]", name)
@@ -312,6 +328,7 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 	c, s := a.c, a.c.site
 	info := DialInfo{Addr: s.addr, Took: now.sub(start)}
 	p.mu.Lock()
+	a.brokenOff = a.surplus || p.closed
 	if a.giveUp = nil; !a.surplus {
 		s.dropLocked(a)
 		s.queue.dialEnded()
@@ -327,8 +344,7 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 		if c.unprobed() {
 			p.counts.Unprobed++
 		}
-		p.stopRetryLocked(s)
-		s.trouble = nil
+		p.reachedLocked(s)
 		p.moveLocked(c, borrowed)
 		p.parkLocked(c, justBorn, now, &todo)
 	} else {
@@ -345,13 +361,13 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 	p.admitLocked(&todo)
 	p.forgetLocked(s)
 	p.leftLocked()
-	at := sighting{c, c.generation()}
+	at, brokenOff := sighting{c, c.generation()}, a.brokenOff
 	p.mu.Unlock()
 	todo.run(p)
 	switch {
 	case failure == nil:
 		p.hearAgain(at)
-	case !a.givenUp(failure):
+	case !brokenOff:
 		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
 	if t != nil && t.DialDone != nil {
@@ -408,11 +424,6 @@ func (s *site) dropLocked(a *attempt) {
 	a.newer, a.older = nil, nil
 }
 
-// givenUp reports whether the pool itself is the cause of a failure.
-func (a *attempt) givenUp(failure *dialError) bool {
-	return a.surplus && errors.Is(failure.err, context.Canceled)
-}
-
 func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 	c, s := a.c, a.c.site
 	if failure.stage == StageSetup {
@@ -425,29 +436,26 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 	}
 	p.counts.DialErrors++
 	s.dialErrors++
-	if a.givenUp(failure) {
+	if a.brokenOff {
 		return
 	}
-	if s.trouble == nil {
-		s.trouble = new(trouble)
+	if !s.tracked() && !failure.local() {
+		p.failureLocked(s, failure.err, now, p.lastID, false)
+	} else {
+		if s.trouble == nil {
+			s.trouble = new(trouble)
+		}
+		s.trouble.lastErr = failure.err
 	}
-	s.trouble.lastErr = failure.err
-	if !p.closed && !s.tracked() && !failure.local() {
-		s.trouble.failures++
-		s.trouble.failedAt = now
+	if a.spare && s.special.reserve {
+		s.special.shaky = true
 	}
-	if s.queue.head != nil && !a.surplus {
-		p.deliverLocked(s, nil, false, failure)
+	if w := a.waiter; w != nil && w.queued {
+		p.waitedLocked(w, true)
+		s.queue.remove(w)
+		w.serve(nil, false, failure)
 	}
-	if !s.backingOff() {
-		return
-	}
-	p.giveUpLocked(s)
-	if s.trouble.retry == nil && !p.closed {
-		pause := min(backoffMax, backoffMin<<min(s.trouble.failures-backoffAfter, 16))
-		pause -= rand.N(pause / 2)
-		s.trouble.retry = time.AfterFunc(pause, func() { p.retry(s) })
-	}
+	p.pauseLocked(s)
 }
 
 // evict closes the least recently used idle connection of all, and waits until

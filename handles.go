@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"net"
+	"os"
 	"syscall"
 	"time"
 )
@@ -322,6 +323,23 @@ func (p *Pool) freedLocked() {
 // file handle left.
 func exhausted(err error) bool {
 	return errors.Is(err, errProcessFiles) || errors.Is(err, errSystemFiles)
+}
+
+// asFromSystem reports whether err is an errno, or package net's error for one:
+// nobody has put it aside, unless as a whole.
+func asFromSystem(err error) bool {
+	for {
+		switch e := err.(type) {
+		case *net.OpError:
+			err = e.Err
+		case *os.SyscallError:
+			err = e.Err
+		case syscall.Errno:
+			return true
+		default:
+			return false
+		}
+	}
 }
 
 // outOfHandles sees it also where it hides: without a free handle a name cannot

@@ -4,7 +4,10 @@ package connpool
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
+	"io/fs"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -19,6 +22,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 // File handles run out only in processes of their own, see inChild; what can be
@@ -198,6 +203,7 @@ func starved(t *testing.T, cfg Config) (p *Pool, err *atomic.Pointer[error], dia
 		}
 		return f.dial(ctx, a)
 	}
+	p.sys.noHandleFree = func() bool { return err.Load() != nil }
 	return p, err, dials
 }
 
@@ -273,6 +279,7 @@ func TestADialWithoutAHandleTakesThatOfTheNextReturn(t *testing.T) {
 	f := newFakeSystem(t)
 	p := f.pool(t, Config{})
 	tried := make(chan struct{}, 16)
+	p.sys.noHandleFree = func() bool { return p.Stats().Closed[ClosedEvicted] == 0 }
 	p.sys.dial = func(ctx context.Context, a Addr) (net.Conn, error) {
 		if a.Host == "b" && p.Stats().Closed[ClosedEvicted] == 0 {
 			tried <- struct{}{}
@@ -589,4 +596,97 @@ func stormHandles(t *testing.T, peers map[string]Addr, span time.Duration, hoard
 	}
 	require.NoError(t, p.Close())
 	comesTrue(t, "all handles are back", func() bool { return descriptorsOpen(t) <= before })
+}
+
+// TRY-14: a want of handles that is told when there are handles in plenty.
+func TestAWantOfHandlesThatIsOverEvictsOneConnectionAtMost(t *testing.T) {
+	stale := x509.SystemRootsError{Err: &fs.PathError{Op: "open", Path: "/etc/ssl/certs", Err: syscall.EMFILE}}
+	for name, c := range map[string]struct {
+		dial, tlsFor, verify error
+		evicted              int
+	}{
+		"a dialer's, put aside":       {stale, nil, nil, 0},
+		"a dialer's, wrapped":         {fmt.Errorf("as before: %w", dialFails(syscall.EMFILE)), nil, nil, 0},
+		"a dialer's, as it was":       {dialFails(syscall.EMFILE), nil, nil, 1},
+		"TLSFor":                      {nil, stale, nil, 0},
+		"TLSFor, as from the system":  {nil, dialFails(syscall.ENFILE), nil, 0},
+		"the verification":            {nil, nil, stale, 0},
+		"the verification, an errno":  {nil, nil, syscall.EMFILE, 0},
+		"a key that cannot be opened": {nil, &fs.PathError{Op: "open", Path: "/key", Err: syscall.EMFILE}, nil, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ca := faultnet.NewCA()
+			srv, err := faultnet.Start(faultnet.Options{Network: "tls", TLS: &tls.Config{Certificates: []tls.Certificate{ca.Server("localhost")}}})
+			require.NoError(t, err)
+			defer srv.Close()
+			plain, err := faultnet.Start(faultnet.Options{})
+			require.NoError(t, err)
+			defer plain.Close()
+			verifying := &tls.Config{RootCAs: ca.Pool(), VerifyConnection: func(tls.ConnectionState) error { return c.verify }}
+			cfg := Config{
+				TLS:     verifying,
+				Dialers: map[Transport]DialFunc{"mine": func(context.Context, Addr) (net.Conn, error) { return nil, c.dial }},
+			}
+			if c.tlsFor != nil {
+				cfg.TLSFor = func(Addr) (*tls.Config, error) { return nil, c.tlsFor }
+			}
+			p, err := New(cfg)
+			require.NoError(t, err)
+			defer p.Close()
+			for i := range 8 {
+				loan(t, p, scoped(Addr{Transport: TCP, Host: plain.Host(), Port: plain.Port()}, i))
+			}
+			to := Addr{Transport: TLS, Host: srv.Host(), Port: srv.Port(), ServerName: "localhost"}
+			if c.dial != nil {
+				to = Addr{Transport: "mine", Host: "h"}
+			}
+			got := p.With(bg, to, func(Conn) error { return nil })
+			require.Error(t, got)
+			require.NotErrorIs(t, got, ErrNoneRemovable, "handles are there")
+			require.EqualValues(t, c.evicted, p.Stats().Closed[ClosedEvicted], "%v", got)
+			require.Equal(t, 8-c.evicted, p.Stats().Idle)
+			p.check(t)
+		})
+	}
+}
+
+// TRY-14: the first certificate that is verified in the life of a process comes
+// when handles are gone, and the next ones when they are back.
+func TestATLSDialWithoutAHandleSpoilsNoLaterOne(t *testing.T) {
+	peers, child := inChild(t, func() map[string]Addr {
+		srv, err := faultnet.Start(faultnet.Options{Network: "tls"})
+		require.NoError(t, err)
+		t.Cleanup(srv.Close)
+		return map[string]Addr{
+			"tls": {Transport: TLS, Host: srv.Host(), Port: srv.Port(), ServerName: "localhost"},
+			"tcp": startNamed(t, TCP, "tcp", "127.0.0.1").addr,
+		}
+	})
+	if !child {
+		return
+	}
+	p, err := New(Config{MaxOpen: -1})
+	require.NoError(t, err)
+	defer p.Close()
+	visit := func(to string) error {
+		return p.With(bg, peers[to], func(c Conn) error { _, err := enquire(c, "x"); return err })
+	}
+	require.NoError(t, visit("tcp")) // with the watcher
+	p.CloseIdle()
+	before, _ := handleLimit()
+	fewHandles(t, 64)
+	var rest hoard
+	require.ErrorIs(t, rest.take(-1), syscall.EMFILE)
+	for left := range 4 {
+		rest.release(min(left, 1))
+		require.Error(t, visit("tls"))
+	}
+	fewHandles(t, uint64(before))
+	require.NoError(t, visit("tcp"))
+	for range 2 {
+		err := visit("tls")
+		var unknown x509.UnknownAuthorityError
+		require.ErrorAs(t, err, &unknown, "the roots are there, and this server is none of theirs: %v", err)
+		require.Zero(t, p.Stats().Closed[ClosedEvicted])
+	}
 }

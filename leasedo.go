@@ -45,6 +45,9 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 		return usage(c.site.addr, leaseError{})
 	}
 	err := fn(h)
+	if err == nil {
+		c.content()
+	}
 	word := c.end()
 	if word&gone != 0 {
 		owner = false

@@ -61,6 +61,7 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 		return 0, err
 	}
 	n, err := readFrom(h.c.nc, r)
+	h.c.blame(err)
 	return n, h.c.leaveWrite(n, err)
 }
 
@@ -71,6 +72,7 @@ func readFrom(nc net.Conn, r io.Reader) (int64, error) {
 			return 0, err
 		}
 		n, err := readFrom(nc, src.c.reader())
+		src.c.blame(err)
 		return n, src.c.leaveRead(n, err)
 	}
 	if rf, ok := nc.(io.ReaderFrom); ok {
@@ -98,6 +100,7 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 		return 0, err
 	}
 	n, err := writeTo(h.c.reader(), w)
+	h.c.blame(err)
 	return n, h.c.leaveRead(n, err)
 }
 
@@ -108,6 +111,7 @@ func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 			return 0, err
 		}
 		n, err := writeTo(nc, dst.c.nc)
+		dst.c.blame(err)
 		return n, dst.c.leaveWrite(n, err)
 	}
 	if wt, ok := nc.(io.WriterTo); ok {

@@ -204,7 +204,11 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	if t != nil && t.GotConn != nil {
 		t.GotConn(GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
 	}
-	return p.settle(ctx, c, fn(loan), t, &owner)
+	err = fn(loan)
+	if err == nil {
+		c.content()
+	}
+	return p.settle(ctx, c, err, t, &owner)
 }
 
 // rescue is deferred by an owner that runs foreign code: fn, or what settle
@@ -233,6 +237,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		known bool    // addr is canonical
 
 		unload agenda // the connection found unfit in the last round
+		hollow int    // connections that were opened in vain, see lived.go
 	)
 	if ctx.Err() != nil {
 		return nil, 0, p.tooLate(ctx, addr)
@@ -268,7 +273,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			}
 			s = p.newSiteLocked(addr)
 		}
-		c := s.top
+		c, dead := s.top, false
 		if c != nil {
 			p.takeLocked(c)
 			c.lendAtLocked(now)
@@ -298,6 +303,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 				}
 				return nil, 0, p.failed(addr, stage, err, start)
 			}
+			dead = w.fresh || c.uses == 0 && c.word.Load()&hungUp != 0
 			if w.fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() { // Setup may have taken its time
 				return c, waited, nil
 			}
@@ -306,19 +312,34 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		if reason == ClosedUnknown {
 			return c, waited, nil
 		}
+		var vain error // why this borrower tries no more
+		if dead {
+			hollow++
+			why := unborn(reason, err)
+			if !reason.innocent() && p.hollow(c, why) || hollow >= maxHollow {
+				vain = why
+			}
+		}
 		if p.pushes(reason) {
 			// It goes to Push, and this borrower takes another, or it
 			// when Push is done.
 			p.push(c)
-			if ctx.Err() == nil {
-				continue
+			switch {
+			case ctx.Err() != nil:
+				return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+			case vain != nil:
+				return nil, 0, p.failed(addr, StageDial, vain, start)
 			}
-			return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+			continue
 		}
 		if ctx.Err() != nil || isPanic(err) {
 			p.discard(c, reason, err)
 			passOn(err)
 			return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+		}
+		if vain != nil {
+			p.discard(c, reason, err)
+			return nil, 0, p.failed(addr, StageDial, vain, start)
 		}
 		// Its slot must not be free before this borrower has its place in
 		// the queue again, or a younger one would get it.

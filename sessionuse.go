@@ -56,6 +56,9 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 		t.GotConn(GotInfo{Addr: st.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
 	}
 	err := fn(st.loan)
+	if err == nil {
+		c.content()
+	}
 	word := c.end()
 	if word&gone != 0 {
 		owner = false

@@ -90,13 +90,15 @@ func (p *Pool) spareableLocked() bool {
 //
 //	none  -> kept    a loan
 //	kept  -> none    evicted, CloseIdle, or unused for reserveMemory
-//	kept  -> shaky   a connection died that was never lent and younger than a sweep's
-//	                 period; or the address failed
-//	shaky -> kept    a loan
+//	kept  -> shaky   a connection was lost that was never lent and younger than a
+//	                 sweep's period; or the dial of one failed, or the address did
+//	shaky -> kept    a sweep finds it complete
 //
 // A reserve that is short is refilled at once, if the address is known to work.
 // Where the last dial failed, and where connections die at once, one attempt per
-// sweep has to do: there may be thousands of such addresses.
+// sweep has to do: there may be thousands of such addresses. Loans are no news
+// about that, but for the first one of a connection (livedLocked): the dial that
+// it proves gives the right to one attempt more.
 
 // reserveMemory is for how long after its last loan an address has a reserve.
 func (p *Pool) reserveMemory() time.Duration {
@@ -113,7 +115,7 @@ func (p *Pool) lentLocked(s *site, now instant) {
 		return
 	}
 	x := s.specialLocked()
-	x.reserve, x.shaky, x.usedAt = true, false, now
+	x.reserve, x.usedAt = true, now
 }
 
 // takenLocked books, if there is a MinSpare, that a borrower took c off the stack.
@@ -167,20 +169,27 @@ func (p *Pool) sweepReserveLocked(s *site, now instant) {
 		p.forgetLocked(s)
 		return
 	}
+	if x.shaky && !s.failing() && int(s.n[idle])+x.looked >= p.cfg.MinSpare {
+		x.shaky = false
+	}
 	x.probe = s.failing() || x.shaky
 	p.refreshLocked(s)
 }
 
-// reserveLostLocked books what the close of c means for the reserve of its
-// address, before it is refilled.
-func (p *Pool) reserveLostLocked(c *conn, reason CloseReason, age time.Duration) {
+// reserveLostLocked books what the close of c means for what was opened before
+// it was needed, before that is opened again.
+func (p *Pool) reserveLostLocked(c *conn, reason CloseReason, err error, age time.Duration) {
 	c.lookedAtLocked(false)
-	switch x := c.site.special; reason {
+	x := c.site.special
+	switch reason {
 	case ClosedEvicted, ClosedOnRequest, ClosedLowHandles:
 		x.reserve = false // it was to make room, or to save handles
-	case ClosedStale, ClosedDirty, ClosedCheckFailed:
-		if c.uses == 0 && age < p.sweepPeriod() {
-			x.shaky = true
-		}
 	}
+	if c.uses > 0 || reason.innocent() {
+		return
+	}
+	if age < p.sweepPeriod() {
+		x.shaky = true
+	}
+	p.warmLostLocked(c, reason, err)
 }

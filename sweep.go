@@ -90,7 +90,9 @@ func (p *Pool) sweep() {
 		for _, at := range here.seen {
 			if !p.looksFine(at) {
 				suspects[at.c.site] = append(suspects[at.c.site], at)
+				continue
 			}
+			p.stood(at.c, now)
 		}
 	}
 
@@ -195,6 +197,9 @@ func (p *Pool) examine(at sighting, ping bool) {
 	if reason != ClosedUnknown {
 		p.discard(c, reason, err)
 		return
+	}
+	if ping {
+		p.stood(c, p.clock.exactly())
 	}
 	p.park(c, untouched)
 }

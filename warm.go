@@ -49,7 +49,9 @@ func (s *site) specialLocked() *special {
 type warming struct {
 	ctx   context.Context // its values, for the dials
 	n     int             // connections wanted
+	since instant         // when it began
 	own   int             // dials that were started for it and have not ended
+	lost  int             // connections opened since that were lost before anybody used them
 	err   *Error          // of the first of those that failed; no more are started
 	ended bool
 	ready chan struct{} // closed when it has ended
@@ -86,7 +88,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	if ctx.Err() != nil {
 		return p.tooLate(ctx, addr)
 	}
-	w := &warming{ctx: ctx, n: n, ready: make(chan struct{})}
+	w := &warming{ctx: ctx, n: n, since: start, ready: make(chan struct{})}
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -208,6 +210,19 @@ func (p *Pool) warmFailedLocked(s *site, err error) *Error {
 		e.LimitName, e.Limit = "MaxIdle", p.cfg.MaxIdle
 	}
 	return e
+}
+
+// warmLostLocked books that a connection was lost that nobody had used. One may
+// be lost by chance; of several more would come to the same end.
+func (p *Pool) warmLostLocked(c *conn, reason CloseReason, err error) {
+	for _, w := range c.site.special.warm {
+		if w.err != nil || c.born < w.since {
+			continue
+		}
+		if w.lost++; w.lost >= maxHollow {
+			w.err = p.failedLocked(c.site.addr, StageDial, unborn(reason, err), 0)
+		}
+	}
 }
 
 // here counts the connections of s that Warm counts, live those and the dials.

@@ -1028,8 +1028,8 @@ var mutants = []mutant{
 		old:   `switch reason, err := p.pushAll(c); reason {`,
 		new:   `switch reason, err := ClosedUnknown, error(nil); reason {`,
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
-	// --- what a limit causes, and time ---
 	},
+	// --- what a limit causes, and time ---
 	{
 		name:  "pressure-ends-with-its-limit",
 		old:   "p.pressure = handlesPlenty // the budget of handles was given up with the limit",

@@ -1,0 +1,197 @@
+package connpool
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+)
+
+// When a dial has worked. That a peer accepts a connection does not say that it
+// serves it: a server that is shutting down, a proxy without a back end, and a
+// TLS 1.3 server that refuses the client's certificate all accept first and hang
+// up then. So a dial has worked when its connection has lived:
+//
+//	dialled -> lived     a borrower has written to the peer and read from it; or
+//	                     the first loan ended in good order; or it stood idle,
+//	                     and fit to be lent, for a sweep's period
+//	dialled -> hollow    it was lost before that, while it was young, by the
+//	                     peer's doing
+//	dialled -> neither   everything else: the borrower's error, panic or ctx, a
+//	                     limit, Retire, the end of the pool
+//
+// A hollow connection is a failure of the address, like a dial that failed
+// (trouble, backoff.go). What the reserves make of it is in spare.go, what Warm
+// does in warm.go.
+//
+// The flags told and heard of the state word say how far a connection has come.
+// They last from the dial to the close; both of them mean that it has lived, or
+// that its end is booked.
+const lived = told | heard
+
+// youth is for how long after its dial the loss of a connection speaks against
+// its address. A peer that hangs up on what nobody has used for longer does what
+// servers do.
+const youth = 2 * time.Second
+
+// maxHollow is how many connections one borrow may find hollow.
+const maxHollow = 3
+
+// moves books that a loan has moved bytes in one direction.
+func (c *conn) moves(way uint64) {
+	if w := c.word.Load(); w&way != 0 || w&(hooked|detached) != 0 {
+		return // Setup and the other hooks are part of what makes a connection fit
+	}
+	if (c.word.Or(way)|way)&lived == lived {
+		c.site.pool.lives(c, true)
+	}
+}
+
+// lives books that c has lived: in a loan, or idle.
+func (p *Pool) lives(c *conn, inLoan bool) {
+	var todo agenda
+	p.mu.Lock()
+	if p.livedLocked(c, inLoan) {
+		p.admitLocked(&todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+// livedLocked reports whether that is news, after which admitLocked is due. A
+// connection that is older than all failures which are remembered is none.
+func (p *Pool) livedLocked(c *conn, inLoan bool) (news bool) {
+	c.word.Or(lived)
+	s := c.site
+	if t := s.trouble; t != nil && c.id > t.since {
+		p.stopRetryLocked(s)
+		s.trouble = nil
+		news = true
+	}
+	if x := s.special; x != nil && x.shaky && inLoan {
+		x.probe, news = true, true
+	}
+	if news {
+		p.refreshLocked(s)
+	}
+	return news
+}
+
+// stood books that c was found fit in a sweep, if it has stood for long enough.
+func (p *Pool) stood(c *conn, now instant) {
+	if c.word.Load()&lived != lived && now.sub(c.born) >= p.sweepPeriod() {
+		p.lives(c, false)
+	}
+}
+
+// judge is told that c leaves the pool. Only its owner calls it.
+func (p *Pool) judge(c *conn, reason CloseReason, err error) {
+	if c.word.Load()&lived == lived {
+		return
+	}
+	if why := c.hollowness(reason, err); why != nil {
+		p.hollow(c, why)
+	}
+}
+
+// hollow books that c was, and reports whether its borrower has to be told: if
+// the address is backing off, and if others wait for it or dial, each of whom
+// would go on to the next one as well.
+func (p *Pool) hollow(c *conn, why error) bool {
+	now := p.clock.exactly()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := c.site
+	if w := c.word.Or(lived); w&lived != lived && !p.closed {
+		p.failureLocked(s, why, now, c.id, true)
+		p.pauseLocked(s)
+		p.refreshLocked(s)
+	}
+	return s.backingOff() || s.queue.len+int(s.n[dialing]) > 0
+}
+
+// hollowness is why the end of c speaks against its address, nil if it does not.
+func (c *conn) hollowness(reason CloseReason, err error) error {
+	p, word := c.site.pool, c.word.Load()
+	if c.site.tracked() || reason.innocent() || c.idleFor+p.clock.exactly().sub(c.since) >= youth {
+		return nil
+	}
+	if c.uses == 0 {
+		switch reason {
+		case ClosedDirty, ClosedLifetime:
+			// Most peers that speak first are well, and a Setup that takes
+			// longer than MaxLifetime is no fault of theirs.
+			return nil
+		}
+		return unborn(reason, err)
+	}
+	// The first loan has ended. Its borrower may be at fault, unless the peer
+	// was seen to go away before it had said anything.
+	if reason != ClosedStale {
+		if err = c.failure(); word&broken == 0 || err == nil {
+			return nil
+		}
+	}
+	if word&(heard|halfClosed|cut|timedOut) != 0 || c.blamed() {
+		return nil
+	}
+	switch KindOf(err) {
+	case KindEOF, KindBroken, KindBadMessage:
+		return err
+	}
+	return nil
+}
+
+// unborn is the error for a connection that was lost before its first loan.
+func unborn(reason CloseReason, err error) error {
+	switch {
+	case err == nil:
+		return fmt.Errorf("a new connection was lost before its first loan: %v", reason)
+	case reason == ClosedStale:
+		return fmt.Errorf("the peer accepted the connection and hung up before its first loan: %w", err)
+	case errors.Is(err, ErrUnread):
+		return fmt.Errorf("the peer accepted the connection, sent something unasked and hung up: %w", io.EOF)
+	}
+	return fmt.Errorf("a new connection was lost before its first loan: %v: %w", reason, err)
+}
+
+// innocent reports whether a close for this reason is the pool's or its user's
+// doing, and says nothing about the peer. It is a list of all that are, so that a
+// reason nobody thought of counts.
+func (r CloseReason) innocent() bool {
+	switch r {
+	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
+		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, Quarantined, ClosedCanceled,
+		ClosedPanic, ClosedGoexit, ClosedLeaked,
+		ClosedSetupFailed: // is booked as the dial's failure
+		return true
+	}
+	return false
+}
+
+// blame is told how an operation with two ends ended: of its error nobody knows
+// whose it is, so it speaks against no peer.
+func (c *conn) blame(err error) {
+	if err == nil {
+		return
+	}
+	l := c.remember()
+	c.dmu.Lock()
+	l.foreign = true
+	c.dmu.Unlock()
+}
+
+func (c *conn) blamed() bool {
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	l := c.loan.Load()
+	return l != nil && l.foreign
+}
+
+// content is told that fn is content with a loan: an end of stream that it has
+// met was no surprise to it.
+func (c *conn) content() {
+	if w := c.word.Load(); w&broken != 0 && w&lived != lived {
+		c.word.Or(halfClosed)
+	}
+}

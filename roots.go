@@ -1,0 +1,38 @@
+package connpool
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"os"
+	"sync"
+	"sync/atomic"
+)
+
+// crypto/x509 reads the system's certificates from files, once in the life of a
+// process, when the first certificate is verified; and if no file handle is free
+// in that moment, every verification fails from then on. In a dial that moment
+// comes after the socket has taken a handle, perhaps the last. So they are read
+// before the first TLS dial opens its socket.
+var roots struct {
+	mu     sync.Mutex // held while they are read; only TLS dials wait for it
+	loaded atomic.Bool
+}
+
+// loadRoots does that, if a dial under cfg may need them. Without a handle it
+// says so, as a dial would: what makes room for a dial makes room for this.
+func (p *Pool) loadRoots(cfg *tls.Config) error {
+	if roots.loaded.Load() || p.cfg.TLSFor == nil && cfg != nil && (cfg.RootCAs != nil || cfg.InsecureSkipVerify) {
+		return nil
+	}
+	roots.mu.Lock()
+	defer roots.mu.Unlock()
+	if roots.loaded.Load() {
+		return nil
+	}
+	if p.sys.noHandleFree() {
+		return os.NewSyscallError("open", errProcessFiles)
+	}
+	_, _ = x509.SystemCertPool() // who verifies by them hears of an error
+	roots.loaded.Store(true)
+	return nil
+}
