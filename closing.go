@@ -18,9 +18,9 @@ import (
 // With a Push that is what it is for, and no reason to give the connection up.
 func (c *conn) leftovers(word uint64) bool {
 	left := c.buffered() > 0
-	if word&moved != 0 && !left {
+	if !left {
 		var err error
-		left, err = c.probe.leftovers()
+		left, err = c.probe.leftovers(word&moved != 0)
 		c.keepAhead(err)
 	}
 	if left && c.probe.keep {
