@@ -834,6 +834,18 @@ var mutants = []mutant{
 		tests: `TestWhateverFnDoesInDoTheLeaseKnows`,
 	},
 	{
+		name:  "lease-discarded-in-do",
+		old:   "case dropped:\n\t\tl.cleanup.Stop()\n\t\tagain.Close()",
+		new:   "case false:",
+		tests: `TestALeaseEndsAsItWasToldAtAnyMomentOfADo`,
+	},
+	{
+		name:  "lease-discarded-before-fn",
+		old:   "if dropped {\n\t\th.Close()\n\t}\n\treturn !dropped",
+		new:   "return true",
+		tests: `TestALeaseEndsAsItWasToldAtAnyMomentOfADo`,
+	},
+	{
 		name:  "session-turns",
 		old:   "\tcase st.by == 0:\n\t\tst.by = me",
 		new:   "\tcase true:\n\t\tst.by = me",
