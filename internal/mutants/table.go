@@ -835,14 +835,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lease-discarded-in-do",
-		old:   "case dropped:\n\t\tl.cleanup.Stop()\n\t\tagain.Close()",
-		new:   "case false:",
+		old:   "case dropped:\n\t\tl.cleanup.Stop()",
+		new:   "case dropped && false:\n\t\tl.cleanup.Stop()",
 		tests: `TestALeaseEndsAsItWasToldAtAnyMomentOfADo`,
 	},
 	{
 		name:  "lease-discarded-before-fn",
-		old:   "if dropped {\n\t\th.Close()\n\t}\n\treturn !dropped",
-		new:   "return true",
+		old:   `dropped := l.dropped`,
+		new:   `dropped := l.dropped && false`,
 		tests: `TestALeaseEndsAsItWasToldAtAnyMomentOfADo`,
 	},
 	{
