@@ -23,9 +23,9 @@ func (c *conn) leftovers(word uint64) bool {
 		return true
 	}
 	left := in.unread > 0
-	if word&moved != 0 && !left {
+	if !left {
 		var err error
-		left, err = c.probe.leftovers()
+		left, err = c.probe.leftovers(word&moved != 0)
 		c.keepAhead(err)
 	}
 	if left && c.probe.keep {

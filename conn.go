@@ -152,7 +152,7 @@ const (
 	gone                   // the connection was closed or detached by its borrower
 	detached               // ... detached: the guard stays open
 	cut                    // the ctx was done
-	moved                  // bytes were read or written in this loan
+	moved                  // bytes were read or written in this loan, or may have been
 	broken                 // an operation failed
 	timedOut               // an operation timed out
 	halfClosed             // closed for writing
@@ -369,6 +369,13 @@ func (c *conn) leave(n int64, err error) error {
 func (c *conn) leaveRead(n int64, err error) error {
 	if sock := c.probe.sock(); sock != nil {
 		sock.record.read.Add(uint32(n))
+	} else if err != nil && c.probe.tls != nil {
+		// A dialer's crypto/tls may have read what it did not hand over,
+		// so it is asked. What the error says depends on moved.
+		err = c.note(err)
+		c.word.Or(moved)
+		c.word.Add(^uint64(oneOp - 1))
+		return err
 	}
 	if n > 0 {
 		c.moves(heard)

@@ -290,24 +290,22 @@ var (
 	errStolen  = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
 )
 
-// leftovers reports whether crypto/tls holds plaintext that was not read, or
-// has seen the end.
-func (p *probe) leftovers() (bool, error) {
-	if p.tls == nil {
+// leftovers reports whether crypto/tls holds plaintext that was not read, or a
+// part of a record, or has seen the end. A loan that moved nothing may have
+// made it read all the same: a read that timed out in the middle of a record, or
+// of a renegotiation, moves nothing. Over a socket of the pool's own its reads
+// are known; of a dialer's *tls.Conn only what the borrower did is.
+func (p *probe) leftovers(moved bool) (bool, error) {
+	switch sock := p.sock(); {
+	case p.tls == nil:
 		return false, nil
-	}
-	sock := p.sock()
-	if sock != nil && sock.record.drained() {
+	case sock == nil && !moved:
+		return false, nil
+	case sock != nil && (sock.record.untouched() || sock.record.drained()):
 		return false, nil
 	}
 	reason, err := p.readThrough(sealed, -1)
-	if reason != ClosedUnknown {
-		return true, err
-	}
-	if sock != nil {
-		sock.record.reckon()
-	}
-	return false, nil
+	return reason != ClosedUnknown, err
 }
 
 // readThrough reads one byte through crypto/tls without waiting for the peer.
@@ -352,11 +350,18 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 		return ClosedStale, errStuck
 	case sock != nil && sock.record.partial():
 		return ClosedDirty, errPartial
+	case (sock == nil || sock.renegotiates) && !p.tls.ConnectionState().HandshakeComplete:
+		// This read, or the borrower's last, ran out of time in the middle of
+		// a renegotiation, which crypto/tls never takes up again.
+		return ClosedStale, errRenegotiating
 	case sock == nil || sock.raw == nil:
 		// A write of nothing shows whether an answer could not be written.
 		if _, err := p.tls.Write(nil); err != nil {
 			return ClosedStale, err
 		}
+	}
+	if sock != nil {
+		sock.record.reckon()
 	}
 	return ClosedUnknown, nil
 }

@@ -30,8 +30,8 @@ type Lease struct {
 	mu      sync.Mutex // guards what follows; nothing that can block or is foreign, and no other lock, under it
 	state   leaseState
 	gen     uint64 // of the standing loan; in Do, of fn's, 0 before that begins
-	wanted  bool   // Return was called during Do
-	dropped bool   // Discard was called before Do's loan had begun
+	wanted  bool   // Return or Discard was called during Do
+	dropped bool   // it was Discard; who begins a loan next closes it, if Discard itself met none
 }
 
 // leaseState is where a lease is in its life. Whoever moves it out of leaseHeld

@@ -35,8 +35,9 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 	if err := l.pause(); err != nil {
 		return usage(c.site.addr, err)
 	}
-	kept, owner := false, true
-	defer func() { l.resume(kept) }()
+	var again Conn // the loan that stands after Do; zero: the connection is lost
+	owner := true
+	defer func() { l.resume(again) }()
 	defer p.rescue(c, &owner)
 	before := c.end()
 	h := c.begin(ctx, before&moved)
@@ -59,11 +60,7 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 		return unkeep(err)
 	}
 	// The loan that stands from now on is judged by what was before, too.
-	again := c.begin(l.ctx, before&(timedOut|halfClosed)|word&(moved|halfClosed))
-	l.mu.Lock()
-	l.gen = again.gen
-	l.mu.Unlock()
-	kept, owner = true, false
+	again, owner = c.begin(l.ctx, before&(timedOut|halfClosed)|word&(moved|halfClosed)), false
 	return unkeep(err)
 }
 
@@ -111,10 +108,15 @@ func (l *Lease) began(h Conn) bool {
 	return !dropped
 }
 
-// resume is the end of Do: kept, or the connection is lost.
-func (l *Lease) resume(kept bool) {
+// resume is the end of Do: again stands from now on, or, if it is the zero Conn,
+// the connection is lost. What was wished for meanwhile, and which loan a wish
+// from now on concerns, is one critical section: between the loan of fn and
+// again there is none that Discard could have closed.
+func (l *Lease) resume(again Conn) {
+	kept := again.c != nil
 	l.mu.Lock()
-	wanted := l.wanted
+	wanted, dropped := l.wanted, l.dropped
+	l.gen = again.gen
 	switch {
 	case wanted:
 		l.state = leaseOver
@@ -127,6 +129,9 @@ func (l *Lease) resume(kept bool) {
 	switch {
 	case !kept:
 		l.cleanup.Stop()
+	case dropped:
+		l.cleanup.Stop()
+		again.Close()
 	case wanted:
 		l.giveBack()
 	}

@@ -44,7 +44,11 @@ func (p *Pool) handshake(ctx context.Context, addr Addr, nc net.Conn) (net.Conn,
 	}
 	// Of what came with the handshake it is not known what is left, so the
 	// first loan is followed by a question.
-	sock.record.spent, sock.record.odd = overhead(tc.ConnectionState()), true
+	state := tc.ConnectionState()
+	sock.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
+	if sock.record.odd = true; !sock.renegotiates {
+		sock.record.spent = overhead(state)
+	}
 	return tc, nil
 }
 
@@ -80,6 +84,8 @@ const (
 // number of session tickets that makes sense.
 const tlsFlood = 64 << 10
 
+var errRenegotiating = errors.New("a renegotiation of TLS was cut short")
+
 var errStuck = errors.New("the peer asks for an answer and does not read it")
 
 var errFlood = errors.New("the peer sends without end while the connection is idle")
@@ -92,13 +98,14 @@ const tlsGoodbye = 250 * time.Millisecond
 // bound the goodbye, for which crypto/tls would wait 5 seconds.
 type tlsSocket struct {
 	net.Conn
-	raw     syscall.RawConn // nil: a foreign connection, on which noWait is not to be used
-	readNow func(fd uintptr, b []byte) (int, error)
-	record  records // how far crypto/tls has read
-	budget  int     // bytes that noWait may still read
-	mode    tlsMode // the owner's, and only between loans
-	stuck   bool    // an answer to a key update could not be written
-	leaving atomic.Bool
+	raw          syscall.RawConn // nil: a foreign connection, on which noWait is not to be used
+	readNow      func(fd uintptr, b []byte) (int, error)
+	record       records // how far crypto/tls has read
+	budget       int     // bytes that noWait may still read
+	mode         tlsMode // the owner's, and only between loans
+	stuck        bool    // an answer to a key update could not be written
+	renegotiates bool    // the peer may ask for another handshake, and so for another cipher
+	leaving      atomic.Bool
 }
 
 func (s *tlsSocket) NetConn() net.Conn { return s.Conn }
@@ -163,13 +170,17 @@ func (s *tlsSocket) readNoWait(b []byte) (n int, err error) {
 // by a read that costs more than the rest of a loan; but mostly the sum proves it:
 // a record of application data holds at most its body less the cipher's overhead.
 // So if the borrower read as much as all records together can hold, there is
-// nothing left in crypto/tls, and there was no record of another kind.
+// nothing left in crypto/tls, and there was no record of another kind. The
+// overhead is that of the cipher: TLS 1.3 keeps it for life, also over key
+// updates, but a renegotiation of TLS 1.2 may change it. Its records tell, so
+// from the first of them on nothing is proven by the sum any more.
 type records struct {
-	header [5]byte
-	have   int8  // bytes of the header
-	odd    bool  // since the last reckoning there was something that is no such record
-	spent  int16 // overhead of a record under the cipher; 0: not known, nothing can be proven
-	body   int32 // bytes of the body still to come
+	header  [5]byte
+	have    int8  // bytes of the header
+	odd     bool  // since the last reckoning there was something that is no such record
+	touched bool  // since the last reckoning something was read
+	spent   int16 // overhead of a record under the cipher; 0: not known, nothing can be proven
+	body    int32 // bytes of the body still to come
 
 	// Both count modulo 2^32: crypto/tls holds no more than a record or two.
 	held uint32        // what the records since the last reckoning can hold
@@ -177,6 +188,7 @@ type records struct {
 }
 
 func (r *records) advance(b []byte) {
+	r.touched = r.touched || len(b) > 0
 	for len(b) > 0 {
 		if int(r.have) < len(r.header) {
 			n := copy(r.header[r.have:], b)
@@ -187,6 +199,9 @@ func (r *records) advance(b []byte) {
 				room := r.body - int32(r.spent)
 				r.held += uint32(room)
 				r.odd = r.odd || r.header[0] != applicationData || room < 0
+				if r.header[0] == handshakeRecord || r.header[0] == changeCipherSpec {
+					r.spent = 0 // which the end of the first handshake sets
+				}
 			}
 		} else {
 			n := min(int(r.body), len(b))
@@ -199,7 +214,12 @@ func (r *records) advance(b []byte) {
 	}
 }
 
-const applicationData = 23 // the type of a record; in TLS 1.3 of all that are encrypted
+// The type of a record; in TLS 1.3 all that are encrypted are of the last.
+const (
+	changeCipherSpec = 20
+	handshakeRecord  = 22
+	applicationData  = 23
+)
 
 func (r *records) partial() bool { return r.have > 0 }
 
@@ -208,9 +228,13 @@ func (r *records) drained() bool {
 	return r.spent > 0 && !r.odd && r.have == 0 && r.held == r.read.Load()
 }
 
+// untouched reports whether crypto/tls has neither read anything nor tried to in
+// vain since it was asked last.
+func (r *records) untouched() bool { return !r.touched && !r.odd }
+
 // reckon begins anew, when crypto/tls was asked and holds nothing.
 func (r *records) reckon() {
-	r.odd, r.held = false, 0
+	r.odd, r.touched, r.held = false, false, 0
 	r.read.Store(0)
 }
 

@@ -141,8 +141,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "leftovers-in-tls",
-		old:   `if word&moved != 0 && !left {`,
-		new:   `if false {`,
+		old:   "if !left {\n\t\tvar err error",
+		new:   "if false {\n\t\tvar err error",
 		tests: `TestUnreadBytesCostTheConnection`,
 	},
 	{
@@ -150,6 +150,30 @@ var mutants = []mutant{
 		old:   `left := in.unread > 0`,
 		new:   `left := in.unread < 0`,
 		tests: `TestWhatTheStateHasBufferedCountsAsUnread`,
+	},
+	{
+		name:  "leftovers-of-a-loan-that-only-read",
+		old:   `case sock != nil && (sock.record.untouched() || sock.record.drained()):`,
+		new:   `case sock != nil && (!moved || sock.record.drained()):`,
+		tests: `TestHalfARecordIsSeenAfterALoanThatOnlyRead`,
+	},
+	{
+		name:  "leftovers-asked-once",
+		old:   `return !r.touched && !r.odd`,
+		new:   `return false`,
+		tests: `TestALoanThatReadNothingAsksNothing`,
+	},
+	{
+		name:  "renegotiation-changes-the-cipher",
+		old:   `r.spent = 0 //`,
+		new:   `_ = 0 //`,
+		tests: `TestAfterAnotherHandshakeTheSumOfTheRecordsProvesNothing`,
+	},
+	{
+		name:  "renegotiation-cut-short",
+		old:   `(sock == nil || sock.renegotiates) && !p.tls`,
+		new:   `(sock == nil || sock.renegotiates) && false && !p.tls`,
+		tests: `TestARenegotiationThatIsCutShortEndsTheConnection`,
 	},
 	{
 		name:  "part-of-a-record",
@@ -808,6 +832,18 @@ var mutants = []mutant{
 		old:   `c.verdict(ctx, word&^halfClosed, err)`,
 		new:   `c.verdict(ctx, 0, nil)`,
 		tests: `TestWhateverFnDoesInDoTheLeaseKnows`,
+	},
+	{
+		name:  "lease-discarded-in-do",
+		old:   "case dropped:\n\t\tl.cleanup.Stop()",
+		new:   "case dropped && false:\n\t\tl.cleanup.Stop()",
+		tests: `TestALeaseEndsAsItWasToldAtAnyMomentOfADo`,
+	},
+	{
+		name:  "lease-discarded-before-fn",
+		old:   `dropped := l.dropped`,
+		new:   `dropped := l.dropped && false`,
+		tests: `TestALeaseEndsAsItWasToldAtAnyMomentOfADo`,
 	},
 	{
 		name:  "session-turns",
