@@ -224,6 +224,35 @@ const (
 	defaultHookTimeout   = 5 * time.Second
 )
 
+// shortest is the least duration that anybody can mean. Below it there are only
+// numbers without a unit: 30 is 30 nanoseconds.
+const shortest = time.Millisecond
+
+// meant says what in cfg makes sense to the pool, but cannot be meant.
+func (cfg *Config) meant() error {
+	for _, d := range [...]struct {
+		name string
+		is   time.Duration
+	}{
+		{"IdleTimeout", cfg.IdleTimeout},
+		{"MaxLifetime", cfg.MaxLifetime},
+		{"DialTimeout", cfg.DialTimeout},
+		{"CheckInterval", cfg.CheckInterval},
+		{"TrustIdle", cfg.TrustIdle},
+		{"HookTimeout", cfg.HookTimeout},
+		{"HoldWarn", cfg.HoldWarn},
+	} {
+		if d.is > 0 && d.is < shortest {
+			return fmt.Errorf("connpool: Config.%s is %v, less than a millisecond: give it a unit, as in %d * time.Second", d.name, d.is, d.is)
+		}
+	}
+	if cfg.TLS != nil && cfg.TLS.ServerName != "" {
+		return fmt.Errorf("connpool: Config.TLS.ServerName is %q, but each address has its own: leave it empty, and write the name into Addr.ServerName (?server-name= in its text)",
+			cfg.TLS.ServerName)
+	}
+	return nil
+}
+
 // resolved is cfg with every default filled in: a limit that is off is
 // math.MaxInt, a duration that is off is 0. MaxOpen alone keeps its 0, which
 // stands for the limit that the handles give at the time.

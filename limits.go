@@ -39,6 +39,9 @@ func (p *Pool) SetLimits(l Limits) error {
 		return usage(Addr{}, err)
 	}
 	p.lookAtHandles()
+	if err := l.reachable("Limits", int(p.handles.Load())); err != nil {
+		return usage(Addr{}, err)
+	}
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -172,9 +175,9 @@ func (l Limits) senseless(full FullPolicy) (a, b, why string) {
 	case l.MinSpare > 0 && l.MaxIdle < 0:
 		return "MinSpare", "MaxIdle", "one keeps idle connections, the other keeps none"
 	// What is spare comes on top of the one that is lent.
-	case above(l.MinSpare+1, l.MaxOpen):
+	case l.MaxOpen > 0 && l.MinSpare >= l.MaxOpen:
 		return "MinSpare", "MaxOpen", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxOpen)
-	case above(l.MinSpare+1, l.MaxPerAddr):
+	case l.MaxPerAddr > 0 && l.MinSpare >= l.MaxPerAddr:
 		return "MinSpare", "MaxPerAddr", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxPerAddr)
 	case above(l.MinSpare, l.MaxIdle):
 		return over(l.MinSpare, "MinSpare", l.MaxIdle, "MaxIdle")
@@ -182,6 +185,23 @@ func (l Limits) senseless(full FullPolicy) (a, b, why string) {
 		return over(l.MinSpare, "MinSpare", l.MaxIdlePerAddr, "MaxIdlePerAddr")
 	}
 	return "", "", ""
+}
+
+// maxSpare is more than any address can have: a system has no more local ports for
+// one peer.
+const maxSpare = 1<<16 - 1
+
+// reachable says why there can never be so many connections in reserve, even of one
+// address. handles is what the process's limit leaves for connections.
+func (l Limits) reachable(in string, handles int) error {
+	switch {
+	case l.MinSpare > maxSpare:
+		return fmt.Errorf("connpool: %s.MinSpare is %d for each address: use %d at most, far fewer as a rule", in, l.MinSpare, maxSpare)
+	case l.MinSpare >= handles:
+		return fmt.Errorf("connpool: %s.MinSpare is %d, but the process's limit on open files has room for %d connections in all: lower MinSpare, or raise the limit",
+			in, l.MinSpare, handles)
+	}
+	return nil
 }
 
 // warmable says why addr can never have n connections that nobody uses.

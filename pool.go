@@ -108,6 +108,9 @@ func openOf(n *tally) int { return int(n[dialing] + n[idle] + n[borrowed] + n[cl
 // both fields of a combination that makes no sense.
 func New(cfg Config) (*Pool, error) {
 	given := cfg.limits()
+	if err := cfg.meant(); err != nil {
+		return nil, err
+	}
 	cfg, err := cfg.resolved()
 	if err != nil {
 		return nil, err
@@ -132,6 +135,10 @@ func New(cfg Config) (*Pool, error) {
 		p.holds = &holds{}
 	}
 	p.lookAtHandles()
+	if err := given.reachable("Config", int(p.handles.Load())); err != nil {
+		p.stop()
+		return nil, err
+	}
 	return p, nil
 }
 

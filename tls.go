@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -50,6 +51,15 @@ func (p *Pool) handshake(ctx context.Context, addr Addr, nc net.Conn) (net.Conn,
 
 var zeroTLS tls.Config // only copied
 
+// serverName is what TLS asks for and verifies.
+func serverName(addr Addr) string {
+	if addr.ServerName != "" {
+		return addr.ServerName
+	}
+	host, _, _ := strings.Cut(addr.Host, "%") // no certificate names a zone
+	return host
+}
+
 func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 	cfg := p.cfg.TLS
 	if p.cfg.TLSFor != nil {
@@ -59,6 +69,9 @@ func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 		}
 		if own != nil {
 			cfg = own
+			if name := own.ServerName; name != "" && !strings.EqualFold(strings.TrimSuffix(name, "."), serverName(addr)) {
+				return nil, fmt.Errorf("Config.TLSFor returned a ServerName, %q, that is not the address's: write it into Addr.ServerName (%w)", name, os.ErrInvalid)
+			}
 		}
 	}
 	if cfg == nil {
@@ -272,9 +285,7 @@ func (s *sessionCaches) configFor(addr Addr, from *tls.Config) *tls.Config {
 		return have.config
 	}
 	cfg := from.Clone()
-	if cfg.ServerName = addr.ServerName; cfg.ServerName == "" {
-		cfg.ServerName, _, _ = strings.Cut(addr.Host, "%") // no certificate names a zone
-	}
+	cfg.ServerName = serverName(addr)
 	if known {
 		cfg.ClientSessionCache = have.config.ClientSessionCache
 	} else {
