@@ -34,8 +34,17 @@ import (
 // one is net.ErrClosed. A connection that is dropped without Close is closed
 // when the garbage collector finds it. Until then it is one of Stats.InUse and
 // Stats.Tracked: Close of the pool leaves it alone, Shutdown waits for it and
-// names it. An error is an *[Error].
+// names it. An error is a *[net.OpError], as that of package net's dialer, and wraps
+// an *[Error].
 func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	nc, err := p.dialTracked(ctx, network, address)
+	if pe, ok := err.(*Error); ok {
+		return nil, pe.opError(network, address)
+	}
+	return nc, err
+}
+
+func (p *Pool) dialTracked(ctx context.Context, network, address string) (net.Conn, error) {
 	switch {
 	case p.stop == nil:
 		return nil, usage(Addr{}, ErrClosed)

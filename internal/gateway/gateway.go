@@ -78,7 +78,7 @@ func New(cfg Config) (*Gateway, error) {
 		MaxUses:     p.MaxUses,
 		DialTimeout: p.DialTimeout,
 		TLSFor:      func(connpool.Addr) (*tls.Config, error) { return g.certs.forServer.Load(), nil },
-		Setup:       g.setup,
+		Setup:       g.setupOfFraming(),
 		Logger:      p.Logger,
 		// The only address has all of the slots, and all of the dials.
 		MaxDialingPerAddr: p.MaxOpen,
@@ -90,11 +90,17 @@ func New(cfg Config) (*Gateway, error) {
 	return g, nil
 }
 
+// setupOfFraming is nil for a framing that knows no replies: there what the server
+// says first is for the client, while a Setup must leave nothing unread.
+func (g *Gateway) setupOfFraming() func(context.Context, connpool.Addr, net.Conn) (any, error) {
+	if g.framing.newReplies == nil {
+		return nil
+	}
+	return g.setup
+}
+
 // setup makes the codec of a new connection to the server.
 func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
-	if g.framing.newReplies == nil {
-		return nil, nil
-	}
 	u := &replies{sc: g.framing.newReplies(&g.Config), max: g.MaxFrame}
 	if id, ok := ctx.Value(identityKey{}).(*identity); ok {
 		return u, id.assume(nc, u)
