@@ -31,7 +31,8 @@ func (f FullPolicy) String() string { return nameOf([]string{"wait", "fail", "ov
 
 // Config shapes a pool. The zero Config is good. For every number and
 // duration 0 means the default that is stated here, and a negative value
-// switches the thing off. New copies it; later changes have no effect.
+// switches the thing off. A duration below a millisecond is refused, since it lacks
+// its unit as a rule. New copies it; later changes have no effect.
 type Config struct {
 	// MaxOpen limits the connections of the whole pool, idle, in use, being
 	// opened or being closed. When it is reached, the least recently used
@@ -137,7 +138,7 @@ type Config struct {
 	Dialers map[Transport]DialFunc
 
 	// TLS is the pool's identity and trust. It is cloned for each address:
-	// ServerName is that of the address, and ClientSessionCache is one of
+	// ServerName is that of the address (and must be empty here), and ClientSessionCache is one of
 	// the address alone, so that no session crosses from one identity to
 	// another (SessionTicketsDisabled switches resumption off). nil: the
 	// zero tls.Config, which trusts the system's roots.
@@ -156,8 +157,21 @@ type Config struct {
 	// bounded by DialTimeout and carries the values of the ctx of the
 	// borrower that made the pool dial. An error destroys the connection
 	// and is that borrower's. A state that is an io.Closer is closed with
-	// the connection; one with a method Buffered() int (as bufio.Reader
-	// has) must have none buffered when the connection is given back.
+	// the connection.
+	//
+	// Setup must read all that the peer has said, and flush what it wrote:
+	// bytes that are left in its state, in crypto/tls or in the socket fail
+	// the dial (with a Push, those to be read are Push's, before the first
+	// loan). A peer that speaks first needs a Setup that reads this; without
+	// one its greeting is the first borrower's.
+	//
+	// When the connection is given back, the state must hold no bytes that
+	// were read and not used, or written and not flushed; else it is closed.
+	// The pool asks a method Buffered() int, which a codec with two halves
+	// answers with the sum of both (with a Push, only of what was read), and
+	// looks at what is a *bufio.Reader, Writer or ReadWriter in the state:
+	// itself, its fields, exported or not, structs inside it or embedded, and
+	// what net/textproto makes. Of buffers elsewhere it cannot know.
 	Setup func(ctx context.Context, addr Addr, nc net.Conn) (state any, err error)
 
 	// Reset runs when a connection is given back in good order, before it

@@ -150,13 +150,14 @@ func New(cfg Config) (*Pool, error) {
 // does not govern the dial, which may come to serve another borrower (values
 // of ctx do reach it); With itself returns when ctx is done, even so.
 //
-// fn's error comes back as it is, without the wrapping of Keep. nil or
+// fn's error comes back as it is, without the marks of Keep (if one is inside the
+// error, in a wrapper that errors.Is and errors.As see through). nil or
 // Keep(err) gives the connection back to the pool. It is closed, and not lent
 // again, if fn returned any other error, panicked (the panic is passed on),
 // called runtime.Goexit, or called Conn.Close; if ctx is done; if an operation
 // on it is still running, failed, or timed out (only Keep forgives a
 // time-out); if it was closed for writing; if bytes are left unread in the
-// connection, in crypto/tls or in the state's buffer; or if Config.Reset
+// connection, in crypto/tls or in the state's buffer, or unflushed there; or if Config.Reset
 // fails. Conn.Detach takes it out of the pool for good. A panic of Reset, Check
 // or a Prober on the borrower's time reaches the borrower, as a *PanicError.
 //
