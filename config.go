@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math"
 	"net"
@@ -237,6 +238,12 @@ const (
 	defaultCheckInterval = 20 * time.Second
 	defaultHookTimeout   = 5 * time.Second
 )
+
+// configError is that of New: the caller's mistake.
+type configError struct{ err error }
+
+func (e *configError) Error() string   { return e.err.Error() }
+func (e *configError) Unwrap() []error { return []error{e.err, fs.ErrInvalid} }
 
 // shortest is the least duration that anybody can mean. Below it there are only
 // numbers without a unit: 30 is 30 nanoseconds.

@@ -157,6 +157,7 @@ func TestADurationWithoutAUnitIsRefused(t *testing.T) {
 				require.NoError(t, p.Close())
 				continue
 			}
+			require.Equal(t, KindUsage, KindOf(err))
 			require.ErrorContains(t, err, "Config."+f.Name+" is "+n.String()+", less than a millisecond", "%v", n)
 		}
 	}

@@ -333,6 +333,11 @@ func KindOf(err error) Kind {
 	case errors.As(err, &ne) && ne.Timeout(), errors.As(err, &dur) && dur.Timeout():
 		return KindTimeout
 	}
+	for ; err != nil; err = errors.Unwrap(err) {
+		if strings.HasPrefix(err.Error(), "tls: ") { // most of crypto/tls's errors have no type
+			return KindBadMessage
+		}
+	}
 	return KindUnknown
 }
 

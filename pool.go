@@ -105,15 +105,15 @@ type tally [numPhases]int32
 func openOf(n *tally) int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
 
 // New makes a pool. It starts no goroutine and opens nothing. The error names
-// both fields of a combination that makes no sense.
+// both fields of a combination that makes no sense, and is fs.ErrInvalid.
 func New(cfg Config) (*Pool, error) {
 	given := cfg.limits()
 	if err := cfg.meant(); err != nil {
-		return nil, err
+		return nil, &configError{err}
 	}
 	cfg, err := cfg.resolved()
 	if err != nil {
-		return nil, err
+		return nil, &configError{err}
 	}
 	p := &Pool{
 		cfg:      cfg,
@@ -137,7 +137,7 @@ func New(cfg Config) (*Pool, error) {
 	p.lookAtHandles()
 	if err := given.reachable("Config", int(p.handles.Load())); err != nil {
 		p.stop()
-		return nil, err
+		return nil, &configError{err}
 	}
 	return p, nil
 }
