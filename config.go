@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math"
 	"net"
@@ -31,7 +32,8 @@ func (f FullPolicy) String() string { return nameOf([]string{"wait", "fail", "ov
 
 // Config shapes a pool. The zero Config is good. For every number and
 // duration 0 means the default that is stated here, and a negative value
-// switches the thing off. New copies it; later changes have no effect.
+// switches the thing off. A duration below a millisecond is refused, since it lacks
+// its unit as a rule. New copies it; later changes have no effect.
 type Config struct {
 	// MaxOpen limits the connections of the whole pool, idle, in use, being
 	// opened or being closed. When it is reached, the least recently used
@@ -137,7 +139,7 @@ type Config struct {
 	Dialers map[Transport]DialFunc
 
 	// TLS is the pool's identity and trust. It is cloned for each address:
-	// ServerName is that of the address, and ClientSessionCache is one of
+	// ServerName is that of the address (and must be empty here), and ClientSessionCache is one of
 	// the address alone, so that no session crosses from one identity to
 	// another (SessionTicketsDisabled switches resumption off). nil: the
 	// zero tls.Config, which trusts the system's roots.
@@ -169,8 +171,21 @@ type Config struct {
 	// bounded by DialTimeout and carries the values of the ctx of the
 	// borrower that made the pool dial. An error destroys the connection
 	// and is that borrower's. A state that is an io.Closer is closed with
-	// the connection; one with a method Buffered() int (as bufio.Reader
-	// has) must have none buffered when the connection is given back.
+	// the connection.
+	//
+	// Setup must read all that the peer has said, and flush what it wrote:
+	// bytes that are left in its state, in crypto/tls or in the socket fail
+	// the dial (with a Push, those to be read are Push's, before the first
+	// loan). A peer that speaks first needs a Setup that reads this; without
+	// one its greeting is the first borrower's.
+	//
+	// When the connection is given back, the state must hold no bytes that
+	// were read and not used, or written and not flushed; else it is closed.
+	// The pool asks a method Buffered() int, which a codec with two halves
+	// answers with the sum of both (with a Push, only of what was read), and
+	// looks at what is a *bufio.Reader, Writer or ReadWriter in the state:
+	// itself, its fields, exported or not, structs inside it or embedded, and
+	// what net/textproto makes. Of buffers elsewhere it cannot know.
 	Setup func(ctx context.Context, addr Addr, nc net.Conn) (state any, err error)
 
 	// Reset runs when a connection is given back in good order, before it
@@ -240,6 +255,41 @@ const (
 // century is as long as any duration of a Config gets. Longer ones, which are
 // meant as "for ever", would overflow as soon as something is added to them.
 const century = 100 * 365 * 24 * time.Hour
+
+// configError is that of New: the caller's mistake.
+type configError struct{ err error }
+
+func (e *configError) Error() string   { return e.err.Error() }
+func (e *configError) Unwrap() []error { return []error{e.err, fs.ErrInvalid} }
+
+// shortest is the least duration that anybody can mean. Below it there are only
+// numbers without a unit: 30 is 30 nanoseconds.
+const shortest = time.Millisecond
+
+// meant says what in cfg makes sense to the pool, but cannot be meant.
+func (cfg *Config) meant() error {
+	for _, d := range [...]struct {
+		name string
+		is   time.Duration
+	}{
+		{"IdleTimeout", cfg.IdleTimeout},
+		{"MaxLifetime", cfg.MaxLifetime},
+		{"DialTimeout", cfg.DialTimeout},
+		{"CheckInterval", cfg.CheckInterval},
+		{"TrustIdle", cfg.TrustIdle},
+		{"HookTimeout", cfg.HookTimeout},
+		{"HoldWarn", cfg.HoldWarn},
+	} {
+		if d.is > 0 && d.is < shortest {
+			return fmt.Errorf("connpool: Config.%s is %v, less than a millisecond: give it a unit, as in %d * time.Second", d.name, d.is, d.is)
+		}
+	}
+	if cfg.TLS != nil && cfg.TLS.ServerName != "" {
+		return fmt.Errorf("connpool: Config.TLS.ServerName is %q, but each address has its own: leave it empty, and write the name into Addr.ServerName (?server-name= in its text)",
+			cfg.TLS.ServerName)
+	}
+	return nil
+}
 
 // resolved is cfg with every default filled in: a limit that is off is
 // math.MaxInt, a duration that is off is 0, and none is longer than a century. MaxOpen alone keeps its 0, which

@@ -1,9 +1,11 @@
 package connpool
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"io/fs"
 	"math"
 	"net"
@@ -124,15 +126,122 @@ func TestNewCopiesTheConfig(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		dialers := map[Transport]DialFunc{memory: n.dial}
-		cfg := Config{Dialers: dialers, TLS: &tls.Config{ServerName: "a"}, MaxPerAddr: 1}
+		cfg := Config{Dialers: dialers, TLS: &tls.Config{NextProtos: []string{"a"}}, MaxPerAddr: 1}
 		n.open(cfg)
 		delete(dialers, memory)
-		cfg.TLS.ServerName = "b"
+		cfg.TLS.NextProtos = []string{"b"}
 		cfg.MaxPerAddr = 2
 		n.use(at("a"))
-		require.Equal(t, "a", n.p.cfg.TLS.ServerName)
+		require.Equal(t, []string{"a"}, n.p.cfg.TLS.NextProtos)
 		require.Equal(t, 1, n.p.cfg.MaxPerAddr)
 	})
 	var invalid error = &addrError{"Host", "is empty"}
 	require.True(t, errors.Is(invalid, fs.ErrInvalid))
+}
+
+// TRY-37: a duration without a unit is refused by its name, whichever it is.
+func TestADurationWithoutAUnitIsRefused(t *testing.T) {
+	ping := func(context.Context, Conn) error { return nil }
+	durations := 0
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Config]()) {
+		if f.Type != reflect.TypeFor[time.Duration]() {
+			continue
+		}
+		durations++
+		for n, taken := range map[time.Duration]bool{1: false, 30: false, 5000: false, 300_000: false, time.Millisecond - 1: false, time.Millisecond: true, time.Second: true, math.MaxInt64: true, -1: true, 0: true} {
+			cfg := Config{Check: ping}
+			reflect.ValueOf(&cfg).Elem().FieldByIndex(f.Index).SetInt(int64(n))
+			p, err := New(cfg)
+			if taken {
+				require.NoError(t, err, "%s %v", f.Name, n)
+				require.NoError(t, p.Close())
+				continue
+			}
+			require.Equal(t, KindUsage, KindOf(err))
+			require.ErrorContains(t, err, "Config."+f.Name+" is "+n.String()+", less than a millisecond", "%v", n)
+		}
+	}
+	require.Equal(t, 7, durations)
+}
+
+// TRY-37: a reserve that no limit could ever hold is refused, by New and by
+// SetLimits.
+func TestAReserveAboveTheLimitsIsRefused(t *testing.T) {
+	for name, l := range map[string]Limits{
+		"a slip": {MinSpare: 1 << 40}, "the largest": {MinSpare: math.MaxInt}, "more than the ports": {MinSpare: 1 << 16}, "without a limit": {MinSpare: 1 << 40, MaxOpen: -1},
+		"above MaxOpen": {MinSpare: math.MaxInt, MaxOpen: 8}, "equal to MaxOpen": {MinSpare: 8, MaxOpen: 8},
+		"above MaxPerAddr": {MinSpare: math.MaxInt, MaxPerAddr: 8}, "above MaxIdle": {MinSpare: 9, MaxIdle: 8}, "above MaxIdlePerAddr": {MinSpare: 9, MaxIdlePerAddr: 8},
+	} {
+		cfg := Config{}
+		cfg.setLimits(l)
+		_, err := New(cfg)
+		require.ErrorContains(t, err, "MinSpare", name)
+		p, err := New(Config{})
+		require.NoError(t, err)
+		require.ErrorContains(t, p.SetLimits(l), "MinSpare", name)
+		require.Equal(t, Limits{}, p.Limits())
+		require.NoError(t, p.Close())
+	}
+	for spare, taken := range map[int]bool{0: true, 47: true, 48: false, 1000: false} {
+		err := Limits{MinSpare: spare}.reachable("Config", 48)
+		require.Equal(t, taken, err == nil, "%d: %v", spare, err)
+		if !taken {
+			require.ErrorContains(t, err, "has room for 48 connections in all")
+		}
+	}
+}
+
+// TRY-37: the name that TLS verifies is the address's.
+func TestAServerNameOfTheConfigIsRefused(t *testing.T) {
+	_, err := New(Config{TLS: &tls.Config{ServerName: "db.example"}})
+	require.ErrorContains(t, err, "Addr.ServerName")
+	p, err := New(Config{TLSFor: func(a Addr) (*tls.Config, error) { return &tls.Config{ServerName: "db.example"}, nil }})
+	require.NoError(t, err)
+	defer p.Close()
+	for addr, taken := range map[string]bool{"tls://db.example:1": true, "tls://DB.example.:1": true, "tls://10.0.0.1:1?server-name=db.example": true, "tls://other.example:1": false, "tls://db.example:1?server-name=x": false} {
+		a, err := MustParseAddr(addr).canonical()
+		require.NoError(t, err)
+		_, err = p.tlsConfig(a)
+		require.Equal(t, taken, err == nil, "%s: %v", addr, err)
+		if !taken {
+			require.ErrorContains(t, err, "write it into Addr.ServerName")
+			require.Equal(t, KindUsage, KindOf(err))
+		}
+	}
+}
+
+// TRY-37: a state under a wrong type is no nil pointer.
+func TestAStateOfAnotherTypeSaysWhichTypesTheyAre(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{Setup: func(_ context.Context, a Addr, nc net.Conn) (any, error) {
+			if a == at("none") {
+				return nil, nil
+			}
+			return bufio.NewReader(nc), nil
+		}})
+		var kept Conn
+		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
+			kept = c
+			require.NotNil(t, State[*bufio.Reader](c))
+			require.NotNil(t, State[io.Reader](c), "an interface that it has")
+			require.NotNil(t, State[any](c))
+			return nil
+		}))
+		require.Nil(t, State[*bufio.Writer](kept), "after the loan there is none")
+		require.PanicsWithValue(t, "connpool: State[*bufio.Writer]: Config.Setup returned a *bufio.Reader", func() {
+			n.p.With(bg, at("a"), func(c Conn) error {
+				_, err := State[*bufio.Writer](c).WriteString("x")
+				return err
+			})
+		})
+		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
+			require.PanicsWithValue(t, "connpool: State[io.Writer]: Config.Setup returned a *bufio.Reader", func() { State[io.Writer](c) })
+			return nil
+		}), "who recovers has the connection still")
+		require.NoError(t, n.p.With(bg, at("none"), func(c Conn) error {
+			require.Nil(t, State[*bufio.Reader](c))
+			require.Zero(t, State[int](c))
+			return nil
+		}))
+	})
 }

@@ -403,7 +403,11 @@ func (c *conn) note(err error) error {
 	}
 	// The system's own ETIMEDOUT says Timeout, too, but no deadline passed: the peer
 	// has answered neither data nor probes, and the connection is gone.
+	// Nor is it this connection's deadline that a borrow of a transport's own met.
 	ne, ok := err.(net.Error)
+	if _, borrow := err.(*Error); borrow {
+		ok = false
+	}
 	late := ok && ne.Timeout() && !errors.Is(err, errTimedOut)
 	if late {
 		c.word.Or(timedOut)

@@ -27,7 +27,7 @@
 //
 // fn's result is the verdict on the connection. nil and [Keep] give it back;
 // any other error, a panic, runtime.Goexit, a ctx that is done, an operation
-// still running, bytes left unread or an operation that failed closes it. The
+// still running, bytes left unread or unflushed, or an operation that failed closes it. The
 // default is to discard, because a connection that is out of step delivers
 // other people's replies.
 //

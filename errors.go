@@ -183,6 +183,24 @@ func (e *Error) Unwrap() error { return e.Err }
 // Timeout reports whether the borrow ran out of time.
 func (e *Error) Timeout() bool { return e.Kind == KindTimeout }
 
+// Temporary makes e a net.Error. It reports whether time, or something of the
+// process's own, ran out.
+func (e *Error) Temporary() bool { return e.Kind == KindTimeout || e.Kind == KindResource }
+
+var _ net.Error = (*Error)(nil)
+
+// As gives errors.As a *net.OpError, as package net's dialer would: that of the dial
+// if there was one, else one with the Op "dial" that wraps e.
+func (e *Error) As(target any) bool {
+	if op, ok := target.(**net.OpError); ok {
+		if !errors.As(e.Err, op) {
+			*op = e.opError("", "")
+		}
+		return true
+	}
+	return entomb(target)
+}
+
 // PanicError is a panic (or, with a nil Value, a runtime.Goexit) of a dialer
 // or hook that ran on a goroutine of the pool's own.
 type PanicError struct {
@@ -195,7 +213,7 @@ func (e *PanicError) Error() string {
 	if e.Value == nil {
 		return e.Where + " ended its goroutine (runtime.Goexit)"
 	}
-	return oneLine(fmt.Sprintf("%s panicked: %v", e.Where, e.Value))
+	return oneLine(fmt.Sprintf("%s panicked: %s", e.Where, panicText(e.Value)))
 }
 
 func (e *PanicError) Unwrap() error {
@@ -314,6 +332,11 @@ func KindOf(err error) Kind {
 		return KindAddress
 	case errors.As(err, &ne) && ne.Timeout(), errors.As(err, &dur) && dur.Timeout():
 		return KindTimeout
+	}
+	for ; err != nil; err = errors.Unwrap(err) {
+		if strings.HasPrefix(err.Error(), "tls: ") { // most of crypto/tls's errors have no type
+			return KindBadMessage
+		}
 	}
 	return KindUnknown
 }

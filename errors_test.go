@@ -33,7 +33,7 @@ func TestKindOfEveryKind(t *testing.T) {
 		KindAccess:  {sys(syscall.EACCES), sys(syscall.EPERM), fs.ErrPermission},
 		KindAddress: {sys(syscall.ENETUNREACH), sys(syscall.EHOSTUNREACH), sys(syscall.EAFNOSUPPORT),
 			op(&net.AddrError{Err: "missing port", Addr: "x"})},
-		KindBadMessage: {tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, op(tls.AlertError(40)),
+		KindBadMessage: {errors.New("tls: received unexpected handshake message"), tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, op(tls.AlertError(40)),
 			&tls.CertificateVerificationError{Err: x509.HostnameError{Certificate: &x509.Certificate{}, Host: "x"}}},
 		KindBroken: {sys(syscall.ECONNRESET), sys(syscall.EPIPE), sys(syscall.ECONNABORTED), io.ErrClosedPipe, io.ErrShortWrite},
 		KindEOF:    {io.EOF, io.ErrUnexpectedEOF, op(io.EOF)},

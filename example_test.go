@@ -121,22 +121,26 @@ func ExampleKeep() {
 	// true - idle: 0
 }
 
+// codec is that of a connection, with a buffer for each direction.
+type codec struct {
+	in   *bufio.Reader
+	out  *bufio.Writer
+	sent int
+}
+
+// Buffered counts what is in both halves: bytes left unread, and bytes that were
+// not flushed. The pool asks for it when the connection is given back. (It would
+// find these two fields by itself; a buffer of another kind, or one that is further
+// away, it would not.)
+func (k *codec) Buffered() int { return k.in.Buffered() + k.out.Buffered() }
+
 func ExampleState() {
 	address, stop := serve(lines(func(s string) string { return s + "\n" + "and more\n" }))
 	defer stop()
 
-	// The codec of a connection. Its reader is embedded, so that it has the
-	// method Buffered: the pool asks that for bytes left unread. (A
-	// bufio.ReadWriter would not do, as its two methods of that name cancel
-	// each other out.)
-	type codec struct {
-		*bufio.Reader
-		w    *bufio.Writer
-		sent int
-	}
 	pool, err := connpool.New(connpool.Config{
 		Setup: func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
-			return &codec{Reader: bufio.NewReader(nc), w: bufio.NewWriter(nc)}, nil
+			return &codec{in: bufio.NewReader(nc), out: bufio.NewWriter(nc)}, nil
 		},
 	})
 	if err != nil {
@@ -145,16 +149,19 @@ func ExampleState() {
 	defer pool.Close()
 	addr := connpool.MustParseAddr("tcp://" + address)
 
-	ask := func(replyLines int) error {
+	ask := func(replyLines int, flush bool) error {
 		return pool.With(context.Background(), addr, func(c connpool.Conn) error {
 			k := connpool.State[*codec](c)
 			k.sent++
-			fmt.Fprintf(k.w, "request %d of connection %d\n", k.sent, c.ID())
-			if err := k.w.Flush(); err != nil {
+			fmt.Fprintf(k.out, "request %d of connection %d\n", k.sent, c.ID())
+			if !flush {
+				return nil // it must not go out with somebody else's request
+			}
+			if err := k.out.Flush(); err != nil {
 				return err
 			}
 			for range replyLines {
-				line, err := k.ReadString('\n')
+				line, err := k.in.ReadString('\n')
 				if err != nil {
 					return err
 				}
@@ -163,8 +170,8 @@ func ExampleState() {
 			return nil
 		})
 	}
-	for _, n := range []int{2, 1, 2} { // the second leaves a line unread
-		if err := ask(n); err != nil {
+	for _, n := range []int{2, 1, 0, 2} { // the second leaves a line unread, the third does not flush
+		if err := ask(n, n > 0); err != nil {
 			log.Fatal(err)
 		}
 	}
@@ -173,9 +180,9 @@ func ExampleState() {
 	// request 1 of connection 1
 	// and more
 	// request 2 of connection 1
-	// request 1 of connection 2
+	// request 1 of connection 3
 	// and more
-	// map[dirty:1]
+	// map[dirty:2]
 }
 
 func ExampleConn_Detach() {

@@ -98,13 +98,14 @@ func TestClosingALeaseGivesBackAndClosingAConnDiscards(t *testing.T) {
 // ORA-32
 func TestALeaseLastsAcrossCalls(t *testing.T) {
 	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
-		p := n.pool(t, func(c *Config) { c.IdleTimeout, c.MaxLifetime = time.Nanosecond, time.Nanosecond })
+		p := n.pool(t, func(c *Config) { c.IdleTimeout, c.MaxLifetime = time.Millisecond, time.Millisecond })
 		ctx, cancel := context.WithCancel(t.Context())
 		l, err := p.Lease(ctx, n.addr)
 		require.NoError(t, err)
 		cancel() // it governed the wait
 		var serials []int
 		for i := range 3 {
+			soon(t, "older than it may become", func() bool { return l.Age() > time.Millisecond })
 			if i == 1 { // also through Do
 				require.NoError(t, l.Do(t.Context(), func(c Conn) error {
 					r, err := ask(c, newToken())

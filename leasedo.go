@@ -12,10 +12,11 @@ import (
 // Do runs fn with the connection as a [Conn], for what takes one: [State], and
 // I/O under a ctx. ctx governs the I/O inside fn as in [Pool.With], and the
 // Conn is dead when Do returns. fn's error comes back as it is, without the
-// wrapping of [Keep].
+// marks of [Keep].
 //
 // The connection is closed, and the lease lost, by the same verdict as With's,
-// with two exceptions, which count at Return: bytes left unread, and CloseWrite.
+// with two exceptions, which count at Return: bytes left unread or unflushed, and
+// CloseWrite.
 // On a lost lease everything fails but Return, Close and Discard.
 //
 // fn has the connection alone: the other methods of the lease fail meanwhile,

@@ -39,6 +39,9 @@ func (p *Pool) SetLimits(l Limits) error {
 		return usage(Addr{}, err)
 	}
 	p.lookAtHandles()
+	if err := l.reachable("Limits", int(p.handles.Load())); err != nil {
+		return usage(Addr{}, err)
+	}
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -186,6 +189,23 @@ func (l Limits) senseless(full FullPolicy) (a, b, why string) {
 		return over(l.MinSpare, "MinSpare", l.MaxIdlePerAddr, "MaxIdlePerAddr")
 	}
 	return "", "", ""
+}
+
+// maxSpare is more than any address can have: a system has no more local ports for
+// one peer.
+const maxSpare = 1<<16 - 1
+
+// reachable says why there can never be so many connections in reserve, even of one
+// address. handles is what the process's limit leaves for connections.
+func (l Limits) reachable(in string, handles int) error {
+	switch {
+	case l.MinSpare > maxSpare:
+		return fmt.Errorf("connpool: %s.MinSpare is %d for each address: use %d at most, far fewer as a rule", in, l.MinSpare, maxSpare)
+	case l.MinSpare >= handles:
+		return fmt.Errorf("connpool: %s.MinSpare is %d, but the process's limit on open files has room for %d connections in all: lower MinSpare, or raise the limit",
+			in, l.MinSpare, handles)
+	}
+	return nil
 }
 
 // warmable says why addr can never have n connections that nobody uses.

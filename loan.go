@@ -3,8 +3,10 @@ package connpool
 import (
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"reflect"
 	"runtime"
 	"syscall"
 	"time"
@@ -331,10 +333,13 @@ func about[T any](h Conn, get func(*conn) T) (v T) {
 
 // State is what Config.Setup returned for the connection of h: its codec, its
 // session, its prepared statements. It is the zero T if there was no Setup, if
-// Setup returned something that is not a T, or after the loan.
+// Setup returned nil, or after the loan. If Setup returned something that is not a
+// T, State panics, with the names of both types.
 func State[T any](h Conn) T {
-	return about(h, func(c *conn) T {
-		v, _ := c.state.(T)
-		return v
-	})
+	state := about(h, func(c *conn) any { return c.state })
+	v, ok := state.(T)
+	if !ok && state != nil {
+		panic(fmt.Sprintf("connpool: State[%v]: Config.Setup returned a %T", reflect.TypeFor[T](), state))
+	}
+	return v
 }

@@ -110,12 +110,15 @@ type tally [numPhases]int32
 func openOf(n *tally) int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
 
 // New makes a pool. It starts no goroutine and opens nothing. The error names
-// both fields of a combination that makes no sense.
+// both fields of a combination that makes no sense, and is fs.ErrInvalid.
 func New(cfg Config) (*Pool, error) {
 	given := cfg.limits()
+	if err := cfg.meant(); err != nil {
+		return nil, &configError{err}
+	}
 	cfg, err := cfg.resolved()
 	if err != nil {
-		return nil, err
+		return nil, &configError{err}
 	}
 	p := &Pool{
 		cfg:      cfg,
@@ -137,6 +140,10 @@ func New(cfg Config) (*Pool, error) {
 		p.holds = &holds{}
 	}
 	p.lookAtHandles()
+	if err := given.reachable("Config", int(p.handles.Load())); err != nil {
+		p.stop()
+		return nil, &configError{err}
+	}
 	return p, nil
 }
 
@@ -148,13 +155,14 @@ func New(cfg Config) (*Pool, error) {
 // does not govern the dial, which may come to serve another borrower (values
 // of ctx do reach it); With itself returns when ctx is done, even so.
 //
-// fn's error comes back as it is, without the wrapping of Keep. nil or
+// fn's error comes back as it is, without the marks of Keep (if one is inside the
+// error, in a wrapper that errors.Is and errors.As see through). nil or
 // Keep(err) gives the connection back to the pool. It is closed, and not lent
 // again, if fn returned any other error, panicked (the panic is passed on),
 // called runtime.Goexit, or called Conn.Close; if ctx is done; if an operation
 // on it is still running, failed, or timed out (only Keep forgives a
 // time-out); if it was closed for writing; if bytes are left unread in the
-// connection, in crypto/tls or in the state's buffer; or if Config.Reset
+// connection, in crypto/tls or in the state's buffer, or unflushed there; or if Config.Reset
 // fails. Conn.Detach takes it out of the pool for good. A panic of Reset, Check
 // or a Prober on the borrower's time reaches the borrower, as a *PanicError.
 //

@@ -425,7 +425,7 @@ func TestStateStaysWithItsConnectionAndIsClosedWithIt(t *testing.T) {
 			require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
 				s := State[*codec](c)
 				require.Equal(t, 1, s.logins)
-				require.Nil(t, State[*bufio.Reader](c), "not a T")
+				require.Panics(t, func() { State[*bufio.Reader](c) }, "not a T")
 				answer, err := askLine(s, "x") // over the guard that Setup got
 				require.Equal(t, "1 x", answer)
 				out, outside = c, s

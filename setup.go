@@ -63,7 +63,7 @@ func (c *conn) speaksUnasked() error {
 	keep := pr.keep
 	pr.keep = true // so that a look tells how much there is
 	defer func() { pr.keep = keep }()
-	_, err := pr.leftovers()
+	_, err := pr.leftovers(true)
 	if text, ok := err.(*plaintext); ok {
 		return &brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in crypto/tls", len(text.bytes))}
 	}

@@ -53,7 +53,7 @@ type AddrStats struct {
 	Loans, Dials, DialErrors uint64
 
 	BackingOff bool  // repeated failures: the next dial waits
-	LastErr    error // of the last dial, nil after one that worked
+	LastErr    error // of the last dial, nil after one that worked; in JSON its text, 400 bytes at most
 }
 
 // Stats returns a snapshot. It may be called at any time, also on a closed
@@ -89,7 +89,7 @@ func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 			all = append(all, AddrStats{
 				Open: openOf(&s.n), Dialing: int(s.n[dialing]), Idle: int(s.n[idle]), InUse: int(s.n[borrowed]), Closing: int(s.n[closing]),
 				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
-				BackingOff: s.backingOff(), LastErr: s.lastErr(),
+				BackingOff: s.backingOff(), LastErr: inStats(s.lastErr()),
 			})
 		}
 		p.mu.Unlock()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -54,6 +55,15 @@ func (p *Pool) handshake(ctx context.Context, addr Addr, nc net.Conn) (net.Conn,
 
 var zeroTLS tls.Config // only copied
 
+// serverName is what TLS asks for and verifies.
+func serverName(addr Addr) string {
+	if addr.ServerName != "" {
+		return addr.ServerName
+	}
+	host, _, _ := strings.Cut(addr.Host, "%") // no certificate names a zone
+	return host
+}
+
 func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 	cfg, before := p.cfg.TLS, p.sessions.age()
 	if p.cfg.TLSFor != nil {
@@ -63,6 +73,9 @@ func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 		}
 		if own != nil {
 			cfg = own
+			if name := own.ServerName; name != "" && !strings.EqualFold(strings.TrimSuffix(name, "."), serverName(addr)) {
+				return nil, fmt.Errorf("Config.TLSFor returned a ServerName, %q, that is not the address's: write it into Addr.ServerName (%w)", name, os.ErrInvalid)
+			}
 		}
 	}
 	if cfg == nil {
@@ -312,9 +325,7 @@ func (s *sessionCaches) configFor(addr Addr, from *tls.Config, before uint64) *t
 		return have.config
 	}
 	cfg := from.Clone()
-	if cfg.ServerName = addr.ServerName; cfg.ServerName == "" {
-		cfg.ServerName, _, _ = strings.Cut(addr.Host, "%") // no certificate names a zone
-	}
+	cfg.ServerName = serverName(addr)
 	if cfg.ClientSessionCache = nil; resumes(from) {
 		cfg.ClientSessionCache = tls.NewLRUClientSessionCache(4)
 	}

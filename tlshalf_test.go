@@ -217,19 +217,19 @@ func TestAfterAnotherHandshakeTheSumOfTheRecordsProvesNothing(t *testing.T) {
 	require.True(t, r.drained())
 }
 
-// cutShort lets no answer through to what was written while it was armed: the
+// severed lets no answer through to what was written while it was armed: the
 // reader's time is up.
-type cutShort struct {
+type severed struct {
 	*net.TCPConn
 	armed, wrote atomic.Bool
 }
 
-func (c *cutShort) Write(b []byte) (int, error) {
+func (c *severed) Write(b []byte) (int, error) {
 	c.wrote.Store(c.armed.Load())
 	return c.TCPConn.Write(b)
 }
 
-func (c *cutShort) Read(b []byte) (int, error) {
+func (c *severed) Read(b []byte) (int, error) {
 	if c.armed.Load() && c.wrote.Load() {
 		return 0, os.ErrDeadlineExceeded
 	}
@@ -245,7 +245,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 	for name, idle := range map[string]bool{"idle": true, "lent": false} {
 		t.Run(name, func(t *testing.T) {
 			s := openssl(t, "-no_tls1_3", "-naccept", "2")
-			var cut *cutShort // of the first connection
+			var cut *severed // of the first connection
 			p, err := New(Config{
 				CheckInterval: -1,
 				TLS:           &tls.Config{RootCAs: tlAuthority().RootCAs, Renegotiation: tls.RenegotiateFreelyAsClient},
@@ -254,7 +254,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 					if err != nil {
 						return nil, err
 					}
-					c := &cutShort{TCPConn: nc.(*net.TCPConn)}
+					c := &severed{TCPConn: nc.(*net.TCPConn)}
 					if cut == nil {
 						cut = c
 					}

@@ -36,9 +36,19 @@ import (
 // one is net.ErrClosed. A connection that is dropped without Close is closed
 // when the garbage collector finds it. Until then it is one of Stats.InUse and
 // Stats.Tracked: Close of the pool leaves it alone, Shutdown waits for it and
-// names it. An error is an *[Error].
+// names it. An error is a *[net.OpError], as that of package net's dialer, and wraps
+// an *[Error].
 func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return p.dialTracked(ctx, network, address, 0)
+	return p.dialReserved(ctx, network, address, 0)
+}
+
+// dialReserved is DialContext, and what DialReserve returns.
+func (p *Pool) dialReserved(ctx context.Context, network, address string, reserve int) (net.Conn, error) {
+	nc, err := p.dialTracked(ctx, network, address, reserve)
+	if pe, ok := err.(*Error); ok {
+		return nil, pe.opError(network, address)
+	}
+	return nc, err
 }
 
 func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve int) (net.Conn, error) {
@@ -202,7 +212,7 @@ const ownPatience = 250 * time.Millisecond
 // function is DialContext.
 func (p *Pool) DialReserve(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		return p.dialTracked(ctx, network, address, n)
+		return p.dialReserved(ctx, network, address, n)
 	}
 }
 

@@ -99,7 +99,7 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 		MaxLifetime: p.MaxLifetime,
 		DialTimeout: p.DialTimeout,
 		TLSFor:      func(connpool.Addr) (*tls.Config, error) { return g.certs.forServer.Load(), nil },
-		Setup:       g.setup,
+		Setup:       g.setupOfFraming(),
 		Logger:      slog.New(ofPool{g.journal, g}),
 		// The only address has all of the slots, and all of the dials.
 		MaxDialingPerAddr: p.MaxOpen,
@@ -109,6 +109,15 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 	}
 	g.ctx, g.cut = context.WithCancel(context.Background())
 	return g, nil
+}
+
+// setupOfFraming is nil for a framing that knows no replies: there what the server
+// says first is for the client, while a Setup must leave nothing unread.
+func (g *Gateway) setupOfFraming() func(context.Context, connpool.Addr, net.Conn) (any, error) {
+	if g.framing.newReplies == nil {
+		return nil
+	}
+	return g.setup
 }
 
 // Listen opens the listening sockets. If one of them fails, none is left.

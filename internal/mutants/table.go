@@ -1218,4 +1218,60 @@ var mutants = []mutant{
 		new:   `w.stalled && s.reserve > 0`,
 		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
 	},
+
+	// --- what is told ---
+	{
+		name:  "a-wait-without-its-cause",
+		old:   `e.last, e.failures, e.pause = s.trouble.lastErr, s.trouble.failures, s.retrying()`,
+		new:   `_ = e.last`,
+		tests: `TestAWaitInBackOffNamesTheLastDialsError`,
+	},
+	{
+		name:  "a-message-of-two-lines",
+		old:   `return strings.Join(lines, "; ")`,
+		new:   `return text`,
+		tests: `TestEveryMessageIsOneLine`,
+	},
+	{
+		name:  "the-systems-timeout-is-forgiven",
+		old:   `late := ok && ne.Timeout() && !errors.Is(err, errTimedOut)`,
+		new:   `late := ok && ne.Timeout()`,
+		tests: `TestTheSystemsTimeoutIsTheEndOfTheConnection`,
+	},
+	{
+		name:  "a-duration-without-a-unit",
+		old:   `if d.is > 0 && d.is < shortest {`,
+		new:   `if false {`,
+		tests: `TestADurationWithoutAUnitIsRefused`,
+	},
+	{
+		name:  "a-server-name-for-all",
+		old:   `if cfg.TLS != nil && cfg.TLS.ServerName != "" {`,
+		new:   `if false {`,
+		tests: `TestAServerNameOfTheConfigIsRefused`,
+	},
+	{
+		name:  "a-reserve-beyond-the-handles",
+		old:   `case l.MinSpare >= handles:`,
+		new:   `case false:`,
+		tests: `TestAReserveAboveTheLimitsIsRefused`,
+	},
+	{
+		name:  "a-state-of-another-type",
+		old:   `if !ok && state != nil {`,
+		new:   `if !ok && state != nil && false {`,
+		tests: `TestAStateOfAnotherTypeSaysWhichTypesTheyAre`,
+	},
+	{
+		name:  "json-of-what-is-inside",
+		old:   `LastErr: inStats(s.lastErr()),`,
+		new:   `LastErr: s.lastErr(),`,
+		tests: `TestErrorsMarshalAsTheirText`,
+	},
+	{
+		name:  "a-dialers-error",
+		old:   `return nil, pe.opError(network, address)`,
+		new:   `return nil, pe`,
+		tests: `TestAnErrorOfDialContextIsThatOfADialer`,
+	},
 }
