@@ -290,7 +290,10 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		}
 	}()
 	o.Logger.Info("listening", "at", g.Status().Listen, "to", o.To, "framing", o.Framing, "status", statusPlace(g))
+	limited, unlimit := context.WithCancel(context.Background())
+	go g.LimitMemory(limited)
 	err = g.Serve(ctx, hurry)
+	unlimit()
 	close(served)
 	st := g.Status()
 	if !o.quiet {
