@@ -308,7 +308,10 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		}
 	}()
 	g.Logger.Info("listening", "at", g.Status().Listen, "to", o.To, "framing", o.Framing, "status", statusPlace(g), "clients", g.MaxClientsNow())
+	limited, unlimit := context.WithCancel(context.Background())
+	go g.LimitMemory(limited)
 	err = g.Serve(ctx, hurry)
+	unlimit()
 	close(served)
 	st := g.Status()
 	if !o.quiet {

@@ -215,6 +215,14 @@ type replies struct {
 	token    []byte    // of its marks
 	proves   bool      // the server proves its answers by marks
 
+	half    bool   // next failed in the middle of a frame
+	owed    []owed // modbus: what may come late
+	silent  int    // ... requests in a row that got no reply in time
+	matched bool   // ... a reply had the number of its request
+	zero    bool   // ... its replies have none
+
+	closed func() // runs when the connection has been closed; nil: nothing does
+
 	// pause is called before a read that may have to wait, and told whether a
 	// frame is under way; nil: not. Its error ends next.
 	pause func(within bool) error
@@ -222,6 +230,14 @@ type replies struct {
 
 // Buffered tells the pool of bytes that no borrower has asked for.
 func (u *replies) Buffered() int { return u.w - u.r }
+
+// Close is called by the pool when the connection is closed.
+func (u *replies) Close() error {
+	if u.closed != nil {
+		u.closed()
+	}
+	return nil
+}
 
 // next appends one frame to out. If there is no room for it, it is read to its
 // end all the same, so that the connection stays in step, and the error is
@@ -231,6 +247,7 @@ func (u *replies) next(from io.Reader, out *store) error {
 	mark, size, full := len(out.b), 0, false
 	fail := func(err error) error {
 		out.b = out.b[:mark]
+		u.half = size > 0
 		return err
 	}
 	for {

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -152,6 +153,14 @@ func FuzzLength(f *testing.F) {
 	})
 }
 
+// deadlineless is a connection that takes deadlines and has none.
+type deadlineless struct {
+	io.Reader
+	io.Writer
+}
+
+func (deadlineless) SetReadDeadline(time.Time) error { return nil }
+
 func FuzzModbus(f *testing.F) {
 	f.Add(readRegisters(1, 2, 3, 4))
 	f.Add(append(readRegisters(1, 2, 3, 4), 0, 5, 0, 0, 0, 3, 7, 0x83, 2))
@@ -163,13 +172,10 @@ func FuzzModbus(f *testing.F) {
 		// Whatever a device answers, the client gets a frame with its own
 		// transaction id, unit and function, or nothing.
 		request := readRegisters(0xBEEF, 9, 0, 1)
-		u := &replies{sc: newMBAPScanner(), max: fuzzMax, tid: 0x0102}
+		u := &replies{sc: newMBAPScanner(), max: fuzzMax, tid: 0x0102, matched: true}
 		var out store
 		answered := 0
-		err := u.modbus(struct {
-			io.Reader
-			io.Writer
-		}{bytes.NewReader(data), io.Discard}, request, &out, &answered)
+		err := u.modbus(deadlineless{bytes.NewReader(data), io.Discard}, request, &out, &answered, time.Now().Add(forever), forever)
 		require.Equal(t, readRegisters(0xBEEF, 9, 0, 1), request)
 		require.Equal(t, err == nil, answered == 1)
 		if err != nil {

@@ -41,6 +41,7 @@ type Gateway struct {
 	known   known
 	greet   greetings
 	renewal renewal
+	redial  redial
 	pins    chan struct{} // one for each connection that one client may have to itself
 	places  chan struct{} // one for each session
 	count   counters
@@ -92,7 +93,7 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 	if _, err := g.certs.loadWithin(ctx); err != nil {
 		return nil, err
 	}
-	g.pool, err = connpool.New(connpool.Config{
+	upstream := connpool.Config{
 		MaxOpen:     p.MaxOpen,
 		MaxDialing:  p.MaxOpen,
 		MaxUses:     p.MaxUses,
@@ -103,7 +104,14 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 		Logger:      slog.New(ofPool{g.journal, g}),
 		// The only address has all of the slots, and all of the dials.
 		MaxDialingPerAddr: p.MaxOpen,
-	})
+	}
+	if p.Framing == "modbus" {
+		upstream.Push = g.late
+	}
+	if g.redial.delay = p.RedialDelay; g.redial.delay > 0 {
+		upstream.Dialers = map[connpool.Transport]connpool.DialFunc{connpool.TCP: g.redial.dial, connpool.Unix: g.redial.dial}
+	}
+	g.pool, err = connpool.New(upstream)
 	if err != nil {
 		return nil, err
 	}

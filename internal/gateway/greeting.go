@@ -458,19 +458,23 @@ func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any,
 	if err := pauseFor(ctx, g.ConnectDelay); err != nil {
 		return nil, err
 	}
+	var closed func()
+	if g.RedialDelay > 0 {
+		closed = g.redial.closed
+	}
 	if g.framing.newReplies == nil {
-		return nil, nil
+		return &replies{closed: closed}, nil
 	}
 	if err := g.greet.refusing(); err != nil {
 		return nil, err
 	}
-	u := &replies{sc: g.framing.newReplies(&g.Config), max: g.MaxFrame, born: time.Now()}
+	u := &replies{sc: g.framing.newReplies(&g.Config), max: g.MaxFrame, born: time.Now(), closed: closed}
 	switch g.framing.name {
 	case "resp":
 		id, _ := ctx.Value(identityKey{}).(*identity)
 		return u, g.greet.hello(nc, u, id)
 	case "modbus":
-		u.tid = uint16(1 + rand.IntN(1<<16-1))
+		u.tid = uint16(rand.IntN(1<<15) + 1<<8) // not known to whoever would speak first
 		u.settled = true
 	}
 	return u, nil

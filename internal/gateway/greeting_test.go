@@ -5,11 +5,13 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -403,4 +405,53 @@ func TestAServerThatAcceptsAndHangsUpAnswersNobody(t *testing.T) {
 			require.Zero(t, p.ask(t, g, 4, 40))
 		})
 	}
+}
+
+// TRY-04: the rule by which time tells, looked at without a server.
+func TestTheFirstReplyOfAllIsHeldAndLaterOnesAreNot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := &greetings{wait: time.Second, framing: "line", log: slog.New(slog.DiscardHandler)}
+		far := time.Now().Add(time.Hour)
+		took := func(u *replies, asked time.Duration) (before, after time.Duration) {
+			a, b := net.Pipe()
+			defer a.Close()
+			defer b.Close()
+			start := time.Now()
+			require.NoError(t, k.before(a, u, far))
+			before = time.Since(start)
+			begun := time.Now()
+			time.Sleep(asked) // the server's time
+			done := time.Now()
+			require.NoError(t, k.after(a, u, begun, far))
+			return before, time.Since(done)
+		}
+		first := &replies{born: time.Now()}
+		before, after := took(first, 10*time.Millisecond)
+		require.Equal(t, time.Second/3, before, "a greeting that comes at once costs nobody's request")
+		require.Equal(t, time.Second, before+10*time.Millisecond+after, "and one that comes within -greeting-wait no reply")
+		_, after = took(first, 10*time.Millisecond)
+		require.Equal(t, quickLook, after, "what was just learned is still looked after")
+		slow := &replies{born: time.Now()}
+		_, after = took(slow, 100*time.Millisecond)
+		require.Equal(t, 200*time.Millisecond, after, "for as long as a reply takes")
+		time.Sleep(time.Second)
+		next := &replies{born: time.Now()}
+		before, after = took(next, time.Millisecond)
+		require.Equal(t, []time.Duration{quickLook, quickLook}, []time.Duration{before, after})
+		before, after = took(next, time.Millisecond)
+		require.Equal(t, []time.Duration{0, 0}, []time.Duration{before, after}, "a connection that was found good is believed")
+
+		// What comes unasked makes all of it unknown again.
+		var said *speaksFirst
+		require.ErrorAs(t, k.surprised(&speaksFirst{"line", []byte("220")}), &said)
+		require.Error(t, k.refusing())
+		time.Sleep(firstPause)
+		require.NoError(t, k.refusing())
+		suspect := &replies{born: time.Now()}
+		before, _ = took(suspect, time.Millisecond)
+		require.Equal(t, time.Second, before, "nothing is sent before it has been silent for long enough")
+		require.False(t, k.speaking())
+		before, _ = took(&replies{born: time.Now()}, time.Millisecond)
+		require.Equal(t, quickLook, before)
+	})
 }

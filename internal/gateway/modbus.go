@@ -1,9 +1,15 @@
 package gateway
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool"
 )
 
 // mbap is the header of Modbus/TCP: transaction id (2 bytes), protocol id (2,
@@ -28,31 +34,129 @@ func newMBAPScanner() scanner {
 	}}
 }
 
+// owed is a request that was given up without a reply, which may still come.
+type owed struct {
+	tid            uint16
+	unit, function byte
+}
+
+const (
+	maxOwed = 32 // requests of one connection that are remembered
+
+	// maxSilent is how many requests in a row may get no reply in time before a
+	// connection is given up: the device may be there, and it may not.
+	maxSilent = 3
+)
+
+// errNoReply is that no reply came in time; one that comes later will be known
+// by its number.
+var errNoReply = fmt.Errorf("the device did not answer in time (%w)", os.ErrDeadlineExceeded)
+
+// mutely reports whether a request has no reply by the specification: a
+// broadcast, and "force listen only mode".
+func mutely(request []byte) bool {
+	return request[6] == 0 || len(request) >= 10 && request[7] == 8 && request[8] == 0 && request[9] == 4
+}
+
+// asker is what an exchange needs of a connection.
+type asker interface {
+	io.ReadWriter
+	SetReadDeadline(time.Time) error
+}
+
 // modbus is one exchange. The transaction id is one of the connection's own on
 // the way to the server, since ids of different clients may be equal, and the
-// client's again on the way back. A reply with another id, unit or function
-// than its request belongs to somebody else.
-func (u *replies) modbus(c io.ReadWriter, request []byte, out *store, answered *int) error {
+// client's again on the way back. A reply with the id, unit and function of a
+// request that was given up is dropped; one with any others belongs to somebody
+// else. A device that says 0 whatever it is asked is believed as long as it
+// answers in time.
+func (u *replies) modbus(c asker, request []byte, out *store, answered *int, latest time.Time, broadcast time.Duration) error {
 	client := binary.BigEndian.Uint16(request)
-	u.tid++
+	if u.tid++; u.tid == 0 {
+		u.tid++
+	}
+	asked := owed{u.tid, request[6], request[7]}
 	binary.BigEndian.PutUint16(request, u.tid)
 	defer binary.BigEndian.PutUint16(request, client) // an exception is made from it
 	if _, err := c.Write(request); err != nil {
 		return err
 	}
+	end := latest
+	if mutely(request) {
+		end = earlier(end, time.Now().Add(broadcast))
+	}
+	c.SetReadDeadline(end)
 	mark := len(out.b)
-	if err := u.next(c, out); err != nil {
+	for {
+		err := u.next(c, out)
+		if errors.Is(err, os.ErrDeadlineExceeded) && !u.half && !u.zero {
+			u.owe(asked)
+			if u.listened = true; mutely(request) {
+				*answered++ // and there is nothing to tell
+				return nil
+			}
+			if u.silent++; u.silent < maxSilent {
+				return connpool.Keep(errNoReply)
+			}
+		}
+		if err != nil {
+			return err
+		}
+		came := owedBy(out.b[mark:])
+		switch {
+		case came == asked:
+		case u.settle(came):
+			out.b = out.b[:mark]
+			continue
+		case came.tid == 0 && came.unit == asked.unit && came.function == asked.function && len(u.owed) == 0 && (u.zero || !u.matched):
+			u.zero = true
+		default:
+			out.b = out.b[:mark]
+			return &malformed{fmt.Sprintf("to transaction %d (unit %d, function %d) came transaction %d (unit %d, function %d)",
+				asked.tid, asked.unit, asked.function, came.tid, came.unit, came.function)}
+		}
+		u.silent, u.matched = 0, true
+		binary.BigEndian.PutUint16(out.b[mark:], client)
+		*answered++
+		return nil
+	}
+}
+
+// owedBy is what a reply answers. An exception has the function of its request.
+func owedBy(reply []byte) owed {
+	return owed{binary.BigEndian.Uint16(reply), reply[6], reply[7] &^ 0x80}
+}
+
+// owe remembers a request that was given up.
+func (u *replies) owe(o owed) {
+	if len(u.owed) == maxOwed {
+		u.owed = u.owed[:copy(u.owed, u.owed[1:])]
+	}
+	u.owed = append(u.owed, o)
+}
+
+// settle reports whether o was owed, and is not any more.
+func (u *replies) settle(o owed) bool {
+	for i, x := range u.owed {
+		if x == o {
+			u.owed = append(u.owed[:i], u.owed[i+1:]...)
+			return true
+		}
+	}
+	return false
+}
+
+// late is the pool's Push: what comes while nothing is asked may be the reply to
+// a request that was given up, and nothing else.
+func (g *Gateway) late(_ context.Context, c connpool.Conn) error {
+	u := connpool.State[*replies](c)
+	var reply store
+	if err := u.next(c, &reply); err != nil {
 		return err
 	}
-	reply := out.b[mark:]
-	if tid := binary.BigEndian.Uint16(reply); tid != u.tid || reply[6] != request[6] || reply[7]&^0x80 != request[7]&^0x80 {
-		err := &malformed{fmt.Sprintf("to transaction %d (unit %d, function %d) came transaction %d (unit %d, function %d)",
-			u.tid, request[6], request[7], tid, reply[6], reply[7])}
-		out.b = out.b[:mark]
-		return err
+	if came := owedBy(reply.b); !u.settle(came) {
+		return &malformed{fmt.Sprintf("transaction %d (unit %d, function %d) came, for which nobody waits", came.tid, came.unit, came.function)}
 	}
-	binary.BigEndian.PutUint16(reply, client)
-	*answered++
 	return nil
 }
 

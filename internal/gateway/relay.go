@@ -55,7 +55,16 @@ func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte)
 func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) error {
 	g := cl.g
 	latest := time.Now().Add(g.RequestTimeout) // for the replies
-	ctx, cancel := context.WithDeadline(ctx, latest)
+	var cancel func()
+	lent := func() {}               // ends the wait's time
+	if g.framing.name == "modbus" { // which knows a late reply: the connection outlives the request
+		waiting, end := context.WithCancelCause(ctx)
+		late := time.AfterFunc(g.RequestTimeout, func() { end(context.DeadlineExceeded) })
+		ctx, cancel, lent = waiting, func() { end(nil) }, func() { late.Stop() }
+		defer late.Stop()
+	} else {
+		ctx, cancel = context.WithDeadline(ctx, latest)
+	}
 	defer cancel()
 	watch := cl.watchOver(false, cancel)
 	defer watch.stop()
@@ -72,6 +81,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		answered++
 	}
 	try := func(c connpool.Conn) error {
+		lent()
 		if watch.stop() != nil {
 			return errLeft
 		}
@@ -84,9 +94,16 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		if watch.sendable() != nil {
 			return u.kept(errLeft)
 		}
+		if !time.Now().Before(latest) {
+			return u.kept(context.DeadlineExceeded)
+		}
 		ran = true
 		if g.framing.name == "modbus" {
-			return u.modbus(c, cl.batch[0], &cl.out, &answered)
+			err := u.modbus(c, cl.batch[0], &cl.out, &answered, latest, g.BroadcastWait)
+			if err == nil {
+				err = u.kept(nil)
+			}
+			return err
 		}
 		believable := u.settled || g.greet.wait <= 0 // what it has said, whatever befalls it now
 		asked, proof := time.Now(), g.greet.mark(u)

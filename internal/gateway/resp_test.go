@@ -140,7 +140,7 @@ func TestDatabasesAndUsersDoNotShareConnections(t *testing.T) {
 	// that knew it are there.
 	require.Equal(t, "+OK\r\n", r.do(t, "ACL", "SETUSER", "alice", "resetpass", ">other"))
 	require.Contains(t, g.call().do("AUTH", "alice", "wonder"), "-WRONGPASS")
-	require.Contains(t, g.log.String(), "scope=db0", "scopes are in the log")
+	soon(t, "scopes are in the log", func() bool { return strings.Contains(g.log.String(), "scope=db0") })
 	require.NotContains(t, g.log.String(), "wonder", "and passwords are not")
 	require.NotContains(t, string(mustJSON(t, g)), "wonder")
 }

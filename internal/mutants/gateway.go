@@ -11,8 +11,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "modbus-reply-is-compared",
-		old:   `tid != u.tid || reply[6] != request[6]`,
-		new:   `false && tid != u.tid || reply[6] != request[6]`,
+		old:   `case came == asked:`,
+		new:   `case true:`,
 		tests: `TestModbusFailuresAreExceptions`,
 	},
 	{
@@ -26,6 +26,190 @@ var gatewayMutants = []mutant{
 		old:   `case errors.Is(err, errNoMemory): // and in step all the same`,
 		new:   `case false:`,
 		tests: `TestMemoryIsBounded`,
+	},
+
+	// --- a server that speaks first ---
+	{
+		name:  "new-connections-are-listened-to",
+		old:   `end := u.born.Add(k.wait / 3)`,
+		new:   `end := u.born`,
+		tests: `TestAServerThatSpeaksFirst/.*/(at_once|after_5_ms|after_50_ms)`,
+	},
+	{
+		name:  "first-replies-are-held",
+		old:   `if old := u.born.Add(k.wait); end.Before(old) {`,
+		new:   `if old := u.born.Add(k.wait); false && end.Before(old) {`,
+		tests: `TestTheFirstReplyOfAllIsHeld`,
+	},
+	{
+		name:  "replies-too-many-are-waited-for",
+		old:   `err := k.listen(c, u, earlier(end, latest))` + "\n\tvar first",
+		new:   `var err error` + "\n\tvar first",
+		tests: `TestAServerThatSpeaksFirst/(line|length)/.*/within`,
+	},
+	{
+		name:  "later-connections-are-listened-to",
+		old:   `end = u.born.Add(min(k.wait/3, quickLook))` + "\n\t}\n\tk.mu.Unlock()\n",
+		new:   `k.mu.Unlock()` + "\n\t\tu.settled = true\n\t\treturn nil\n\t}\n\tk.mu.Unlock()\n",
+		tests: `TestAServerThatBeginsToGreetLater`,
+	},
+	{
+		name:  "doubtful-replies-reach-nobody",
+		old:   `cl.out.b, answered = cl.out.b[:mark], 0`,
+		new:   `_ = mark`,
+		tests: `TestAServerThatSpeaksFirst`,
+	},
+	{
+		name:  "ping-is-answered-by-pong",
+		old:   `if !answers && !isTolerable(reply) {`,
+		new:   `if false {`,
+		tests: `TestAFullRedis`,
+	},
+	{
+		name:  "marks-prove-what-was-before",
+		old:   "\tif !u.isMark(reply.b) {\n\t\treturn k.surprised",
+		new:   "\tif false {\n\t\treturn k.surprised",
+		tests: `TestAServerThatSpeaksFirst/resp`,
+	},
+	{
+		name:  "marks-may-be-refused",
+		old:   `if isError(reply.b) && isTolerable(reply.b) {`,
+		new:   `if false {`,
+		tests: `TestAServerThatIsBusyForAWhile`,
+	},
+	{
+		name:  "bad-servers-are-not-dialled-for-each-request",
+		old:   `err := g.hopeless()`,
+		new:   `var err error`,
+		tests: `TestAFullRedis`,
+	},
+
+	// --- clients that left ---
+	{
+		name:  "waiting-clients-are-watched",
+		old:   "\tif v.left.Load() {\n\t\tv.end()\n\t}",
+		new:   "",
+		tests: `WhileItWaited|BeforeItsTurn`,
+	},
+	{
+		name:  "half-closed-clients-are-served",
+		old:   `watch := cl.watchOver(false, cancel)` + "\n\tdefer watch.stop()\n\tg.count",
+		new:   `watch := cl.watchOver(true, cancel)` + "\n\tdefer watch.stop()\n\tg.count",
+		tests: `NoWayToLeave`,
+	},
+	{
+		name:  "blocking-commands-need-a-whole-client",
+		old:   `cl.watchOver(m.class == blocks, leave)`,
+		new:   `cl.watchOver(false, leave)`,
+		tests: `TestABlockingCommandWhoseClientLeft`,
+	},
+
+	// --- servers that others have taken over from ---
+	{
+		name:  "the-servers-word-is-heard",
+		old:   `if demotion != nil { // before this connection is given back`,
+		new:   `if false {`,
+		tests: `TestAServerThatSaysItIsNotTheOneToAsk`,
+	},
+	{
+		name:  "the-servers-word-is-heard-in-pins",
+		old:   `if isDemotion(p.frame.b) || exec && holdsDemotion(p.frame.b) {`,
+		new:   `if false {`,
+		tests: `TestAServerThatSaysItIsNotTheOneToAsk`,
+	},
+	{
+		name:  "its-word-costs-no-more-than-that",
+		old:   `if !r.last.IsZero() && now.Sub(r.last) < renewEvery {`,
+		new:   `if false {`,
+		tests: `TestAServerThatSaysItIsNotTheOneToAsk`,
+	},
+	{
+		name:  "connections-grow-old",
+		old:   `		MaxLifetime: p.MaxLifetime,` + "\n",
+		new:   "",
+		tests: `TestConnectionsAreReplacedByAge`,
+	},
+
+	// --- who waits for whom ---
+	{
+		name:  "clients-may-write-before-they-read",
+		old:   `		a.timer = time.AfterFunc(aheadAfter, a.read)`,
+		new:   `		a.timer = time.AfterFunc(time.Hour, a.read)`,
+		tests: `TestAPipelineThatIsWrittenBefore.*/line$`,
+	},
+	{
+		name:  "pins-do-not-wait-for-their-client",
+		old:   `len(p.outbox.b) >= outboxFull && !p.sending && len(p.pending) == 0 {`,
+		new:   `(p.writing || len(p.outbox.b) > 0) {`,
+		tests: `TestAPipelineThatIsWrittenBefore.*/resp,`,
+	},
+	{
+		name:  "small-buffers",
+		old:   `proof, g.to.QoS.SendBuffer > 0, func`,
+		new:   `proof, false, func`,
+		tests: `TestBatchesPassWhateverTheBuffers`,
+	},
+	{
+		name:  "large-values-are-read-to-the-end",
+		old:   `n, _ = cl.raw.Read(scratch)`,
+		new:   `n = 0`,
+		tests: `TestALargeValueIsRefused`,
+	},
+	{
+		name:  "the-last-line",
+		old:   `if e, ok := f.sc.(ender); ok &&`,
+		new:   `if e, ok := f.sc.(ender); false && ok &&`,
+		tests: `TestTheLastLine`,
+	},
+	{
+		name:  "half-frames-are-counted",
+		old:   `errors.Is(err, errTooLong), errors.Is(err, errHalf):`,
+		new:   `errors.Is(err, errTooLong):`,
+		tests: `TestTheLastLine`,
+	},
+	{
+		name:  "both-buffers-are-counted",
+		old:   "\tif !s.take(more) {\n\t\treturn errNoMemory",
+		new:   "\tif !s.take(more - s.taken) {\n\t\treturn errNoMemory",
+		tests: `TestBothBuffers`,
+	},
+
+	// --- devices ---
+	{
+		name:  "broadcasts-end-soon",
+		old:   `end = earlier(end, time.Now().Add(broadcast))`,
+		new:   `_ = broadcast`,
+		tests: `TestARequestWithoutAReply`,
+	},
+	{
+		name:  "late-replies-are-dropped",
+		old:   `case u.settle(came):`,
+		new:   `case false:`,
+		tests: `TestALateModbusReply`,
+	},
+	{
+		name:  "late-replies-between-requests-are-dropped",
+		old:   `upstream.Push = g.late`,
+		new:   ``,
+		tests: `TestALateModbusReply`,
+	},
+	{
+		name:  "only-what-is-owed-is-dropped",
+		old:   "\t\tif x == o {",
+		new:   "\t\tif x.tid == o.tid || true {",
+		tests: `TestAReplyThatIsNotOwed`,
+	},
+	{
+		name:  "late-devices-without-numbers",
+		old:   `!u.half && !u.zero {`,
+		new:   `!u.half {`,
+		tests: `TestADeviceThatSaysZero`,
+	},
+	{
+		name:  "silent-devices-are-dialled-anew",
+		old:   `u.silent < maxSilent {`,
+		new:   `true {`,
+		tests: `TestADeviceThatIsSilentForGood`,
 	},
 
 	// --- who the client is ---
@@ -105,8 +289,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "identity-in-a-transaction-keeps",
-		old:   `case m.class == keeps || m.class == identifies || m.class == local,`,
-		new:   `case m.class == keeps || m.class == local,`,
+		old:   `case keeps, identifies, local:`,
+		new:   `case keeps, local:`,
 		tests: `TestATransactionThatSelectsADatabase`,
 	},
 	{
@@ -123,8 +307,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "tracking-pins",
-		old:   "\t\tif m, known = clientTable[string(upper(buf[:0], sub))]; !known {\n\t\t\tm.class = keeps\n\t\t}",
-		new:   "\t\tm = clientTable[string(upper(buf[:0], sub))]",
+		old:   `"TRACKING": {keeps, vTracking},`,
+		new:   `"TRACKING": {},`,
 		tests: `TestWhatCannotBeTakenBack`,
 	},
 	{
@@ -132,6 +316,43 @@ var gatewayMutants = []mutant{
 		old:   `p.cl.in.untake(frame) // it is for another connection`,
 		new:   ``,
 		tests: `TestACommandThatMeetsTheReleaseIsNotLost`,
+	},
+
+	{
+		name:  "refused-commands-leave-nothing",
+		old:   `case isError(frame): // has changed nothing`,
+		new:   `case false:`,
+		tests: `TestACommandThatTheServerRefused`,
+	},
+	{
+		name:  "what-is-taken-back-is-over",
+		old:   "\tcase vTracking, vNoEvict, vNoTouch:\n\t\treturn is(last(), \"OFF\")",
+		new:   "\tcase vTracking, vNoEvict, vNoTouch:\n\t\treturn false",
+		tests: `TestWhatWasTakenBack`,
+	},
+	{
+		name:  "one-of-two-states",
+		old:   `p.shards == 0 && p.behind == 0` + "\n",
+		new:   `p.shards == 0` + "\n",
+		tests: `TestWhatWasTakenBack|TestWhatCannotBeTakenBack`,
+	},
+	{
+		name:  "asking-is-for-one-command",
+		old:   `if done.verb != vAsking && !p.multi {`,
+		new:   `if false {`,
+		tests: `TestWhatAClustersClient`,
+	},
+	{
+		name:  "stained-connections-are-closed",
+		old:   `if p.stained {`,
+		new:   `if false {`,
+		tests: `TestALibrarysName`,
+	},
+	{
+		name:  "pins-have-a-word-of-their-own",
+		old:   `return pinsFull` + "\n",
+		new:   `return busy` + "\n",
+		tests: `TestWhatCannotBeTakenBack`,
 	},
 
 	// --- what is read ---
@@ -185,8 +406,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "large-requests-are-sent-aside",
-		old:   `if len(wire) <= batchBytes {`,
-		new:   `if true {`,
+		old:   `if len(wire)+len(more) <= batchBytes && !small {`,
+		new:   `if !small {`,
 		tests: `TestALargeRequest`,
 	},
 

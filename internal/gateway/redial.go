@@ -1,0 +1,48 @@
+package gateway
+
+import (
+	"context"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool"
+)
+
+// redial keeps a distance between the end of a connection and the opening of the
+// next one, for devices that take one connection at a time and need a while to
+// notice that it has ended.
+type redial struct {
+	delay time.Duration
+
+	mu   sync.Mutex // guards last; nothing else happens under it
+	last time.Time  // when a connection was closed
+}
+
+// closed runs when a connection has been closed, before its place is free.
+func (r *redial) closed() {
+	r.mu.Lock()
+	r.last = time.Now()
+	r.mu.Unlock()
+}
+
+// dial is a connpool.DialFunc for TCP, and what TLS runs on, and Unix sockets.
+func (r *redial) dial(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
+	r.mu.Lock()
+	end := r.last.Add(r.delay)
+	r.mu.Unlock()
+	if err := pauseFor(ctx, time.Until(end)); err != nil {
+		return nil, err
+	}
+	network, address := "tcp", net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port)))
+	if addr.Transport == connpool.Unix {
+		network, address = "unix", addr.Host
+	}
+	d := net.Dialer{Control: addr.QoS.Control}
+	nc, err := d.DialContext(ctx, network, address)
+	if err != nil {
+		r.closed() // it may have noticed
+	}
+	return nc, err
+}
