@@ -32,7 +32,7 @@ func TestClientsGetTheDescriptorsThatTheServerSideCannotUse(t *testing.T) {
 		require.LessOrEqual(t, n+c.server+c.status+max(10, c.limit/16), c.limit, "the pool still sees some free")
 	}
 	require.Greater(t, descriptors{server: 16}.clients(), 1<<30, "without a limit there is none")
-	p := &plan{Config: Config{MaxOpen: 1 << 40, MaxClients: 5}}
+	p := &plan{Config: Config{MaxOpen: 1 << 30, MaxClients: 5}}
 	if descriptorLimit() > 0 {
 		require.ErrorContains(t, p.fit(), "ulimit -n")
 	}

@@ -450,8 +450,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "bad-files-change-nothing",
-		old:   "\tif err != nil {\n\t\treturn false, err\n\t}\n\tchanged = c.seen == nil",
-		new:   "\tc.forClients.Store(nil)\n\tif err != nil {\n\t\treturn false, err\n\t}\n\tchanged = c.seen == nil",
+		old:   "\tchanged = c.seen == nil",
+		new:   "\tc.forClients.Store(nil)\n\tchanged = c.seen == nil",
 		tests: `TestReloadedCertificates`,
 	},
 	{
@@ -462,13 +462,13 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "starts-take-turns",
-		old:   "\tdefer unlock()\n",
-		new:   "\tunlock()\n",
+		old:   "\tdefer unlock()\n\tif err := removeStale",
+		new:   "\tunlock()\n\tif err := removeStale",
 		tests: `TestOneOfManyGateways`,
 	},
 	{
 		name:  "only-so-many-clients",
-		old:   `full := len(g.clients) >= g.MaxClients`,
+		old:   `full := len(g.clients) >= g.MaxClientsNow()`,
 		new:   `full := false`,
 		tests: `TestOneClientTooMany`,
 	},
@@ -488,8 +488,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "drain-wakes-who-waits",
-		old:   `cl.raw.SetReadDeadline(past)` + "\n\t}\n\tif n",
-		new:   `_ = cl` + "\n\t}\n\tif n",
+		old:   `cl.raw.SetReadDeadline(past)` + "\n\t}\n\tn :=",
+		new:   `_ = cl` + "\n\t}\n\tn :=",
 		tests: `TestDrainLetsRequestsEnd`,
 	},
 	{
@@ -509,5 +509,131 @@ var gatewayMutants = []mutant{
 		old:   `err = closeWrite(c)`,
 		new:   `err = nil`,
 		tests: `TestASessionPassesTheEnd`,
+	},
+
+	// --- what it never waits for ---
+	{
+		name:  "log-is-not-waited-for",
+		old:   `if len(j.waiting) >= journalLength {`,
+		new:   `if j.next.Handle(context.Background(), r); len(j.waiting) >= journalLength {`,
+		tests: `TestNobodyWaitsForALog`,
+	},
+	{
+		name:  "log-is-bounded",
+		old:   `if len(j.waiting) >= journalLength {`,
+		new:   `if false {`,
+		tests: `TestLinesThatTheLogDoesNotTake`,
+	},
+	{
+		name:  "lost-lines-are-counted",
+		old:   `if !written(one.to, one.r) {`,
+		new:   `if written(one.to, one.r); false {`,
+		tests: `TestLinesThatTheLogDoesNotTake`,
+	},
+	{
+		name:  "reload-heeds-the-end",
+		old:   "\t\tcase <-ctx.Done():\n\t\t\tstuck = ctx.Err()\n",
+		new:   "",
+		tests: `TestAFileThatDoesNotOpen`,
+	},
+	{
+		name:  "lock-is-not-waited-for",
+		old:   `syscall.LOCK_EX|syscall.LOCK_NB`,
+		new:   `syscall.LOCK_EX`,
+		tests: `TestALockOnTheDirectory`,
+	},
+	{
+		name:  "status-has-few-visitors",
+		old:   `if len(c.all) >= c.most {`,
+		new:   `if false {`,
+		tests: `TestSilentVisitors|TestAVisitorWithARequest`,
+	},
+
+	// --- sockets and descriptors ---
+	{
+		name:  "mode-before-listening",
+		old:   "\terr = os.Chmod(path, mode)\n\tbound(path)\n\tif err == nil {\n\t\terr = os.NewSyscallError(\"listen\", syscall.Listen(fd, 4096))",
+		new:   "\terr = os.NewSyscallError(\"listen\", syscall.Listen(fd, 4096))\n\tbound(path)\n\tif err == nil {\n\t\terr = os.Chmod(path, mode)",
+		tests: `TestASocketHasItsMode`,
+	},
+	{
+		name:  "whose-file-it-is",
+		old:   `err == nil && os.SameFile(now, s.file) {`,
+		new:   `err == nil && now != nil {`,
+		tests: `TestOnlyItsOwnSocketFile`,
+	},
+	{
+		name:  "status-is-given-up-too",
+		old:   `for _, s := range []*socket{g.listener, g.statusListener} {`,
+		new:   `for _, s := range []*socket{g.listener} {`,
+		tests: `TestASuccessorStarts`,
+	},
+	{
+		name:  "spare-descriptor",
+		old:   `if outOfDescriptors(err) && g.turnAway(&kept) {`,
+		new:   `if false {`,
+		tests: `TestAClientForWhomThereIsNoDescriptor`,
+	},
+	{
+		name:  "clients-get-the-rest",
+		old:   `return d.limit - d.server - d.status - d.reserve`,
+		new:   `return d.limit - d.status - d.reserve`,
+		tests: `TestClientsGetTheDescriptors`,
+	},
+	{
+		name:  "not-its-own-server",
+		old:   `if reaches(ctx, p.to, at) {`,
+		new:   `if false {`,
+		tests: `TestItIsNotItsOwnServer|TestAFoundPort`,
+	},
+	{
+		name:  "wildcards-are-this-machine",
+		old:   `if ours.IsUnspecified() && anyIsOurs(theirs) {`,
+		new:   `if false {`,
+		tests: `TestItIsNotItsOwnServer`,
+	},
+
+	// --- what is told ---
+	{
+		name:  "once-a-minute",
+		old:   `if !s.last.IsZero() && now.Sub(s.last) < noticeEvery {`,
+		new:   `if false {`,
+		tests: `TestACauseIsTold`,
+	},
+	{
+		name:  "reach-listens",
+		old:   `said, err := listen(c, lookFor)`,
+		new:   `said, err := listen(c, 0)`,
+		tests: `TestReachSaysYes`,
+	},
+	{
+		name:  "reach-knows-tls",
+		old:   `case g.to.Transport != connpool.TLS && g.answersTLS(ctx, c):`,
+		new:   `case false:`,
+		tests: `TestReachSaysYes`,
+	},
+	{
+		name:  "reach-asks-redis",
+		old:   `return g.pings(c)`,
+		new:   `return nil`,
+		tests: `TestReachSaysYes`,
+	},
+	{
+		name:  "alpn-for-clients",
+		old:   `forClients = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: c.alpn}`,
+		new:   `forClients = &tls.Config{MinVersion: tls.VersionTLS12}`,
+		tests: `TestBothSidesOfTLS`,
+	},
+	{
+		name:  "alpn-for-the-server",
+		old:   `forServer = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: c.alpn}`,
+		new:   `forServer = &tls.Config{MinVersion: tls.VersionTLS12}`,
+		tests: `TestBothSidesOfTLS`,
+	},
+	{
+		name:  "ticket-keys-rotate",
+		old:   "\tforServer = &tls.Config{",
+		new:   "\tif forClients != nil {\n\t\tforClients.SetSessionTicketKeys([][32]byte{{1}})\n\t}\n\tforServer = &tls.Config{",
+		tests: `TestKeysOfSessionTickets`,
 	},
 }
