@@ -154,6 +154,9 @@ func (p *Pool) moveLocked(c *conn, to phase) {
 	c.phase = to
 	p.n[to]++
 	s.n[to]++
+	if (to == closing || to == none) && c.linked() {
+		c.unlink() // it was looked at
+	}
 	if from == none {
 		p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
 	}
@@ -236,6 +239,9 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 		p.recency.touch(c)
 	}
 	if s.queue.head != nil {
+		if c.linked() {
+			c.unlink()
+		}
 		c.lendAtLocked(now)
 		c.fromReserveLocked(reserve)
 		p.deliverLocked(s, c, u == justBorn, nil)
@@ -248,8 +254,11 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 		}
 		return true
 	}
+	p.recency.back(c)
 	p.moveLocked(c, idle)
-	c.link(u == untouched)
+	if !c.linked() {
+		c.link(u == untouched)
+	}
 	if s.special != nil {
 		p.refreshLocked(s)
 	}

@@ -55,8 +55,7 @@ func (p *Pool) CloseIdle() {
 }
 
 func (p *Pool) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
-	for s.top != nil {
-		c := s.top
+	for c := s.topLocked(); c != nil; c = s.topLocked() {
 		p.takeLocked(c)
 		p.moveLocked(c, closing)
 		todo.close(c, reason, nil)

@@ -267,7 +267,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			}
 			s = p.newSiteLocked(addr)
 		}
-		c := s.top
+		c := s.topLocked()
 		if c != nil {
 			p.takeLocked(c)
 			c.lendAtLocked(now)

@@ -77,21 +77,23 @@ func (p *Pool) Stats() Stats {
 }
 
 // Addrs ranges over the addresses that the pool keeps books for, in no
-// particular order. The snapshot is taken when the loop begins; the body runs
-// with no lock held and may use the pool.
+// particular order. The snapshot is taken when the loop begins, of some addresses
+// at a time, so that it holds up nobody: what is told of one address was true at one
+// moment, and the sum over all need not be. The body runs with no lock held and
+// may use the pool.
 func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 	return func(yield func(Addr, AddrStats) bool) {
 		p.mu.Lock()
 		all := make([]AddrStats, 0, p.sites.len())
 		addrs := make([]Addr, 0, p.sites.len())
-		for s := range p.sites.all() {
+		p.eachSiteLocked(func(s *site) {
 			addrs = append(addrs, s.addr)
 			all = append(all, AddrStats{
 				Open: openOf(&s.n), Dialing: int(s.n[dialing]), Idle: int(s.n[idle]), InUse: int(s.n[borrowed]), Closing: int(s.n[closing]),
 				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
 				BackingOff: s.backingOff(), LastErr: s.lastErr(),
 			})
-		}
+		})
 		p.mu.Unlock()
 		for i, a := range addrs {
 			if !yield(a, all[i]) {

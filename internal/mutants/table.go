@@ -595,9 +595,9 @@ var mutants = []mutant{
 	},
 	{
 		name:  "tracked-lost-while-read",
-		old:   "func (c *trackedTCP) Read(b []byte) (int, error) {\n\tdefer runtime.KeepAlive(c)\n\treturn",
-		new:   "func (c *trackedTCP) Read(b []byte) (int, error) {\n\treturn",
-		tests: `TestATrackedConnectionInUseIsNotTakenForDropped`,
+		old:   "func (c *trackedConn) Read(b []byte) (int, error) {\n\tdefer runtime.KeepAlive(c)\n\treturn",
+		new:   "func (c *trackedConn) Read(b []byte) (int, error) {\n\treturn",
+		tests: `TestATrackedConnectionIsKeptByEachReadInFlight`,
 	},
 
 	// --- limits ---
@@ -874,7 +874,7 @@ var mutants = []mutant{
 	{
 		name:  "reserve-mark-ends-at-a-hand-over",
 		old:   "c.fromReserveLocked(reserve)\n\t\tp.deliverLocked",
-		new:   "p.deliverLocked",
+		new:   "_ = reserve\n\t\tp.deliverLocked",
 		tests: `TestAReserveThatIsHandedOverIsLentAndNothingElse`,
 	},
 	{
@@ -998,5 +998,37 @@ var mutants = []mutant{
 		old:   `w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve)`,
 		new:   `w.stalled && s.reserve > 0`,
 		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
+	},
+
+	// --- no worse than linear ---
+	{
+		name:  "lent-ones-are-put-aside",
+		old:   "r.cut(c)\n\t\t\tr.insert(c, &r.lent)\n\t\t\tc.round |= aside",
+		new:   "r.touch(c)",
+		tests: `TestAnEvictionPassesWhatIsHeldOnce`,
+	},
+	{
+		name:  "put-aside-comes-back",
+		old:   "\tp.recency.back(c)\n",
+		new:   "",
+		tests: `TestAnEvictionFindsWhatWasLookedAtMeanwhile`,
+	},
+	{
+		name:  "a-look-keeps-its-place",
+		old:   "p.moveLocked(c, borrowed) // it keeps its place on the stack, see linked",
+		new:   "p.takeLocked(c)",
+		tests: `TestALookEndsWhereItBegan`,
+	},
+	{
+		name:  "addresses-in-parts",
+		old:   "if n++; n%atOnce == 0 {",
+		new:   "if n++; false {",
+		tests: `TestNobodyWaitsForAllAddresses`,
+	},
+	{
+		name:  "numbers-of-panics-are-kept",
+		old:   "me := newUse()\n",
+		new:   "me := newUse()\n\tdefer returned(me)\n",
+		tests: `TestNumbersOfUsesAreTheirOwn`,
 	},
 }
