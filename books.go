@@ -366,12 +366,13 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	p.moveLocked(c, none)
 	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
 		delete(p.byFD, c.probe.fd())
+		p.unwatchLocked(c)
 	}
 	p.freedLocked()
 	if p.recency.remove(c) && c.unprobed() {
 		p.counts.Unprobed--
 	}
-	if reason != ClosedUnknown {
+	if reason != ClosedUnknown && c.id != 0 { // else its dial failed, and was counted as that
 		p.closedBy[reason]++
 	}
 	if s.special != nil {

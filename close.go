@@ -77,7 +77,7 @@ func (p *Pool) Close() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeGrace)
 	defer cancel()
-	if p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watcher == nil }) {
+	if p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watching.running == 0 }) {
 		return nil
 	}
 	p.mu.Lock()
@@ -112,6 +112,9 @@ func (p *Pool) shut() bool {
 	watcher := p.watcher
 	if p.sweeper != nil {
 		p.sweeper.Stop()
+	}
+	if p.watching.retry != nil {
+		p.watching.retry.Stop()
 	}
 	for s := range p.sites.all() {
 		p.shutSiteLocked(s, &todo)

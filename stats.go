@@ -9,6 +9,14 @@ import (
 
 // Stats is a snapshot of a pool: first what is, then what was. In every
 // snapshot Open = Dialing + Idle + InUse + Closing.
+//
+// The counters balance: each dial ends as one of DialErrors, of Detached, or of one
+// reason in Closed, so at rest
+//
+//	Dials - DialErrors - Detached - (the sum of Closed) = Open
+//
+// holds, also after a failed Setup. (A connection whose Setup failed is one of
+// DialErrors at once, and one of Open until it is closed.)
 type Stats struct {
 	Open     int // sockets that exist or are being made; what MaxOpen limits
 	Dialing  int // being opened, or in Setup
@@ -35,7 +43,7 @@ type Stats struct {
 	WaitsFailed  uint64        // borrowers that left the queue with an error, their own ctx's included
 	Exhausted    uint64        // borrowers refused with ErrExhausted
 
-	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent
+	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent, and so is ClosedSetupFailed
 }
 
 // String is one line for a log.

@@ -123,6 +123,7 @@ func (p *Pool) sweep() {
 		})
 	}
 	group.Wait()
+	p.rewatch()
 
 	p.mu.Lock()
 	p.sweeping = false

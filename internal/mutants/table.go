@@ -1031,4 +1031,10 @@ var mutants = []mutant{
 		new:   "me := newUse()\n\tdefer returned(me)\n",
 		tests: `TestNumbersOfUsesAreTheirOwn`,
 	},
+	{
+		name:  "a-failed-dial-counts-once",
+		old:   "if reason != ClosedUnknown && c.id != 0 {",
+		new:   "if reason != ClosedUnknown {",
+		tests: `TestTheCountersBalance`,
+	},
 }
