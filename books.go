@@ -154,6 +154,9 @@ func (p *Pool) moveLocked(c *conn, to phase) {
 	c.phase = to
 	p.n[to]++
 	s.n[to]++
+	if (to == closing || to == none) && c.linked() {
+		c.unlink() // it was looked at
+	}
 	if from == none {
 		p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
 	}
@@ -237,6 +240,9 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 		p.recency.touch(c)
 	}
 	if s.queue.head != nil {
+		if c.linked() {
+			c.unlink()
+		}
 		c.lendAtLocked(now)
 		c.fromReserveLocked(reserve)
 		p.deliverLocked(s, c, u == justBorn, nil)
@@ -249,8 +255,11 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 		}
 		return true
 	}
+	p.recency.back(c)
 	p.moveLocked(c, idle)
-	c.link(u == untouched)
+	if !c.linked() {
+		c.link(u == untouched)
+	}
 	if s.special != nil {
 		p.refreshLocked(s)
 	}
@@ -362,12 +371,13 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	p.moveLocked(c, none)
 	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
 		delete(p.byFD, c.probe.fd())
+		p.unwatchLocked(c)
 	}
 	p.freedLocked()
 	if p.recency.remove(c) && c.unprobed() {
 		p.counts.Unprobed--
 	}
-	if reason != ClosedUnknown {
+	if reason != ClosedUnknown && c.id != 0 { // else its dial failed, and was counted as that
 		p.closedBy[reason]++
 	}
 	if s.special != nil {

@@ -56,8 +56,7 @@ func (p *Pool) CloseIdle() {
 }
 
 func (p *Pool) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
-	for s.top != nil {
-		c := s.top
+	for c := s.topLocked(); c != nil; c = s.topLocked() {
 		p.takeLocked(c)
 		p.moveLocked(c, closing)
 		todo.close(c, reason, nil)
@@ -79,7 +78,7 @@ func (p *Pool) Close() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeGrace)
 	defer cancel()
-	if p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watcher == nil }) {
+	if p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watching.running == 0 }) {
 		return nil
 	}
 	p.mu.Lock()
@@ -114,6 +113,9 @@ func (p *Pool) shut() bool {
 	watcher := p.watcher
 	if p.sweeper != nil {
 		p.sweeper.Stop()
+	}
+	if p.watching.retry != nil {
+		p.watching.retry.Stop()
 	}
 	for s := range p.sites.all() {
 		p.shutSiteLocked(s, &todo)

@@ -187,7 +187,7 @@ func (c *conn) adopt(nc net.Conn) {
 func (c *conn) link(inOrder bool) {
 	s := c.site
 	above, below := (*conn)(nil), s.top
-	for inOrder && below != nil && below.since > c.since {
+	for inOrder && below != nil && below.unusedSince() > c.since {
 		above, below = below, below.down
 	}
 	c.up, c.down = above, below
@@ -209,6 +209,31 @@ func (c *conn) link(inOrder bool) {
 func (c *conn) lendAtLocked(now instant) {
 	now = max(now, c.since)
 	c.idleFor, c.since = now.sub(c.since), now
+}
+
+// unusedSince is when c was given back, for one on the idle stack.
+func (c *conn) unusedSince() instant {
+	if c.phase == idle {
+		return c.since
+	}
+	return c.since - instant(c.idleFor)
+}
+
+// linked reports whether c is on the idle stack: if it is idle; and if it is being
+// looked at, and no borrower has come by since. So a look ends where it began,
+// however many others lie on top.
+func (c *conn) linked() bool { return c.up != nil || c.site.top == c }
+
+// topLocked is the idle connection of s that was given back last; nil if there is
+// none. What is being looked at, and lies on top of that, is taken off the stack.
+func (s *site) topLocked() *conn {
+	if s.n[idle] == 0 {
+		return nil
+	}
+	for s.top.phase != idle {
+		s.top.unlink()
+	}
+	return s.top
 }
 
 // unlink takes c off the idle stack.

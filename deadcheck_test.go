@@ -332,7 +332,7 @@ func TestNoProbeLeavesItToTheBorrower(t *testing.T) {
 func TestASweepClosesWhatDiedAndKeepsWhatLives(t *testing.T) {
 	eachProbed(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
 		p := n.pool(t, nil)
-		p.watchOnce.Do(func() {}) // where nothing tells of the death before the sweep
+		p.watching.off = true // where nothing tells of the death before the sweep
 		var out []held
 		for range 5 {
 			h := hold(t, p, n.addr)

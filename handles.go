@@ -61,9 +61,6 @@ func (p *Pool) enroll(c *conn) {
 	if c.probe.raw == nil {
 		return
 	}
-	if !p.cfg.NoProbe {
-		p.watchOnce.Do(p.startWatcher)
-	}
 	limit, limited := p.sys.handleLimit()
 	now := p.clock.now()
 	var todo agenda
@@ -72,7 +69,6 @@ func (p *Pool) enroll(c *conn) {
 		p.disownLocked(old, &todo)
 	}
 	p.byFD[c.probe.fd()] = c
-	watcher := p.watcher
 	if limited && p.cfg.MaxOpen < math.MaxInt {
 		p.pressure, p.pressedAt = pressureAt(c.probe.fd(), limit), now
 		if p.pressure == handlesCritical {
@@ -86,7 +82,7 @@ func (p *Pool) enroll(c *conn) {
 		p.pressure = handlesPlenty // there is no limit any more that could be short
 	}
 	p.mu.Unlock()
-	watcher.add(c)
+	p.listenTo(c)
 	todo.run(p)
 }
 

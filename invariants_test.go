@@ -57,13 +57,16 @@ func (p *Pool) inconsistency() error {
 		stack := 0
 		var above *conn
 		for c := s.top; c != nil; above, c = c, c.down {
+			if c.phase == borrowed && c.site == s && c.up == above {
+				continue // it is being looked at
+			}
 			stack++
 			switch {
 			case c.phase != idle || c.site != s:
 				return fmt.Errorf("2: a connection in phase %d is on the idle stack of %v", c.phase, addr)
 			case c.up != above:
 				return fmt.Errorf("2: the idle stack of %v is torn", addr)
-			case above != nil && c.since > above.since:
+			case above != nil && c.since > above.unusedSince():
 				return fmt.Errorf("2: the idle stack of %v is out of order", addr)
 			case c.word.Load()&(lent|gone|broken|inFlight) != 0:
 				return fmt.Errorf("2: an idle connection of %v has the word %#x", addr, c.word.Load())
@@ -112,7 +115,7 @@ func (p *Pool) inconsistency() error {
 			return fmt.Errorf("4: the queue of %v counts %d, has %d", addr, q.len, length)
 		case bare != q.bare:
 			return fmt.Errorf("4: the queue of %v is wrong about who has no dial", addr)
-		case length > 0 && s.top != nil:
+		case length > 0 && s.n[idle] > 0:
 			return fmt.Errorf("4: %d wait for %v beside %d idle", length, addr, s.n[idle])
 		case int(s.waiting) != length:
 			return fmt.Errorf("4: %v reports %d waiting of %d", addr, s.waiting, length)

@@ -42,13 +42,21 @@ func TestWithoutMaxOpenThereIsNoPressureOfHandles(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, limit := short(t, n)
+			held := hold(t, p, n.addr)
 			end(p, limit)
+			if limit.Load() > 0 { // else the next dial will tell
+				require.NoError(t, held.end(nil))
+				require.Equal(t, 1, p.Stats().Idle, "it is known at once")
+			}
 			before := p.Stats().Dials
 			for range 10 {
 				loan(t, p, n.addr)
 			}
 			require.LessOrEqual(t, p.Stats().Dials-before, uint64(1))
 			require.Equal(t, 1, p.Stats().Idle)
+			if limit.Load() == 0 {
+				require.NoError(t, held.end(nil))
+			}
 		})
 	}
 }

@@ -260,7 +260,7 @@ func tlPool(t testing.TB, watched bool, change ...func(*Config)) *Pool {
 	p, err := New(cfg)
 	require.NoError(t, err)
 	if !watched {
-		p.watchOnce.Do(func() {})
+		p.watching.off = true
 	}
 	t.Cleanup(func() {
 		require.NoError(t, p.Close())

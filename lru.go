@@ -5,22 +5,33 @@ package connpool
 // time, and each costs two pointers.
 //
 // A connection is in it from the end of its dial until it leaves the pool, also
-// while it is lent. Being in use counts as "used now", so a lent connection
-// that has sunk to the old end is no victim; the search lifts it to the young
-// end and goes on. It can sink again only after everything that was idle above
-// it has been used or evicted, so the search costs O(1) per eviction in the
-// long run, and the order among the idle ones is exactly that of their last
-// give-back.
+// while it is lent. A lent one is no victim, and most are at the young end, where
+// no search comes. One that has sunk to the old end all the same is put aside by the
+// search that meets it, behind a mark at which searches begin:
+//
+//	ends - put aside, in no order - lent - by last use, oldest first - ends
+//
+// From there it goes to the young end when it is given back, as each connection
+// does. So a loan is met by one search at most, however many are held and for how
+// long, and the order among the idle ones is exactly that of their last give-back (but
+// one that was only looked at, and met by a search meanwhile, counts as used then).
 //
 // All methods need Pool.mu.
 type recency struct {
 	ends conn // no connection: the youngest is its older, the oldest its younger
+	lent conn // no connection: between those put aside and the others
 	len  int
 
-	round uint8 // the current, or last, walk
+	round uint8 // the current, or last, walk; less than aside
 }
 
-func (r *recency) init() { r.ends.younger, r.ends.older = &r.ends, &r.ends }
+// aside in conn.round says that the connection was put aside.
+const aside = 1 << 7
+
+func (r *recency) init() {
+	r.ends.younger, r.ends.older = &r.ends, &r.ends
+	r.insert(&r.lent, &r.ends)
+}
 
 func (r *recency) add(c *conn) {
 	r.insert(c, &r.ends)
@@ -45,6 +56,14 @@ func (r *recency) touch(c *conn) {
 	if r.ends.older != c {
 		r.cut(c)
 		r.insert(c, &r.ends)
+		c.round &^= aside
+	}
+}
+
+// back puts c, which nobody has any more, where a search will find it.
+func (r *recency) back(c *conn) {
+	if c.round >= aside {
+		r.touch(c)
 	}
 }
 
@@ -60,13 +79,15 @@ func (r *recency) remove(c *conn) bool {
 
 // oldestIdle is the least recently used of the n idle connections.
 func (r *recency) oldestIdle(n int) *conn {
-	for c := r.ends.younger; n > 0; {
+	for c := r.lent.younger; n > 0 && c != &r.ends; {
 		next := c.younger
 		switch {
 		case c.phase == idle:
 			return c
-		case c.site != nil: // else the mark of a walk, or the ends
-			r.touch(c)
+		case c.site != nil: // else the mark of a walk
+			r.cut(c)
+			r.insert(c, &r.lent)
+			c.round |= aside
 		}
 		c = next
 	}
@@ -84,23 +105,24 @@ func (r *recency) all() []*conn {
 	return all
 }
 
-// walk is how a sweep meets all connections that there were when it began, n at
-// a time and the oldest first: it lists the next ones, and leaves mark (no
-// connection, and in no ring before the first call) where the next call goes on.
-// What is used meanwhile moves to the young end, where each is met once. When
-// there is nothing left, mark is taken out.
+// walk is how a sweep meets the connections that there were when it began, n at a time:
+// it lists the next ones, those put aside first and then the oldest, and leaves mark (no
+// connection, and in no ring before the first call) where the next call goes on. What
+// is used meanwhile moves to the young end, where each is met once; what a search
+// puts aside meanwhile is lent, and not met if it stays that. When there is nothing
+// left, mark is taken out.
 func (r *recency) walk(mark *conn, n int) []*conn {
 	c := r.ends.younger
 	if mark.younger == nil {
-		r.round++
+		r.round = (r.round + 1) % aside
 	} else {
 		c = mark.younger
 		r.cut(mark)
 	}
 	var met []*conn
 	for ; c != &r.ends && len(met) < n; c = c.younger {
-		if c.site != nil && c.round != r.round {
-			c.round = r.round
+		if c.site != nil && c.round&^aside != r.round {
+			c.round = r.round | c.round&aside
 			met = append(met, c)
 		}
 	}

@@ -89,7 +89,7 @@ func TestTheSearchForAVictimPassesALentConnectionOnce(t *testing.T) {
 		rec.add(conns[i])
 	}
 	require.Same(t, conns[k], rec.oldestIdle(k))
-	require.Same(t, conns[k], rec.ends.younger, "the lent ones are out of the way")
+	require.Same(t, conns[k], rec.lent.younger, "the lent ones are out of the way")
 }
 
 // BETA-33
@@ -274,7 +274,7 @@ func TestAWalkMeetsEachConnectionThatStays(t *testing.T) {
 			}
 		}
 		for _, c := range stays {
-			require.True(t, met[c], "seed %d", seed)
+			require.True(t, met[c] || c.round >= aside, "seed %d", seed) // what was put aside meanwhile is lent
 		}
 		require.Nil(t, mark.younger, "the mark is out")
 		require.Len(t, rec.all(), rec.len)

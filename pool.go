@@ -48,8 +48,8 @@ type Pool struct {
 
 	sessions *sessionCaches // for TLS
 
-	watchOnce sync.Once    // starts watcher
-	handles   atomic.Int64 // what the process's handle limit leaves, as of the last look
+	newWatcher func() (*watcher, error) // but for tests that of the system
+	handles    atomic.Int64             // what the process's handle limit leaves, as of the last look
 
 	// mu guards everything below, and the fields of site, conn and waiter
 	// that say so. See invariant 1 for what must not happen under it.
@@ -71,6 +71,7 @@ type Pool struct {
 	pressedAt instant            // when that was
 	starving  int                // dials that wait for a handle
 	freed     chan struct{}      // closed and renewed when something may have freed one
+	watching  watching           // how it stands with watcher
 	watcher   *watcher           // nil where there is none, and before the first connection
 	sweeping  bool               // a sweep is under way
 	looked    int                // idle connections of addresses with a reserve that are being looked at
@@ -129,6 +130,8 @@ func New(cfg Config) (*Pool, error) {
 		sessions: newSessionCaches(),
 		left:     make(chan struct{}),
 		freed:    make(chan struct{}),
+
+		newWatcher: newWatcher,
 	}
 	p.recency.init()
 	// Who asks for short times, or watches, gets them exactly.
@@ -281,7 +284,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			}
 			s = p.newSiteLocked(addr)
 		}
-		c, dead := s.top, false
+		c, dead := s.topLocked(), false
 		if c != nil {
 			p.takeLocked(c)
 			c.lendAtLocked(now)

@@ -102,7 +102,7 @@ func TestAMessageIsPushedBeforeTheConnectionIsLent(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
 		p := n.pool(t, func(c *Config) { c.Push, c.CheckInterval, c.MaxPerAddr = a.hear, -1, 1 })
-		p.watchOnce.Do(func() {}) // no watcher
+		p.watching.off = true // no watcher
 		first := loan(t, p, n.addr)
 		for i := range 20 {
 			require.Equal(t, 1, n.srv.PushIdle(-1, fmt.Appendf(nil, "push %d\n", i)))
@@ -122,7 +122,7 @@ func TestASweepPushesWhatItFinds(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
 		p := n.pool(t, func(c *Config) { c.Push, c.CheckInterval = a.hear, time.Hour })
-		p.watchOnce.Do(func() {})
+		p.watching.off = true
 		loan(t, p, n.addr)
 		require.Equal(t, 1, n.srv.PushIdle(-1, []byte("push x\n")))
 		stirs(t, p, n.addr)

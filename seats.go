@@ -1,12 +1,9 @@
 package connpool
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
-	"runtime"
-	"strconv"
 	"sync"
 )
 
@@ -28,26 +25,27 @@ type seats struct {
 //	free --take--> taken --rise--> free, or the next in line's
 //
 // While it is free, c belongs to the session, and vacate takes it. While it is
-// taken, what seats.mu does not guard belongs to the goroutine that took it.
+// taken, what seats.mu does not guard belongs to the goroutine of the use that took it.
 // A session that has ended has no connection on a free seat: vacate takes those
 // of the seats that are free at that moment, rise that of a seat that becomes
 // free later. So what a use leaves and the end of the use are one critical
 // section.
 type seat struct {
 	addr Addr
-	by   uint64  // the goroutine that has it, 0 if it is free; seats.mu
+	by   uint64  // the use that has it, see newUse; 0 if it is free; seats.mu
 	line []*turn // those who wait for it, oldest first; seats.mu
 	c    *conn   // kept between two uses; nil if there is none
 
 	usedAt instant // when the last use of c ended
 	loan   Conn    // of the use under way
+	marks  int     // how many frames its number is, see underway
 
 	// What a use nested in the one under way did to the connection.
 	spoiled CloseReason
 	why     error
 }
 
-// turn is a goroutine that waits for a seat.
+// turn is a use that waits for a seat.
 type turn struct {
 	by     uint64
 	served bool          // ready is closed: the seat is its own, or the session has ended
@@ -121,15 +119,21 @@ func (b *seats) giveBackQuietly(held ...*conn) {
 	b.giveBack(held)
 }
 
-// take makes the goroutine me the one who uses the seat of addr, or finds that
-// it is already. A nil seat means that the session has ended.
+// take makes the use me the one that has the seat of addr, or finds that the caller is
+// inside the one that has it. A nil seat means that the session has ended.
 func (b *seats) take(ctx context.Context, addr Addr, me uint64) (st *seat, nested bool, _ error) {
 	b.mu.Lock()
 	st = b.byAddr[addr]
-	switch {
-	case st != nil && st.by == me: // even if the session has ended: fn is still at it
+	if st != nil && st.by != 0 {
+		by := st.by
 		b.mu.Unlock()
-		return st, true, nil
+		if underway(by) { // and nobody takes it from us; even if the session has ended: fn is still at it
+			return st, true, nil
+		}
+		b.mu.Lock()
+		st = b.byAddr[addr]
+	}
+	switch {
 	case b.ended:
 		b.mu.Unlock()
 		return nil, false, nil
@@ -220,20 +224,4 @@ func (b *seats) riseLocked(st *seat, c *conn) (left *conn) {
 	}
 	b.leaveLocked()
 	return left
-}
-
-// goroutine is the number of the calling goroutine. The runtime gives each its
-// own, never gives one twice, and tells it only in the text of a stack. It is
-// asked for in sessions alone, where it tells a use inside another, which must
-// not wait for it, from one beside it, which must: fn is given no ctx that
-// could say so.
-func goroutine() uint64 {
-	var b [64]byte
-	text := bytes.TrimPrefix(b[:runtime.Stack(b[:], false)], []byte("goroutine "))
-	text, _, _ = bytes.Cut(text, []byte(" "))
-	id, err := strconv.ParseUint(string(text), 10, 64)
-	if err != nil {
-		panic("connpool: the runtime does not number its goroutines any more: " + string(b[:]))
-	}
-	return id
 }

@@ -100,14 +100,15 @@ func (p *Pool) withinSession(ctx context.Context, addr Addr, fn func(Conn) error
 	if err != nil {
 		return true, usage(addr, err)
 	}
-	st, nested, err := s.take(ctx, addr, goroutine())
+	me := newUse()
+	st, nested, err := s.take(ctx, addr, *me)
 	switch {
-	case err != nil:
-		return true, err
-	case st == nil:
-		return false, nil
+	case err != nil || st == nil:
 	case nested:
-		return true, st.again(ctx, fn)
+		err = st.again(ctx, fn)
+	default:
+		err = s.useMarked(ctx, st, fn, *me)
 	}
-	return true, s.use(ctx, st, fn)
+	returned(me)
+	return err != nil || st != nil, err
 }

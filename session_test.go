@@ -446,20 +446,6 @@ func startAndForgetUnder(t *testing.T, p *Pool, parent context.Context, addr Add
 	require.NoError(t, p.With(ctx, addr, func(c Conn) error { _, err := ask(c, newToken()); return err }))
 }
 
-func TestTheNumberOfAGoroutineIsItsOwn(t *testing.T) {
-	me := goroutine()
-	require.NotZero(t, me)
-	seen := map[uint64]bool{me: true}
-	for range 100 {
-		got := make(chan uint64)
-		go func() { got <- goroutine() }()
-		id := <-got
-		require.False(t, seen[id])
-		seen[id] = true
-		require.Equal(t, me, goroutine())
-	}
-}
-
 func TestASessionElsewhereCostsALoanNoAllocation(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates on its own account")

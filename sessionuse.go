@@ -38,7 +38,7 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 		defer p.rescue(c, &owner)
 		c.observedBy(t)
 		if p.holds != nil {
-			p.hold(c, 3)
+			p.hold(c, 3+st.marks)
 		}
 	} else {
 		defer p.rescue(c, &owner)

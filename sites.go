@@ -83,7 +83,8 @@ func (t *siteTable) renew() { t.by, t.rest, t.last = make(map[uint64]*site), nil
 func (t *siteTable) len() int { return len(t.by) + len(t.rest) }
 
 // all ranges over the sites in no particular order. The body may remove the one
-// it is given.
+// it is given. When it is done with that one it may unlock Pool.mu and lock it again,
+// see eachSiteLocked.
 func (t *siteTable) all() iter.Seq[*site] {
 	return func(yield func(*site) bool) {
 		for _, s := range t.by {

@@ -9,6 +9,14 @@ import (
 
 // Stats is a snapshot of a pool: first what is, then what was. In every
 // snapshot Open = Dialing + Idle + InUse + Closing.
+//
+// The counters balance: each dial ends as one of DialErrors, of Detached, or of one
+// reason in Closed, so at rest
+//
+//	Dials - DialErrors - Detached - (the sum of Closed) = Open
+//
+// holds, also after a failed Setup. (A connection whose Setup failed is one of
+// DialErrors at once, and one of Open until it is closed.)
 type Stats struct {
 	Open     int // sockets that exist or are being made; what MaxOpen limits
 	Dialing  int // being opened, or in Setup
@@ -35,7 +43,7 @@ type Stats struct {
 	WaitsFailed  uint64        // borrowers that left the queue with an error, their own ctx's included
 	Exhausted    uint64        // borrowers refused with ErrExhausted
 
-	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent
+	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent, and so is ClosedSetupFailed
 }
 
 // String is one line for a log.
@@ -77,21 +85,23 @@ func (p *Pool) Stats() Stats {
 }
 
 // Addrs ranges over the addresses that the pool keeps books for, in no
-// particular order. The snapshot is taken when the loop begins; the body runs
-// with no lock held and may use the pool.
+// particular order. The snapshot is taken when the loop begins, of some addresses
+// at a time, so that it holds up nobody: what is told of one address was true at one
+// moment, and the sum over all need not be. The body runs with no lock held and
+// may use the pool.
 func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 	return func(yield func(Addr, AddrStats) bool) {
 		p.mu.Lock()
 		all := make([]AddrStats, 0, p.sites.len())
 		addrs := make([]Addr, 0, p.sites.len())
-		for s := range p.sites.all() {
+		p.eachSiteLocked(func(s *site) {
 			addrs = append(addrs, s.addr)
 			all = append(all, AddrStats{
 				Open: openOf(&s.n), Dialing: int(s.n[dialing]), Idle: int(s.n[idle]), InUse: int(s.n[borrowed]), Closing: int(s.n[closing]),
 				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
 				BackingOff: s.backingOff(), LastErr: inStats(s.lastErr()),
 			})
-		}
+		})
 		p.mu.Unlock()
 		for i, a := range addrs {
 			if !yield(a, all[i]) {

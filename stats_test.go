@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"expvar"
 	"fmt"
 	"log/slog"
@@ -532,4 +533,73 @@ func TestAPanicInTraceOrLogLosesNothing(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TRY-53: each dial ends as one thing, whichever way it ends: what was dialled, less what
+// failed, was closed or taken away, is open.
+func TestTheCountersBalance(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var fail atomic.Bool
+		stolen := errors.New("Setup fails")
+		n := newTestnet(t)
+		n.open(Config{MaxOpen: 8, DialTimeout: time.Second,
+			Dialers: map[Transport]DialFunc{TCP: n.dial},
+			Setup: func(_ context.Context, a Addr, nc net.Conn) (any, error) {
+				switch {
+				case !fail.Load():
+					return nil, nil
+				case a.Scope == "close":
+					return nil, nc.Close()
+				case a.Scope == "slow":
+					time.Sleep(time.Minute)
+					return nil, nil
+				case a.Scope == "panic":
+					panic(errBoom)
+				}
+				return nil, stolen
+			}})
+		balance := func(open int) {
+			t.Helper()
+			synctest.Wait()
+			st := n.p.Stats()
+			sum := st.DialErrors + st.Detached
+			for _, k := range st.Closed {
+				sum += k
+			}
+			require.Equal(t, open, st.Open)
+			require.Equal(t, st.Dials, sum+uint64(st.Open), "%v %v", st, st.Closed)
+			n.check()
+		}
+		n.use(at("a"))
+		balance(1)
+		for i, scope := range []string{"error", "close", "slow", "panic"} {
+			fail.Store(true)
+			a := at("b")
+			a.Scope = scope
+			n.fail(bg, a)
+			time.Sleep(2 * time.Minute)
+			balance(0) // a has expired
+			require.EqualValues(t, i+1, n.p.Stats().DialErrors)
+			require.Zero(t, n.p.Stats().Closed[ClosedSetupFailed])
+		}
+		fail.Store(false)
+		nc, err := n.p.DialContext(bg, "tcp", "h:80")
+		require.NoError(t, err)
+		balance(1)
+		require.NoError(t, nc.Close())
+		balance(0)
+		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
+			nc, err := c.Detach()
+			if err == nil {
+				err = nc.Close()
+			}
+			return err
+		}))
+		balance(0)
+		n.Host("a").FailNext(errBoom)
+		n.fail(bg, at("a"))
+		balance(0)
+		require.Error(t, n.p.With(bg, at("a"), discard))
+		balance(0)
+	})
 }

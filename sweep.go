@@ -23,7 +23,8 @@ import (
 // checkers bounds the pings of one sweep that run at the same time.
 const checkers = 16
 
-// atOnce is how many connections a sweep lists before it lets borrowers pass.
+// atOnce is how many connections a sweep lists, or addresses it visits, before it lets
+// borrowers pass.
 const atOnce = 64
 
 func (p *Pool) armSweepLocked() {
@@ -41,6 +42,20 @@ func (p *Pool) sweepPeriod() time.Duration {
 	return failureMemory
 }
 
+// eachSiteLocked calls visit for each address, with the lock held, which it gives up
+// and takes again so that nobody waits for a million of them. Addresses that are
+// forgotten meanwhile do not come any more, and new ones may come or not.
+func (p *Pool) eachSiteLocked(visit func(*site)) {
+	n := 0
+	for s := range p.sites.all() {
+		visit(s)
+		if n++; n%atOnce == 0 {
+			p.mu.Unlock()
+			p.mu.Lock()
+		}
+	}
+}
+
 // sighting is an idle connection as a sweep found it.
 type sighting struct {
 	c   *conn
@@ -56,7 +71,10 @@ func (p *Pool) sweep() {
 		return
 	}
 	p.sweeping = true
-	for s := range p.sites.all() {
+	p.eachSiteLocked(func(s *site) {
+		if p.closed {
+			return
+		}
 		if t := s.trouble; t != nil && t.failures > 0 && s.queue.len == 0 && now.sub(t.failedAt) >= failureMemory {
 			p.stopRetryLocked(s)
 			s.trouble = nil
@@ -69,7 +87,7 @@ func (p *Pool) sweep() {
 		if s.special.reserved() {
 			p.sweepReserveLocked(s, now)
 		}
-	}
+	})
 	var todo agenda
 	if p.short.Len() > 0 {
 		p.admitLocked(&todo)
@@ -107,6 +125,7 @@ func (p *Pool) sweep() {
 		})
 	}
 	group.Wait()
+	p.rewatch()
 
 	p.mu.Lock()
 	p.sweeping = false
@@ -182,7 +201,7 @@ func (p *Pool) examine(at sighting, ping bool) {
 		p.mu.Unlock()
 		return
 	}
-	p.takeLocked(c)
+	p.moveLocked(c, borrowed) // it keeps its place on the stack, see linked
 	c.lendAtLocked(p.clock.now())
 	c.lookedAtLocked(true)
 	p.mu.Unlock()

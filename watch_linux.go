@@ -1,7 +1,6 @@
 package connpool
 
 import (
-	"log/slog"
 	"os"
 	"syscall"
 
@@ -20,27 +19,10 @@ import (
 type watcher struct {
 	file *os.File
 	raw  syscall.RawConn
-	fd   int
+	ctl  func(epfd, op, fd int, event *unix.EpollEvent) error // unix.EpollCtl, but for tests
 }
 
-// startWatcher makes the pool's watcher. Without one (the system may refuse)
-// the sweep has to do.
-func (p *Pool) startWatcher() {
-	w, err := newWatcher()
-	if err != nil {
-		p.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
-		return
-	}
-	p.mu.Lock()
-	if p.closed {
-		p.mu.Unlock()
-		w.close()
-		return
-	}
-	p.watcher = w
-	p.mu.Unlock()
-	go p.watch(w)
-}
+const canWatch = true
 
 func newWatcher() (*watcher, error) {
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
@@ -58,7 +40,7 @@ func newWatcher() (*watcher, error) {
 		file.Close()
 		return nil, err
 	}
-	return &watcher{file, raw, fd}, nil
+	return &watcher{file: file, raw: raw, ctl: unix.EpollCtl}, nil
 }
 
 // watch passes on what the watcher hears, until it is closed.
@@ -81,10 +63,7 @@ func (p *Pool) watch(w *watcher) {
 			}
 		}
 	}
-	p.mu.Lock()
-	p.watcher = nil
-	p.leftLocked()
-	p.mu.Unlock()
+	p.unwatched(w)
 }
 
 func (w *watcher) close() {
@@ -93,8 +72,8 @@ func (w *watcher) close() {
 	}
 }
 
-// add begins to watch c. If the kernel refuses, the sweep has to do.
-func (w *watcher) add(c *conn) { w.control(c, unix.EPOLL_CTL_ADD) }
+// add begins to watch c.
+func (w *watcher) add(c *conn) error { return w.control(c, unix.EPOLL_CTL_ADD) }
 
 // rearm makes it hear of c again, also of what there is already. A pool with a
 // Push listens for data as well, and once: what arrives during a loan would wake
@@ -104,9 +83,9 @@ func (w *watcher) rearm(c *conn) { w.control(c, unix.EPOLL_CTL_MOD) }
 // remove ends it, for a connection that lives on.
 func (w *watcher) remove(c *conn) { w.control(c, unix.EPOLL_CTL_DEL) }
 
-func (w *watcher) control(c *conn, op int) {
+func (w *watcher) control(c *conn, op int) (err error) {
 	if w == nil || c.probe.raw == nil {
-		return
+		return nil
 	}
 	events := uint32(unix.EPOLLRDHUP | unix.EPOLLET)
 	if c.site.pool.cfg.Push != nil && !c.site.tracked() {
@@ -114,7 +93,11 @@ func (w *watcher) control(c *conn, op int) {
 	}
 	w.raw.Control(func(epfd uintptr) { // which keeps it from being closed meanwhile
 		c.probe.raw.Control(func(fd uintptr) {
-			unix.EpollCtl(int(epfd), op, int(fd), &unix.EpollEvent{Events: events, Fd: int32(fd)})
+			err = w.ctl(int(epfd), op, int(fd), &unix.EpollEvent{Events: events, Fd: int32(fd)})
 		})
 	})
+	if err == unix.EEXIST { // it was added twice, by who made the watcher and by who dialled
+		return nil
+	}
+	return err
 }

@@ -685,9 +685,9 @@ var mutants = []mutant{
 	},
 	{
 		name:  "tracked-lost-while-read",
-		old:   "func (c *trackedTCP) Read(b []byte) (int, error) {\n\tdefer runtime.KeepAlive(c)\n\treturn",
-		new:   "func (c *trackedTCP) Read(b []byte) (int, error) {\n\treturn",
-		tests: `TestATrackedConnectionInUseIsNotTakenForDropped`,
+		old:   "func (c *trackedConn) Read(b []byte) (int, error) {\n\tdefer runtime.KeepAlive(c)\n\treturn",
+		new:   "func (c *trackedConn) Read(b []byte) (int, error) {\n\treturn",
+		tests: `TestATrackedConnectionIsKeptByEachReadInFlight`,
 	},
 
 	// --- limits ---
@@ -1093,7 +1093,7 @@ var mutants = []mutant{
 	{
 		name:  "reserve-mark-ends-at-a-hand-over",
 		old:   "c.fromReserveLocked(reserve)\n\t\tp.deliverLocked",
-		new:   "p.deliverLocked",
+		new:   "_ = reserve\n\t\tp.deliverLocked",
 		tests: `TestAReserveThatIsHandedOverIsLentAndNothingElse`,
 	},
 	{
@@ -1273,5 +1273,42 @@ var mutants = []mutant{
 		old:   `return nil, pe.opError(network, address)`,
 		new:   `return nil, pe`,
 		tests: `TestAnErrorOfDialContextIsThatOfADialer`,
+	},
+	// --- no worse than linear ---
+	{
+		name:  "lent-ones-are-put-aside",
+		old:   "r.cut(c)\n\t\t\tr.insert(c, &r.lent)\n\t\t\tc.round |= aside",
+		new:   "r.touch(c)",
+		tests: `TestAnEvictionPassesWhatIsHeldOnce`,
+	},
+	{
+		name:  "put-aside-comes-back",
+		old:   "\tp.recency.back(c)\n",
+		new:   "",
+		tests: `TestAnEvictionFindsWhatWasLookedAtMeanwhile`,
+	},
+	{
+		name:  "a-look-keeps-its-place",
+		old:   "p.moveLocked(c, borrowed) // it keeps its place on the stack, see linked",
+		new:   "p.takeLocked(c)",
+		tests: `TestALookEndsWhereItBegan`,
+	},
+	{
+		name:  "addresses-in-parts",
+		old:   "if n++; n%atOnce == 0 {",
+		new:   "if n++; false {",
+		tests: `TestNobodyWaitsForAllAddresses`,
+	},
+	{
+		name:  "numbers-of-panics-are-kept",
+		old:   "me := newUse()\n",
+		new:   "me := newUse()\n\tdefer returned(me)\n",
+		tests: `TestNumbersOfUsesAreTheirOwn`,
+	},
+	{
+		name:  "a-failed-dial-counts-once",
+		old:   "if reason != ClosedUnknown && c.id != 0 {",
+		new:   "if reason != ClosedUnknown {",
+		tests: `TestTheCountersBalance`,
 	},
 }

@@ -1,0 +1,231 @@
+package connpool
+
+import (
+	"context"
+	"reflect"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// A use inside a use of the same session and address must not wait for it, and one
+// beside it must: they differ in the goroutine, and fn is given no ctx that could say
+// so. The runtime tells the number of a goroutine only in the text of its
+// stack, which takes longer than anything else in a loan. But it tells quickly by
+// which calls a goroutine has come to where it is. So each use has a number, and
+// its fn runs below calls that spell this number, a digit each:
+//
+//	useMarked, markBegin, markUp, mark5, markUp, mark12, markUp, use, fn, ...
+//
+// A use that finds the seat taken, and no other, looks whether the number of the one
+// that has it is spelled on its own stack.
+//
+// No two uses under way have the same number, in the whole process, and most numbers
+// have one digit. A number is free again when its use has returned. One that ended
+// by a panic, or by runtime.Goexit, never gives it back: deferred calls further up
+// run on top of a stack that spells it still.
+
+var (
+	numbers = sync.Pool{New: func() any {
+		num := lastNumber.Add(1)
+		return &num
+	}}
+	lastNumber atomic.Uint64
+)
+
+func newUse() *uint64 { return numbers.Get().(*uint64) }
+
+func returned(num *uint64) { numbers.Put(num) }
+
+// marked is a use on its way down.
+type marked struct {
+	b    *seats
+	st   *seat
+	fn   func(Conn) error
+	num  uint64
+	left int // digits of num that are not on the stack yet
+
+	learn func() // instead of the use; see learnMarks
+}
+
+// useMarked is use, under its number.
+func (b *seats) useMarked(ctx context.Context, st *seat, fn func(Conn) error, num uint64) error {
+	left := digits(num)
+	st.marks = 3 + 2*left // with this one, markBegin and the first markUp
+	return markBegin(ctx, &marked{b: b, st: st, fn: fn, num: num, left: left})
+}
+
+func digits(num uint64) (n int) {
+	for ; num > 0; num >>= 4 {
+		n++
+	}
+	return n
+}
+
+// Each of these has one call in it, so that there is one address to which it returns.
+
+//go:noinline
+func markBegin(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func markUp(ctx context.Context, m *marked) error {
+	if m.left == 0 {
+		if m.learn != nil {
+			m.learn()
+			return nil
+		}
+		return m.b.use(ctx, m.st, m.fn)
+	}
+	m.left--
+	switch m.num >> (4 * m.left) & 15 {
+	case 0:
+		return mark0(ctx, m)
+	case 1:
+		return mark1(ctx, m)
+	case 2:
+		return mark2(ctx, m)
+	case 3:
+		return mark3(ctx, m)
+	case 4:
+		return mark4(ctx, m)
+	case 5:
+		return mark5(ctx, m)
+	case 6:
+		return mark6(ctx, m)
+	case 7:
+		return mark7(ctx, m)
+	case 8:
+		return mark8(ctx, m)
+	case 9:
+		return mark9(ctx, m)
+	case 10:
+		return mark10(ctx, m)
+	case 11:
+		return mark11(ctx, m)
+	case 12:
+		return mark12(ctx, m)
+	case 13:
+		return mark13(ctx, m)
+	case 14:
+		return mark14(ctx, m)
+	default:
+		return mark15(ctx, m)
+	}
+}
+
+//go:noinline
+func mark0(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark1(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark2(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark3(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark4(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark5(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark6(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark7(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark8(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark9(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark10(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark11(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark12(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark13(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark14(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+//go:noinline
+func mark15(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+
+// marks are the addresses to which markBegin and mark0 to mark15 return.
+type marks struct {
+	at          [17]uintptr // of the digits, and of markBegin
+	first, last uintptr
+}
+
+// learnMarks has the calls show them.
+var learnMarks = sync.OnceValue(func() *marks {
+	entries := [17]any{mark0, mark1, mark2, mark3, mark4, mark5, mark6, mark7, mark8, mark9, mark10, mark11, mark12, mark13, mark14, mark15, markBegin}
+	l := new(marks)
+	for d := range 16 {
+		m := &marked{num: uint64(d), left: 1}
+		m.learn = func() {
+			var pcs [16]uintptr
+			for _, pc := range pcs[:runtime.Callers(1, pcs[:])] {
+				for _, i := range [2]int{d, 16} {
+					entry := runtime.FuncForPC(reflect.ValueOf(entries[i]).Pointer()).Entry()
+					if f := runtime.FuncForPC(pc - 1); f != nil && f.Entry() == entry {
+						l.at[i] = pc
+					}
+				}
+			}
+		}
+		markBegin(context.Background(), m)
+	}
+	l.first, l.last = slices.Min(l.at[:]), slices.Max(l.at[:])
+	if l.first == 0 {
+		panic("connpool: the runtime does not tell any more by which calls a goroutine has come")
+	}
+	return l
+})
+
+// underway reports whether the caller is inside the use of that number.
+func underway(num uint64) bool {
+	var few [12]uintptr // as a rule fn does not go deep before it borrows again
+	pcs := few[:]
+	for {
+		n := runtime.Callers(2, pcs)
+		if inside := learnMarks().spell(pcs[:n], num); inside || n < len(pcs) {
+			return inside
+		}
+		pcs = make([]uintptr, 8*len(pcs)) // once more, and deeper
+	}
+}
+
+// spell reads the calls, the innermost first, so the last digit of a number comes
+// before the others. It reports whether there is the one of num.
+func (l *marks) spell(pcs []uintptr, num uint64) bool {
+	var read uint64
+	var shift uint
+	for _, pc := range pcs {
+		if pc < l.first || pc > l.last {
+			continue
+		}
+		switch d := slices.Index(l.at[:], pc); {
+		case d < 0:
+		case d < 16:
+			read |= uint64(d) << shift
+			shift += 4
+		case read == num:
+			return true
+		default:
+			read, shift = 0, 0
+		}
+	}
+	return false
+}

@@ -1,0 +1,170 @@
+package connpool
+
+import (
+	"log/slog"
+	"time"
+)
+
+// When a pool has a watcher: from its first connection with a descriptor to the
+// sweep that finds none any more, so that a pool which was used and forgotten leaves
+// nothing behind; and again from the next connection on. The system may refuse it a
+// handle, or a place for a connection. Until it has both, the sweep has to do, and
+// what was refused is tried again.
+
+// rewatchAfter is for how long at least a watcher that could not be made is not tried
+// again.
+const rewatchAfter = time.Second
+
+// watching is what a pool knows of its watcher. Pool.mu guards it.
+type watching struct {
+	off      bool               // there shall be none
+	starting bool               // somebody is making it
+	failedAt instant            // when it could not be made; 0: it could, or was not tried
+	retry    *time.Timer        // running while that shall be tried again
+	missed   map[*conn]struct{} // those that the watcher could not take; nil as a rule
+	running  int                // goroutines in watch
+}
+
+// listenTo sees to it that c, which has just been filed in byFD, is watched.
+func (p *Pool) listenTo(c *conn) {
+	p.mu.Lock()
+	w := p.watcher
+	p.mu.Unlock()
+	if w == nil {
+		p.startWatcher()
+		return
+	}
+	p.addTo(w, c)
+}
+
+func (p *Pool) addTo(w *watcher, c *conn) {
+	err := w.add(c)
+	if err == nil {
+		return
+	}
+	p.mu.Lock()
+	first := p.watching.missed == nil
+	if p.byFD[c.probe.fd()] == c {
+		if first {
+			p.watching.missed = make(map[*conn]struct{})
+		}
+		p.watching.missed[c] = struct{}{}
+	}
+	p.mu.Unlock()
+	if first {
+		p.log(slog.LevelWarn, "the deaths of some idle connections are found by the sweep only", "err", err)
+	}
+}
+
+// startWatcher makes the pool's watcher, if there is none and may be one, and has it
+// watch what there is.
+func (p *Pool) startWatcher() {
+	now := p.clock.exactly()
+	p.mu.Lock()
+	ws := &p.watching
+	failedBefore := ws.failedAt != 0
+	if !canWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
+		len(p.byFD) == 0 || failedBefore && now.sub(ws.failedAt) < rewatchAfter {
+		p.mu.Unlock()
+		return
+	}
+	ws.starting = true
+	p.mu.Unlock()
+
+	w, err := p.newWatcher()
+
+	var all []*conn
+	p.mu.Lock()
+	ws.starting = false
+	switch {
+	case err != nil:
+		ws.failedAt = now
+		p.rewatchLocked()
+	case p.closed:
+	default:
+		ws.failedAt = 0
+		ws.missed = nil
+		ws.running++
+		p.watcher = w
+		for _, c := range p.byFD {
+			all = append(all, c)
+		}
+	}
+	began := p.watcher == w && w != nil
+	p.mu.Unlock()
+	switch {
+	case err != nil:
+		if !failedBefore {
+			p.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
+		}
+	case !began:
+		w.close()
+	default:
+		go p.watch(w)
+		for _, c := range all {
+			p.addTo(w, c)
+		}
+	}
+}
+
+// rewatchLocked sees to it that the watcher is tried again, also if nobody dials.
+func (p *Pool) rewatchLocked() {
+	ws := &p.watching
+	if p.closed || len(p.byFD) == 0 {
+		return
+	}
+	if ws.retry == nil {
+		ws.retry = time.AfterFunc(rewatchAfter, p.startWatcher)
+	} else {
+		ws.retry.Reset(rewatchAfter)
+	}
+}
+
+// rewatch is the sweep's part: what could not be watched is tried again, and where
+// there is nothing to watch any more, the watcher ends.
+func (p *Pool) rewatch() {
+	var missed []*conn
+	p.mu.Lock()
+	w, idle := p.watcher, len(p.byFD) == 0
+	if w != nil && idle {
+		p.watcher = nil
+	}
+	for c := range p.watching.missed {
+		missed = append(missed, c)
+	}
+	p.watching.missed = nil
+	p.mu.Unlock()
+	switch {
+	case w == nil:
+		p.startWatcher()
+	case idle:
+		w.close()
+	default:
+		for _, c := range missed {
+			p.addTo(w, c)
+		}
+	}
+}
+
+// unwatched is told that the goroutine of a watcher ends.
+func (p *Pool) unwatched(w *watcher) {
+	p.mu.Lock()
+	p.watching.running--
+	if p.watcher == w {
+		p.watcher = nil
+	}
+	p.leftLocked()
+	p.mu.Unlock()
+}
+
+// unwatchLocked forgets c, which leaves the books.
+func (p *Pool) unwatchLocked(c *conn) {
+	delete(p.watching.missed, c)
+	switch {
+	case len(p.byFD) > 0:
+	case p.watcher != nil:
+		p.armSweepLocked() // which ends it
+	case p.watching.retry != nil:
+		p.watching.retry.Stop()
+	}
+}
