@@ -199,6 +199,7 @@ func KindOf(err error) Kind {
 		ioe *ioError
 		pan *PanicError
 		brk *brokenContract
+		ful *backlogFull
 		dns *net.DNSError
 		rec tls.RecordHeaderError
 		ale tls.AlertError
@@ -217,7 +218,7 @@ func KindOf(err error) Kind {
 		return ioe.kind
 	case errors.As(err, &pan), errors.As(err, &brk):
 		return KindInternal
-	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable):
+	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable), errors.As(err, &ful):
 		return KindResource
 	case errors.Is(err, ErrReturned), errors.Is(err, ErrClosed), errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrInvalid),
 		errors.Is(err, errors.ErrUnsupported):
