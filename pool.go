@@ -52,30 +52,33 @@ type Pool struct {
 
 	// mu guards everything below, and the fields of site, conn and waiter
 	// that say so. See invariant 1 for what must not happen under it.
-	mu       sync.Mutex
-	closed   bool
-	sites    siteTable
-	recency  recency
-	byFD     map[uintptr]*conn // by descriptor, from the dial to the removal
-	n        tally             // connections by phase
-	ready    siteHeap          // sites with want > 0
-	want     int               // dials that could start if there was room: the sum of site.want
-	overtook int               // hand-overs to a younger waiter since a slot was last given away
-	lastSeq  uint64            // of waiters
-	lastID   uint64            // of connections
-	counts   Stats             // but for the gauges that are made from n
-	closedBy [numCloseReasons]uint64
-	pressure pressure           // on file handles, as of the last dial
-	starving int                // dials that wait for a handle
-	freed    chan struct{}      // closed and renewed when something may have freed one
-	watcher  *watcher           // nil where there is none, and before the first connection
-	sweeping bool               // a sweep is under way
-	looked   int                // idle connections of addresses with a reserve that are being looked at
-	sweeper  *time.Timer        // nil until there is something to sweep
-	left     chan struct{}      // closed and renewed when, after Close, something leaves the books
-	given    Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far
-	short    list.List          // of the sites that want dials for nobody who waits, see warm.go
-	tracked  map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
+	mu        sync.Mutex
+	closed    bool
+	sites     siteTable
+	recency   recency
+	byFD      map[uintptr]*conn  // by descriptor, from the dial to the removal
+	n         tally              // connections by phase
+	ready     siteHeap           // sites with want > 0
+	want      int                // dials that could start if there was room: the sum of site.want
+	eager     int                // ... of those sites whose rank is 0
+	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
+	displaced int                // dials that were broken off for others and have not ended
+	overtook  int                // hand-overs to a younger waiter since a slot was last given away
+	lastSeq   uint64             // of waiters
+	lastID    uint64             // of connections
+	counts    Stats              // but for the gauges that are made from n
+	closedBy  [numCloseReasons]uint64
+	pressure  pressure           // on file handles, as of the last dial
+	starving  int                // dials that wait for a handle
+	freed     chan struct{}      // closed and renewed when something may have freed one
+	watcher   *watcher           // nil where there is none, and before the first connection
+	sweeping  bool               // a sweep is under way
+	looked    int                // idle connections of addresses with a reserve that are being looked at
+	sweeper   *time.Timer        // nil until there is something to sweep
+	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
+	given     Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far
+	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
+	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
 }
 
 // site is the books of one address. It exists while there is a connection, a
@@ -90,6 +93,7 @@ type site struct {
 	heapIndex int32    // in Pool.ready, -1 if not
 	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
 	family    family   // of a site of DialContext's; for life
+	rank      int16    // as of the last refreshLocked, see silence.go
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
 	trouble   *trouble // nil after a dial that worked
