@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"context"
 	"sync"
 	"time"
 )
@@ -67,6 +68,12 @@ func (p *Pool) refreshLocked(s *site) {
 		}
 		want = max(want, 0)
 	}
+	if s.rank == 0 {
+		p.eager -= int(s.want)
+	}
+	if p.rankLocked(s); s.rank == 0 {
+		p.eager += int(want)
+	}
 	p.want += int(want - s.want)
 	s.want = want
 	p.counts.Waiting += s.queue.len - int(s.waiting)
@@ -85,10 +92,10 @@ func (p *Pool) readyOf(s *site) *siteHeap {
 	return &p.ready
 }
 
-// nextLocked is the site that gets the next slot: that of the oldest waiter of all
-// without a dial. There is one.
+// nextLocked is the site that gets the next slot: the first of both heaps. There is
+// one.
 func (p *Pool) nextLocked() *site {
-	if len(p.readyOwn) == 0 || len(p.ready) > 0 && p.ready[0].queue.bare.seq < p.readyOwn[0].queue.bare.seq {
+	if len(p.readyOwn) == 0 || len(p.ready) > 0 && p.ready[0].before(p.readyOwn[0]) {
 		return p.ready[0]
 	}
 	return p.readyOwn[0]
@@ -101,14 +108,22 @@ func (p *Pool) admitLocked(todo *agenda) {
 	for p.want > 0 && !p.closed {
 		room := p.cfg.MaxDialing - int(p.n[dialing])
 		if room <= 0 {
+			p.shareLocked(todo)
 			return
 		}
 		s := p.nextLocked()
 		if openOf(&p.n) >= p.limitLocked() {
-			if int(p.n[closing]) >= min(p.want, room) {
+			want := p.want
+			if p.eager > 0 {
+				want = p.eager
+			}
+			if int(p.n[closing])+p.displaced >= min(want, room) {
 				return // enough is on its way
 			}
-			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
+			if p.shareLocked(todo) {
+				continue
+			}
+			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil && p.eager > 0 {
 				p.takeLocked(v)
 				p.moveLocked(v, closing)
 				todo.close(v, ClosedEvicted, nil)
@@ -309,7 +324,7 @@ func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 	// A busy address could keep its connections for ever while older
 	// waiters of other addresses need the slot. They are overtaken at most
 	// as often as there are slots.
-	if p.want > 0 && openOf(&p.n) >= limit && p.nextLocked().queue.bare.seq < s.queue.head.seq {
+	if p.eager > 0 && openOf(&p.n) >= limit && p.nextLocked().queue.bare.seq < s.queue.head.seq {
 		if p.overtook++; p.overtook > limit {
 			p.overtook = 0
 			return ClosedEvicted
@@ -405,8 +420,9 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 // agenda is what a critical section decided and its caller does after the
 // unlock. The connections in it are the caller's.
 type agenda struct {
-	dials  []*attempt
-	closes []closeOrder
+	dials   []*attempt
+	closes  []closeOrder
+	cancels []context.CancelFunc // of dials that are broken off
 }
 
 type closeOrder struct {
@@ -431,7 +447,7 @@ func (a *agenda) reasonOf(c *conn) CloseReason {
 
 // run is inlined: on the agenda of most loans there is nothing.
 func (a *agenda) run(p *Pool) {
-	if a.dials != nil || a.closes != nil {
+	if a.dials != nil || a.closes != nil || a.cancels != nil {
 		a.runAll(p)
 	}
 }
@@ -439,6 +455,9 @@ func (a *agenda) run(p *Pool) {
 func (a *agenda) runAll(p *Pool) {
 	for _, d := range a.dials {
 		go p.dial(d)
+	}
+	for _, cancel := range a.cancels {
+		cancel()
 	}
 	defer func() {
 		if len(a.closes) > 0 { // a Trace function called runtime.Goexit

@@ -51,6 +51,7 @@ type attempt struct {
 	// Pool.mu guards these.
 	newer, older *attempt           // among those of the site that waiters count on
 	surplus      bool               // it is not one of them any more: the pool breaks it off
+	displaced    bool               // ... for another address
 	brokenOff    bool               // when it ended, the pool was the cause, whatever its error says
 	spare        bool               // it was started for no waiter, and is never surplus
 	warm         *warming           // for which it was started, if for one
@@ -100,11 +101,13 @@ func (p *Pool) dial(a *attempt) {
 	a.enter(StageDial)
 	p.mu.Lock()
 	a.giveUp, a.since = cancel, start
-	surplus := a.surplus
+	surplus, answers := a.surplus, c.site.queue.answers
 	p.mu.Unlock()
 	if surplus {
 		cancel()
 	}
+	hush := time.AfterFunc(silence, func() { p.hush(a, answers) })
+	defer hush.Stop()
 
 	if p.cfg.DialTimeout > 0 {
 		late := time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
@@ -329,6 +332,9 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 	info := DialInfo{Addr: s.addr, Took: now.sub(start)}
 	p.mu.Lock()
 	a.brokenOff = a.surplus || p.closed
+	if a.displaced {
+		p.displaced--
+	}
 	if a.giveUp = nil; !a.surplus {
 		s.dropLocked(a)
 		s.queue.dialEnded()
@@ -345,6 +351,7 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 			p.counts.Unprobed++
 		}
 		p.reachedLocked(s)
+		s.answeredLocked()
 		p.moveLocked(c, borrowed)
 		p.parkLocked(c, justBorn, now, &todo)
 	} else {
@@ -353,6 +360,9 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 	}
 	if a.warm != nil {
 		p.warmDialedLocked(a, failure, todo.reasonOf(c))
+	}
+	if s.queue.dials == 0 && s.queue.silent {
+		s.queue.silent = false // nobody dials it any more
 	}
 	if s.queue.len+s.queue.dials == 0 {
 		s.queue = &noQueue

@@ -276,6 +276,7 @@ func KindOf(err error) Kind {
 		ioe *ioError
 		pan *PanicError
 		brk *brokenContract
+		ful *backlogFull
 		dns *net.DNSError
 		rec tls.RecordHeaderError
 		ale tls.AlertError
@@ -294,7 +295,7 @@ func KindOf(err error) Kind {
 		return ioe.kind
 	case errors.As(err, &pan), errors.As(err, &brk):
 		return KindInternal
-	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable):
+	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable), errors.As(err, &ful):
 		return KindResource
 	case errors.Is(err, errTimedOut):
 		if inTransfer(err) {

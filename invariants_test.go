@@ -21,7 +21,7 @@ func (p *Pool) inconsistency() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var n tally
-	want, waiting := 0, 0
+	want, waiting, eager := 0, 0, 0
 	lowered, looked := limitsChanged(p), p.lookedAt()
 	var sites []*site
 	for s := range p.sites.all() {
@@ -124,6 +124,13 @@ func (p *Pool) inconsistency() error {
 		case s.heapIndex >= 0 && (*p.readyOf(s))[s.heapIndex] != s:
 			return fmt.Errorf("4: %v is not where the heap has it", addr)
 		}
+		switch _, listed := p.unheard[s]; {
+		case listed != (s.rank > 1), int(s.rank) > max(1, q.dials), q.silent && q.dials == 0:
+			return fmt.Errorf("%v has %d dials and the rank %d, silent: %v, on the list: %v", addr, q.dials, s.rank, q.silent, listed)
+		}
+		if s.rank == 0 {
+			eager += int(s.want)
+		}
 		want += int(s.want)
 		waiting += length
 	}
@@ -147,6 +154,10 @@ func (p *Pool) inconsistency() error {
 		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
 	case want != p.want || waiting != p.counts.Waiting:
 		return fmt.Errorf("4: the pool wants %d dials and has %d waiting, its sites %d and %d", p.want, p.counts.Waiting, want, waiting)
+	case eager != p.eager:
+		return fmt.Errorf("%d wanted by addresses that answer, the pool counts %d", eager, p.eager)
+	case p.displaced < 0 || p.displaced > int(p.n[dialing]):
+		return fmt.Errorf("%d dials are broken off for others, of %d", p.displaced, p.n[dialing])
 	case p.recency.len < int(p.n[idle]+p.n[borrowed]), p.recency.len > openOf(&p.n)-int(p.n[dialing]), len(p.recency.all()) != p.recency.len:
 		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), openOf(&p.n)-int(p.n[dialing]), p.n[closing])
 	case p.cfg.MaxIdle < math.MaxInt && int(p.n[idle]) > p.cfg.MaxIdle:
@@ -161,7 +172,7 @@ func (p *Pool) inconsistency() error {
 		if openOf(&p.n) < limit {
 			return fmt.Errorf("4: %d dials could start", p.want)
 		}
-		if p.n[idle] > 0 {
+		if p.n[idle] > 0 && p.eager > 0 {
 			return fmt.Errorf("4: %d dials could start in the place of %d idle connections", p.want, p.n[idle])
 		}
 	}

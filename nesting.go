@@ -36,7 +36,7 @@ var (
 
 func newUse() *uint64 { return numbers.Get().(*uint64) }
 
-func returned(num *uint64) { numbers.Put(num) }
+func freeUse(num *uint64) { numbers.Put(num) }
 
 // marked is a use on its way down.
 type marked struct {

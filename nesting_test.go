@@ -100,7 +100,7 @@ func TestNumbersOfUsesAreTheirOwn(t *testing.T) {
 				mu.Lock()
 				delete(out, *num)
 				mu.Unlock()
-				returned(num)
+				freeUse(num)
 			}
 		})
 	}

@@ -57,15 +57,18 @@ type Pool struct {
 	closed    bool
 	sites     siteTable
 	recency   recency
-	byFD      map[uintptr]*conn // by descriptor, from the dial to the removal
-	n         tally             // connections by phase
-	ready     siteHeap          // sites with want > 0, but for those of DialContext
-	readyOwn  siteHeap          // those of DialContext, which may not exceed MaxOpen under any policy
-	want      int               // dials that could start if there was room: the sum of site.want
-	overtook  int               // hand-overs to a younger waiter since a slot was last given away
-	lastSeq   uint64            // of waiters
-	lastID    uint64            // of connections
-	counts    Stats             // but for the gauges that are made from n
+	byFD      map[uintptr]*conn  // by descriptor, from the dial to the removal
+	n         tally              // connections by phase
+	ready     siteHeap           // sites with want > 0, but for those of DialContext
+	readyOwn  siteHeap           // those of DialContext, which may not exceed MaxOpen under any policy
+	want      int                // dials that could start if there was room: the sum of site.want
+	eager     int                // ... of those sites whose rank is 0
+	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
+	displaced int                // dials that were broken off for others and have not ended
+	overtook  int                // hand-overs to a younger waiter since a slot was last given away
+	lastSeq   uint64             // of waiters
+	lastID    uint64             // of connections
+	counts    Stats              // but for the gauges that are made from n
 	closedBy  [numCloseReasons]uint64
 	pressure  pressure           // on file handles, as of the last dial that told
 	pressedAt instant            // when that was
@@ -97,6 +100,7 @@ type site struct {
 	family    family   // of a site of DialContext's; for life
 	absolute  bool     // ... and its host had a final dot
 	reserve   uint16   // ... and so many may be open beyond MaxOpen for it, see DialReserve
+	rank      int16    // as of the last refreshLocked, see silence.go
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
 	trouble   *trouble // nil after a dial that worked

@@ -109,6 +109,6 @@ func (p *Pool) withinSession(ctx context.Context, addr Addr, fn func(Conn) error
 	default:
 		err = s.useMarked(ctx, st, fn, *me)
 	}
-	returned(me)
+	freeUse(me)
 	return err != nil || st != nil, err
 }

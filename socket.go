@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // capabilities says what the sockets of a system can do. Each sockopt file has
@@ -35,6 +37,9 @@ func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
 		d.KeepAlive = -1 // it is for applyConnected, which looks at the error
 	}
 	nc, err := d.DialContext(ctx, network, address)
+	if network == "unix" && errors.Is(err, syscall.EAGAIN) {
+		nc, err = awaitBacklog(ctx, err, func() (net.Conn, error) { return d.DialContext(ctx, network, address) })
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -44,6 +49,40 @@ func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
 	}
 	return nc, nil
 }
+
+// awaitBacklog dials again until ctx is done. On Linux a Unix socket whose server
+// has not accepted for a moment refuses at once, with EAGAIN, what a TCP socket
+// would keep waiting; and a pool's own burst is enough for that.
+func awaitBacklog(ctx context.Context, err error, dial func() (net.Conn, error)) (net.Conn, error) {
+	const longest = 50 * time.Millisecond
+	timer := time.NewTimer(time.Millisecond)
+	defer timer.Stop()
+	for pause := time.Millisecond; ; pause = min(2*pause, longest) {
+		timer.Reset(pause/2 + rand.N(pause))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return nil, &backlogFull{err}
+		}
+		nc, again := dial()
+		switch {
+		case again != nil && errors.Is(again, syscall.EAGAIN):
+			err = again
+		case again != nil && (ctx.Err() != nil || errors.Is(again, context.DeadlineExceeded)):
+			return nil, &backlogFull{err} // what it waited for is worth more than that the time is up
+		default:
+			return nc, again
+		}
+	}
+}
+
+// backlogFull is the end of a wait for a server that does not accept.
+type backlogFull struct{ err error }
+
+func (e *backlogFull) Error() string {
+	return "the server's backlog is full, it does not accept fast enough: " + e.err.Error()
+}
+func (e *backlogFull) Unwrap() error { return e.err }
 
 // target translates addr for package net, or says why this system cannot dial
 // it. It comes before the dial because not every port of package net calls

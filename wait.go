@@ -40,6 +40,11 @@ type queue struct {
 	dials      int     // under way, but for the surplus
 	bare       *waiter // the oldest waiter without a dial
 	doubted    bool    // the surplus will be looked at, see Pool.doubtDialsLocked
+
+	// See silence.go.
+	answered bool // a dial has ended well
+	answers  int  // ... so many have
+	silent   bool // one under way has gone without an answer for a while, and so has the address since
 }
 
 // noQueue is the queue of every address that has neither waiters nor dials. It
@@ -209,11 +214,12 @@ func (s *site) queueLocked() *queue {
 }
 
 // siteHeap orders the sites that could use a slot by the age of the waiter that
-// would get it, so that a freed slot goes to the oldest such waiter of the pool.
+// would get it, so that a freed slot goes to the oldest such waiter of the pool;
+// but those whose dials under way have not been answered come later.
 type siteHeap []*site
 
 func (h siteHeap) Len() int           { return len(h) }
-func (h siteHeap) Less(i, j int) bool { return h[i].queue.bare.seq < h[j].queue.bare.seq }
+func (h siteHeap) Less(i, j int) bool { return h[i].before(h[j]) }
 func (h siteHeap) Swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
 	h[i].heapIndex, h[j].heapIndex = int32(i), int32(j)
@@ -230,6 +236,14 @@ func (h *siteHeap) Pop() any {
 	*h = old[:len(old)-1]
 	s.heapIndex = -1
 	return s
+}
+
+// before reports whether s gets a slot before o. Both want one.
+func (s *site) before(o *site) bool {
+	if s.rank != o.rank {
+		return s.rank < o.rank
+	}
+	return s.queue.bare.seq < o.queue.bare.seq
 }
 
 // set puts s where it belongs, or takes it out if it wants nothing.

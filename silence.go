@@ -1,0 +1,109 @@
+package connpool
+
+import "time"
+
+// An address that swallows packets holds up nobody else. What is scarce (slots,
+// dials under way) is shared by how long it is waited for, but for addresses that
+// have not answered, by how much they have of it already:
+//
+//   - The rank of an address is 0 if it has answered, else the number of its dials
+//     under way. What is free goes to the lowest rank first (siteHeap).
+//   - If nothing is free, an address whose dials have been silent for a while
+//     gives up one of them to an address that has at least two fewer. It is as if
+//     that dial had not been started: its waiter waits for the next.
+//   - Only then idle connections make room, and for rank 0 only: for addresses
+//     that have answered, and for the first dial to any other.
+//
+// So none of this slows down an address that is alone.
+
+// silence is how long a dial may go without an answer before its address has to
+// share with others.
+const silence = 50 * time.Millisecond
+
+// known reports whether s has answered, as far as its books go back.
+func (s *site) known() bool {
+	return !s.queue.silent && !s.failing() && (s.queue.answered || s.n[idle]+s.n[borrowed] > 0)
+}
+
+// rankLocked brings the rank of s up to date. It is a part of refreshLocked.
+func (p *Pool) rankLocked(s *site) {
+	was := s.rank
+	if s.rank = 0; !s.known() {
+		s.rank = int16(min(s.queue.dials, 1<<15-1))
+	}
+	switch {
+	case (s.rank > 1) == (was > 1):
+	case s.rank <= 1:
+		delete(p.unheard, s)
+	case p.unheard == nil:
+		p.unheard = map[*site]struct{}{s: {}}
+	default:
+		p.unheard[s] = struct{}{}
+	}
+}
+
+// answeredLocked books that a dial to s has ended well.
+func (s *site) answeredLocked() {
+	if s.queue != &noQueue {
+		s.queue.answered, s.queue.silent = true, false
+		s.queue.answers++
+	}
+}
+
+// hush is told that a dial has gone without an answer for so long. answers is how
+// many its address had given when it began.
+func (p *Pool) hush(a *attempt, answers int) {
+	var todo agenda
+	p.mu.Lock()
+	if s := a.c.site; a.giveUp != nil && !a.surplus && s.queue.answers == answers {
+		s.queue.silent = true
+		p.refreshLocked(s)
+		p.admitLocked(&todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+// shareLocked makes room for the first in line, whom no limit of its own holds
+// up, and reports whether it could. A burst of dials is left alone until it has
+// been silent for a while, unless something idle had to go for the first dial to
+// another address that has not answered either.
+func (p *Pool) shareLocked(todo *agenda) (shared bool) {
+	need := p.nextLocked()
+	atOnce := p.n[idle] > 0 && !need.known()
+	for p.displaced < int(need.want) {
+		var rich *site
+		for s := range p.unheard {
+			if (atOnce || s.queue.silent) && (rich == nil || s.rank > rich.rank) {
+				rich = s
+			}
+		}
+		if rich == nil || rich == need || int(rich.rank) <= int(need.rank)+p.displaced+1 {
+			break
+		}
+		p.displaceLocked(rich, todo)
+		shared = true
+	}
+	return shared
+}
+
+// displaceLocked breaks off the youngest dial to s.
+func (p *Pool) displaceLocked(s *site, todo *agenda) {
+	a := s.dial
+	s.dropLocked(a)
+	s.queue.dialEnded()
+	a.surplus, a.displaced = true, true
+	p.displaced++
+	if a.spare {
+		a.spare = false
+		s.special.dials--
+	}
+	if a.warm != nil {
+		a.warm.own--
+		a.warm = nil
+	}
+	if a.giveUp != nil {
+		todo.cancels = append(todo.cancels, a.giveUp)
+	}
+	p.refreshLocked(s)
+}
