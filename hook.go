@@ -15,7 +15,7 @@ import (
 func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) (err error) {
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
-	defer recoverInto(&err, where) // from SetDeadline of a foreign net.Conn
+	defer recoverInto(&err, where) // from a ctx of the caller's making
 	loan := c.begin(ctx, hooked)
 	answer := make(chan error, 1)
 	go func() {
@@ -47,8 +47,11 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 		if err = c.failure(); err == nil {
 			err = &brokenContract{"it closed the connection"}
 		}
-	case c.leftovers(word):
-		err = &brokenContract{"it left unread bytes behind"}
+	default:
+		var held int
+		if held, err = c.bufferedSoon(); err == nil && c.leftoversBeside(word, held) {
+			err = &brokenContract{"it left unread bytes behind"}
+		}
 	}
 	if err == nil {
 		return nil
@@ -96,15 +99,11 @@ func passOn(err error) {
 	}
 }
 
-// observe runs a Trace function in the middle of the pool's own work, which a
-// panic must not cut short.
-func (p *Pool) observe(f func()) {
-	defer func() {
-		if v := recover(); v != nil {
-			p.log(slog.LevelError, "Trace panicked", "panic", v, "stack", string(debug.Stack()))
-		}
-	}()
-	f()
+// namePanic, deferred, says whose panic it is that goes on to the borrower.
+func namePanic(where string) {
+	if v := recover(); v != nil {
+		panic(&PanicError{Where: where, Value: v, Stack: debug.Stack()})
+	}
 }
 
 // strayed reports, in debug mode, the use of a handle whose loan is over.
@@ -144,14 +143,6 @@ func (c *conn) recordBorrower(gen uint64) {
 type pastLoan struct {
 	gen   uint64
 	stack []byte
-}
-
-func (p *Pool) log(level slog.Level, msg string, args ...any) {
-	if p.cfg.Logger == nil {
-		return
-	}
-	defer func() { _ = recover() }() // a broken log must not lose a slot
-	p.cfg.Logger.Log(context.Background(), level, "connpool: "+msg, args...)
 }
 
 func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
