@@ -288,6 +288,7 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 	first, own := c.seal()
 	if !own {
 		p.removed(c, Quarantined, errStolen)
+		c.wake()
 		return nil
 	}
 	if c.closesAtOnce(reason) {

@@ -87,13 +87,17 @@ func (c *conn) seal() (first, own bool) {
 		return c.word.Or(shut)&shut == 0, true
 	}
 	quarantine.add(c.nc)
-	// Wakes who is blocked in it: a deadline does not touch the descriptor.
+	return false, false
+}
+
+// wake makes those return who are blocked in a connection that is not to be closed:
+// a deadline does not touch the descriptor.
+func (c *conn) wake() {
 	l := c.remember()
 	c.dmu.Lock()
 	err := c.deadline(l, func() error { return c.nc.SetDeadline(past) })
 	c.dmu.Unlock()
 	c.site.pool.outlived(err, c.site.addr)
-	return false, false
 }
 
 // strike closes the socket under a loan of a hook, whose caller remains the owner
@@ -109,8 +113,11 @@ func (c *conn) strike() {
 	e.struck = struck
 	c.dmu.Unlock()
 	defer close(struck)
-	if first, _ := c.seal(); first {
+	switch first, own := c.seal(); {
+	case first:
 		c.closeAbruptly()
+	case !own:
+		c.wake()
 	}
 }
 

@@ -301,7 +301,7 @@ func (c *conn) end() uint64 {
 		if !c.stopWatch() {
 			word |= cut
 		}
-		if word&(inFlight|cut) == 0 && c.deadlineSet { // else somebody else may be at it
+		if word&(inFlight|cut|gone) == 0 && c.deadlineSet { // else somebody else may be at it
 			if c.clearDeadline() != nil {
 				word |= broken // or it would strike the next borrower
 			}

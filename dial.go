@@ -233,7 +233,7 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 		if ctx.Err() != nil {
 			return nil, err
 		}
-		if _, ok := p.evict(ctx); ok || p.awaitHandle(ctx, &patience) {
+		if _, ok := p.evictFor(ctx, foreignPatience); ok || p.awaitHandle(ctx, &patience) {
 			continue
 		}
 		err = errors.Join(ErrNoneRemovable, err)
@@ -460,9 +460,9 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 	}
 }
 
-// evict closes the least recently used idle connection of all, and waits until
-// it is closed or ctx is done.
-func (p *Pool) evict(ctx context.Context) (Addr, bool) {
+// evictFor closes the least recently used idle connection of all, and waits until it
+// is closed, for patience at most or until ctx is done.
+func (p *Pool) evictFor(ctx context.Context, patience time.Duration) (Addr, bool) {
 	p.mu.Lock()
 	c := p.recency.oldestIdle(int(p.n[idle]))
 	if c == nil {
@@ -473,8 +473,11 @@ func (p *Pool) evict(ctx context.Context) (Addr, bool) {
 	p.moveLocked(c, closing)
 	p.mu.Unlock()
 	if done := p.discard(c, ClosedEvicted, nil); done != nil {
+		enough := time.NewTimer(patience)
+		defer enough.Stop()
 		select {
 		case <-done:
+		case <-enough.C:
 		case <-ctx.Done():
 		}
 	}

@@ -187,24 +187,33 @@ func (p *Pool) outlived(err error, addr Addr) bool {
 	case *lateError:
 		p.abandoned(err.what, addr)
 	case *PanicError:
-		p.log(slog.LevelError, err.Error(), "addr", addr, "stack", string(err.Stack))
+		p.log(slog.LevelError, err.Error(), append(whose(addr), "stack", string(err.Stack))...)
 	default:
 		return false
 	}
 	return true
 }
 
+// whose is what a log line says of an address, nothing if it is none's.
+func whose(addr Addr) []any {
+	if addr == (Addr{}) {
+		return nil
+	}
+	return []any{"addr", addr}
+}
+
 // outcome is how an operation ended that ran aside.
 type outcome struct {
-	n        int
+	n        int64
 	err      error
 	panicked any
 	exited   bool // runtime.Goexit
 }
 
 // aside runs op, which may block, on a goroutine of its own, and returns when it
-// does or when over is closed. A panic or Goexit of op is the caller's.
-func aside(what string, over <-chan struct{}, op func() (int, error)) (int, error) {
+// does or when over is closed, or other, if there are two loans. A panic or Goexit of
+// op is the caller's.
+func aside(what string, over, other <-chan struct{}, op func() (int64, error)) (int64, error) {
 	done := make(chan outcome, 1)
 	go func() {
 		o := outcome{exited: true}
@@ -220,13 +229,20 @@ func aside(what string, over <-chan struct{}, op func() (int, error)) (int, erro
 	var o outcome
 	select {
 	case o = <-done:
+		return o.end()
 	case <-over:
-		select {
-		case o = <-done:
-		default:
-			return 0, &lateError{what}
-		}
+	case <-other:
 	}
+	select {
+	case o = <-done:
+		return o.end()
+	default:
+		return 0, &lateError{what}
+	}
+}
+
+// end ends the operation for its caller as it ended by itself.
+func (o outcome) end() (int64, error) {
 	switch {
 	case o.panicked != nil:
 		panic(o.panicked)
@@ -255,9 +271,11 @@ func (l leavable) Read(b []byte) (int, error) {
 		return 0, os.ErrDeadlineExceeded
 	}
 	own := make([]byte, min(len(b), asideBuffer))
-	n, err := aside("Read of the connection", l.over, func() (int, error) { return l.r.Read(own) })
-	n = max(0, min(n, len(own)))
-	return copy(b, own[:n]), err
+	n, err := aside("Read of the connection", l.over, nil, func() (int64, error) {
+		n, err := l.r.Read(own)
+		return int64(n), err
+	})
+	return copy(b, own[:max(0, min(n, int64(len(own))))]), err
 }
 
 func (l leavable) Write(b []byte) (int, error) {
@@ -265,7 +283,11 @@ func (l leavable) Write(b []byte) (int, error) {
 		return 0, os.ErrDeadlineExceeded
 	}
 	own := append([]byte(nil), b...)
-	return aside("Write of the connection", l.over, func() (int, error) { return l.w.Write(own) })
+	n, err := aside("Write of the connection", l.over, nil, func() (int64, error) {
+		n, err := l.w.Write(own)
+		return int64(n), err
+	})
+	return int(n), err
 }
 
 // isOverdue reports whether the ctx of the loan is done. On a socket the past
@@ -276,7 +298,7 @@ func (c *conn) isOverdue() bool { return c.word.Load()&(cut|detached) == cut }
 // whose ctx can never be done waits for them.
 func (c *conn) over() <-chan struct{} {
 	l := c.loan.Load()
-	if l == nil {
+	if l == nil || c.probe.manners != foreign {
 		return nil
 	}
 	c.dmu.Lock()
@@ -284,37 +306,85 @@ func (c *conn) over() <-chan struct{} {
 	return l.over
 }
 
+// source is where the bytes of a loan come from.
+func (c *conn) source() io.Reader {
+	e := c.more.Load()
+	if e == nil || e.back == nil {
+		return c.nc
+	}
+	return readerFunc(func(p []byte) (int, error) { return e.back.read(c.nc, p) })
+}
+
 // reader is what a loan reads from, writer what it writes to.
 func (c *conn) reader() io.Reader {
-	nc := io.Reader(c.nc)
-	if e := c.more.Load(); e != nil && e.back != nil {
-		nc = readerFunc(func(p []byte) (int, error) { return e.back.read(c.nc, p) })
+	if over := c.over(); over != nil {
+		return leavable{c: c, r: c.source(), over: over}
 	}
-	if c.probe.manners == foreign {
-		if over := c.over(); over != nil {
-			return leavable{c: c, r: nc, over: over}
-		}
-	}
-	return nc
+	return c.source()
 }
 
 func (c *conn) writer() io.Writer {
-	if c.probe.manners == foreign {
-		if over := c.over(); over != nil {
-			return leavable{c: c, w: c.nc, over: over}
-		}
+	if over := c.over(); over != nil {
+		return leavable{c: c, w: c.nc, over: over}
 	}
 	return c.nc
+}
+
+// copyIn and copyOut are ReadFrom and WriteTo of a loan. Where what is at the other
+// end is the kernel's, or another loan, the copy as a whole runs aside if either end
+// may be left, so that the kernel sees both; else a Write or Read at a time does.
+func (c *conn) copyIn(r io.Reader) (int64, error) {
+	over, other := c.over(), overOf(r)
+	switch {
+	case over == nil && other == nil:
+		return readFrom(c.nc, r)
+	case !kernels(r):
+		return readFrom(c.writer(), r)
+	case c.isOverdue():
+		return 0, os.ErrDeadlineExceeded
+	}
+	return aside("ReadFrom of the connection", over, other, func() (int64, error) { return readFrom(c.nc, r) })
+}
+
+func (c *conn) copyOut(w io.Writer) (int64, error) {
+	over, other := c.over(), overOf(w)
+	switch {
+	case over == nil && other == nil:
+		return writeTo(c.source(), w)
+	case !kernels(w):
+		return writeTo(c.reader(), w)
+	case c.isOverdue():
+		return 0, os.ErrDeadlineExceeded
+	}
+	return aside("WriteTo of the connection", over, other, func() (int64, error) { return writeTo(c.source(), w) })
+}
+
+// overOf is over of the loan behind x, if there is one.
+func overOf(x any) <-chan struct{} {
+	h, ok := onLoan(x)
+	if !ok || h.c == nil {
+		return nil
+	}
+	return h.c.over()
+}
+
+// kernels reports whether x is a connection on loan, or a file or socket.
+func kernels(x any) bool {
+	switch x := x.(type) {
+	case Conn, *Lease, *net.TCPConn, *net.UnixConn, *os.File:
+		return true
+	case *io.LimitedReader:
+		return kernels(x.R)
+	}
+	return false
 }
 
 // query runs a question to a foreign connection that has no bytes in it, such as
 // its address.
 func (c *conn) query(what string, ask func() error) error {
-	if c.probe.manners == foreign {
-		if over := c.over(); over != nil {
-			_, err := aside(what, over, func() (int, error) { return 0, ask() })
-			return err
-		}
+	if over := c.over(); over != nil {
+		_, err := aside(what, over, nil, func() (int64, error) { return 0, ask() })
+		return err
 	}
 	return ask()
 }
@@ -333,9 +403,8 @@ func (c *conn) startDeadline(l *lending, t time.Time) {
 
 // clearHalves sees to it that a SetDeadline that failed has set nothing: a half of
 // it that worked can be cleared, one that does not work was not set.
-func (c *conn) clearHalves() {
-	c.nc.SetReadDeadline(time.Time{})
-	c.nc.SetWriteDeadline(time.Time{})
+func (c *conn) clearHalves() error {
+	return errors.Join(c.nc.SetReadDeadline(time.Time{}), c.nc.SetWriteDeadline(time.Time{}))
 }
 
 var errMute = errors.New("SetDeadline of the connection has not returned, or panicked, before")
@@ -398,7 +467,13 @@ func (c *conn) clearDeadline() error {
 	} else {
 		l := c.remember()
 		c.dmu.Lock()
-		err = c.deadline(l, func() error { return c.nc.SetDeadline(time.Time{}) })
+		err = c.deadline(l, func() error {
+			err := c.nc.SetDeadline(time.Time{})
+			if err != nil && c.clearHalves() == nil {
+				return nil
+			}
+			return err
+		})
 		c.dmu.Unlock()
 		c.site.pool.outlived(err, c.site.addr)
 	}

@@ -163,5 +163,5 @@ func (p *Pool) abandoned(what string, addr Addr) {
 	p.mu.Lock()
 	p.counts.Abandoned++
 	p.mu.Unlock()
-	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", "addr", addr)
+	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)
 }

@@ -64,7 +64,7 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	n, err := readFrom(h.c.writer(), r)
+	n, err := h.c.copyIn(r)
 	return n, h.c.leaveWrite(n, err)
 }
 
@@ -74,7 +74,7 @@ func readFrom(nc io.Writer, r io.Reader) (int64, error) {
 		if err := src.c.enter(src.gen); err != nil {
 			return 0, err
 		}
-		n, err := readFrom(nc, src.c.reader())
+		n, err := readFrom(nc, src.c.source())
 		return n, src.c.leaveRead(n, err)
 	}
 	if rf, ok := nc.(io.ReaderFrom); ok {
@@ -101,7 +101,7 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	n, err := writeTo(h.c.reader(), w)
+	n, err := h.c.copyOut(w)
 	return n, h.c.leaveRead(n, err)
 }
 
@@ -111,7 +111,7 @@ func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 		if err := dst.c.enter(dst.gen); err != nil {
 			return 0, err
 		}
-		n, err := writeTo(nc, dst.c.writer())
+		n, err := writeTo(nc, dst.c.nc)
 		return n, dst.c.leaveWrite(n, err)
 	}
 	if wt, ok := nc.(io.WriterTo); ok {

@@ -50,7 +50,8 @@ type Pool struct {
 	watchOnce sync.Once    // starts watcher
 	handles   atomic.Int64 // what the process's handle limit leaves, as of the last look
 
-	stuckTraces, stuckLines atomic.Int32 // calls of Trace and Logger that have not returned, see notify
+	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
+	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
 
 	// mu guards everything below, and the fields of site, conn and waiter
 	// that say so. See invariant 1 for what must not happen under it.
@@ -125,6 +126,7 @@ func New(cfg Config) (*Pool, error) {
 		sessions: newSessionCaches(),
 		left:     make(chan struct{}),
 		freed:    make(chan struct{}),
+		checkers: make(chan struct{}, checkers),
 	}
 	p.recency.init()
 	// Who asks for short times, or watches, gets them exactly.

@@ -270,7 +270,8 @@ func (p *Pool) readable(fd uintptr) {
 		p.mu.Unlock()
 		return
 	}
-	at := sighting{c, c.generation()}
+	if c.phase == idle {
+		p.examineAsideLocked(sighting{c, c.generation()})
+	}
 	p.mu.Unlock()
-	p.examine(at, false)
 }
