@@ -3,8 +3,8 @@ package connpool
 import (
 	"errors"
 	"io"
-	"log/slog"
 	"net"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,12 +40,26 @@ func (c *conn) leftoversBeside(word uint64, held int) bool {
 
 // buffered counts what the state has read and not used. It runs in the borrower's
 // own time, as fn does; whoever else wants to know calls bufferedSoon.
-func (c *conn) buffered() (n int) {
-	if b, ok := c.state.(interface{ Buffered() int }); ok {
-		defer namePanic("Buffered of the state")
-		return b.Buffered()
+func (c *conn) buffered() int {
+	b, ok := c.state.(interface{ Buffered() int })
+	if !ok {
+		return 0
 	}
-	return 0
+	n, returned := 0, false
+	defer func() {
+		if returned {
+			return
+		}
+		pan := &PanicError{Where: "Buffered of the state"}
+		if v := recover(); v != nil { // it goes on to the borrower, who is told whose it is
+			pan.Value, pan.Stack = v, debug.Stack()
+			panic(pan)
+		}
+		c.site.pool.outlived(pan, c.site.addr)
+	}()
+	n = b.Buffered()
+	returned = true
+	return n
 }
 
 // bufferedSoon is buffered on a goroutine of the pool's. A state that does not
@@ -93,11 +107,13 @@ func (c *conn) seal() (first, own bool) {
 // wake makes those return who are blocked in a connection that is not to be closed:
 // a deadline does not touch the descriptor.
 func (c *conn) wake() {
-	l := c.remember()
+	if c.probe.manners == foreign {
+		c.tellDeadline(c.remember(), false, func() error { return c.nc.SetDeadline(past) })
+		return
+	}
 	c.dmu.Lock()
-	err := c.deadline(l, func() error { return c.nc.SetDeadline(past) })
-	c.dmu.Unlock()
-	c.site.pool.outlived(err, c.site.addr)
+	defer c.dmu.Unlock()
+	c.nc.SetDeadline(past)
 }
 
 // strike closes the socket under a loan of a hook, whose caller remains the owner
@@ -174,17 +190,11 @@ const (
 // built on it. It may block; at says in what. Whatever the one does, the other is
 // closed too.
 func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
-	p := c.site.pool
-	defer contain(p, c.site.addr, at)()
 	if s, ok := c.state.(io.Closer); ok {
-		defer func() {
-			defer contain(p, c.site.addr, at)()
-			at.Store("Close of the state")
-			s.Close()
-		}()
+		defer c.closeOne(at, "Close of the state", func() { s.Close() })
 	}
-	at.Store("Close of the connection")
 	if !first {
+		at.Store("Close of the connection")
 		c.awaitStrike()
 		return
 	}
@@ -194,19 +204,29 @@ func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 			go c.closeBelow()
 		}
 	}()
-	c.closeSocket(reason)
-	closed = true
+	c.closeOne(at, "Close of the connection", func() {
+		c.closeSocket(reason)
+		closed = true
+	})
 }
 
-// contain returns what is to be deferred where foreign code is called that must
-// not end the work: it stops a panic and tells of it, and of a Goexit, which
-// cannot be stopped.
-func contain(p *Pool, addr Addr, at *atomic.Value) func() {
-	return func() {
-		if v := recover(); v != nil {
-			p.log(slog.LevelError, "closing panicked", "addr", addr, "in", at.Load(), "panic", v)
+// closeOne runs one part of a close. It stops a panic and tells of it, and of a
+// Goexit, which cannot be stopped.
+func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
+	at.Store(what)
+	returned := false
+	defer func() {
+		if returned {
+			return
 		}
-	}
+		pan := &PanicError{Where: what}
+		if v := recover(); v != nil {
+			pan.Value, pan.Stack = v, debug.Stack()
+		}
+		c.site.pool.outlived(pan, c.site.addr)
+	}()
+	f()
+	returned = true
 }
 
 // closeSocket closes what carries the connection, after a farewell if the peer is

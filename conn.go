@@ -82,9 +82,10 @@ type lending struct {
 	limit    time.Time       // the ctx's deadline, which no deadline of fn's may exceed
 	firstErr error           // of an operation
 
-	over chan struct{} // a foreign connection's operations are left behind when it is closed, see leavable; nil if none can be
-	left bool          // it is closed
-	mute bool          // SetDeadline panicked or has not returned, and is not called again
+	over    chan struct{} // a foreign connection's operations are left behind when it is closed, see leavable; nil if none can be
+	left    bool          // it is closed
+	setting chan struct{} // closed when the deadline that is being set is set, see tellDeadline
+	mute    bool          // SetDeadline panicked or has not returned, and is not called again
 
 	unwatch   func() bool // stops the watch on ctx
 	interrupt func()      // c.interrupt, made once: a method value allocates

@@ -397,8 +397,7 @@ func (c *conn) startDeadline(l *lending, t time.Time) {
 		c.nc.SetDeadline(t)
 		return
 	}
-	err := c.deadline(l, func() error { return c.nc.SetDeadline(t) }) // nobody else has the loan yet
-	c.site.pool.outlived(err, c.site.addr)
+	c.tellDeadline(l, true, func() error { return c.nc.SetDeadline(t) })
 }
 
 // clearHalves sees to it that a SetDeadline that failed has set nothing: a half of
@@ -409,18 +408,30 @@ func (c *conn) clearHalves() error {
 
 var errMute = errors.New("SetDeadline of the connection has not returned, or panicked, before")
 
-// deadline sets a deadline by set. It needs dmu. A connection whose SetDeadline
-// panicked, or has not returned, is not asked again, and closed after the loan. The
-// caller has the error booked, see outlived, when it has given up dmu.
-func (c *conn) deadline(l *lending, set func() error) error {
-	if c.probe.manners != foreign {
-		c.deadlineSet = true
-		return set()
+// tellDeadline sets a deadline of a foreign connection by set, one at a time. After
+// the interrupt there is only the past one. A connection whose SetDeadline panicked,
+// or has not returned, is not asked again, and closed after the loan.
+//
+// dmu is not held while set runs: who wants it would wait as long.
+func (c *conn) tellDeadline(l *lending, unlessCut bool, set func() error) error {
+	c.dmu.Lock()
+	for l.setting != nil {
+		setting := l.setting
+		c.dmu.Unlock()
+		<-setting
+		c.dmu.Lock()
 	}
-	if l.mute {
+	switch {
+	case unlessCut && c.word.Load()&cut != 0:
+		c.dmu.Unlock()
+		return nil
+	case l.mute:
+		c.dmu.Unlock()
 		return errMute
 	}
-	before := c.deadlineSet
+	mine, before := make(chan struct{}), c.deadlineSet
+	l.setting = mine
+	c.dmu.Unlock()
 	err := briefly("SetDeadline of the connection", foreignPatience, func() error {
 		err := set()
 		if err != nil && !before {
@@ -428,6 +439,9 @@ func (c *conn) deadline(l *lending, set func() error) error {
 		}
 		return err
 	})
+	c.dmu.Lock()
+	l.setting = nil
+	close(mine)
 	switch err.(type) {
 	case nil:
 		c.deadlineSet = true
@@ -438,6 +452,8 @@ func (c *conn) deadline(l *lending, set func() error) error {
 		}
 		c.word.Or(broken)
 	}
+	c.dmu.Unlock()
+	c.site.pool.outlived(err, c.site.addr)
 	return err
 }
 
@@ -448,15 +464,9 @@ func (c *conn) setForeignDeadline(t time.Time, set func(net.Conn, time.Time) err
 	}
 	l := c.remember()
 	c.dmu.Lock()
-	if c.word.Load()&cut != 0 {
-		c.dmu.Unlock()
-		return nil // interrupted: the past deadline stays
-	}
 	limited := c.limited(t)
-	err := c.deadline(l, func() error { return set(c.nc, limited) })
 	c.dmu.Unlock()
-	c.site.pool.outlived(err, c.site.addr)
-	return err
+	return c.tellDeadline(l, true, func() error { return set(c.nc, limited) })
 }
 
 // clearDeadline is for the owner, after a loan in which one was set.
@@ -465,17 +475,13 @@ func (c *conn) clearDeadline() error {
 	if c.probe.manners != foreign {
 		err = c.nc.SetDeadline(time.Time{})
 	} else {
-		l := c.remember()
-		c.dmu.Lock()
-		err = c.deadline(l, func() error {
+		err = c.tellDeadline(c.remember(), false, func() error {
 			err := c.nc.SetDeadline(time.Time{})
 			if err != nil && c.clearHalves() == nil {
 				return nil
 			}
 			return err
 		})
-		c.dmu.Unlock()
-		c.site.pool.outlived(err, c.site.addr)
 	}
 	c.deadlineSet = false
 	if err == nil {
@@ -497,10 +503,7 @@ func (c *conn) clearDeadline() error {
 // more, see isOverdue. Nobody waits for that, so each step is a timer's.
 func (c *conn) interruptForeign(l *lending) {
 	p := c.site.pool
-	c.dmu.Lock()
-	err := c.deadline(l, func() error { return c.nc.SetDeadline(past) })
-	c.dmu.Unlock()
-	p.outlived(err, c.site.addr)
+	err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(past) })
 	leave := func() {
 		if !c.blocked() {
 			return

@@ -99,13 +99,6 @@ func passOn(err error) {
 	}
 }
 
-// namePanic, deferred, says whose panic it is that goes on to the borrower.
-func namePanic(where string) {
-	if v := recover(); v != nil {
-		panic(&PanicError{Where: where, Value: v, Stack: debug.Stack()})
-	}
-}
-
 // strayed reports, in debug mode, the use of a handle whose loan is over.
 func (c *conn) strayed(gen uint64) {
 	p := c.site.pool

@@ -39,7 +39,7 @@ func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
 		}
 	}
-	a.where = "a callback of the tls.Config or the connection below"
+	a.where = "a callback of tls.Config or the connection below"
 	tc := tls.Client(sock, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return nil, err
