@@ -52,6 +52,7 @@ type torture struct {
 	thaw   chan struct{} // ends what hangs
 	opened atomic.Int64
 	closed atomic.Int64
+	twice  atomic.Int64 // closes of what was closed
 
 	mu   sync.Mutex // guards said
 	said strings.Builder
@@ -208,9 +209,17 @@ func (h torturedLog) Handle(_ context.Context, r slog.Record) error {
 	return h.x.call(context.Background(), "Logger")
 }
 
+func (c *tortured) closeQuietly() {
+	c.once.Store(true)
+	c.x.closed.Add(1)
+	c.Conn.Close()
+}
+
 func (c *tortured) Close() error {
 	if c.once.CompareAndSwap(false, true) {
 		c.x.closed.Add(1)
+	} else {
+		c.x.twice.Add(1)
 	}
 	c.Conn.Close() // whatever else happens, the socket is closed
 	return c.x.call(context.Background(), "Close")
@@ -243,6 +252,8 @@ func TestNothingIsLostWhicheverForeignCallFails(t *testing.T) {
 
 func (x *torture) run() error {
 	x.thaw = make(chan struct{})
+	thaw := sync.OnceFunc(func() { close(x.thaw) })
+	defer thaw()
 	mem := faultnet.NewMem()
 	defer mem.Close()
 	var addrs []Addr
@@ -399,18 +410,20 @@ func (x *torture) run() error {
 	for range 6 {
 		<-over
 	}
-	for _, part := range []func(){
-		func() { // a lease, used directly and through Do
+	for _, part := range []func(context.Context){
+		func(patient context.Context) { // a lease, used directly and through Do
 			l, err := p.Lease(patient, addrs[0])
 			if err != nil {
 				return
 			}
 			defer l.Return()
 			l.Do(patient, exchange)
-			echo(l, "direct")
+			if x.mode != hangs { // no ctx would end it
+				echo(l, "direct")
+			}
 			l.Do(patient, func(c Conn) error { l.Return(); return exchange(c) })
 		},
-		func() { // a session, with a use inside a use, at two addresses
+		func(patient context.Context) { // a session, with a use inside a use, at two addresses
 			ctx, end := p.Session(patient)
 			defer end()
 			for range 2 {
@@ -426,17 +439,17 @@ func (x *torture) run() error {
 			}
 			p.With(ctx, addrs[1], exchange)
 		},
-		func() { // a session that ends with its ctx, while it is in use
+		func(patient context.Context) { // a session that ends with its ctx, while it is in use
 			parent, cancel := context.WithCancel(patient)
 			defer cancel()
 			ctx, _ := p.Session(parent)
 			p.With(ctx, addrs[2], exchange)
 			p.With(ctx, addrs[1], func(c Conn) error { cancel(); return exchange(c) })
 		},
-		func() { // one that leaves the pool, and one that is forgotten
+		func(patient context.Context) { // one that leaves the pool, and one that is forgotten
 			p.With(patient, addrs[2], func(c Conn) error {
 				if nc, err := c.Detach(); err == nil {
-					defer nc.Close()
+					nc.(*tortured).closeQuietly() // it is no call of the pool's
 				}
 				return nil
 			})
@@ -445,13 +458,15 @@ func (x *torture) run() error {
 				forgotten(l.c)
 			}
 		},
-		func() { x.says(p.With(patient, none, exchange)) }, // out of handles
+		func(patient context.Context) { x.says(p.With(patient, none, exchange)) }, // out of handles
 	} {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
 			defer func() { x.says(recover()) }()
-			part()
+			patient, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
+			defer cancel()
+			part(patient)
 		}()
 		<-done
 	}
@@ -505,7 +520,7 @@ func (x *torture) run() error {
 			return fmt.Errorf("the pool is not usable: %w", err)
 		}
 	}
-	close(x.thaw)
+	thaw()
 	if err := p.Shutdown(patient); err != nil {
 		return err
 	}
@@ -515,6 +530,9 @@ func (x *torture) run() error {
 	}
 	if st := p.Stats(); st.Open != 0 || st.Addrs != 0 {
 		return fmt.Errorf("left over: %v", st)
+	}
+	if n := x.twice.Load(); n > 0 {
+		return fmt.Errorf("%d connections were closed twice", n)
 	}
 	if x.opened.Load() != x.closed.Load() {
 		return fmt.Errorf("%d opened, %d closed", x.opened.Load(), x.closed.Load())
