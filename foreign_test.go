@@ -575,3 +575,39 @@ func TestTheLookThroughTLSNeverWaitsForADeafConnection(t *testing.T) {
 		}
 	}
 }
+
+// TRY-45: a dial that hangs between its socket and its connection gives both up.
+func TestAHangBeforeTheHandshakeKeepsNoSocket(t *testing.T) {
+	for _, where := range []string{"TLSFor", "VerifyConnection"} {
+		t.Run(where, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				thaw := make(chan struct{})
+				var socket *deaf
+				client, dial := tlsPipes(t, func(nc net.Conn) net.Conn {
+					socket = &deaf{Conn: nc}
+					return socket
+				}, func(tc *tls.Conn) { tc.Read(make([]byte, 1)) })
+				own := client.Clone()
+				if where == "VerifyConnection" {
+					own.VerifyConnection = func(tls.ConnectionState) error { <-thaw; return nil }
+				}
+				p, err := New(Config{DialTimeout: time.Second, Dialers: map[Transport]DialFunc{TCP: dial}, TLSFor: func(Addr) (*tls.Config, error) {
+					if where == "TLSFor" {
+						<-thaw
+					}
+					return own, nil
+				}})
+				require.NoError(t, err)
+				require.Error(t, p.With(bg, Addr{Transport: TLS, Host: "localhost", Port: 1}, func(Conn) error { return nil }))
+				synctest.Wait()
+				require.EqualValues(t, 1, socket.closes.Load())
+				require.Zero(t, p.Stats().Open)
+				require.EqualValues(t, 1, p.Stats().Abandoned)
+				close(thaw)
+				require.NoError(t, p.Close())
+				synctest.Wait()
+				require.EqualValues(t, 1, socket.closes.Load())
+			})
+		})
+	}
+}
