@@ -3,6 +3,7 @@ package connpool
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -117,7 +118,7 @@ func (p *Pool) admitLocked(todo *agenda) {
 			if p.eager > 0 {
 				want = p.eager
 			}
-			if int(p.n[closing])+p.displaced >= min(want, room) {
+			if int(p.n[closing])-p.slow+p.displaced >= min(want, room) {
 				return // enough is on its way
 			}
 			if p.shareLocked(todo) {
@@ -340,12 +341,18 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 	if l := c.loan.Load(); l != nil && l.hold != nil {
 		p.unhold(l)
 	}
-	if !c.seal() {
+	first, own := c.seal()
+	if !own {
 		p.removed(c, Quarantined, errStolen)
+		c.wake()
 		return nil
 	}
 	if c.closesAtOnce(reason) {
-		c.closeAbruptly()
+		if first {
+			c.closeAbruptly()
+		} else {
+			c.awaitStrike()
+		}
 		p.removed(c, reason, err)
 		return nil
 	}
@@ -356,22 +363,45 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 	}
 	p.mu.Unlock()
 	done := make(chan struct{})
-	free := sync.OnceFunc(func() {
-		p.removed(c, reason, err)
-		close(done)
-	})
+	var once sync.Once
+	free := func() {
+		once.Do(func() {
+			p.removed(c, reason, err)
+			close(done)
+		})
+	}
+	var at atomic.Value // what runs
+	at.Store("Close")
 	late := time.AfterFunc(closeTimeout, func() {
-		p.abandoned("close", c.site.addr)
+		p.abandoned(at.Load().(string), c.site.addr)
+		go c.closeBelow()
 		free()
 	})
+	slow := time.AfterFunc(closePatience, func() { p.closesSlowly(c) })
 	go func() {
 		defer func() { // also after a runtime.Goexit
 			late.Stop()
+			slow.Stop()
 			free()
 		}()
-		c.closeFully(reason)
+		c.closeFully(reason, first, &at)
 	}()
 	return done
+}
+
+// closesSlowly books that the slot of c, which is being closed, cannot be counted on:
+// if something idle can make room, waiters need not wait for it.
+func (p *Pool) closesSlowly(c *conn) {
+	var todo agenda
+	e := c.extra()
+	p.mu.Lock()
+	if c.phase == closing {
+		e.slow = true
+		p.slow++
+		p.admitLocked(&todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
 }
 
 // removed is the one place where a slot becomes free: the socket of c is closed,
@@ -387,6 +417,10 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
 		delete(p.byFD, c.probe.fd())
 		p.unwatchLocked(c)
+	}
+	if e := c.more.Load(); e != nil && e.slow {
+		e.slow = false
+		p.slow--
 	}
 	p.freedLocked()
 	if p.recency.remove(c) && c.unprobed() {
@@ -410,7 +444,7 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 		return
 	}
 	if t := c.trace(); t != nil && t.Closed != nil {
-		p.observe(func() {
+		p.observe("Trace.Closed", func() {
 			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
 		})
 	}

@@ -1,10 +1,12 @@
 package connpool
 
 import (
+	"errors"
 	"io"
-	"log/slog"
 	"net"
+	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -17,26 +19,28 @@ import (
 // later.
 //
 // With a Push what is unread is for it, and no reason to give the connection up.
-func (c *conn) leftovers(word uint64) bool {
-	in := c.held()
+//
+// The state is asked in the caller's own time.
+func (c *conn) leftovers(word uint64) bool { return c.leftoversBeside(word, c.held()) }
+
+// leftoversBeside is leftovers where it is known what the state holds.
+func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 	if in.unflushed > 0 {
 		return true
 	}
 	left := in.unread > 0
+	var err error
 	if !left {
-		var err error
 		left, err = c.probe.leftovers(word&moved != 0)
 		c.keepAhead(err)
+		c.site.pool.outlived(err, c.site.addr)
 	}
-	if left && c.probe.keep {
+	if left && c.probe.keep && !isLate(err) && !errors.Is(err, errUnproven) {
 		c.extra().unread = true
 		return false
 	}
 	return left
 }
-
-// buffered counts what the state has read and not used.
-func (c *conn) buffered() int { return c.held().unread }
 
 func (c *conn) unprobed() bool { return c.nc != nil && !c.probe.can() }
 
@@ -46,29 +50,73 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 	if _, ok := c.state.(io.Closer); ok {
 		return false
 	}
-	return c.probe.plain && (c.probe.tls == nil || !reason.clean())
+	return c.probe.manners == plain && (c.probe.tls == nil || !reason.clean()) && !c.probe.lingers()
 }
 
 // seal is the last step before the socket is closed: it finds out whether the
 // descriptor is still the connection's own. If it is not, the connection goes
-// into quarantine, and must not be closed.
-func (c *conn) seal() bool {
+// into quarantine, and must not be closed. The first who seals it closes the
+// socket, and nobody else.
+func (c *conn) seal() (first, own bool) {
 	for {
 		w := c.word.Load()
 		if w&stolen != 0 || c.probe.isStolen() {
 			break
 		}
 		if c.word.CompareAndSwap(w, w|shut) { // or it was marked stolen just now
-			return true
+			return w&shut == 0, true
 		}
 	}
 	quarantine.add(c.nc)
-	// Wakes who is blocked in it: a deadline does not touch the descriptor.
-	defer func() { _ = recover() }()
+	return false, false
+}
+
+// wake makes those return who are blocked in a connection that is not to be closed:
+// a deadline does not touch the descriptor.
+func (c *conn) wake() {
+	if c.probe.manners == foreign {
+		c.tellDeadline(c.remember(), false, func() error { return c.nc.SetDeadline(past) })
+		return
+	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	c.nc.SetDeadline(past)
-	return false
+}
+
+// strike closes the socket under a loan of a hook, whose caller remains the owner
+// and frees the slot.
+func (c *conn) strike() {
+	e := c.extra()
+	c.dmu.Lock()
+	if e.struck != nil {
+		c.dmu.Unlock()
+		return
+	}
+	struck := make(chan struct{})
+	e.struck = struck
+	c.dmu.Unlock()
+	defer close(struck)
+	switch first, own := c.seal(); {
+	case first:
+		c.closeAbruptly()
+	case !own:
+		c.wake()
+	}
+}
+
+// awaitStrike is for the owner who finds that the socket is somebody else's to
+// close: it waits until that has been done.
+func (c *conn) awaitStrike() {
+	e := c.more.Load()
+	if e == nil {
+		return
+	}
+	c.dmu.Lock()
+	struck := e.struck
+	c.dmu.Unlock()
+	if struck != nil {
+		<-struck
+	}
 }
 
 // quarantine holds the connections whose descriptor has become somebody
@@ -89,34 +137,103 @@ func (s *strays) add(nc net.Conn) {
 
 // closeAbruptly closes the socket without a farewell.
 func (c *conn) closeAbruptly() {
-	if sock := c.probe.sock(); sock != nil {
-		sock.Close()
+	if t := c.probe.tls; t != nil {
+		t.NetConn().Close() // crypto/tls would say goodbye
 		return
 	}
 	c.nc.Close()
 }
 
-// closeTimeout bounds a close that runs foreign code or says goodbye.
-const closeTimeout = 5 * time.Second
+const (
+	// closeTimeout bounds a close that runs foreign code or says goodbye.
+	closeTimeout = 5 * time.Second
 
-// closeFully closes the connection and what Setup built on it. It may block.
-func (c *conn) closeFully(reason CloseReason) {
-	defer func() {
-		if v := recover(); v != nil {
-			c.site.pool.log(slog.LevelError, "closing panicked", "addr", c.site.addr, "panic", v)
-		}
-	}()
+	// closePatience is how long a close is counted on to free its slot soon.
+	// After that an idle connection is evicted in its place.
+	closePatience = 10 * time.Millisecond
+)
+
+// closeFully closes the connection, if that is the caller's to do, and what Setup
+// built on it. It may block; at says in what. Whatever the one does, the other is
+// closed too.
+func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	if s, ok := c.state.(io.Closer); ok {
-		defer s.Close()
+		defer c.closeOne(at, "Close of the state", func() { s.Close() })
 	}
-	if c.probe.tls != nil && !reason.clean() {
-		c.probe.tls.NetConn().Close() // crypto/tls would say goodbye
+	if !first {
+		at.Store("Close of the connection")
+		c.awaitStrike()
 		return
 	}
-	if sock := c.probe.sock(); sock != nil {
-		sock.sayGoodbye()
+	closed := false
+	defer func() {
+		if !closed { // it panicked, or ended the goroutine
+			go c.closeBelow()
+		}
+	}()
+	c.closeOne(at, "Close of the connection", func() {
+		c.closeSocket(reason)
+		closed = true
+	})
+}
+
+// closeOne runs one part of a close. It stops a panic and tells of it, and of a
+// Goexit, which cannot be stopped.
+func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
+	at.Store(what)
+	returned := false
+	defer func() {
+		if returned {
+			return
+		}
+		pan := &PanicError{Where: what}
+		if v := recover(); v != nil {
+			pan.Value, pan.Stack = v, debug.Stack()
+		}
+		c.site.pool.outlived(pan, c.site.addr)
+	}()
+	f()
+	returned = true
+}
+
+// closeSocket closes what carries the connection, after a farewell if the peer is
+// in step.
+func (c *conn) closeSocket(reason CloseReason) {
+	t := c.probe.tls
+	switch {
+	case t == nil:
+		c.nc.Close()
+	case !reason.clean():
+		c.closeAbruptly()
+	case c.probe.manners == plain:
+		c.probe.sock().sayGoodbye()
+		c.nc.Close()
+	default:
+		// Whatever becomes of the goodbye, the socket is closed, and once.
+		err := briefly("the goodbye of TLS", tlsGoodbye, t.CloseWrite)
+		if pan, ok := err.(*PanicError); ok {
+			c.site.pool.outlived(pan, c.site.addr)
+		}
+		t.NetConn().Close()
 	}
-	c.nc.Close()
+}
+
+// closeBelow closes the socket of a connection whose own Close did not get there,
+// if the connection says what its socket is.
+func (c *conn) closeBelow() {
+	defer func() { _ = recover() }()
+	nc := c.nc
+	if c.probe.tls != nil {
+		nc = c.probe.tls.NetConn()
+	}
+	if sock, ok := nc.(*tlsSocket); ok {
+		nc = sock.Conn
+	}
+	if u, ok := nc.(interface{ NetConn() net.Conn }); ok {
+		if below := u.NetConn(); !isNil(below) {
+			below.Close()
+		}
+	}
 }
 
 // clean reports whether the peer is in step, so that TLS may say goodbye.

@@ -61,8 +61,12 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 		return ClosedCheckFailed, err
 	}
 	c.checked = p.clock.exactly()
-	if p.cfg.Push != nil && c.unread() {
-		return ClosedDirty, ErrUnread
+	if p.cfg.Push != nil {
+		if unread, err := c.unread(); err != nil {
+			return ClosedCheckFailed, err
+		} else if unread {
+			return ClosedDirty, ErrUnread
+		}
 	}
 	return c.ask() // the answer may have been longer than Check read
 }
@@ -114,12 +118,12 @@ type probe struct {
 	raw syscall.RawConn // nil: no descriptor
 	tls *tls.Conn       // nil: no crypto/tls above
 
-	who    identity // of the descriptor's socket, if raw is there
-	number uint32   // of the descriptor; those of Windows too have 32 bits that count
-	known  bool     // who is
-	plain  bool     // the descriptor is a socket whose close cannot block
-	prober bool     // the connection is a Prober
-	keep   bool     // plaintext that a look takes out is for Config.Push
+	who     identity // of the descriptor's socket, if raw is there
+	number  uint32   // of the descriptor; those of Windows too have 32 bits that count
+	known   bool     // who is
+	manners manners  // of the connection
+	prober  bool     // the connection is a Prober
+	keep    bool     // plaintext that a look takes out is for Config.Push
 }
 
 // look is one visit to a descriptor: what it is to find out, and what it found.
@@ -167,11 +171,8 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 			below = sock.Conn
 		}
 	}
-	switch below.(type) {
-	case *net.TCPConn, *net.UnixConn:
-		p.plain = p.tls == nil || p.sock() != nil
-	}
-	for {
+	p.manners = mannersOf(nc, below, p.sock() != nil)
+	for range wrappings {
 		u, ok := below.(interface{ NetConn() net.Conn })
 		if !ok {
 			break
@@ -185,6 +186,7 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 	if p.raw, _ = sc.SyscallConn(); p.raw == nil {
 		return
 	}
+	p.raw = trusted(p.raw)
 	p.raw.Control(func(fd uintptr) {
 		p.number = uint32(fd)
 		if !cfg.NoIdentity {
@@ -192,6 +194,10 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 		}
 	})
 }
+
+// wrappings is how many connections may be wrapped in each other before the pool
+// gives up looking for the innermost: one may say that it wraps itself.
+const wrappings = 16
 
 // sock is what crypto/tls reads from; nil without TLS, or if a custom dialer made it.
 func (p *probe) sock() *tlsSocket {
@@ -217,6 +223,16 @@ func (p *probe) isStolen() (stolen bool) {
 	return stolen
 }
 
+// lingers reports whether the socket was told to wait in its close (SO_LINGER).
+// Whoever made it, or had it on loan, may have done that.
+func (p *probe) lingers() (yes bool) {
+	if p.raw == nil {
+		return false
+	}
+	p.raw.Control(func(fd uintptr) { yes = lingers(fd) })
+	return yes
+}
+
 // peeked is what a look into a socket found.
 type peeked struct {
 	bytes bool  // something waits to be read
@@ -232,6 +248,7 @@ func (c *conn) ask() (CloseReason, error) {
 		return reason, err
 	}
 	reason, err := c.probe.ask(&c.site.pool.cfg, c.nc)
+	c.site.pool.outlived(err, c.site.addr)
 	if reason == ClosedDirty && c.probe.keep {
 		c.keepAhead(err)
 	}
@@ -275,9 +292,10 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 	return p.readThrough(noWait, lookPatience)
 }
 
-func askProber(pr Prober) (err error) {
-	defer recoverInto(&err, "Probe")
-	return spent(returned(pr.Probe()))
+func askProber(pr Prober) error {
+	k := newCall("Probe")
+	k.prober = pr
+	return k.await(foreignPatience)
 }
 
 // lookPatience bounds what a look may wait for where it cannot do without
@@ -286,8 +304,9 @@ func askProber(pr Prober) (err error) {
 const lookPatience = time.Millisecond
 
 var (
-	errPartial = fmt.Errorf("%w: a part of a TLS record", ErrUnread)
-	errStolen  = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
+	errPartial  = fmt.Errorf("%w: a part of a TLS record", ErrUnread)
+	errUnproven = errors.New("what crypto/tls holds cannot be asked without a deadline")
+	errStolen   = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
 )
 
 // leftovers reports whether crypto/tls holds plaintext that was not read, or a
@@ -311,7 +330,31 @@ func (p *probe) leftovers(moved bool) (bool, error) {
 // readThrough reads one byte through crypto/tls without waiting for the peer.
 // Over a foreign connection, which cannot be told not to wait, a deadline has to
 // do: it waits for patience at most.
+//
+// A foreign connection that takes no deadline is not read: what nobody can ask is
+// not proven clean. Of the pool's own TLS over it crypto/tls alone is asked.
 func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
+	if p.manners != foreign || mode == sealed && p.sock() != nil {
+		l := newLook(p, false)
+		defer l.done()
+		return p.readThroughNow(mode, patience, &l.scratch)
+	}
+	// What is left behind keeps the byte that it reads into.
+	found, scratch := make(chan CloseReason, 1), new([1]byte)
+	err = briefly("the connection under TLS", foreignPatience, func() error {
+		reason, err := p.readThroughNow(mode, patience, scratch)
+		found <- reason
+		return err
+	})
+	select {
+	case reason = <-found:
+	default:
+		reason = ClosedStale
+	}
+	return reason, err
+}
+
+func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1]byte) (reason CloseReason, err error) {
 	defer func() {
 		if err != nil && reason == ClosedUnknown {
 			reason = ClosedStale
@@ -319,27 +362,33 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 	}()
 	defer recoverInto(&err, "the connection under TLS")
 	sock := p.sock()
-	if sock != nil && (mode == sealed || sock.raw != nil) {
+	switch {
+	case sock != nil && (mode == sealed || sock.raw != nil):
 		sock.enter(mode)
 		defer sock.enter(normal)
-	} else {
-		if !p.tls.ConnectionState().HandshakeComplete {
-			return ClosedUnknown, nil
-		}
+	case !p.tls.ConnectionState().HandshakeComplete:
+		return ClosedUnknown, nil
+	default:
 		deadline := past
 		if patience > 0 {
 			deadline = time.Now().Add(patience)
 		}
-		p.tls.SetDeadline(deadline)
-		defer p.tls.SetDeadline(time.Time{})
+		if err := p.tls.SetDeadline(deadline); err != nil && sock != nil {
+			return p.readThroughNow(sealed, patience, scratch)
+		} else if err != nil {
+			return ClosedStale, fmt.Errorf("%w: %w", errUnproven, err)
+		}
+		defer func() {
+			if e := p.tls.SetDeadline(time.Time{}); e != nil && reason == ClosedUnknown {
+				reason, err = ClosedStale, e // it would strike the next borrower
+			}
+		}()
 	}
-	l := newLook(p, false)
-	defer l.done()
-	n, err := p.tls.Read(l.scratch[:])
+	n, err := p.tls.Read(scratch[:])
 	switch {
 	case n > 0:
 		if p.keep {
-			return ClosedDirty, p.wholeRecord(l.scratch[0])
+			return ClosedDirty, p.wholeRecord(scratch[0])
 		}
 		return ClosedDirty, ErrUnread
 	case err == nil:

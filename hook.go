@@ -13,7 +13,7 @@ import (
 func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) (err error) {
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
-	defer recoverInto(&err, where) // from SetDeadline of a foreign net.Conn
+	defer recoverInto(&err, where) // from a ctx of the caller's making
 	loan := c.begin(ctx, hooked)
 	answer := make(chan error, 1)
 	go func() {
@@ -43,9 +43,12 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 		err = &brokenContract{"it left an operation running"}
 	case word&(gone|broken|timedOut|halfClosed) != 0:
 		err = c.failureOf(word, "it closed the connection")
-	case c.leftovers(word):
-		if err = c.held().clean("it"); err == nil {
-			err = &brokenContract{"it left unread bytes behind"}
+	default:
+		var in holdings
+		if in, err = c.heldSoon(); err == nil && c.leftoversBeside(word, in) {
+			if err = in.clean("it"); err == nil {
+				err = &brokenContract{"it left unread bytes behind"}
+			}
 		}
 	}
 	switch err.(type) {
@@ -122,17 +125,6 @@ func passOn(err error) {
 	}
 }
 
-// observe runs a Trace function in the middle of the pool's own work, which a
-// panic must not cut short.
-func (p *Pool) observe(f func()) {
-	defer func() {
-		if v := recover(); v != nil {
-			p.log(slog.LevelError, "Trace panicked", "panic", v, "stack", string(debug.Stack()))
-		}
-	}()
-	f()
-}
-
 // strayed reports, in debug mode, the use of a handle whose loan is over.
 func (c *conn) strayed(gen uint64) {
 	p := c.site.pool
@@ -172,14 +164,6 @@ type pastLoan struct {
 	stack []byte
 }
 
-func (p *Pool) log(level slog.Level, msg string, args ...any) {
-	if p.cfg.Logger == nil {
-		return
-	}
-	defer func() { _ = recover() }() // a broken log must not lose a slot
-	p.cfg.Logger.Log(context.Background(), level, "connpool: "+msg, args...)
-}
-
 func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 	level := slog.LevelDebug
 	switch reason {
@@ -198,5 +182,5 @@ func (p *Pool) abandoned(what string, addr Addr) {
 	p.mu.Lock()
 	p.counts.Abandoned++
 	p.mu.Unlock()
-	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", "addr", addr)
+	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)
 }

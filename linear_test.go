@@ -61,7 +61,7 @@ func TestAnEvictionFindsWhatWasLookedAtMeanwhile(t *testing.T) {
 		synctest.Wait()
 		addr, ok := n.p.EvictLRU() // passes it
 		require.Equal(t, [2]any{at("b"), true}, [2]any{addr, ok})
-		require.GreaterOrEqual(t, c.round, uint8(aside))
+		require.GreaterOrEqual(t, c.round, uint8(setAside))
 		close(looking)
 		synctest.Wait()
 		n.gauges(0, 1, 0)

@@ -22,11 +22,11 @@ type recency struct {
 	lent conn // no connection: between those put aside and the others
 	len  int
 
-	round uint8 // the current, or last, walk; less than aside
+	round uint8 // the current, or last, walk; less than setAside
 }
 
-// aside in conn.round says that the connection was put aside.
-const aside = 1 << 7
+// setAside in conn.round says that the connection was put aside.
+const setAside = 1 << 7
 
 func (r *recency) init() {
 	r.ends.younger, r.ends.older = &r.ends, &r.ends
@@ -56,13 +56,13 @@ func (r *recency) touch(c *conn) {
 	if r.ends.older != c {
 		r.cut(c)
 		r.insert(c, &r.ends)
-		c.round &^= aside
+		c.round &^= setAside
 	}
 }
 
 // back puts c, which nobody has any more, where a search will find it.
 func (r *recency) back(c *conn) {
-	if c.round >= aside {
+	if c.round >= setAside {
 		r.touch(c)
 	}
 }
@@ -87,7 +87,7 @@ func (r *recency) oldestIdle(n int) *conn {
 		case c.site != nil: // else the mark of a walk
 			r.cut(c)
 			r.insert(c, &r.lent)
-			c.round |= aside
+			c.round |= setAside
 		}
 		c = next
 	}
@@ -114,15 +114,15 @@ func (r *recency) all() []*conn {
 func (r *recency) walk(mark *conn, n int) []*conn {
 	c := r.ends.younger
 	if mark.younger == nil {
-		r.round = (r.round + 1) % aside
+		r.round = (r.round + 1) % setAside
 	} else {
 		c = mark.younger
 		r.cut(mark)
 	}
 	var met []*conn
 	for ; c != &r.ends && len(met) < n; c = c.younger {
-		if c.site != nil && c.round&^aside != r.round {
-			c.round = r.round | c.round&aside
+		if c.site != nil && c.round&^setAside != r.round {
+			c.round = r.round | c.round&setAside
 			met = append(met, c)
 		}
 	}

@@ -274,7 +274,7 @@ func TestAWalkMeetsEachConnectionThatStays(t *testing.T) {
 			}
 		}
 		for _, c := range stays {
-			require.True(t, met[c] || c.round >= aside, "seed %d", seed) // what was put aside meanwhile is lent
+			require.True(t, met[c] || c.round >= setAside, "seed %d", seed) // what was put aside meanwhile is lent
 		}
 		require.Nil(t, mark.younger, "the mark is out")
 		require.Len(t, rec.all(), rec.len)

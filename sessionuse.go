@@ -26,7 +26,7 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	st.loan, st.spoiled, st.why = Conn{}, ClosedUnknown, nil
 	t := p.trace(ctx)
 	if t != nil && t.GetConn != nil {
-		t.GetConn(st.addr)
+		p.named("Trace.GetConn", func() { t.GetConn(st.addr) })
 	}
 	c, waited, owner := st.c, time.Duration(0), true
 	st.c = nil
@@ -53,7 +53,8 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	began := p.clock.exactly()
 	st.loan = c.begin(ctx, 0)
 	if t != nil && t.GotConn != nil {
-		t.GotConn(GotInfo{Addr: st.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
+		info := GotInfo{Addr: st.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
+		p.named("Trace.GotConn", func() { t.GotConn(info) })
 	}
 	err := fn(st.loan)
 	if err == nil {
@@ -87,7 +88,8 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	left := b.rise(st, c)
 	if left == nil || b.giveBackOne(left) {
 		if t != nil && t.PutConn != nil {
-			t.PutConn(PutInfo{Addr: st.addr, ID: id, Held: p.clock.exactly().sub(began)})
+			info := PutInfo{Addr: st.addr, ID: id, Held: p.clock.exactly().sub(began)}
+			p.named("Trace.PutConn", func() { t.PutConn(info) })
 		}
 	}
 	return unkeep(err)
@@ -103,8 +105,16 @@ func (p *Pool) refuse(c *conn, owner *bool) error {
 		return p.failed(addr, StageWait, ErrClosed, 0)
 	}
 	reason, why := c.ask()
-	if p.cfg.Push != nil && (p.pushes(reason) || reason == ClosedUnknown && c.unread()) {
-		reason, why = p.pushAll(c) // a message that came between two uses
+	if p.cfg.Push != nil {
+		unread := p.pushes(reason)
+		if reason == ClosedUnknown {
+			if unread, why = c.unread(); why != nil {
+				reason = ClosedDirty
+			}
+		}
+		if unread {
+			reason, why = p.pushAll(c) // a message that came between two uses
+		}
 	}
 	if reason == ClosedUnknown {
 		return nil
@@ -141,7 +151,7 @@ func (st *seat) again(ctx context.Context, fn func(Conn) error) error {
 	switch {
 	case st.spoiled != ClosedUnknown:
 		return c.site.pool.lost(st.addr, st.spoiled, st.why)
-	case before&gone != 0:
+	case before&(gone|cut) == gone:
 		return c.site.pool.lost(st.addr, ClosedByBorrower, net.ErrClosed)
 	case before&(cut|stolen|broken) != 0:
 		return c.site.pool.lost(st.addr, ClosedBroken, c.failure())
@@ -174,12 +184,15 @@ func (c *conn) nest(ctx context.Context) (undo func()) {
 	c.dmu.Lock()
 	outer := l.ctx
 	l.ctx = ctx
+	if c.probe.manners == foreign && l.over == nil {
+		l.over = make(chan struct{})
+	}
 	c.dmu.Unlock()
 	stop := context.AfterFunc(ctx, l.interrupt)
 	return func() {
 		if !stop() {
 			// It runs now, or has not begun yet, and must not meet another loan.
-			c.word.Or(cut)
+			c.cutShort()
 		}
 		c.dmu.Lock()
 		l.ctx = outer

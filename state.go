@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"reflect"
+	"runtime/debug"
 	"sync"
 	"unsafe"
 )
@@ -41,7 +42,8 @@ func (h holdings) clean(who string) error {
 	return nil
 }
 
-// held looks into the state of c. The caller owns c.
+// held looks into the state of c. It runs in the borrower's own time, as fn does;
+// whoever else wants to know calls heldSoon. The caller owns c.
 func (c *conn) held() (h holdings) {
 	if c.state == nil {
 		return h
@@ -50,7 +52,46 @@ func (c *conn) held() (h holdings) {
 		countReader(r, &h)
 		return h
 	}
+	shape, looked := shapeOf(reflect.TypeOf(c.state)), false
+	defer func() {
+		if looked {
+			return
+		}
+		pan := &PanicError{Where: "Buffered of the state"}
+		if v := recover(); v != nil { // it goes on to the borrower, who is told whose it is
+			pan.Value, pan.Stack = v, debug.Stack()
+			panic(pan)
+		}
+		c.site.pool.outlived(pan, c.site.addr)
+	}()
+	h = c.search(shape)
+	looked = true
+	return h
+}
+
+// heldSoon is held on a goroutine of the pool's. A state that does not answer is one
+// that nobody can be given.
+func (c *conn) heldSoon() (h holdings, _ error) {
+	if c.state == nil {
+		return h, nil
+	}
 	shape := shapeOf(reflect.TypeOf(c.state))
+	if !shape.asks {
+		return c.search(shape), nil // no foreign code
+	}
+	got := make(chan holdings, 1)
+	err := briefly("Buffered of the state", foreignPatience, func() error {
+		got <- c.search(shape)
+		return nil
+	})
+	if err != nil {
+		c.site.pool.outlived(err, c.site.addr)
+		return h, err
+	}
+	return <-got, nil
+}
+
+func (c *conn) search(shape *shape) (h holdings) {
 	if shape.paths != nil {
 		v := reflect.ValueOf(c.state)
 		for _, p := range shape.paths {
