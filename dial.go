@@ -169,7 +169,7 @@ func (p *Pool) dialEnded(a *attempt, start instant, t *Trace, cancel context.Can
 		}
 		return
 	}
-	a.c.state = a.state
+	a.handState()
 	if a.err == nil {
 		p.dialed(a, start, t, nil)
 		return

@@ -35,8 +35,10 @@ func (p *Pool) setUp(a *attempt) error {
 	if late { // and closed by whoever finds that out, see dial
 		return nil
 	}
-	a.where = "the state's Buffered"
-	in := c.held()
+	in, err := c.heldSoon()
+	if err != nil {
+		return err
+	}
 	if in.unflushed > 0 || in.unread > 0 && p.cfg.Push == nil {
 		return in.clean("Config.Setup")
 	}
