@@ -497,7 +497,11 @@ func TestAGreetingBelongsToTheFirstBorrowerAlone(t *testing.T) {
 		}))
 		require.Equal(t, "a#1", n.use(at("a")))
 		n.p.CloseIdle()
-		require.Equal(t, "a#2", n.use(at("a"))) // does not read it
+		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error { // does not read it
+			require.Equal(t, "a#2", who(c))
+			synctest.Wait()
+			return nil
+		}))
 		require.Equal(t, "a#3", n.use(at("a")))
 		n.check()
 	})
