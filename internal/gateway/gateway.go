@@ -42,6 +42,8 @@ type Gateway struct {
 	pins   chan struct{} // one for each connection that one client may have to itself
 	count  counters
 
+	leaving chan struct{} // one for each client that is told under TLS that it is too many
+
 	journal *journal
 	notices notices
 	down    atomic.Bool  // the server could not be reached, and has not answered since
@@ -78,6 +80,7 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 		certs:   certificates{server: p.Server, upstream: p.Upstream, alpn: p.alpn},
 		memory:  budget{limit: p.MaxMemory},
 		pins:    make(chan struct{}, p.MaxPinned),
+		leaving: make(chan struct{}, leavingClients),
 		clients: make(map[*client]struct{}),
 		started: time.Now(),
 	}
