@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -22,8 +23,9 @@ type descriptors struct {
 }
 
 const (
-	ownDescriptors    = 12 // standard streams, listeners, pollers, the spare, a file that is read
-	statusClients     = 8  // connections to the status at once
+	ownDescriptors    = 12 + leavingClients // standard streams, listeners, pollers, the spare, a file that is read
+	leavingClients    = 4                   // that are told under TLS that they are too many
+	statusClients     = 8                   // connections to the status at once
 	leastClients      = 1
 	defaultMaxClients = 10_000
 )
@@ -119,14 +121,32 @@ func (g *Gateway) turnAway(s *spare) bool {
 	return true
 }
 
-// sendAway tells a client that it is one too many.
+// sendAway tells a client that it is one too many. Under TLS that takes a
+// handshake, for which a few have the time of a second.
 func (g *Gateway) sendAway(nc net.Conn) {
 	g.count.turnedAway.Add(1)
 	g.notice(slog.LevelWarn, "full", "clients are turned away: as many as -max-clients, or the limit of open files, allows are here",
 		"clients", g.MaxClientsNow())
-	if g.framing.full != "" && !g.listen.tls {
-		nc.SetWriteDeadline(time.Now().Add(time.Second)) // its buffer is empty: this does not wait
-		io.WriteString(nc, g.framing.full)
+	nc.SetDeadline(time.Now().Add(time.Second))
+	switch {
+	case g.framing.full == "":
+	case !g.listen.tls:
+		io.WriteString(nc, g.framing.full) // its buffer is empty: this does not wait
+	default:
+		select {
+		case g.leaving <- struct{}{}:
+			g.serving.Go(func() {
+				defer func() { <-g.leaving }()
+				defer nc.Close()
+				tc := tls.Server(nc, g.certs.forClients.Load())
+				if tc.HandshakeContext(g.ctx) == nil {
+					io.WriteString(tc, g.framing.full)
+					tc.CloseWrite()
+				}
+			})
+			return
+		default:
+		}
 	}
 	nc.Close()
 }

@@ -75,6 +75,28 @@ func TestAClientForWhomThereIsNoDescriptorIsToldSo(t *testing.T) {
 	<-done
 }
 
+// TRY-17
+func TestOneClientTooManyIsToldSoUnderTLSToo(t *testing.T) {
+	ca := faultnet.NewCA()
+	k := writeKeys(t, t.TempDir(), "k", ca.Server("127.0.0.1"))
+	_, to := serve(t, faultnet.Options{})
+	g := begin(t, Config{Framing: "resp", To: to, MaxClients: 1, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}})
+	g.clientCA = ca.Pool()
+	first := g.call()
+	soon(t, "it is in", func() bool { return g.Status().Clients == 1 })
+	second := g.call()
+	require.Equal(t, "-ERR max number of clients reached\r", second.hear())
+	second.hearEnd()
+	for range 3 * leavingClients { // and who says nothing is not waited for
+		nc, err := net.Dial("tcp", g.Addr().String())
+		require.NoError(t, err)
+		defer nc.Close()
+	}
+	first.Close()
+	g.end()
+	require.NoError(t, g.wait())
+}
+
 // TRY-09, TRY-17: whoever connects to the status and says nothing has a few
 // connections at most, keeps nobody else out, and does not delay the end.
 func TestSilentVisitorsOfTheStatusAreFew(t *testing.T) {

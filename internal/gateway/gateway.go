@@ -46,6 +46,8 @@ type Gateway struct {
 	places  chan struct{} // one for each session
 	count   counters
 
+	leaving chan struct{} // one for each client that is told under TLS that it is too many
+
 	journal *journal
 	notices notices
 	down    atomic.Bool  // the server could not be reached, and has not answered since
@@ -83,12 +85,14 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 		memory:  budget{limit: p.MaxMemory},
 		pins:    make(chan struct{}, p.MaxPinned),
 		places:  make(chan struct{}, p.MaxOpen),
-		greet:   greetings{wait: p.GreetingWait, framing: p.Framing, once: p.MaxUses == 1, log: p.Logger},
+		greet:   greetings{wait: p.GreetingWait, framing: p.Framing, once: p.MaxUses == 1},
+		leaving: make(chan struct{}, leavingClients),
 		clients: make(map[*client]struct{}),
 		started: time.Now(),
 	}
 	g.journal = newJournal(p.Logger.Handler())
 	g.Logger = slog.New(g.journal)
+	g.greet.log = g.Logger
 	g.room.Store(int64(p.MaxClients))
 	if _, err := g.certs.loadWithin(ctx); err != nil {
 		return nil, err

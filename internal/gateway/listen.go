@@ -57,9 +57,13 @@ func parseEndpoint(s string) (endpoint, error) {
 		}
 		e.tls, e.address = scheme == "tls", rest
 	}
-	_, port, err := net.SplitHostPort(e.address)
+	host, port, err := net.SplitHostPort(e.address)
 	if err != nil {
 		return endpoint{}, fmt.Errorf("%q is no host:port (%w)", s, err)
+	}
+	// A zone may be written as in -to, with its '%' escaped.
+	if ip, zone, ok := strings.Cut(host, "%25"); ok && zone != "" {
+		e.address = net.JoinHostPort(ip+"%"+zone, port)
 	}
 	if _, err := net.LookupPort("tcp", port); err != nil || port == "" {
 		return endpoint{}, fmt.Errorf("%q has no port: use a number, or 0 for any that is free", s)

@@ -65,6 +65,20 @@ func TestWhatItListensOnIsLoopbackOnly(t *testing.T) {
 	require.True(t, g.Addr().(*net.TCPAddr).IP.IsLoopback())
 }
 
+// TRY-31
+func TestAZoneMayBeWrittenInBothWays(t *testing.T) {
+	for text, want := range map[string]string{
+		"tcp://[fe80::1%25eth0]:80": "[fe80::1%eth0]:80",
+		"tcp://[fe80::1%eth0]:80":   "[fe80::1%eth0]:80",
+		"[fe80::1%25eth0]:80":       "[fe80::1%eth0]:80",
+		"tls://[fe80::1]:80":        "[fe80::1]:80",
+	} {
+		e, err := parseEndpoint(text)
+		require.NoError(t, err)
+		require.Equal(t, want, e.address, text)
+	}
+}
+
 func TestAStaleSocketIsReplacedAndALiveOneIsLeftAlone(t *testing.T) {
 	_, to := serve(t, faultnet.Options{})
 	path := filepath.Join(shortDir(t), "s")
