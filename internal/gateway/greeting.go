@@ -93,7 +93,8 @@ const quickLook = 20 * time.Millisecond
 //
 // While it is unknown, a new connection is listened to for a third of wait
 // (for all of it, if something came unasked before) before it carries a request,
-// and no reply reaches a client before its connection has been silent for wait.
+// and no reply reaches a client before its connection has been silent for wait
+// (and before wait has passed since the reply, if something came unasked before).
 // When it has just become known, each reply is still held until it has had the
 // time to be followed by another one; so are the first ones of each new
 // connection for ever.
@@ -228,6 +229,10 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 	k.mu.Lock()
 	k.slowest = max(k.slowest, now.Sub(asked))
 	known, hold := k.silent, max(min(k.wait/3, quickLook), min(2*k.slowest, k.wait))
+	var first *speaksFirst
+	if errors.As(k.last, &first) { // it may greet those who ask
+		hold = k.wait
+	}
 	k.mu.Unlock()
 	end := now.Add(hold)
 	settles := false
@@ -244,7 +249,6 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 		end, settles = now.Add(min(k.wait/3, quickLook)), true
 	}
 	err := k.listen(c, u, earlier(end, latest))
-	var first *speaksFirst
 	switch {
 	case err == errHungUp, // all replies are there, and no more
 		err != nil && !errors.As(err, &first) && !known.IsZero():
@@ -463,6 +467,9 @@ func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any,
 		closed = g.redial.closed
 	}
 	if g.framing.newReplies == nil {
+		if closed == nil {
+			return nil, nil
+		}
 		return &replies{closed: closed}, nil
 	}
 	if err := g.greet.refusing(); err != nil {

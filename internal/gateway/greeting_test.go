@@ -448,8 +448,9 @@ func TestTheFirstReplyOfAllIsHeldAndLaterOnesAreNot(t *testing.T) {
 		time.Sleep(firstPause)
 		require.NoError(t, k.refusing())
 		suspect := &replies{born: time.Now()}
-		before, _ = took(suspect, time.Millisecond)
+		before, after = took(suspect, time.Millisecond)
 		require.Equal(t, time.Second, before, "nothing is sent before it has been silent for long enough")
+		require.Equal(t, time.Second, after, "nor believed")
 		require.False(t, k.speaking())
 		before, _ = took(&replies{born: time.Now()}, time.Millisecond)
 		require.Equal(t, quickLook, before)

@@ -43,8 +43,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "replies-too-many-are-waited-for",
-		old:   `err := k.listen(c, u, earlier(end, latest))` + "\n\tvar first",
-		new:   `var err error` + "\n\tvar first",
+		old:   `err := k.listen(c, u, earlier(end, latest))` + "\n\tswitch",
+		new:   `var err error` + "\n\tswitch",
 		tests: `TestAServerThatSpeaksFirst/(line|length)/.*/within`,
 	},
 	{
