@@ -71,7 +71,7 @@ func New(cfg Config) (*Gateway, error) {
 		memory:  budget{limit: p.MaxMemory},
 		pins:    make(chan struct{}, p.MaxPinned),
 		places:  make(chan struct{}, p.MaxOpen),
-		greet:   greetings{wait: p.GreetingWait, framing: p.Framing, once: p.MaxUses == 1, log: p.Logger},
+		greet:   greetings{wait: p.GreetingWait, quick: min(p.GreetingWait/3, quickLook), framing: p.Framing, once: p.MaxUses == 1, log: p.Logger},
 		clients: make(map[*client]struct{}),
 		started: time.Now(),
 	}

@@ -49,7 +49,7 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "later-connections-are-listened-to",
-		old:   `end = u.born.Add(min(k.wait/3, quickLook))` + "\n\t}\n\tk.mu.Unlock()\n",
+		old:   `end = u.born.Add(k.quick)` + "\n\t}\n\tk.mu.Unlock()\n",
 		new:   `k.mu.Unlock()` + "\n\t\tu.settled = true\n\t\treturn nil\n\t}\n\tk.mu.Unlock()\n",
 		tests: `TestAServerThatBeginsToGreetLater`,
 	},
