@@ -85,7 +85,7 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 		memory:  budget{limit: p.MaxMemory},
 		pins:    make(chan struct{}, p.MaxPinned),
 		places:  make(chan struct{}, p.MaxOpen),
-		greet:   greetings{wait: p.GreetingWait, framing: p.Framing, once: p.MaxUses == 1},
+		greet:   greetings{wait: p.GreetingWait, quick: min(p.GreetingWait/3, quickLook), framing: p.Framing, once: p.MaxUses == 1},
 		leaving: make(chan struct{}, leavingClients),
 		clients: make(map[*client]struct{}),
 		started: time.Now(),

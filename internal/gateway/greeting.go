@@ -79,9 +79,13 @@ func unasked(c net.Conn, framing string, end time.Time) error {
 	return err
 }
 
-// quickLook is how long a new connection to a server that is known to be silent
-// is listened to, before its first request and after its first reply.
-const quickLook = 20 * time.Millisecond
+// A new connection to a server that is known to be silent is listened to for
+// quickLook before its first request. After its first reply it is listened to for
+// as long, or for twice the longest exchange so far, up to longestLook.
+const (
+	quickLook   = 50 * time.Millisecond
+	longestLook = 250 * time.Millisecond
+)
 
 // greetings is what is known of whether the server speaks first. It begins
 // unknown:
@@ -93,12 +97,14 @@ const quickLook = 20 * time.Millisecond
 //
 // While it is unknown, a new connection is listened to for a third of wait
 // (for all of it, if something came unasked before) before it carries a request,
-// and no reply reaches a client before its connection has been silent for wait.
+// and no reply reaches a client before its connection has been silent for wait
+// (and before wait has passed since the reply, if something came unasked before).
 // When it has just become known, each reply is still held until it has had the
 // time to be followed by another one; so are the first ones of each new
 // connection for ever.
 type greetings struct {
 	wait    time.Duration // not positive: nobody listens
+	quick   time.Duration // quickLook, or less if that is long beside wait
 	framing string
 	once    bool // connections have one exchange each: nothing follows the first reply
 	log     *slog.Logger
@@ -208,7 +214,7 @@ func (k *greetings) before(c net.Conn, u *replies, latest time.Time) error {
 	case errors.As(k.last, &first):
 		end = u.born.Add(k.wait)
 	case !k.silent.IsZero():
-		end = u.born.Add(min(k.wait/3, quickLook))
+		end = u.born.Add(k.quick)
 	}
 	k.mu.Unlock()
 	if err := k.listen(c, u, earlier(end, latest)); err != nil {
@@ -227,7 +233,11 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 	now := time.Now()
 	k.mu.Lock()
 	k.slowest = max(k.slowest, now.Sub(asked))
-	known, hold := k.silent, max(min(k.wait/3, quickLook), min(2*k.slowest, k.wait))
+	known, hold := k.silent, max(k.quick, min(2*k.slowest, k.wait))
+	var first *speaksFirst
+	if errors.As(k.last, &first) { // it may greet those who ask
+		hold = k.wait
+	}
 	k.mu.Unlock()
 	end := now.Add(hold)
 	settles := false
@@ -241,10 +251,9 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 		u.settled = true
 		return nil
 	default:
-		end, settles = now.Add(min(k.wait/3, quickLook)), true
+		end, settles = now.Add(min(hold, max(k.quick, longestLook))), true
 	}
 	err := k.listen(c, u, earlier(end, latest))
-	var first *speaksFirst
 	switch {
 	case err == errHungUp, // all replies are there, and no more
 		err != nil && !errors.As(err, &first) && !known.IsZero():
@@ -463,6 +472,9 @@ func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any,
 		closed = g.redial.closed
 	}
 	if g.framing.newReplies == nil {
+		if closed == nil {
+			return nil, nil
+		}
 		return &replies{closed: closed}, nil
 	}
 	if err := g.greet.refusing(); err != nil {

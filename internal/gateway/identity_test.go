@@ -82,13 +82,19 @@ func TestClaimsAreTriedOnConnectionsThatServeNobodyElse(t *testing.T) {
 // meet the release of the connection at any moment.
 func TestACommandThatMeetsTheReleaseIsNotLost(t *testing.T) {
 	g, _ := redisGateway(t, nil)
-	c := g.call()
-	for i := range 300 {
-		c.send("WATCH", "k")
-		c.send("UNWATCH")
-		require.Equal(t, "+OK\r\n", c.frame())
-		require.Equal(t, "+OK\r\n", c.frame())
-		// The reply is here, so the connection is about to be released.
-		require.Equal(t, bulk(fmt.Sprint(i)), c.do("ECHO", fmt.Sprint(i)))
+	var wg sync.WaitGroup
+	for range 8 { // who keep the machine busy, so that the two meet at all
+		c := g.call()
+		wg.Go(func() {
+			for i := range 200 {
+				c.send("WATCH", "k")
+				c.send("UNWATCH")
+				require.Equal(t, "+OK\r\n", c.frame())
+				require.Equal(t, "+OK\r\n", c.frame())
+				// The reply is here, so the connection is about to be released.
+				require.Equal(t, bulk(fmt.Sprint(i)), c.do("ECHO", fmt.Sprint(i)))
+			}
+		})
 	}
+	wg.Wait()
 }

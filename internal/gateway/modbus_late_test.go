@@ -152,6 +152,7 @@ func TestAReplyThatIsNotOwedCostsTheConnection(t *testing.T) {
 		"another function": func(b []byte) { b[7] = 5 },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			var first atomic.Bool
 			srv, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
 				if !first.CompareAndSwap(false, true) {
@@ -163,7 +164,7 @@ func TestAReplyThatIsNotOwedCostsTheConnection(t *testing.T) {
 				spoil(owed)
 				p.Write(owed)
 			})})
-			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 100 * time.Millisecond})
+			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: time.Second})
 			c := g.call()
 			for range 2 {
 				c.Write(writeRegister(1, 1, 5))

@@ -64,7 +64,7 @@ func (g *Gateway) notice(level slog.Level, cause, msg string, args ...any) {
 func (g *Gateway) unanswered(why failure, err error) {
 	warn := func(cause, msg string) { g.notice(slog.LevelWarn, cause, msg, "error", err) }
 	switch {
-	case why == ending || errors.Is(err, errBehind):
+	case why == ending, why == left, errors.Is(err, errBehind):
 	case why == unreachable, refusal(err) != "":
 		g.serverDown(err)
 	case errors.Is(err, errPins):

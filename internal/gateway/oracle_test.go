@@ -370,3 +370,45 @@ func TestWhatTheServerSaysUnaskedReachesNobody(t *testing.T) {
 		})
 	}
 }
+
+// TRY-04: the same with servers that greet, now and then, at once or late, and
+// servers that hang up on those whom they let in.
+func TestDesyncNoClientReadsAnothersReplyBeforeAServerThatSpeaksFirstNowAndThen(t *testing.T) {
+	total := oracleTotal() / 3
+	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
+		switch p.Serial() % 8 {
+		case 3:
+			io.WriteString(p, "220 hello\n")
+		case 5:
+			io.WriteString(p, "220-hello\n220 again\n")
+		case 6:
+			late := time.AfterFunc(3*time.Millisecond, func() { io.WriteString(p, "220 late\n") })
+			defer late.Stop()
+		case 7:
+			return
+		}
+		faultnet.Tokens(p)
+	}})
+	g := begin(t, Config{Framing: "line", To: to, MaxOpen: 4, MaxUses: 50, GreetingWait: 90 * time.Millisecond,
+		RequestTimeout: 5 * time.Second, ErrorReply: "ERR\n", IdleTimeout: forever})
+	var foreign atomic.Pointer[string]
+	var whole, partial, failed, done atomic.Int64
+	var wg sync.WaitGroup
+	for w := range 16 {
+		wg.Go(func() {
+			d := &dier{rand.New(rand.NewPCG(uint64(w), 13)), "tcp", g.Addr().String(), &foreign, &whole, &partial, &failed}
+			for done.Load() < total && foreign.Load() == nil {
+				done.Add(int64(d.exchangeLines()))
+			}
+		})
+	}
+	wg.Wait()
+	if what := foreign.Load(); what != nil {
+		t.Fatal(*what)
+	}
+	st := g.Status()
+	t.Logf("%d requests, %d replies read whole, %d clients died, %d got an error; failures %v; closed %v",
+		done.Load(), whole.Load(), partial.Load(), failed.Load(), st.Failures, st.Pool.Closed)
+	require.NotZero(t, whole.Load())
+	require.NotZero(t, failed.Load(), "the hazard was there")
+}

@@ -12,8 +12,8 @@ import (
 var errLeft = errors.New("the client left before its request was sent")
 
 // vigilAfter is how long a request waits before somebody looks after its client:
-// most wait for no time at all.
-const vigilAfter = 5 * time.Millisecond
+// most wait for less, and are looked at once, right before they are sent.
+const vigilAfter = 50 * time.Millisecond
 
 // A vigil watches a client that reads nothing because its request waits: for the
 // pool, for a connection of its own, for a place. Nobody else would notice that
