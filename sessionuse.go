@@ -176,7 +176,10 @@ func (c *conn) nest(ctx context.Context) (undo func()) {
 	return func() {
 		if !stop() {
 			// It runs now, or has not begun yet, and must not meet another loan.
-			c.word.Or(cut)
+			// What was detached has no other, and its deadlines are the caller's.
+			for w := c.word.Load(); w&detached == 0 && !c.word.CompareAndSwap(w, w|cut); {
+				w = c.word.Load()
+			}
 		}
 		c.dmu.Lock()
 		l.ctx = outer
