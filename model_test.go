@@ -126,7 +126,15 @@ type borrower struct {
 	lease  bool   // it holds a Lease
 	nested int    // what it does inside the loan before it ends, see nest
 
+	waits      []int    // the steps in which it began to wait, or to wait again
 	passedOver []uint64 // idle connections that were given back later than the one it got
+}
+
+// waitsAgain reports whether b, which waited before this step, was served in it
+// and waits again.
+func (b *borrower) waitsAgain(step int) bool {
+	n := len(b.waits)
+	return n > 1 && b.waits[n-1] == step
 }
 
 type verdict uint8
@@ -163,6 +171,7 @@ type world struct {
 	detached []net.Conn
 	owner    map[uint64]*borrower // who holds a connection
 	closed   map[uint64]CloseReason
+	now      int            // steps, for who may look at it under mu only
 	evicted  []uint64       // in this step
 	lastUse  map[uint64]int // the step in which a connection was parked last
 	wrong    error
@@ -283,7 +292,7 @@ func (w *world) step() error {
 	before := w.snapshot()
 	waitingBefore := w.waiting()
 	w.mu.Lock()
-	w.evicted = nil
+	w.evicted, w.now = nil, w.steps
 	w.mu.Unlock()
 	w.primesBefore()
 	w.run()
@@ -303,13 +312,18 @@ func (w *world) step() error {
 		return w.wrong
 	}
 	after := w.snapshot()
-	// Whoever came out of a queue was older than whoever is still in it.
+	// Whoever came out of a queue was older than whoever is still in it: TRY-54.
+	// Still in it is not who came out, too, found that what it got had died,
+	// and went back to its old place: while it looked, what became free went
+	// to the next, as it must, and how much becomes free meanwhile is chance.
+	// TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly
+	// has the rule for those.
 	for _, b := range waitingBefore {
 		if b.holds == 0 || b.visit != nil { // a session has a queue of its own before that of the pool
 			continue
 		}
 		for _, other := range w.live {
-			if other.addr == b.addr && other.visit == nil && other.holds == 0 && !other.done && other.order < b.order {
+			if other.addr == b.addr && other.visit == nil && other.holds == 0 && !other.done && other.order < b.order && !other.waitsAgain(w.steps) {
 				return fmt.Errorf("call %d was served before the older call %d", b.order, other.order)
 			}
 		}
@@ -467,6 +481,11 @@ func (w *world) call(impatient bool, b *borrower) {
 	if b.visit != nil {
 		top = nil // it may come with a connection, or have its turn later
 	}
+	ctx = WithTrace(ctx, &Trace{Wait: func(i WaitInfo) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		b.waits = append(b.waits, w.now)
+	}})
 	go func() {
 		defer cancel()
 		defer func() {

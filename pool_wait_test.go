@@ -3,6 +3,7 @@ package connpool
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"runtime"
 	"sync"
@@ -514,6 +515,47 @@ func TestMaxWaitersRefusesOneMore(t *testing.T) {
 		waiters[1].conn()
 		require.NoError(t, waiters[1].giveBack())
 		third.conn()
+		n.check()
+	})
+}
+
+// A borrower is served when it is handed a connection. If that turns out to be dead
+// it goes back to its old place; what became free while it looked has gone to the
+// next in line, for whom it would have been wrong to wait, but nothing after that
+// passes it by.
+//
+// TRY-54
+func TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newTestnet(t)
+		var mu sync.Mutex
+		made := make(map[string]*strange)
+		n.open(Config{MaxPerAddr: 2, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
+			mu.Lock()
+			defer mu.Unlock()
+			s := &strange{Conn: c}
+			made[c.LocalAddr().String()] = s
+			return s
+		})})
+		first, second := n.borrow(bg, at("a")), n.borrow(bg, at("a"))
+		dies, lives := who(first.conn()), who(second.conn())
+		line := n.queue(4, at("a"))
+		made[dies].probe = func() error { // asked by the oldest that waits
+			require.NoError(t, second.giveBack())
+			require.Equal(t, lives, who(line[1].conn()), "the next does not wait for a look")
+			return io.EOF
+		}
+		require.NoError(t, first.giveBack())
+		synctest.Wait()
+		require.Equal(t, "a#3", who(line[0].conn()), "the slot of the dead one is for whom it was handed to")
+		require.True(t, line[2].waits())
+		require.NoError(t, line[1].giveBack())
+		require.Equal(t, lives, who(line[2].conn()))
+		require.True(t, line[3].waits())
+		require.NoError(t, line[0].giveBack())
+		require.Equal(t, "a#3", who(line[3].conn()))
+		synctest.Wait()
+		n.closed(reasons{ClosedStale: 1})
 		n.check()
 	})
 }

@@ -192,6 +192,7 @@ func (c *conn) nest(ctx context.Context) (undo func()) {
 	return func() {
 		if !stop() {
 			// It runs now, or has not begun yet, and must not meet another loan.
+			// What was detached has no other, and its deadlines are the caller's.
 			c.cutShort()
 		}
 		c.dmu.Lock()

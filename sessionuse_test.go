@@ -304,3 +304,28 @@ func TestTraceTellsTheStoryOfASession(t *testing.T) {
 		require.ElementsMatch(t, want, own.take())
 	})
 }
+
+// What was detached is out of the reach of the ctx under which that was done.
+func TestACodecThatWasDetachedInAnInnerUseObeysItsDeadlines(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var guard net.Conn
+		n := open(t, Config{Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) { guard = nc; return nil, nil }})
+		ctx, end := n.session(bg)
+		defer end()
+		inner, cancel := context.WithCancel(ctx)
+		var nc net.Conn
+		require.NoError(t, n.p.With(ctx, at("a"), func(Conn) error {
+			return n.p.With(inner, at("a"), func(c Conn) (err error) {
+				nc, err = c.Detach()
+				cancel()
+				return err
+			})
+		}))
+		defer nc.Close()
+		require.NoError(t, guard.SetReadDeadline(time.Now().Add(time.Second)))
+		stop := time.AfterFunc(time.Minute, func() { nc.Close() })
+		defer stop.Stop()
+		_, err := guard.Read(make([]byte, 1))
+		require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	})
+}

@@ -846,6 +846,12 @@ var mutants = []mutant{
 		tests: `TestALeaseEndsAsItWasToldAtAnyMomentOfADo`,
 	},
 	{
+		name:  "dead-on-arrival-keeps-the-place",
+		old:   "if !again {\n\t\tp.lastSeq++",
+		new:   "if true {\n\t\tp.lastSeq++",
+		tests: `TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly`,
+	},
+	{
 		name:  "session-turns",
 		old:   "\tcase st.by == 0:\n\t\tst.by = me",
 		new:   "\tcase true:\n\t\tst.by = me",
