@@ -1037,4 +1037,40 @@ var mutants = []mutant{
 		new:   "if reason != ClosedUnknown {",
 		tests: `TestTheCountersBalance`,
 	},
+	{
+		name:  "watcher-tried-again",
+		old:   "ws.failedAt = now\n\t\tp.rewatchLocked()",
+		new:   "ws.failedAt = now + instant(century)",
+		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
+	},
+	{
+		name:  "watcher-takes-what-there-is",
+		old:   "for _, c := range p.byFD {\n\t\t\tall = append(all, c)\n\t\t}",
+		new:   "",
+		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
+	},
+	{
+		name:  "watcher-not-at-each-dial",
+		old:   "failedBefore && now.sub(ws.failedAt) < rewatchAfter",
+		new:   "false",
+		tests: `TestAWatcherIsNotTriedAtEachDial`,
+	},
+	{
+		name:  "watcher-missed-again",
+		old:   "missed = append(missed, c)",
+		new:   "_ = c",
+		tests: `TestAConnectionThatCouldNotBeWatchedIsTriedAgain`,
+	},
+	{
+		name:  "watcher-ends",
+		old:   "case idle:\n\t\tw.close()",
+		new:   "case idle:",
+		tests: `TestForgottenPoolsLeaveNothing|TestTheWatcherComesAndGoes`,
+	},
+	{
+		name:  "watcher-of-a-library-ends",
+		old:   "p.armSweepLocked() // which ends it",
+		new:   "",
+		tests: `TestTheWatcherComesAndGoes`,
+	},
 }
