@@ -159,8 +159,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "wall-clock",
-		old:   `max(0, t.Sub(k.then), t.Round(0).Sub(k.then.Round(0)))`,
-		new:   `max(0, t.Sub(k.then))`,
+		old:   `return now.sub(then) + longestAfter(*steps, then)`,
+		new:   `return now.sub(then)`,
 		tests: `TestAJumpOfTheWallClockAloneAgesConnections`,
 	},
 	{
@@ -295,13 +295,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "sweep-meets-all",
-		old:   `if c.site != nil && c.round != r.round {`,
-		new:   `if c.site != nil && c.round != r.round && c.phase != borrowed {`,
+		old:   `if c.site != nil && c.round&^aside != r.round {`,
+		new:   `if c.site != nil && c.round&^aside != r.round && c.phase != borrowed {`,
 		tests: `TestAWalkMeetsEachConnectionThatStays`,
 	},
 	{
 		name:  "idle-lifo",
-		old:   `for inOrder && below != nil && below.since > c.since {`,
+		old:   `for inOrder && below != nil && below.unusedSince() > c.since {`,
 		new:   `for below != nil {`,
 		tests: `TestTheLastGivenBackIsLentFirst`,
 	},
@@ -511,7 +511,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-for-ever",
-		old:   `if now.sub(x.usedAt) >= p.reserveMemory() {`,
+		old:   `if p.clock.age(x.usedAt, now) >= p.reserveMemory() {`,
 		new:   `if false {`,
 		tests: `TestAnAddressNobodyUsesLosesItsReserve`,
 	},
@@ -529,7 +529,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-is-too-old-to-lend",
-		old:   `c.extra().reserve = reserve`,
+		old:   `c.extra().reserve = yes`,
 		new:   ``,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
 	},
@@ -553,8 +553,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setlimits-keeps-the-surplus",
-		old:   "p.cfg.setLimits(now)\n\tp.dropSurplusLocked(&todo)",
-		new:   `p.cfg.setLimits(now)`,
+		old:   "\tp.dropSurplusLocked(&todo)\n\tfor s",
+		new:   "\tfor s",
 		tests: `TestALoweredLimitClosesIdleConnectionsAtOnceAndNoLoan`,
 	},
 	{
@@ -751,8 +751,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-inside",
-		old:   `case st != nil && st.by == me:`,
-		new:   `case false:`,
+		old:   `if underway(by) {`,
+		new:   `if false {`,
 		tests: `TestASessionHasOneConnectionForAnAddress`,
 	},
 	{
@@ -948,12 +948,6 @@ var mutants = []mutant{
 		old:   "if s.at > then {\n\t\t\treturn s.by\n\t\t}",
 		new:   "if s.at > then {\n\t\t\treturn s.by + longestAfter(steps, s.at)\n\t\t}",
 		tests: `TestStepsOfTheWallClockNeverAddUp`,
-	},
-	{
-		name:  "sleep-ages",
-		old:   "return now.sub(then) + longestAfter(*steps, then)",
-		new:   "return now.sub(then)",
-		tests: `TestAJumpOfTheWallClockAloneAgesConnections`,
 	},
 
 	// --- DialContext ---
