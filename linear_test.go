@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -138,10 +139,12 @@ func TestLooksAtRandomLeaveTheStacksInOrder(t *testing.T) {
 	for seed := range uint64(30) {
 		bubble(t, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 6))
+			var checks atomic.Uint64 // r is the test's alone
 			n := open(t, Config{MaxOpen: 12, IdleTimeout: -1, CheckInterval: -1, TrustIdle: time.Hour,
 				Check: func(context.Context, Conn) error {
-					time.Sleep(time.Duration(r.IntN(5)) * time.Second)
-					if r.IntN(8) == 0 {
+					k := checks.Add(1) * (seed + 7)
+					time.Sleep(time.Duration(k%5) * time.Second)
+					if k%8 == 0 {
 						return errBoom
 					}
 					return nil

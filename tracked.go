@@ -25,8 +25,12 @@ import (
 // MaxDialing, is bounded by ctx and by DialTimeout, and when file handles run out
 // it is tried again as the pool's own dials are. MaxPerAddr and MaxDialingPerAddr
 // do not apply: that is the library's business. So is TLS, and Setup does not run.
+// Overflow does not apply either: what a library keeps is no passing excess. A
+// library that needs one connection more before it can give one up gets its dial
+// function from [Pool.DialReserve].
 //
-// network is "tcp", "tcp4", "tcp6" or "unix". A dialer that Config.Dialers has
+// network is "tcp", "tcp4", "tcp6" or "unix". A final dot of the host is kept for the
+// dial, where it says that the name is complete; in an Addr there is none. A dialer that Config.Dialers has
 // for TCP or Unix is used; it knows no family, so with one "tcp4" and "tcp6" need
 // a literal address of theirs.
 //
@@ -34,7 +38,10 @@ import (
 // *net.UnixConn, with the kernel's fast paths; that of a dialer of your own is
 // a net.Conn and a [syscall.Conn] if it was. Its Close frees the slot; a second
 // one is net.ErrClosed. A connection that is dropped without Close is closed
-// when the garbage collector finds it. Until then it is one of Stats.InUse and
+// when the garbage collector finds it, which it does not as long as anything of
+// it is used: a RawConn, a call that has not returned, its File for as long as that is
+// being made. Who takes NetConn of a dialer's connection has to close the
+// result of DialContext; it is not found any more. Until then it is one of Stats.InUse and
 // Stats.Tracked: Close of the pool leaves it alone, Shutdown waits for it and
 // names it. An error is a *[net.OpError], as that of package net's dialer, and wraps
 // an *[Error].

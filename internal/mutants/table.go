@@ -225,8 +225,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "wall-clock",
-		old:   `max(0, t.Sub(k.then), t.Round(0).Sub(k.then.Round(0)))`,
-		new:   `max(0, t.Sub(k.then))`,
+		old:   `return now.sub(then) + longestAfter(*steps, then)`,
+		new:   `return now.sub(then)`,
 		tests: `TestAJumpOfTheWallClockAloneAgesConnections`,
 	},
 	{
@@ -361,13 +361,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "sweep-meets-all",
-		old:   `if c.site != nil && c.round != r.round {`,
-		new:   `if c.site != nil && c.round != r.round && c.phase != borrowed {`,
+		old:   `if c.site != nil && c.round&^aside != r.round {`,
+		new:   `if c.site != nil && c.round&^aside != r.round && c.phase != borrowed {`,
 		tests: `TestAWalkMeetsEachConnectionThatStays`,
 	},
 	{
 		name:  "idle-lifo",
-		old:   `for inOrder && below != nil && below.since > c.since {`,
+		old:   `for inOrder && below != nil && below.unusedSince() > c.since {`,
 		new:   `for below != nil {`,
 		tests: `TestTheLastGivenBackIsLentFirst`,
 	},
@@ -601,7 +601,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-for-ever",
-		old:   `if now.sub(x.usedAt) >= p.reserveMemory() {`,
+		old:   `if p.clock.age(x.usedAt, now) >= p.reserveMemory() {`,
 		new:   `if false {`,
 		tests: `TestAnAddressNobodyUsesLosesItsReserve`,
 	},
@@ -619,7 +619,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-is-too-old-to-lend",
-		old:   `c.extra().reserve = reserve`,
+		old:   `c.extra().reserve = yes`,
 		new:   ``,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
 	},
@@ -643,8 +643,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setlimits-keeps-the-surplus",
-		old:   "p.cfg.setLimits(now)\n\tp.dropSurplusLocked(&todo)",
-		new:   `p.cfg.setLimits(now)`,
+		old:   "\tp.dropSurplusLocked(&todo)\n\tfor s",
+		new:   "\tfor s",
 		tests: `TestALoweredLimitClosesIdleConnectionsAtOnceAndNoLoan`,
 	},
 	{
@@ -859,8 +859,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-inside",
-		old:   `case st != nil && st.by == me:`,
-		new:   `case false:`,
+		old:   `if underway(by) {`,
+		new:   `if false {`,
 		tests: `TestASessionHasOneConnectionForAnAddress`,
 	},
 	{
@@ -1174,12 +1174,6 @@ var mutants = []mutant{
 		new:   "if s.at > then {\n\t\t\treturn s.by + longestAfter(steps, s.at)\n\t\t}",
 		tests: `TestStepsOfTheWallClockNeverAddUp`,
 	},
-	{
-		name:  "sleep-ages",
-		old:   "return now.sub(then) + longestAfter(*steps, then)",
-		new:   "return now.sub(then)",
-		tests: `TestAJumpOfTheWallClockAloneAgesConnections`,
-	},
 
 	// --- DialContext ---
 	{
@@ -1431,5 +1425,40 @@ var mutants = []mutant{
 		old:   "patience := foreignPatience\n\tif stuck.Load() > 0 {",
 		new:   "patience := time.Hour\n\tif false {",
 		tests: `TestATraceThatHangsDelaysNoSweep|TestASlowTraceClosedDelaysNoDeath`,
+	{
+		name:  "watcher-tried-again",
+		old:   "ws.failedAt = now\n\t\tp.rewatchLocked()",
+		new:   "ws.failedAt = now + instant(century)",
+		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
+	},
+	{
+		name:  "watcher-takes-what-there-is",
+		old:   "for _, c := range p.byFD {\n\t\t\tall = append(all, c)\n\t\t}",
+		new:   "",
+		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
+	},
+	{
+		name:  "watcher-not-at-each-dial",
+		old:   "failedBefore && now.sub(ws.failedAt) < rewatchAfter",
+		new:   "false",
+		tests: `TestAWatcherIsNotTriedAtEachDial`,
+	},
+	{
+		name:  "watcher-missed-again",
+		old:   "missed = append(missed, c)",
+		new:   "_ = c",
+		tests: `TestAConnectionThatCouldNotBeWatchedIsTriedAgain`,
+	},
+	{
+		name:  "watcher-ends",
+		old:   "case idle:\n\t\tw.close()",
+		new:   "case idle:",
+		tests: `TestForgottenPoolsLeaveNothing|TestTheWatcherComesAndGoes`,
+	},
+	{
+		name:  "watcher-of-a-library-ends",
+		old:   "p.armSweepLocked() // which ends it",
+		new:   "",
+		tests: `TestTheWatcherComesAndGoes`,
 	},
 }
