@@ -1425,6 +1425,7 @@ var mutants = []mutant{
 		old:   "patience := foreignPatience\n\tif stuck.Load() > 0 {",
 		new:   "patience := time.Hour\n\tif false {",
 		tests: `TestATraceThatHangsDelaysNoSweep|TestASlowTraceClosedDelaysNoDeath`,
+	},
 	{
 		name:  "watcher-tried-again",
 		old:   "ws.failedAt = now\n\t\tp.rewatchLocked()",
