@@ -54,8 +54,9 @@ type Config struct {
 	MaxIdlePerAddr int
 
 	// MaxDialing limits the dials under way at once (with handshake and
-	// Setup), MaxDialingPerAddr those to one address, so that an address
-	// that swallows packets leaves room for the others.
+	// Setup), MaxDialingPerAddr those to one address. An address that swallows
+	// packets leaves room for the others in any case: where slots or dials are
+	// scarce it has to share, and evicts nothing for a second dial.
 	// 0: 64, and half of MaxDialing; negative: no limit.
 	MaxDialing        int
 	MaxDialingPerAddr int
@@ -68,8 +69,9 @@ type Config struct {
 	// that is in use: when a loan leaves fewer idle, the next is opened in the
 	// background, so that the next borrower need not wait for it. The reserve
 	// outlives IdleTimeout, is looked at like all that is idle, and is
-	// refilled when it dies; while the address fails, or hangs up at once, one
-	// dial per CheckInterval tries it. It never takes room from anybody: an address whose
+	// refilled when it dies; while the address fails, hangs up at once or
+	// speaks at once, one dial per CheckInterval tries it, and one for each
+	// new connection that proves good in a loan. It never takes room from anybody: an address whose
 	// reserve was evicted has it back with its next loan, and one that
 	// nobody borrowed from for ten times IdleTimeout (20 minutes if that is
 	// off) has none any more. 0 or negative: none.
@@ -170,8 +172,11 @@ type Config struct {
 	// live in the returned state as long as the connection does. ctx is
 	// bounded by DialTimeout and carries the values of the ctx of the
 	// borrower that made the pool dial. An error destroys the connection
-	// and is that borrower's. A state that is an io.Closer is closed with
-	// the connection.
+	// and is that borrower's alone. But who logs in with what those values
+	// say shares the fate of its address: the connection may serve another
+	// borrower, and failures of one make the address back off for all. A
+	// Scope for each user keeps them apart. A state that is an io.Closer is
+	// closed with the connection.
 	//
 	// Setup must read all that the peer has said, and flush what it wrote:
 	// bytes that are left in its state, in crypto/tls or in the socket fail

@@ -168,7 +168,7 @@ func (p *Pool) inconsistency() error {
 		return fmt.Errorf("closed with %d idle and %d waiting", p.n[idle], waiting)
 	}
 	// Nobody waits for something that could be given now.
-	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.cfg.MaxDialing && p.n[closing] == 0 {
+	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.cfg.MaxDialing && int(p.n[closing])+p.displaced == 0 {
 		if openOf(&p.n) < limit {
 			return fmt.Errorf("4: %d dials could start", p.want)
 		}

@@ -51,7 +51,8 @@ func (c *conn) moves(way uint64) {
 func (p *Pool) lives(c *conn, inLoan bool) {
 	var todo agenda
 	p.mu.Lock()
-	if p.livedLocked(c, inLoan) {
+	// An operation may outlive its connection's time in the pool.
+	if c.phase != none && p.livedLocked(c, inLoan) {
 		p.admitLocked(&todo)
 	}
 	p.mu.Unlock()

@@ -52,6 +52,7 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	t.Logf("%d loans, %d reused, %d waits, %d dials (%d failed), closed %v", sum.Loans, sum.Reused, sum.Waits, sum.Dials, sum.DialErrors, sum.Closed)
 	steps *= seeds
 	primesHappened(t, steps)
+	require.Greater(t, modelHollow, steps/1000, "connections that the peer gave up at once")
 	require.Greater(t, sum.Loans, uint64(steps/20))
 	require.Greater(t, sum.Reused, uint64(steps/100))
 	require.Greater(t, sum.Waits, uint64(steps/50))
@@ -176,6 +177,10 @@ type world struct {
 	lastUse  map[uint64]int // the step in which a connection was parked last
 	wrong    error
 
+	crooked map[string]bool // hosts that accept and keep nothing, by name
+	vain    map[string]bool // ... of which Setup has seen one do so in this step
+	hollow  int             // connections of which Setup has seen the end
+
 	visits []*visit          // the sessions that have not ended
 	kept   map[uint64]*visit // whose session a connection is
 	doomed []uint64          // must be closed when the step is over
@@ -202,6 +207,7 @@ func newWorld(program []byte) *world {
 		closed:  make(map[uint64]CloseReason),
 		lastUse: make(map[uint64]int),
 		kept:    make(map[uint64]*visit),
+		crooked: make(map[string]bool),
 	}
 	for i := range 4 {
 		name := "h" + strconv.Itoa(i)
@@ -236,6 +242,7 @@ func (w *world) reopen() {
 	if of(0, 1) == 1 {
 		cfg.Check = func(ctx context.Context, c Conn) error { return nil }
 	}
+	cfg.Setup = w.setup
 	w.watchHolds(&cfg)
 	w.spareShape(&cfg, of)
 	p, err := New(cfg)
@@ -291,8 +298,10 @@ func (w *world) step() error {
 	w.steps++
 	before := w.snapshot()
 	waitingBefore := w.waiting()
+	pool, dials, began := w.pool, w.pool.Stats().Dials, time.Now()
 	w.mu.Lock()
 	w.evicted, w.now = nil, w.steps
+	w.vain = make(map[string]bool)
 	w.mu.Unlock()
 	w.primesBefore()
 	w.run()
@@ -301,6 +310,9 @@ func (w *world) step() error {
 		return err
 	}
 	if err := w.primesAfter(); err != nil {
+		return err
+	}
+	if err := w.stormed(pool, dials, time.Since(began)); err != nil {
 		return err
 	}
 	if err := w.holdsInconsistent(); err != nil {
@@ -319,7 +331,7 @@ func (w *world) step() error {
 	// TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly
 	// has the rule for those.
 	for _, b := range waitingBefore {
-		if b.holds == 0 || b.visit != nil { // a session has a queue of its own before that of the pool
+		if b.holds == 0 || b.visit != nil || w.vain[b.addr.Host] { // a session has a queue of its own before that of the pool
 			continue
 		}
 		for _, other := range w.live {
@@ -351,7 +363,9 @@ func (w *world) step() error {
 				continue // nor was it idle all along
 			}
 			for _, v := range w.evicted {
-				if use, known := w.lastUse[v]; known && use > w.lastUse[id] {
+				// One that went to Push as soon as it was there has none.
+				own, used := w.lastUse[id]
+				if use, known := w.lastUse[v]; known && used && use > own {
 					return fmt.Errorf("connection %d was evicted, %d had not been used for longer", v, id)
 				}
 			}
@@ -420,7 +434,9 @@ func (w *world) run() {
 	case op < 27:
 		w.op = "host changes"
 		h := w.hosts[w.pick(len(w.hosts))]
-		switch w.pick(8) {
+		switch w.pick(16) {
+		case 4, 5, 6:
+			w.corrupt(w.pick(len(w.hosts)))
 		case 0:
 			h.Down()
 		case 1:
@@ -432,6 +448,7 @@ func (w *world) run() {
 		default:
 			h.Up()
 			h.BlackHole(false)
+			w.mend(slices.Index(w.hosts, h))
 		}
 	case op < 29:
 		d := []time.Duration{time.Millisecond, 20 * time.Millisecond, 200 * time.Millisecond, 5 * time.Second, 30 * time.Second, 3 * time.Minute}[w.pick(6)]
@@ -638,6 +655,8 @@ func (w *world) closePool() {
 		w.failed("Shutdown: %v", err)
 	}
 	st := w.pool.Stats()
+	modelHollow += w.hollow
+	w.hollow = 0
 	modelTotals.Loans += st.Loans
 	modelTotals.Reused += st.Reused
 	modelTotals.Waits += st.Waits
@@ -653,8 +672,10 @@ func (w *world) closePool() {
 		w.failed("after Close: %v", st)
 	}
 	var closes uint64
-	for _, n := range st.Closed {
-		closes += n
+	for reason, n := range st.Closed {
+		if reason != ClosedSetupFailed { // one of DialErrors
+			closes += n
+		}
 	}
 	if made := st.Dials - st.DialErrors; made != closes+st.Detached {
 		w.failed("%d connections made, %d closed, %d detached", made, closes, st.Detached)
@@ -690,6 +711,7 @@ func (w *world) finish() error {
 	for _, h := range w.hosts {
 		h.Up()
 		h.BlackHole(false)
+		w.mend(slices.Index(w.hosts, h))
 	}
 	w.closePool()
 	w.net.Close()

@@ -184,7 +184,8 @@ func New(cfg Config) (*Pool, error) {
 // errors.Is finds ErrClosed, ErrExhausted, ErrNoneRemovable, the ctx's error
 // or the dial's in it. fn is never run twice, and a connection that died while
 // it was idle is never the caller's problem: the pool takes the next one, or
-// opens one.
+// opens one. Of new ones that the peer gives up before fn has them it opens
+// three at most.
 //
 // Under the ctx of a [Pool.Session] the connection is that of the session, which
 // keeps it between two uses; what is said there about giving back comes true

@@ -361,6 +361,9 @@ func TestForeignCodeMayUseThePool(t *testing.T) {
 			Trace:         trace("pool's"),
 			Logger:        slog.New(nosyHandler{func() { nosy("Logger") }}),
 		})
+		sys := realSystem
+		sys.noHandleFree = fail.Load // else what the dialer says is not believed for long
+		n.p.sys = &sys
 		ctx := WithTrace(bg, trace("ctx's"))
 		done := make(chan struct{})
 		go func() {

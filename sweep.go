@@ -83,11 +83,11 @@ func (p *Pool) sweep() {
 		if t := s.trouble; t != nil && t.failures > 0 && s.queue.len == 0 && now.sub(t.failedAt) >= failureMemory {
 			p.stopRetryLocked(s)
 			s.trouble = nil
-			p.forgetLocked(s)
 			if s.special != nil {
 				s.special.shaky = true
-				p.refreshLocked(s)
+				p.refreshLocked(s) // it may end a Warm, the last that keeps the books
 			}
+			p.forgetLocked(s)
 		}
 		if s.special.reserved() {
 			p.sweepReserveLocked(s, now)

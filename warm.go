@@ -65,8 +65,9 @@ type warming struct {
 // until ctx is done, while others need the slots, and evicts nothing. What it
 // opens expires like any other idle connection.
 //
-// If a dial fails it starts no more, waits for those under way and returns an
-// *[Error] with the first failure, in which errors.Is finds the cause. Those that
+// If a dial fails, or three of the connections are lost before anybody has used
+// them, it starts no more, waits for the dials under way and returns an *[Error]
+// with the first failure or the last loss, in which errors.Is finds the cause. Those that
 // were opened stay, also when ctx ends the wait; the error says how many there
 // are. An n that no limit ever allows is an error that names the limit; so is a
 // connection that could not be kept because others fill MaxIdle, or because file

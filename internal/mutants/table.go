@@ -30,14 +30,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "stolen-outlives-begin",
-		old:   `gen<<genShift|w&(hungUp|stolen|broken)|lent|flags`,
-		new:   `gen<<genShift|w&(hungUp|broken)|lent|flags`,
+		old:   `gen<<genShift|w&(hungUp|stolen|broken|told|heard)|lent|flags`,
+		new:   `gen<<genShift|w&(hungUp|broken|told|heard)|lent|flags`,
 		tests: `TestDisownedBetweenTheLookAndTheLoanIsStillStolen`,
 	},
 	{
 		name:  "hung-up-outlives-begin",
-		old:   `gen<<genShift|w&(hungUp|stolen|broken)|lent|flags`,
-		new:   `gen<<genShift|w&(stolen|broken)|lent|flags`,
+		old:   `gen<<genShift|w&(hungUp|stolen|broken|told|heard)|lent|flags`,
+		new:   `gen<<genShift|w&(stolen|broken|told|heard)|lent|flags`,
 		tests: `TestAHangUpBetweenTheLookAndTheLoanIsNotForgotten`,
 	},
 	{
@@ -269,8 +269,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "failed-write-poisons",
-		old:   "if err != nil {\n\t\tc.word.Or(broken)\n\t}\n\treturn c.leave(n, err)",
-		new:   "return c.leave(n, err)",
+		old:   "if err != nil {\n\t\tc.word.Or(broken)\n\t}\n\tif n > 0 {\n\t\tc.moves(told)",
+		new:   "if n > 0 {\n\t\tc.moves(told)",
 		tests: `TestAWriteTimeOutUnderTLSCostsTheConnection`,
 	},
 	{
@@ -343,9 +343,99 @@ var mutants = []mutant{
 	},
 	{
 		name:  "given-up-is-no-failure",
-		old:   "if a.givenUp(failure) {\n\t\treturn\n\t}",
+		old:   "if a.brokenOff {\n\t\treturn\n\t}",
 		new:   ``,
-		tests: `TestABurstThatReturnsServeLeavesOneNewConnection`,
+		tests: `TestADialThatThePoolBreaksOffIsNoFailureOfThePeer`,
+	},
+	{
+		name:  "connected-is-not-works",
+		old:   `if s.trouble != nil && s.trouble.hollow {`,
+		new:   `if false {`,
+		tests: `TestALoanThatMeetsTheEndBeforeAByteSpeaksAgainstTheAddress`,
+	},
+	{
+		name:  "first-loan-is-judged",
+		old:   "p.judge(c, reason, err)\n",
+		new:   "\n",
+		tests: `TestALoanThatMeetsTheEndBeforeAByteSpeaksAgainstTheAddress`,
+	},
+	{
+		name:  "three-hollow-are-enough",
+		old:   `if !reason.innocent() && p.hollow(c, why) || hollow >= maxHollow {`,
+		new:   `if false {`,
+		tests: `TestOneBorrowOpensThreeConnectionsAtMost`,
+	},
+	{
+		name:  "heard-speaks-for-the-peer",
+		old:   `if word&(heard|halfClosed|cut|timedOut) != 0 || c.blamed() {`,
+		new:   `if false {`,
+		tests: `TestAPeerIsNotSparedForWhatItsBorrowersDo`,
+	},
+	{
+		name:  "source-is-not-the-peer",
+		old:   "l.foreign = true\n",
+		new:   "\n",
+		tests: `TestAPeerIsNotSparedForWhatItsBorrowersDo`,
+	},
+	{
+		name:  "lives-in-its-loan",
+		old:   "c.site.pool.lives(c, true)\n",
+		new:   "\n",
+		tests: `TestTheBackOffEndsWhenAConnectionLives`,
+	},
+	{
+		name:  "stood-for-a-sweep",
+		old:   `if c.word.Load()&lived != lived && now.sub(c.born) >= p.sweepPeriod() {`,
+		new:   `if false {`,
+		tests: `TestAConnectionThatStoodForASweepHasLived`,
+	},
+	{
+		name:  "reserve-is-shaky",
+		old:   "if age < p.sweepPeriod() {\n\t\tx.shaky = true\n\t}",
+		new:   ``,
+		tests: `TestAReserveIsTriedOncePerSweepAndAddress`,
+	},
+	{
+		name:  "warm-gives-up",
+		old:   `if w.lost++; w.lost >= maxHollow {`,
+		new:   `if false {`,
+		tests: `TestWarmGivesUpBeforeAPeerThatKeepsNothing`,
+	},
+	{
+		name:  "error-is-its-borrowers",
+		old:   `if w := a.waiter; w != nil && w.queued {`,
+		new:   `if w := s.queue.head; w != nil {`,
+		tests: `TestAFailedDialIsToldToTheBorrowerForWhomItWasMade`,
+	},
+	{
+		name:  "handles-are-confirmed",
+		old:   `if !asked && (tries > 0 || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {`,
+		new:   `if false {`,
+		tests: `TestAWantOfHandlesThatIsOverEvictsOneConnectionAtMost`,
+	},
+	{
+		name:  "roots-before-the-socket",
+		old:   `if err := p.loadRoots(p.cfg.TLS); err != nil {`,
+		new:   `if err := error(nil); err != nil {`,
+		tests: `TestATLSDialWithoutAHandleSpoilsNoLaterOne`,
+	},
+	{
+		name:  "backlog-is-waited-for",
+		old:   `if network == "unix" && errors.Is(err, syscall.EAGAIN) {`,
+		new:   `if false {`,
+		tests: `TestAFullBacklogOfAUnixSocketIsWaitedFor`,
+	},
+	{
+		name:  "silence-shares",
+		old:   `int(rich.rank) <= int(need.rank)+p.displaced+1 {`,
+		new:   `true {`,
+		tests: `TestABlackHoleHoldsUpNoOtherAddress`,
+	},
+	{
+		name:  "silence-evicts-nothing",
+		old:   `v != nil && p.eager > 0 {`,
+		new:   `v != nil {`,
+		tests: `TestASilentAddressEvictsOneConnection`,
 	},
 	{
 		name:  "clock-comes-to-rest",
@@ -403,8 +493,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "failed-dial-serves",
-		old:   "p.admitLocked(&todo)\n\tp.forgetLocked(s)\n\tp.leftLocked()\n\tat := ",
-		new:   "p.forgetLocked(s)\n\tp.leftLocked()\n\tat := ",
+		old:   "p.admitLocked(&todo)\n\tp.forgetLocked(s)\n\tp.leftLocked()\n\tat, ",
+		new:   "p.forgetLocked(s)\n\tp.leftLocked()\n\tat, ",
 		tests: `TestAFailedDialLetsTheNextWaiterTry`,
 	},
 
