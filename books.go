@@ -121,7 +121,9 @@ func (p *Pool) admitLocked(todo *agenda) {
 			if int(p.n[closing])-p.slow+p.displaced >= min(want, room) {
 				return // enough is on its way
 			}
-			if p.shareLocked(todo) {
+			// Under Overflow the pool's own dials need no slot, and what one
+			// of them gave up the next would take again.
+			if p.cfg.WhenFull != Overflow && p.shareLocked(todo) {
 				continue
 			}
 			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil && p.eager > 0 {

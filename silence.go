@@ -70,6 +70,12 @@ func (p *Pool) hush(a *attempt, answers int) {
 // another address that has not answered either.
 func (p *Pool) shareLocked(todo *agenda) (shared bool) {
 	need := p.nextLocked()
+	if p.cfg.WhenFull == Overflow && openOf(&p.n) >= p.limitLocked() {
+		if len(p.ready) == 0 {
+			return false // DialContext may not exceed MaxOpen: a dial less is no help
+		}
+		need = p.ready[0]
+	}
 	atOnce := p.n[idle] > 0 && !need.known()
 	for p.displaced < int(need.want) {
 		var rich *site
