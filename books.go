@@ -374,14 +374,23 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 	}
 	var at atomic.Value // what runs
 	at.Store("Close")
+	var ended atomic.Bool
 	late := time.AfterFunc(closeTimeout, func() {
+		if ended.Load() {
+			return // closesSlowly wound it up at the last moment
+		}
 		p.abandoned(at.Load().(string), c.site.addr)
 		go c.closeBelow()
 		free()
 	})
-	slow := time.AfterFunc(closePatience, func() { p.closesSlowly(c) })
+	slow := time.AfterFunc(closePatience, func() {
+		if p.closesSlowly(c) && reason == ClosedEvicted && late.Stop() {
+			late.Reset(evictionPatience)
+		}
+	})
 	go func() {
 		defer func() { // also after a runtime.Goexit
+			ended.Store(true)
 			late.Stop()
 			slow.Stop()
 			free()
@@ -392,18 +401,21 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 }
 
 // closesSlowly books that the slot of c, which is being closed, cannot be counted on:
-// if something idle can make room, waiters need not wait for it.
-func (p *Pool) closesSlowly(c *conn) {
+// if something idle can make room, waiters need not wait for it. It reports whether
+// somebody waits for a slot.
+func (p *Pool) closesSlowly(c *conn) (wanted bool) {
 	var todo agenda
 	e := c.extra()
 	p.mu.Lock()
 	if c.phase == closing {
 		e.slow = true
 		p.slow++
+		wanted = p.want > 0
 		p.admitLocked(&todo)
 	}
 	p.mu.Unlock()
 	todo.run(p)
+	return wanted
 }
 
 // removed is the one place where a slot becomes free: the socket of c is closed,

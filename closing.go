@@ -42,7 +42,9 @@ func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 	return left
 }
 
-func (c *conn) unprobed() bool { return c.nc != nil && !c.probe.can() }
+func (c *conn) unprobed() bool {
+	return c.nc != nil && !c.probe.can() && c.probe.prober(c.nc) == nil
+}
 
 // closesAtOnce reports whether closing for this reason cannot block and runs
 // no foreign code, so that it may happen in a borrower's path.
@@ -50,7 +52,7 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 	if _, ok := c.state.(io.Closer); ok {
 		return false
 	}
-	return c.probe.manners == plain && (c.probe.tls == nil || !reason.clean()) && !c.probe.lingers()
+	return c.probe.plain && (c.probe.tls == nil || !reason.clean()) && !c.probe.lingers()
 }
 
 // seal is the last step before the socket is closed: it finds out whether the
@@ -74,7 +76,7 @@ func (c *conn) seal() (first, own bool) {
 // wake makes those return who are blocked in a connection that is not to be closed:
 // a deadline does not touch the descriptor.
 func (c *conn) wake() {
-	if c.probe.manners == foreign {
+	if c.probe.foreign {
 		c.tellDeadline(c.remember(), false, func() error { return c.nc.SetDeadline(past) })
 		return
 	}
@@ -151,6 +153,11 @@ const (
 	// closePatience is how long a close is counted on to free its slot soon.
 	// After that an idle connection is evicted in its place.
 	closePatience = 10 * time.Millisecond
+
+	// evictionPatience bounds the close of a connection that made room for a
+	// waiter, from then on, if the waiter is still there: where every close
+	// hangs, there is no use in evicting all that is idle, one after another.
+	evictionPatience = 500 * time.Millisecond
 )
 
 // closeFully closes the connection, if that is the caller's to do, and what Setup
@@ -205,7 +212,7 @@ func (c *conn) closeSocket(reason CloseReason) {
 		c.nc.Close()
 	case !reason.clean():
 		c.closeAbruptly()
-	case c.probe.manners == plain:
+	case c.probe.plain && c.probe.sock() != nil:
 		c.probe.sock().sayGoodbye()
 		c.nc.Close()
 	default:

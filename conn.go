@@ -267,7 +267,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	if watch {
 		l = c.remember()
 		l.ctx = ctx
-		if c.probe.manners == foreign {
+		if c.probe.foreign {
 			l.over, l.left = make(chan struct{}), false
 		}
 		if t, ok := ctx.Deadline(); ok {
@@ -307,7 +307,7 @@ func (c *conn) interrupt(l *lending) {
 	if !c.cutShort() {
 		return
 	}
-	if c.probe.manners == foreign {
+	if c.probe.foreign {
 		c.interruptForeign(l)
 		return
 	}
@@ -530,7 +530,7 @@ func (c *conn) interruption() error {
 
 // setDeadline applies a deadline of fn's. The ctx has the last word.
 func (c *conn) setDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
-	if c.probe.manners == foreign {
+	if c.probe.foreign {
 		return c.setForeignDeadline(t, set)
 	}
 	c.dmu.Lock()

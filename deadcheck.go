@@ -54,8 +54,17 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 }
 
 func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
-	if err := p.runHook(ctx, c, "Config.Check", p.cfg.Check); err != nil {
-		if ctx.Err() != nil {
+	asked := false
+	defer func() {
+		if !asked { // a ctx of the borrower's making panicked
+			p.discard(c, ClosedCheckFailed, nil)
+		}
+	}()
+	err := p.runHook(ctx, c, "Config.Check", p.cfg.Check)
+	canceled := ctx.Err() != nil
+	asked = true
+	if err != nil {
+		if canceled {
 			return ClosedCanceled, err
 		}
 		return ClosedCheckFailed, err
@@ -121,8 +130,8 @@ type probe struct {
 	who     identity // of the descriptor's socket, if raw is there
 	number  uint32   // of the descriptor; those of Windows too have 32 bits that count
 	known   bool     // who is
-	manners manners  // of the connection
-	prober  bool     // the connection is a Prober
+	plain   bool     // a socket of package net: its close does not block, unless it lingers
+	foreign bool     // the connection is somebody else's code, which may do anything
 	keep    bool     // plaintext that a look takes out is for Config.Push
 }
 
@@ -162,7 +171,6 @@ func (l *look) done() {
 
 func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 	p.sys, p.keep = sys, cfg.Push != nil
-	_, p.prober = nc.(Prober)
 	below := nc
 	if t, ok := nc.(*tls.Conn); ok {
 		p.tls = t
@@ -171,7 +179,7 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 			below = sock.Conn
 		}
 	}
-	p.manners = mannersOf(nc, below, p.sock() != nil)
+	p.plain, p.foreign = mannersOf(nc, below, p.sock() != nil)
 	for range wrappings {
 		u, ok := below.(interface{ NetConn() net.Conn })
 		if !ok {
@@ -208,8 +216,17 @@ func (p *probe) sock() *tlsSocket {
 	return s
 }
 
-// can reports whether there is anything to ask.
-func (p *probe) can() bool { return p.prober || p.raw != nil && canPeek }
+// can reports whether there is a descriptor to ask.
+func (p *probe) can() bool { return p.raw != nil && canPeek }
+
+// prober is nc as a Prober, nil if it is none. Only foreign connections are.
+func (p *probe) prober(nc net.Conn) Prober {
+	if !p.foreign {
+		return nil
+	}
+	pr, _ := nc.(Prober)
+	return pr
+}
 
 // fd is the number of the descriptor, if raw is there.
 func (p *probe) fd() uintptr { return uintptr(p.number) }
@@ -270,11 +287,11 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 			return Quarantined, errStolen
 		}
 	}
-	switch {
-	case cfg.NoProbe:
+	if cfg.NoProbe {
 		return ClosedUnknown, nil
-	case p.prober:
-		switch err := askProber(nc.(Prober)); {
+	}
+	if pr := p.prober(nc); pr != nil {
+		switch err := askProber(pr); {
 		case err == nil:
 			return ClosedUnknown, nil
 		case errors.Is(err, ErrUnread):
@@ -282,6 +299,8 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 		default:
 			return ClosedStale, err
 		}
+	}
+	switch {
 	case seen.err != nil:
 		return ClosedStale, seen.err
 	case !seen.bytes:
@@ -334,7 +353,7 @@ func (p *probe) leftovers(moved bool) (bool, error) {
 // A foreign connection that takes no deadline is not read: what nobody can ask is
 // not proven clean. Of the pool's own TLS over it crypto/tls alone is asked.
 func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
-	if p.manners != foreign || mode == sealed && p.sock() != nil {
+	if !p.foreign || mode == sealed && p.sock() != nil {
 		l := newLook(p, false)
 		defer l.done()
 		return p.readThroughNow(mode, patience, &l.scratch)

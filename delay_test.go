@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -55,18 +56,18 @@ func TestChecksThatHangDelayNoOtherAddress(t *testing.T) {
 // A peer that gave no answer to one Check is asked again in the next sweep.
 func TestAHungCheckEndsTheRoundOfItsAddress(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		calls := 0
+		var calls atomic.Int64
 		n := open(t, Config{CheckInterval: 20 * time.Second, IdleTimeout: -1, Check: func(ctx context.Context, c Conn) error {
-			calls++
+			calls.Add(1)
 			<-ctx.Done()
 			return ctx.Err()
 		}})
 		n.idle(at("a"), 10)
 		time.Sleep(39 * time.Second)
-		require.Equal(t, 1, calls)
+		require.EqualValues(t, 1, calls.Load())
 		n.gauges(0, 9, 0)
 		time.Sleep(20 * time.Second)
-		require.Equal(t, 2, calls)
+		require.EqualValues(t, 2, calls.Load())
 	})
 }
 

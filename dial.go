@@ -86,6 +86,18 @@ func (a *attempt) hold(nc net.Conn) {
 	a.socket = nc
 }
 
+// wrap puts nc, which closes it, in the place of the socket, and reports false if
+// that was given up meanwhile.
+func (a *attempt) wrap(nc net.Conn) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.socket == nil {
+		return false
+	}
+	a.socket = nc
+	return true
+}
+
 // closeSocket closes what was dialled and not adopted, for closeTimeout at most.
 func (p *Pool) closeSocket(a *attempt) {
 	a.mu.Lock()

@@ -28,28 +28,17 @@ import (
 //
 // Package net and crypto/tls over it need none of that, and get none of it.
 
-// manners is how much is known of a connection.
-type manners uint8
-
-const (
-	foreign manners = iota // somebody else's code: it may do anything
-	timely                 // its deadlines work
-	plain                  // and its close does not block, unless it lingers
-)
-
-// mannersOf is those of a connection whose socket, if it is crypto/tls, is
-// below.
-func mannersOf(nc, below net.Conn, ownTLS bool) manners {
+// mannersOf is how much is known of a connection whose socket, if it is crypto/tls,
+// is below: that its close does not block, or that its deadlines work at least; else
+// it is foreign.
+func mannersOf(nc, below net.Conn, ownTLS bool) (plain, foreign bool) {
 	switch below.(type) {
 	case *net.TCPConn, *net.UnixConn:
-		if nc == below || ownTLS {
-			return plain
-		}
-		return timely
+		return nc == below || ownTLS, false
 	case *net.UDPConn, *net.IPConn:
-		return timely
+		return false, false
 	}
-	return foreign
+	return false, true
 }
 
 // foreignPatience is what foreign code gets that must not block. It counts from
@@ -302,7 +291,7 @@ func (c *conn) isOverdue() bool { return c.word.Load()&(cut|detached) == cut }
 // whose ctx can never be done waits for them.
 func (c *conn) over() <-chan struct{} {
 	l := c.loan.Load()
-	if l == nil || c.probe.manners != foreign {
+	if l == nil || !c.probe.foreign {
 		return nil
 	}
 	c.dmu.Lock()
@@ -396,7 +385,7 @@ func (c *conn) query(what string, ask func() error) error {
 // startDeadline sets the deadline with which a loan begins. A connection that
 // refuses it is lent all the same, and closed when the ctx is done.
 func (c *conn) startDeadline(l *lending, t time.Time) {
-	if c.probe.manners != foreign {
+	if !c.probe.foreign {
 		c.deadlineSet = true
 		c.nc.SetDeadline(t)
 		return
@@ -476,7 +465,7 @@ func (c *conn) setForeignDeadline(t time.Time, set func(net.Conn, time.Time) err
 // clearDeadline is for the owner, after a loan in which one was set.
 func (c *conn) clearDeadline() error {
 	var err error
-	if c.probe.manners != foreign {
+	if !c.probe.foreign {
 		err = c.nc.SetDeadline(time.Time{})
 	} else {
 		err = c.tellDeadline(c.remember(), false, func() error {

@@ -280,6 +280,28 @@ func untilClosed(ch <-chan struct{}) context.Context {
 	return ctx
 }
 
+// TRY-07: what begins after the end of ctx ends at once, as on a socket whose deadline
+// is past.
+func TestNothingBeginsOnADeafConnectionAfterTheEndOfCtx(t *testing.T) {
+	for _, how := range deafnesses {
+		bubble(t, func(t *testing.T) {
+			n := newDeafNet(t, how, nil, Config{})
+			defer n.release()
+			ctx, cancel := context.WithCancel(bg)
+			require.ErrorIs(t, n.p.With(ctx, at("a"), func(c Conn) error {
+				cancel()
+				time.Sleep(time.Second)
+				start := time.Now()
+				err := readOne(c)
+				require.Zero(t, time.Since(start), how.name)
+				require.ErrorIs(t, fillUp(c), context.Canceled)
+				require.Zero(t, time.Since(start), how.name)
+				return err
+			}), context.Canceled)
+		})
+	}
+}
+
 // TRY-06, TRY-07: hooks too.
 func TestHooksOverADeafConnectionEndInTime(t *testing.T) {
 	blocks := func(_ context.Context, c Conn) error { return readOne(c) }
@@ -320,7 +342,7 @@ func TestAConnectionThatRefusesDeadlinesIsReused(t *testing.T) {
 	for _, how := range deafnesses[:3] {
 		t.Run(how.name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
-				n := newDeafNet(t, how, nil, Config{})
+				n := newDeafNet(t, how, nil, Config{IdleTimeout: -1})
 				defer n.release()
 				n.Host("a").Serve(echoLines)
 				for range 5 {
@@ -332,7 +354,12 @@ func TestAConnectionThatRefusesDeadlinesIsReused(t *testing.T) {
 						return err
 					}))
 					cancel()
-					time.Sleep(2 * time.Minute / 3) // a deadline that was left behind would have passed
+					time.Sleep(2 * time.Minute) // a deadline that was left behind has passed
+					require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
+						answer, err := askLine(c, "y")
+						require.Equal(t, "1 y", answer)
+						return err
+					}))
 				}
 				require.Equal(t, 1, n.p.Stats().Idle)
 				n.closed(reasons{})
@@ -608,6 +635,52 @@ func TestAHangBeforeTheHandshakeKeepsNoSocket(t *testing.T) {
 				synctest.Wait()
 				require.EqualValues(t, 1, socket.closes.Load())
 			})
+		})
+	}
+}
+
+// failingCtx is a ctx whose Err panics when it is told to.
+type failingCtx struct {
+	context.Context
+	fails *atomic.Bool
+}
+
+func (c failingCtx) Err() error {
+	if c.fails.Load() {
+		panic(errBoom)
+	}
+	return c.Context.Err()
+}
+
+// TRY-45: so is a ctx that panics: what the queue served, or a Check looked at, goes
+// back or is closed.
+func TestACtxThatPanicsLosesNoConnection(t *testing.T) {
+	for _, where := range []string{"queue", "Check"} {
+		bubble(t, func(t *testing.T) {
+			var fails atomic.Bool
+			n := open(t, Config{MaxPerAddr: 1, TrustIdle: -1, Check: func(context.Context, Conn) error {
+				fails.Store(true)
+				return nil
+			}})
+			var held *scripted
+			if where == "queue" {
+				held = n.borrow(bg, at("a"))
+				held.conn()
+			} else {
+				n.use(at("a"))
+			}
+			odd := n.borrow(failingCtx{bg, &fails}, at("a"))
+			synctest.Wait()
+			if held != nil {
+				fails.Store(true)
+				require.NoError(t, held.giveBack())
+			}
+			<-odd.done
+			require.Equal(t, any(errBoom), odd.panicked)
+			fails.Store(false)
+			synctest.Wait()
+			require.Zero(t, n.p.Stats().InUse)
+			n.use(at("a"))
 		})
 	}
 }

@@ -38,7 +38,7 @@ func (h Conn) Read(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	if h.c.probe.manners == foreign || h.c.more.Load() != nil {
+	if h.c.probe.foreign || h.c.more.Load() != nil {
 		n, err := h.c.reader().Read(b)
 		return n, h.c.leaveRead(int64(n), err)
 	}
@@ -51,7 +51,7 @@ func (h Conn) Write(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	if h.c.probe.manners == foreign {
+	if h.c.probe.foreign {
 		n, err := h.c.writer().Write(b)
 		return n, h.c.leaveWrite(int64(n), err)
 	}
@@ -228,7 +228,7 @@ func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
 		return nil
 	}
 	defer h.c.leave(0, nil)
-	if h.c.probe.manners != foreign {
+	if !h.c.probe.foreign {
 		return of(h.c.nc)
 	}
 	return answer(h.c, "an address of the connection", func() net.Addr { return of(h.c.nc) })

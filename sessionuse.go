@@ -184,7 +184,7 @@ func (c *conn) nest(ctx context.Context) (undo func()) {
 	c.dmu.Lock()
 	outer := l.ctx
 	l.ctx = ctx
-	if c.probe.manners == foreign && l.over == nil {
+	if c.probe.foreign && l.over == nil {
 		l.over = make(chan struct{})
 	}
 	c.dmu.Unlock()

@@ -77,7 +77,7 @@ func (c *conn) speaksUnasked() error {
 	n := 0
 	if text, ok := err.(*plaintext); ok {
 		n = len(text.bytes)
-	} else if pr.tls == nil && pr.raw != nil && !pr.prober {
+	} else if pr.tls == nil && pr.raw != nil && pr.prober(c.nc) == nil {
 		n = pr.drain()
 	}
 	if n == 0 {

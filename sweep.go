@@ -231,21 +231,20 @@ const (
 // glance looks at a connection that it does not own.
 func (p *Pool) glance(at sighting) impression {
 	pr := &at.c.probe
-	var seen peeked
 	if pr.raw != nil {
 		l := newLook(pr, !p.cfg.NoProbe)
 		err := pr.raw.Control(l.visit)
 		taken := l.stolen
-		seen = l.seen
+		seen := l.seen
 		l.done()
 		if err != nil || taken || seen != (peeked{}) {
-			if pr.manners == foreign {
+			if pr.foreign {
 				return looksAskable // whose examination may wait for it
 			}
 			return looksBad
 		}
 	}
-	if p.cfg.Check != nil || pr.prober && !p.cfg.NoProbe {
+	if p.cfg.Check != nil || !p.cfg.NoProbe && pr.prober(at.c.nc) != nil {
 		return looksAskable
 	}
 	return looksFine

@@ -26,7 +26,9 @@ func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn
 	}
 	a.where = "SyscallConn of the connection"
 	sock := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
-	a.hold(sock)
+	if !a.wrap(sock) {
+		return nil, context.DeadlineExceeded
+	}
 	if sc, ok := nc.(syscall.Conn); ok && canPeek {
 		raw, _ := sc.SyscallConn()
 		sock.raw = trusted(raw)
@@ -150,7 +152,7 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 	if s.mode == normal {
 		return s.Conn.Write(b)
 	}
-	if mannersOf(s.Conn, s.Conn, false) == foreign { // which may not listen to a deadline
+	if _, foreign := mannersOf(s.Conn, s.Conn, false); foreign { // which may not listen to a deadline
 		s.stuck = true
 		return 0, errStuck
 	}

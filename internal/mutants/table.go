@@ -25,7 +25,7 @@ var mutants = []mutant{
 	{
 		name:  "identity-in-the-sweep",
 		old:   `if err != nil || taken || seen != (peeked{}) {`,
-		new:   `if err != nil || seen != (peeked{}) {`,
+		new:   `if err != nil || taken && false || seen != (peeked{}) {`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
@@ -123,7 +123,7 @@ var mutants = []mutant{
 	{
 		name:  "peek-in-the-sweep",
 		old:   `if err != nil || taken || seen != (peeked{}) {`,
-		new:   `if err != nil || taken {`,
+		new:   `if err != nil || taken || seen != (peeked{}) && false {`,
 		tests: `TestASweepClosesWhatDiedAndKeepsWhatLives/tcp$`,
 	},
 	{
@@ -1436,12 +1436,12 @@ var mutants = []mutant{
 		name:  "cut-refuses-foreign-operations",
 		old:   "return c.word.Load()&(cut|detached) == cut",
 		new:   "return false",
-		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/does_nothing/again`,
+		tests: `TestNothingBeginsOnADeafConnectionAfterTheEndOfCtx`,
 	},
 	{
 		name:  "half-a-deadline-is-cleared",
 		old:   "if err != nil && !before {",
-		new:   "if false {",
+		new:   "if err != nil && before && !before {",
 		tests: `TestAConnectionThatRefusesDeadlinesIsReused`,
 	},
 	{
