@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -87,7 +88,7 @@ func (p *Pool) admitLocked(todo *agenda) {
 			return
 		}
 		if openOf(&p.n) >= p.limitLocked() {
-			if int(p.n[closing]) >= min(p.want, room) {
+			if int(p.n[closing])-p.slow >= min(p.want, room) {
 				return // enough is on its way
 			}
 			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
@@ -284,12 +285,18 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 	if l := c.loan.Load(); l != nil && l.hold != nil {
 		p.unhold(l)
 	}
-	if !c.seal() {
+	first, own := c.seal()
+	if !own {
 		p.removed(c, Quarantined, errStolen)
+		c.wake()
 		return nil
 	}
 	if c.closesAtOnce(reason) {
-		c.closeAbruptly()
+		if first {
+			c.closeAbruptly()
+		} else {
+			c.awaitStrike()
+		}
 		p.removed(c, reason, err)
 		return nil
 	}
@@ -300,22 +307,57 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 	}
 	p.mu.Unlock()
 	done := make(chan struct{})
-	free := sync.OnceFunc(func() {
-		p.removed(c, reason, err)
-		close(done)
-	})
+	var once sync.Once
+	free := func() {
+		once.Do(func() {
+			p.removed(c, reason, err)
+			close(done)
+		})
+	}
+	var at atomic.Value // what runs
+	at.Store("Close")
+	var ended atomic.Bool
 	late := time.AfterFunc(closeTimeout, func() {
-		p.abandoned("close", c.site.addr)
+		if ended.Load() {
+			return // closesSlowly wound it up at the last moment
+		}
+		p.abandoned(at.Load().(string), c.site.addr)
+		go c.closeBelow()
 		free()
+	})
+	slow := time.AfterFunc(closePatience, func() {
+		if p.closesSlowly(c) && reason == ClosedEvicted && late.Stop() {
+			late.Reset(evictionPatience)
+		}
 	})
 	go func() {
 		defer func() { // also after a runtime.Goexit
+			ended.Store(true)
 			late.Stop()
+			slow.Stop()
 			free()
 		}()
-		c.closeFully(reason)
+		c.closeFully(reason, first, &at)
 	}()
 	return done
+}
+
+// closesSlowly books that the slot of c, which is being closed, cannot be counted on:
+// if something idle can make room, waiters need not wait for it. It reports whether
+// somebody waits for a slot.
+func (p *Pool) closesSlowly(c *conn) (wanted bool) {
+	var todo agenda
+	e := c.extra()
+	p.mu.Lock()
+	if c.phase == closing {
+		e.slow = true
+		p.slow++
+		wanted = p.want > 0
+		p.admitLocked(&todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
+	return wanted
 }
 
 // removed is the one place where a slot becomes free: the socket of c is closed,
@@ -330,6 +372,10 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	p.moveLocked(c, none)
 	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
 		delete(p.byFD, c.probe.fd())
+	}
+	if e := c.more.Load(); e != nil && e.slow {
+		e.slow = false
+		p.slow--
 	}
 	p.freedLocked()
 	if p.recency.remove(c) && c.unprobed() {
@@ -353,7 +399,7 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 		return
 	}
 	if t := c.trace(); t != nil && t.Closed != nil {
-		p.observe(func() {
+		p.observe("Trace.Closed", func() {
 			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
 		})
 	}

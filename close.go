@@ -16,7 +16,7 @@ func (p *Pool) EvictLRU() (Addr, bool) {
 	if p.stop == nil {
 		return Addr{}, false
 	}
-	return p.evict(context.Background())
+	return p.evictFor(context.Background(), closeTimeout+hookGrace)
 }
 
 // Retire makes the connections of addr that were opened, or are being opened,
@@ -78,7 +78,9 @@ func (p *Pool) Close() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeGrace)
 	defer cancel()
-	if p.awaitLeft(ctx, func() bool { return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.watcher == nil }) {
+	if p.awaitLeft(ctx, func() bool {
+		return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.lookers == 0 && p.watcher == nil
+	}) {
 		return nil
 	}
 	p.mu.Lock()
@@ -95,7 +97,7 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 		return usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
 	p.shut()
-	if p.awaitLeft(ctx, func() bool { return openOf(&p.n) == 0 && !p.sweeping }) {
+	if p.awaitLeft(ctx, func() bool { return openOf(&p.n) == 0 && !p.sweeping && p.lookers == 0 }) {
 		return nil
 	}
 	return fmt.Errorf("connpool: shutdown: %w; %s", causeOf(ctx), p.stillOut())

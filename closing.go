@@ -1,10 +1,12 @@
 package connpool
 
 import (
+	"errors"
 	"io"
-	"log/slog"
 	"net"
+	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -16,29 +18,72 @@ import (
 // look that precedes the next loan, together with those that come later.
 //
 // With a Push that is what it is for, and no reason to give the connection up.
-func (c *conn) leftovers(word uint64) bool {
-	left := c.buffered() > 0
+//
+// The state's Buffered is asked in the caller's own time.
+func (c *conn) leftovers(word uint64) bool { return c.leftoversBeside(word, c.buffered()) }
+
+// leftoversBeside is leftovers where the state holds so many bytes.
+func (c *conn) leftoversBeside(word uint64, held int) bool {
+	left := held > 0
+	var err error
 	if word&moved != 0 && !left {
-		var err error
 		left, err = c.probe.leftovers()
 		c.keepAhead(err)
+		c.site.pool.outlived(err, c.site.addr)
 	}
-	if left && c.probe.keep {
+	if left && c.probe.keep && !isLate(err) && !errors.Is(err, errUnproven) {
 		c.extra().unread = true
 		return false
 	}
 	return left
 }
 
-// buffered counts what the state has read and not used.
+// buffered counts what the state has read and not used. It runs in the borrower's
+// own time, as fn does; whoever else wants to know calls bufferedSoon.
 func (c *conn) buffered() int {
-	if b, ok := c.state.(interface{ Buffered() int }); ok {
-		return b.Buffered()
+	b, ok := c.state.(interface{ Buffered() int })
+	if !ok {
+		return 0
 	}
-	return 0
+	n, returned := 0, false
+	defer func() {
+		if returned {
+			return
+		}
+		pan := &PanicError{Where: "Buffered of the state"}
+		if v := recover(); v != nil { // it goes on to the borrower, who is told whose it is
+			pan.Value, pan.Stack = v, debug.Stack()
+			panic(pan)
+		}
+		c.site.pool.outlived(pan, c.site.addr)
+	}()
+	n = b.Buffered()
+	returned = true
+	return n
 }
 
-func (c *conn) unprobed() bool { return c.nc != nil && !c.probe.can() }
+// bufferedSoon is buffered on a goroutine of the pool's. A state that does not
+// answer is one that nobody can be given.
+func (c *conn) bufferedSoon() (int, error) {
+	b, ok := c.state.(interface{ Buffered() int })
+	if !ok {
+		return 0, nil
+	}
+	got := make(chan int, 1)
+	err := briefly("Buffered of the state", foreignPatience, func() error {
+		got <- b.Buffered()
+		return nil
+	})
+	if err != nil {
+		c.site.pool.outlived(err, c.site.addr)
+		return 0, err
+	}
+	return <-got, nil
+}
+
+func (c *conn) unprobed() bool {
+	return c.nc != nil && !c.probe.can() && c.probe.prober(c.nc) == nil
+}
 
 // closesAtOnce reports whether closing for this reason cannot block and runs
 // no foreign code, so that it may happen in a borrower's path.
@@ -46,24 +91,67 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 	if _, ok := c.state.(io.Closer); ok {
 		return false
 	}
-	return c.probe.plain && (c.probe.tls == nil || !reason.clean())
+	return c.probe.plain && (c.probe.tls == nil || !reason.clean()) && !c.probe.lingers()
 }
 
 // seal is the last step before the socket is closed: it finds out whether the
 // descriptor is still the connection's own. If it is not, the connection goes
-// into quarantine, and must not be closed.
-func (c *conn) seal() bool {
+// into quarantine, and must not be closed. The first who seals it closes the
+// socket, and nobody else.
+func (c *conn) seal() (first, own bool) {
 	if c.word.Load()&stolen == 0 && !c.probe.isStolen() {
-		c.word.Or(shut)
-		return true
+		return c.word.Or(shut)&shut == 0, true
 	}
 	quarantine.add(c.nc)
-	// Wakes who is blocked in it: a deadline does not touch the descriptor.
-	defer func() { _ = recover() }()
+	return false, false
+}
+
+// wake makes those return who are blocked in a connection that is not to be closed:
+// a deadline does not touch the descriptor.
+func (c *conn) wake() {
+	if c.probe.foreign {
+		c.tellDeadline(c.remember(), false, func() error { return c.nc.SetDeadline(past) })
+		return
+	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	c.nc.SetDeadline(past)
-	return false
+}
+
+// strike closes the socket under a loan of a hook, whose caller remains the owner
+// and frees the slot.
+func (c *conn) strike() {
+	e := c.extra()
+	c.dmu.Lock()
+	if e.struck != nil {
+		c.dmu.Unlock()
+		return
+	}
+	struck := make(chan struct{})
+	e.struck = struck
+	c.dmu.Unlock()
+	defer close(struck)
+	switch first, own := c.seal(); {
+	case first:
+		c.closeAbruptly()
+	case !own:
+		c.wake()
+	}
+}
+
+// awaitStrike is for the owner who finds that the socket is somebody else's to
+// close: it waits until that has been done.
+func (c *conn) awaitStrike() {
+	e := c.more.Load()
+	if e == nil {
+		return
+	}
+	c.dmu.Lock()
+	struck := e.struck
+	c.dmu.Unlock()
+	if struck != nil {
+		<-struck
+	}
 }
 
 // quarantine holds the connections whose descriptor has become somebody
@@ -84,34 +172,108 @@ func (s *strays) add(nc net.Conn) {
 
 // closeAbruptly closes the socket without a farewell.
 func (c *conn) closeAbruptly() {
-	if sock := c.probe.sock(); sock != nil {
-		sock.Close()
+	if t := c.probe.tls; t != nil {
+		t.NetConn().Close() // crypto/tls would say goodbye
 		return
 	}
 	c.nc.Close()
 }
 
-// closeTimeout bounds a close that runs foreign code or says goodbye.
-const closeTimeout = 5 * time.Second
+const (
+	// closeTimeout bounds a close that runs foreign code or says goodbye.
+	closeTimeout = 5 * time.Second
 
-// closeFully closes the connection and what Setup built on it. It may block.
-func (c *conn) closeFully(reason CloseReason) {
-	defer func() {
-		if v := recover(); v != nil {
-			c.site.pool.log(slog.LevelError, "closing panicked", "addr", c.site.addr, "panic", v)
-		}
-	}()
+	// closePatience is how long a close is counted on to free its slot soon.
+	// After that an idle connection is evicted in its place.
+	closePatience = 10 * time.Millisecond
+
+	// evictionPatience bounds the close of a connection that made room for a
+	// waiter, from then on, if the waiter is still there: where every close
+	// hangs, there is no use in evicting all that is idle, one after another.
+	evictionPatience = 500 * time.Millisecond
+)
+
+// closeFully closes the connection, if that is the caller's to do, and what Setup
+// built on it. It may block; at says in what. Whatever the one does, the other is
+// closed too.
+func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	if s, ok := c.state.(io.Closer); ok {
-		defer s.Close()
+		defer c.closeOne(at, "Close of the state", func() { s.Close() })
 	}
-	if c.probe.tls != nil && !reason.clean() {
-		c.probe.tls.NetConn().Close() // crypto/tls would say goodbye
+	if !first {
+		at.Store("Close of the connection")
+		c.awaitStrike()
 		return
 	}
-	if sock := c.probe.sock(); sock != nil {
-		sock.sayGoodbye()
+	closed := false
+	defer func() {
+		if !closed { // it panicked, or ended the goroutine
+			go c.closeBelow()
+		}
+	}()
+	c.closeOne(at, "Close of the connection", func() {
+		c.closeSocket(reason)
+		closed = true
+	})
+}
+
+// closeOne runs one part of a close. It stops a panic and tells of it, and of a
+// Goexit, which cannot be stopped.
+func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
+	at.Store(what)
+	returned := false
+	defer func() {
+		if returned {
+			return
+		}
+		pan := &PanicError{Where: what}
+		if v := recover(); v != nil {
+			pan.Value, pan.Stack = v, debug.Stack()
+		}
+		c.site.pool.outlived(pan, c.site.addr)
+	}()
+	f()
+	returned = true
+}
+
+// closeSocket closes what carries the connection, after a farewell if the peer is
+// in step.
+func (c *conn) closeSocket(reason CloseReason) {
+	t := c.probe.tls
+	switch {
+	case t == nil:
+		c.nc.Close()
+	case !reason.clean():
+		c.closeAbruptly()
+	case c.probe.plain && c.probe.sock() != nil:
+		c.probe.sock().sayGoodbye()
+		c.nc.Close()
+	default:
+		// Whatever becomes of the goodbye, the socket is closed, and once.
+		err := briefly("the goodbye of TLS", tlsGoodbye, t.CloseWrite)
+		if pan, ok := err.(*PanicError); ok {
+			c.site.pool.outlived(pan, c.site.addr)
+		}
+		t.NetConn().Close()
 	}
-	c.nc.Close()
+}
+
+// closeBelow closes the socket of a connection whose own Close did not get there,
+// if the connection says what its socket is.
+func (c *conn) closeBelow() {
+	defer func() { _ = recover() }()
+	nc := c.nc
+	if c.probe.tls != nil {
+		nc = c.probe.tls.NetConn()
+	}
+	if sock, ok := nc.(*tlsSocket); ok {
+		nc = sock.Conn
+	}
+	if u, ok := nc.(interface{ NetConn() net.Conn }); ok {
+		if below := u.NetConn(); !isNil(below) {
+			below.Close()
+		}
+	}
 }
 
 // clean reports whether the peer is in step, so that TLS may say goodbye.

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -81,15 +82,16 @@ type lending struct {
 	limit    time.Time       // the ctx's deadline, which no deadline of fn's may exceed
 	firstErr error           // of an operation
 
+	over    chan struct{} // a foreign connection's operations are left behind when it is closed, see leavable; nil if none can be
+	left    bool          // it is closed
+	setting chan struct{} // closed when the deadline that is being set is set, see tellDeadline
+	mute    bool          // SetDeadline panicked or has not returned, and is not called again
+
 	unwatch   func() bool // stops the watch on ctx
 	interrupt func()      // c.interrupt, made once: a method value allocates
 }
 
-var lendings = sync.Pool{New: func() any {
-	l := new(lending)
-	l.interrupt = func() { l.c.interrupt() }
-	return l
-}}
+var lendings sync.Pool // of *lending
 
 // remember returns the lending of c, which there is from now on.
 func (c *conn) remember() *lending {
@@ -97,7 +99,11 @@ func (c *conn) remember() *lending {
 		if l := c.loan.Load(); l != nil {
 			return l
 		}
-		l := lendings.Get().(*lending)
+		l, _ := lendings.Get().(*lending)
+		if l == nil {
+			l = new(lending)
+			l.interrupt = func() { l.c.interrupt(l) }
+		}
 		l.c = c
 		if c.loan.CompareAndSwap(nil, l) {
 			return l
@@ -216,15 +222,18 @@ func (c *conn) generation() uint64 { return c.word.Load() >> genShift }
 func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	l := c.loan.Load()
 	if l != nil { // of the loan that this one, a hook's, is part of
-		l.ctx, l.limit, l.firstErr = nil, time.Time{}, nil
+		l.ctx, l.limit, l.firstErr, l.over = nil, time.Time{}, nil, nil
 	}
 	watch := ctx.Done() != nil
 	if watch {
 		l = c.remember()
 		l.ctx = ctx
+		if c.probe.foreign {
+			l.over, l.left = make(chan struct{}), false
+		}
 		if t, ok := ctx.Deadline(); ok {
-			l.limit, c.deadlineSet = t, true
-			c.nc.SetDeadline(t)
+			l.limit = t
+			c.startDeadline(l, t)
 		}
 	}
 	var gen uint64
@@ -248,25 +257,41 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 // interrupt makes blocked operations of the loan return. It runs when the
 // loan's ctx is done. If the loan has ended meanwhile, stopping the watch has
 // failed, and the connection is discarded.
-func (c *conn) interrupt() {
+func (c *conn) interrupt(l *lending) {
 	defer func() {
-		if v := recover(); v != nil {
-			c.site.pool.log(slog.LevelError, "SetDeadline panicked", "addr", c.site.addr, "panic", v)
+		if v := recover(); v != nil { // from a ctx of the caller's making
+			c.site.pool.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
+	if !c.cutShort() {
+		return
+	}
+	if c.probe.foreign {
+		c.interruptForeign(l)
+		return
+	}
+	c.dmu.Lock()
+	c.deadlineSet = true
+	err := c.nc.SetDeadline(past)
+	c.dmu.Unlock()
+	if err != nil && !errors.Is(err, net.ErrClosed) {
+		c.revoke()
+	}
+}
+
+// cutShort marks the loan as one whose ctx was done. It reports false if the connection
+// was detached, inside a use inside the loan (see nest): it is not the pool's to
+// interrupt any more.
+func (c *conn) cutShort() bool {
 	for {
 		w := c.word.Load()
 		if w&detached != 0 {
-			return // inside a use inside this loan, see nest: it is not the pool's to interrupt any more
+			return false
 		}
 		if c.word.CompareAndSwap(w, w|cut) {
-			break
+			return true
 		}
 	}
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	c.deadlineSet = true
-	c.nc.SetDeadline(past)
 }
 
 // end ends the loan and returns the word as it was. Unless that says gone, the
@@ -277,9 +302,10 @@ func (c *conn) end() uint64 {
 		if !c.stopWatch() {
 			word |= cut
 		}
-		if word&(inFlight|cut) == 0 && c.deadlineSet { // else somebody else may be at it
-			c.nc.SetDeadline(time.Time{})
-			c.deadlineSet = false
+		if word&(inFlight|cut|gone) == 0 && c.deadlineSet { // else somebody else may be at it
+			if c.clearDeadline() != nil {
+				word |= broken // or it would strike the next borrower
+			}
 		}
 	}
 	return word
@@ -323,6 +349,8 @@ func (c *conn) enter(gen uint64) error {
 		case w&lent == 0, gen != 0 && w>>genShift != gen, w&detached != 0:
 			c.strayed(gen)
 			return ErrReturned
+		case w&(gone|cut) == gone|cut: // by the pool, as deadlines had no effect
+			return c.note(os.ErrDeadlineExceeded)
 		case w&gone != 0:
 			return net.ErrClosed
 		case w&inFlight == inFlight:
@@ -369,7 +397,7 @@ func (c *conn) leaveWrite(n int64, err error) error {
 
 // note remembers that an operation failed, and says whose time ran out.
 func (c *conn) note(err error) error {
-	if errors.Is(err, net.ErrClosed) && c.word.Load()&gone != 0 {
+	if errors.Is(err, net.ErrClosed) && c.word.Load()&(gone|cut) == gone {
 		return err
 	}
 	ne, ok := err.(net.Error)
@@ -441,15 +469,23 @@ func (c *conn) interruption() error {
 }
 
 // setDeadline applies a deadline of fn's. The ctx has the last word.
-func (c *conn) setDeadline(t time.Time, set func(time.Time) error) error {
+func (c *conn) setDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
+	if c.probe.foreign {
+		return c.setForeignDeadline(t, set)
+	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	if c.word.Load()&cut != 0 {
 		return nil // interrupted: the past deadline stays
 	}
-	if l := c.loan.Load(); l != nil && !l.limit.IsZero() && (t.IsZero() || t.After(l.limit)) {
-		t = l.limit
-	}
 	c.deadlineSet = true
-	return set(t)
+	return set(c.nc, c.limited(t))
+}
+
+// limited is t, or the deadline of the loan's ctx if that comes first. It needs dmu.
+func (c *conn) limited(t time.Time) time.Time {
+	if l := c.loan.Load(); l != nil && !l.limit.IsZero() && (t.IsZero() || t.After(l.limit)) {
+		return l.limit
+	}
+	return t
 }

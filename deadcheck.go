@@ -52,15 +52,28 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 }
 
 func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
-	if err := p.runHook(ctx, c, "Config.Check", p.cfg.Check); err != nil {
-		if ctx.Err() != nil {
+	asked := false
+	defer func() {
+		if !asked { // a ctx of the borrower's making panicked
+			p.discard(c, ClosedCheckFailed, nil)
+		}
+	}()
+	err := p.runHook(ctx, c, "Config.Check", p.cfg.Check)
+	canceled := ctx.Err() != nil
+	asked = true
+	if err != nil {
+		if canceled {
 			return ClosedCanceled, err
 		}
 		return ClosedCheckFailed, err
 	}
 	c.checked = p.clock.exactly()
-	if p.cfg.Push != nil && c.unread() {
-		return ClosedDirty, ErrUnread
+	if p.cfg.Push != nil {
+		if unread, err := c.unread(); err != nil {
+			return ClosedCheckFailed, err
+		} else if unread {
+			return ClosedDirty, ErrUnread
+		}
 	}
 	return c.ask() // the answer may have been longer than Check read
 }
@@ -112,12 +125,12 @@ type probe struct {
 	raw syscall.RawConn // nil: no descriptor
 	tls *tls.Conn       // nil: no crypto/tls above
 
-	who    identity // of the descriptor's socket, if raw is there
-	number uint32   // of the descriptor; those of Windows too have 32 bits that count
-	known  bool     // who is
-	plain  bool     // the descriptor is a socket whose close cannot block
-	prober bool     // the connection is a Prober
-	keep   bool     // plaintext that a look takes out is for Config.Push
+	who     identity // of the descriptor's socket, if raw is there
+	number  uint32   // of the descriptor; those of Windows too have 32 bits that count
+	known   bool     // who is
+	plain   bool     // a socket of package net: its close does not block, unless it lingers
+	foreign bool     // the connection is somebody else's code, which may do anything
+	keep    bool     // plaintext that a look takes out is for Config.Push
 }
 
 // look is one visit to a descriptor: what it is to find out, and what it found.
@@ -156,7 +169,6 @@ func (l *look) done() {
 
 func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 	p.sys, p.keep = sys, cfg.Push != nil
-	_, p.prober = nc.(Prober)
 	below := nc
 	if t, ok := nc.(*tls.Conn); ok {
 		p.tls = t
@@ -165,11 +177,8 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 			below = sock.Conn
 		}
 	}
-	switch below.(type) {
-	case *net.TCPConn, *net.UnixConn:
-		p.plain = p.tls == nil || p.sock() != nil
-	}
-	for {
+	p.plain, p.foreign = mannersOf(nc, below, p.sock() != nil)
+	for range wrappings {
 		u, ok := below.(interface{ NetConn() net.Conn })
 		if !ok {
 			break
@@ -183,6 +192,7 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 	if p.raw, _ = sc.SyscallConn(); p.raw == nil {
 		return
 	}
+	p.raw = trusted(p.raw)
 	p.raw.Control(func(fd uintptr) {
 		p.number = uint32(fd)
 		if !cfg.NoIdentity {
@@ -190,6 +200,10 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 		}
 	})
 }
+
+// wrappings is how many connections may be wrapped in each other before the pool
+// gives up looking for the innermost: one may say that it wraps itself.
+const wrappings = 16
 
 // sock is what crypto/tls reads from; nil without TLS, or if a custom dialer made it.
 func (p *probe) sock() *tlsSocket {
@@ -200,8 +214,17 @@ func (p *probe) sock() *tlsSocket {
 	return s
 }
 
-// can reports whether there is anything to ask.
-func (p *probe) can() bool { return p.prober || p.raw != nil && canPeek }
+// can reports whether there is a descriptor to ask.
+func (p *probe) can() bool { return p.raw != nil && canPeek }
+
+// prober is nc as a Prober, nil if it is none. Only foreign connections are.
+func (p *probe) prober(nc net.Conn) Prober {
+	if !p.foreign {
+		return nil
+	}
+	pr, _ := nc.(Prober)
+	return pr
+}
 
 // fd is the number of the descriptor, if raw is there.
 func (p *probe) fd() uintptr { return uintptr(p.number) }
@@ -213,6 +236,16 @@ func (p *probe) isStolen() (stolen bool) {
 	}
 	p.raw.Control(func(fd uintptr) { stolen = !p.sys.stillIs(fd, p.who) })
 	return stolen
+}
+
+// lingers reports whether the socket was told to wait in its close (SO_LINGER).
+// Whoever made it, or had it on loan, may have done that.
+func (p *probe) lingers() (yes bool) {
+	if p.raw == nil {
+		return false
+	}
+	p.raw.Control(func(fd uintptr) { yes = lingers(fd) })
+	return yes
 }
 
 // peeked is what a look into a socket found.
@@ -227,6 +260,7 @@ func (c *conn) ask() (CloseReason, error) {
 		c.word.And(^uint64(hungUp)) // before the look, so that the next one is not missed
 	}
 	reason, err := c.probe.ask(&c.site.pool.cfg, c.nc)
+	c.site.pool.outlived(err, c.site.addr)
 	if reason == ClosedDirty && c.probe.keep {
 		c.keepAhead(err)
 	}
@@ -248,11 +282,11 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 			return Quarantined, errStolen
 		}
 	}
-	switch {
-	case cfg.NoProbe:
+	if cfg.NoProbe {
 		return ClosedUnknown, nil
-	case p.prober:
-		switch err := askProber(nc.(Prober)); {
+	}
+	if pr := p.prober(nc); pr != nil {
+		switch err := askProber(pr); {
 		case err == nil:
 			return ClosedUnknown, nil
 		case errors.Is(err, ErrUnread):
@@ -260,6 +294,8 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 		default:
 			return ClosedStale, err
 		}
+	}
+	switch {
 	case seen.err != nil:
 		return ClosedStale, seen.err
 	case !seen.bytes:
@@ -270,9 +306,10 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 	return p.readThrough(noWait, lookPatience)
 }
 
-func askProber(pr Prober) (err error) {
-	defer recoverInto(&err, "Probe")
-	return pr.Probe()
+func askProber(pr Prober) error {
+	k := newCall("Probe")
+	k.prober = pr
+	return k.await(foreignPatience)
 }
 
 // lookPatience bounds what a look may wait for where it cannot do without
@@ -281,8 +318,9 @@ func askProber(pr Prober) (err error) {
 const lookPatience = time.Millisecond
 
 var (
-	errPartial = fmt.Errorf("%w: a part of a TLS record", ErrUnread)
-	errStolen  = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
+	errPartial  = fmt.Errorf("%w: a part of a TLS record", ErrUnread)
+	errUnproven = errors.New("what crypto/tls holds cannot be asked without a deadline")
+	errStolen   = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
 )
 
 // leftovers reports whether crypto/tls holds plaintext that was not read, or
@@ -308,7 +346,31 @@ func (p *probe) leftovers() (bool, error) {
 // readThrough reads one byte through crypto/tls without waiting for the peer.
 // Over a foreign connection, which cannot be told not to wait, a deadline has to
 // do: it waits for patience at most.
+//
+// A foreign connection that takes no deadline is not read: what nobody can ask is
+// not proven clean. Of the pool's own TLS over it crypto/tls alone is asked.
 func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
+	if !p.foreign || mode == sealed && p.sock() != nil {
+		l := newLook(p, false)
+		defer l.done()
+		return p.readThroughNow(mode, patience, &l.scratch)
+	}
+	// What is left behind keeps the byte that it reads into.
+	found, scratch := make(chan CloseReason, 1), new([1]byte)
+	err = briefly("the connection under TLS", foreignPatience, func() error {
+		reason, err := p.readThroughNow(mode, patience, scratch)
+		found <- reason
+		return err
+	})
+	select {
+	case reason = <-found:
+	default:
+		reason = ClosedStale
+	}
+	return reason, err
+}
+
+func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1]byte) (reason CloseReason, err error) {
 	defer func() {
 		if err != nil && reason == ClosedUnknown {
 			reason = ClosedStale
@@ -316,27 +378,33 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 	}()
 	defer recoverInto(&err, "the connection under TLS")
 	sock := p.sock()
-	if sock != nil && (mode == sealed || sock.raw != nil) {
+	switch {
+	case sock != nil && (mode == sealed || sock.raw != nil):
 		sock.enter(mode)
 		defer sock.enter(normal)
-	} else {
-		if !p.tls.ConnectionState().HandshakeComplete {
-			return ClosedUnknown, nil
-		}
+	case !p.tls.ConnectionState().HandshakeComplete:
+		return ClosedUnknown, nil
+	default:
 		deadline := past
 		if patience > 0 {
 			deadline = time.Now().Add(patience)
 		}
-		p.tls.SetDeadline(deadline)
-		defer p.tls.SetDeadline(time.Time{})
+		if err := p.tls.SetDeadline(deadline); err != nil && sock != nil {
+			return p.readThroughNow(sealed, patience, scratch)
+		} else if err != nil {
+			return ClosedStale, fmt.Errorf("%w: %w", errUnproven, err)
+		}
+		defer func() {
+			if e := p.tls.SetDeadline(time.Time{}); e != nil && reason == ClosedUnknown {
+				reason, err = ClosedStale, e // it would strike the next borrower
+			}
+		}()
 	}
-	l := newLook(p, false)
-	defer l.done()
-	n, err := p.tls.Read(l.scratch[:])
+	n, err := p.tls.Read(scratch[:])
 	switch {
 	case n > 0:
 		if p.keep {
-			return ClosedDirty, p.wholeRecord(l.scratch[0])
+			return ClosedDirty, p.wholeRecord(scratch[0])
 		}
 		return ClosedDirty, ErrUnread
 	case err == nil:

@@ -320,7 +320,7 @@ func TestNoProbeLeavesItToTheBorrower(t *testing.T) {
 	loan(t, p, n.addr)
 	n.srv.CutIdle(-1, faultnet.FIN)
 	stirs(t, p, n.addr)
-	p.sweep()
+	sweepAll(p)
 	require.Error(t, p.With(t.Context(), n.addr, func(c Conn) error {
 		_, err := ask(c, newToken())
 		return err
@@ -345,7 +345,7 @@ func TestASweepClosesWhatDiedAndKeepsWhatLives(t *testing.T) {
 		}
 		require.Equal(t, 3, n.srv.CutIdle(3, faultnet.FIN))
 		soon(t, "three ends", func() bool { return stale(p, n.addr) == 3 })
-		p.sweep()
+		sweepAll(p)
 		st := settled(t, p)
 		require.Equal(t, 2, st.Idle)
 		require.EqualValues(t, 3, st.Closed[ClosedStale])

@@ -45,9 +45,40 @@ type attempt struct {
 	ended bool // open returned, rather than panicked
 	state any  // what Setup returned
 
-	mu      sync.Mutex // guards adopted and settled; nothing else happens under it
+	mu      sync.Mutex // guards what follows; nothing else happens under it
+	socket  net.Conn   // what was dialled and c has not adopted: whoever books a failure closes it
 	adopted bool       // c has its socket, and the guard of Setup is open
 	settled bool       // somebody has booked, or is booking, the outcome
+}
+
+// hold makes nc the attempt's to close, until c adopts it.
+func (a *attempt) hold(nc net.Conn) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.socket = nc
+}
+
+// wrap puts nc, which closes it, in the place of the socket, and reports false if
+// that was given up meanwhile.
+func (a *attempt) wrap(nc net.Conn) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.socket == nil {
+		return false
+	}
+	a.socket = nc
+	return true
+}
+
+// closeSocket closes what was dialled and not adopted, for closeTimeout at most.
+func (p *Pool) closeSocket(a *attempt) {
+	a.mu.Lock()
+	nc := a.socket
+	a.socket = nil
+	a.mu.Unlock()
+	if nc != nil {
+		p.closeStray(nc, a.c.site.addr)
+	}
 }
 
 // settle makes the caller the one who books the outcome, if nobody was before.
@@ -63,14 +94,26 @@ func (a *attempt) settle() (mine, adopted bool) {
 // hooks do: return, panic, end their goroutine, or never come back.
 func (p *Pool) dial(a *attempt) {
 	p.lookAtHandles()
+	var t *Trace
+	cancel := context.CancelFunc(func() {})
 	c, start := a.c, p.clock.exactly()
-	t := p.trace(a.ctx)
+	defer func() {
+		if !a.ended {
+			pan := &PanicError{Where: a.where} // or a runtime.Goexit
+			if v := recover(); v != nil {
+				pan.Value, pan.Stack = v, debug.Stack()
+			}
+			a.err = pan
+		}
+		p.dialEnded(a, start, t, cancel)
+	}()
+	a.stage, a.where = StageDial, "a method of the borrower's ctx"
+	t = p.trace(a.ctx)
 	ctx := a.ctx
 	if !c.site.tracked() { // else it can serve nobody but the caller
 		ctx = context.WithoutCancel(ctx)
 	}
-	ctx, cancel := p.within(ctx, p.cfg.DialTimeout)
-	a.stage = StageDial
+	ctx, cancel = p.within(ctx, p.cfg.DialTimeout)
 	p.mu.Lock()
 	a.giveUp = cancel
 	surplus := a.surplus
@@ -80,6 +123,7 @@ func (p *Pool) dial(a *attempt) {
 	}
 
 	if p.cfg.DialTimeout > 0 {
+		t := t
 		late := time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
 			if mine, adopted := a.settle(); mine {
 				p.abandoned("a dial", c.site.addr)
@@ -88,34 +132,30 @@ func (p *Pool) dial(a *attempt) {
 		})
 		defer late.Stop()
 	}
-	defer func() {
-		defer cancel()
-		if !a.ended {
-			pan := &PanicError{Where: a.where}
-			if v := recover(); v != nil {
-				pan.Value, pan.Stack = v, debug.Stack()
-			}
-			a.err = pan
-		}
-		if mine, adopted := a.settle(); !mine {
-			if c.nc != nil && !adopted {
-				go closeStray(c.nc)
-			}
-			if s, ok := a.state.(io.Closer); ok {
-				defer func() { _ = recover() }()
-				s.Close()
-			}
-			return
-		}
-		c.state = a.state
-		if a.err == nil {
-			p.dialed(a, start, t, nil)
-			return
-		}
-		p.dialFailed(a, start, t, a.err)
-	}()
 	a.err = p.open(ctx, a)
 	a.ended = true
+}
+
+// dialEnded is deferred by dial, and is the end of it however that came.
+func (p *Pool) dialEnded(a *attempt, start instant, t *Trace, cancel context.CancelFunc) {
+	defer cancel()
+	if a.err != nil {
+		p.closeSocket(a)
+	}
+	if mine, _ := a.settle(); !mine {
+		p.closeSocket(a)
+		if s, ok := a.state.(io.Closer); ok {
+			defer func() { _ = recover() }()
+			s.Close()
+		}
+		return
+	}
+	a.c.state = a.state
+	if a.err == nil {
+		p.dialed(a, start, t, nil)
+		return
+	}
+	p.dialFailed(a, start, t, a.err)
 }
 
 // dialFailed books a dial that came to nothing. If there is a socket already,
@@ -132,6 +172,7 @@ func (p *Pool) dialFailed(a *attempt, start instant, t *Trace, err error) {
 func (p *Pool) abandonDial(a *attempt, adopted bool, start instant, t *Trace) {
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
 	if !adopted {
+		go p.closeSocket(a)
 		p.dialed(a, start, t, &dialError{StageDial, fmt.Errorf("dialer: %w", late)})
 		return
 	}
@@ -148,6 +189,7 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	if err != nil {
 		return err
 	}
+	a.where = "SyscallConn or NetConn of the connection"
 	c.adopt(nc)
 	a.stage, a.where = StageSetup, "Config.Setup"
 	setup := p.cfg.Setup
@@ -159,9 +201,11 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	}
 	a.mu.Lock()
 	late := a.settled
-	a.adopted = !late
+	if a.adopted = !late; a.adopted {
+		a.socket = nil
+	}
 	a.mu.Unlock()
-	if late { // and closed by whoever finds that out, see dial
+	if late { // and closed by dialEnded
 		return ctx.Err()
 	}
 	p.enroll(c)
@@ -201,7 +245,7 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 		if ctx.Err() != nil {
 			return nil, err
 		}
-		if _, ok := p.evict(ctx); ok || p.awaitHandle(ctx, &patience) {
+		if _, ok := p.evictFor(ctx, foreignPatience); ok || p.awaitHandle(ctx, &patience) {
 			continue
 		}
 		err = errors.Join(ErrNoneRemovable, err)
@@ -236,23 +280,29 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	switch {
 	case err != nil:
 		if !isNil(nc) {
-			go closeStray(nc)
+			go p.closeStray(nc, addr)
 		}
 		return nil, err
 	case isNil(nc):
 		return nil, &brokenContract{a.where + " returned neither a connection nor an error"}
-	case addr.Transport != TLS || own != nil:
+	}
+	a.hold(nc)
+	if addr.Transport != TLS || own != nil {
 		return nc, nil
 	}
-	a.stage, a.where = StageHandshake, "Config.TLSFor"
-	return p.handshake(ctx, addr, nc)
+	a.stage = StageHandshake
+	tc, err := p.handshake(ctx, a, nc)
+	if err != nil {
+		p.closeSocket(a)
+		return nil, err
+	}
+	return tc, nil
 }
 
 // closeStray closes a connection that never got into the books. A foreign one
 // may take its time over it.
-func closeStray(nc net.Conn) {
-	defer func() { _ = recover() }()
-	nc.Close()
+func (p *Pool) closeStray(nc net.Conn, addr Addr) {
+	p.outlived(briefly("Close of the connection", closeTimeout, nc.Close), addr)
 }
 
 // brokenContract is foreign code that did what its contract forbids.
@@ -326,7 +376,7 @@ func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
 		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
 	if t != nil && t.DialDone != nil {
-		p.observe(func() { t.DialDone(info) })
+		p.observe("Trace.DialDone", func() { t.DialDone(info) })
 	}
 }
 
@@ -422,9 +472,9 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 	}
 }
 
-// evict closes the least recently used idle connection of all, and waits until
-// it is closed or ctx is done.
-func (p *Pool) evict(ctx context.Context) (Addr, bool) {
+// evictFor closes the least recently used idle connection of all, and waits until it
+// is closed, for patience at most or until ctx is done.
+func (p *Pool) evictFor(ctx context.Context, patience time.Duration) (Addr, bool) {
 	p.mu.Lock()
 	c := p.recency.oldestIdle(int(p.n[idle]))
 	if c == nil {
@@ -435,8 +485,11 @@ func (p *Pool) evict(ctx context.Context) (Addr, bool) {
 	p.moveLocked(c, closing)
 	p.mu.Unlock()
 	if done := p.discard(c, ClosedEvicted, nil); done != nil {
+		enough := time.NewTimer(patience)
+		defer enough.Stop()
 		select {
 		case <-done:
+		case <-enough.C:
 		case <-ctx.Done():
 		}
 	}
@@ -456,6 +509,6 @@ func (p *Pool) detached(c *conn) {
 	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.exactly().sub(c.since)}
 	p.removed(c, ClosedUnknown, nil)
 	if t != nil && t.Detached != nil {
-		p.observe(func() { t.Detached(info) })
+		p.observe("Trace.Detached", func() { t.Detached(info) })
 	}
 }

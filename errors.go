@@ -148,8 +148,9 @@ func (e *Error) Unwrap() error { return e.Err }
 // Timeout reports whether the borrow ran out of time.
 func (e *Error) Timeout() bool { return e.Kind == KindTimeout }
 
-// PanicError is a panic (or, with a nil Value, a runtime.Goexit) of a dialer
-// or hook that ran on a goroutine of the pool's own.
+// PanicError is a panic (or, with a nil Value, a runtime.Goexit) of foreign code
+// that ran on a goroutine of the pool's own: a dialer, a hook, a callback of
+// tls.Config, a method of a dialer's connection or of the state.
 type PanicError struct {
 	Where string // "Config.Setup", "Config.Dialers[tcp]", ...
 	Value any

@@ -130,7 +130,7 @@ func (p *Pool) reportHolds() {
 	for _, h := range late {
 		info := h.info(now)
 		if h.trace != nil && h.trace.HeldLong != nil {
-			p.observe(func() { h.trace.HeldLong(info) })
+			p.observe("Trace.HeldLong", func() { h.trace.HeldLong(info) })
 		}
 		p.log(slog.LevelWarn, "a connection has been in use for long", "addr", info.Addr, "id", info.ID,
 			"held", info.Held, "borrowed at", info.Place)
@@ -175,7 +175,7 @@ func (p *Pool) leaked(c *conn) {
 	p.mu.Unlock()
 	p.discard(c, ClosedLeaked, nil)
 	if t != nil && t.Leaked != nil {
-		p.observe(func() { t.Leaked(info) })
+		p.observe("Trace.Leaked", func() { t.Leaked(info) })
 	}
 	p.log(slog.LevelError, "a lease or session was forgotten; its connection is closed", "addr", info.Addr, "id", info.ID,
 		"held", info.Held, "borrowed by", info.Stack)

@@ -15,7 +15,7 @@ import (
 func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) (err error) {
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
-	defer recoverInto(&err, where) // from SetDeadline of a foreign net.Conn
+	defer recoverInto(&err, where) // from a ctx of the caller's making
 	loan := c.begin(ctx, hooked)
 	answer := make(chan error, 1)
 	go func() {
@@ -47,8 +47,11 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 		if err = c.failure(); err == nil {
 			err = &brokenContract{"it closed the connection"}
 		}
-	case c.leftovers(word):
-		err = &brokenContract{"it left unread bytes behind"}
+	default:
+		var held int
+		if held, err = c.bufferedSoon(); err == nil && c.leftoversBeside(word, held) {
+			err = &brokenContract{"it left unread bytes behind"}
+		}
 	}
 	if err == nil {
 		return nil
@@ -96,17 +99,6 @@ func passOn(err error) {
 	}
 }
 
-// observe runs a Trace function in the middle of the pool's own work, which a
-// panic must not cut short.
-func (p *Pool) observe(f func()) {
-	defer func() {
-		if v := recover(); v != nil {
-			p.log(slog.LevelError, "Trace panicked", "panic", v, "stack", string(debug.Stack()))
-		}
-	}()
-	f()
-}
-
 // strayed reports, in debug mode, the use of a handle whose loan is over.
 func (c *conn) strayed(gen uint64) {
 	p := c.site.pool
@@ -146,14 +138,6 @@ type pastLoan struct {
 	stack []byte
 }
 
-func (p *Pool) log(level slog.Level, msg string, args ...any) {
-	if p.cfg.Logger == nil {
-		return
-	}
-	defer func() { _ = recover() }() // a broken log must not lose a slot
-	p.cfg.Logger.Log(context.Background(), level, "connpool: "+msg, args...)
-}
-
 func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 	level := slog.LevelDebug
 	switch reason {
@@ -172,5 +156,5 @@ func (p *Pool) abandoned(what string, addr Addr) {
 	p.mu.Lock()
 	p.counts.Abandoned++
 	p.mu.Unlock()
-	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", "addr", addr)
+	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)
 }

@@ -76,7 +76,7 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	}
 	t := p.trace(ctx)
 	if t != nil && t.GetConn != nil {
-		t.GetConn(addr)
+		p.named("Trace.GetConn", func() { t.GetConn(addr) })
 	}
 	c, waited, err := p.borrow(ctx, addr, t)
 	if err != nil {
@@ -91,7 +91,8 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	l := &Lease{c: c, ctx: context.WithoutCancel(ctx), trace: t}
 	l.gen = c.begin(l.ctx, 0).gen
 	if t != nil && t.GotConn != nil {
-		t.GotConn(GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
+		info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
+		p.named("Trace.GotConn", func() { t.GotConn(info) })
 	}
 	l.cleanup = runtime.AddCleanup(l, forgotten, c)
 	owner = false

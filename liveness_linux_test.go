@@ -72,7 +72,7 @@ func TestPeerThatAsksForKeyUpdatesAndDoesNotReadHoldsUpNobody(t *testing.T) {
 			done := make(chan error, 1)
 			go func() {
 				if sweep {
-					p.sweep()
+					sweepAll(p)
 					done <- nil
 					return
 				}

@@ -36,8 +36,8 @@ func (h Conn) Read(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	if e := h.c.more.Load(); e != nil && e.back != nil {
-		n, err := e.back.read(h.c.nc, b)
+	if h.c.probe.foreign || h.c.more.Load() != nil {
+		n, err := h.c.reader().Read(b)
 		return n, h.c.leaveRead(int64(n), err)
 	}
 	n, err := h.c.nc.Read(b)
@@ -48,6 +48,10 @@ func (h Conn) Read(b []byte) (int, error) {
 func (h Conn) Write(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
+	}
+	if h.c.probe.foreign {
+		n, err := h.c.writer().Write(b)
+		return n, h.c.leaveWrite(int64(n), err)
 	}
 	n, err := h.c.nc.Write(b)
 	return n, h.c.leaveWrite(int64(n), err)
@@ -60,17 +64,17 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	n, err := readFrom(h.c.nc, r)
+	n, err := h.c.copyIn(r)
 	return n, h.c.leaveWrite(n, err)
 }
 
-func readFrom(nc net.Conn, r io.Reader) (int64, error) {
+func readFrom(nc io.Writer, r io.Reader) (int64, error) {
 	if src, ok := onLoan(r); ok { // the kernel must see both sockets
 		defer runtime.KeepAlive(r)
 		if err := src.c.enter(src.gen); err != nil {
 			return 0, err
 		}
-		n, err := readFrom(nc, src.c.reader())
+		n, err := readFrom(nc, src.c.source())
 		return n, src.c.leaveRead(n, err)
 	}
 	if rf, ok := nc.(io.ReaderFrom); ok {
@@ -97,7 +101,7 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	n, err := writeTo(h.c.reader(), w)
+	n, err := h.c.copyOut(w)
 	return n, h.c.leaveRead(n, err)
 }
 
@@ -125,9 +129,7 @@ func (h Conn) Close() error {
 		return err
 	}
 	if word&hooked != 0 { // the hook's caller finds it broken
-		if h.c.seal() {
-			h.c.closeAbruptly()
-		}
+		h.c.strike()
 		return nil
 	}
 	h.c.stopWatch()
@@ -157,7 +159,13 @@ func (h Conn) Detach() (net.Conn, error) {
 		p.discard(c, Quarantined, errStolen)
 		return nil, errStolen
 	}
-	c.nc.SetDeadline(time.Time{})
+	if c.deadlineSet {
+		if err := c.clearDeadline(); err != nil {
+			c.word.And(^uint64(detached))
+			p.discard(c, ClosedBroken, err)
+			return nil, err
+		}
+	}
 	p.detached(c)
 	return c.nc, nil
 }
@@ -200,7 +208,7 @@ func (h Conn) CloseWrite() error {
 		return errors.ErrUnsupported
 	}
 	h.c.word.Or(halfClosed)
-	return h.c.leave(0, cw.CloseWrite())
+	return h.c.leave(0, h.c.query("CloseWrite of the connection", cw.CloseWrite))
 }
 
 // LocalAddr is the local end, nil after the loan.
@@ -214,7 +222,25 @@ func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
 		return nil
 	}
 	defer h.c.leave(0, nil)
-	return of(h.c.nc)
+	if !h.c.probe.foreign {
+		return of(h.c.nc)
+	}
+	return answer(h.c, "an address of the connection", func() net.Addr { return of(h.c.nc) })
+}
+
+// answer is what a question to the foreign connection of a loan brings, the zero T
+// if the loan's ctx ended and it went on.
+func answer[T any](c *conn, what string, ask func() T) (v T) {
+	got := make(chan T, 1) // what comes late is not to be seen
+	c.query(what, func() error {
+		got <- ask()
+		return nil
+	})
+	select {
+	case v = <-got:
+	default:
+	}
+	return v
 }
 
 // SetDeadline sets both deadlines, as net.Conn does.
@@ -231,7 +257,7 @@ func (h Conn) deadline(t time.Time, set func(net.Conn, time.Time) error) error {
 		return err
 	}
 	defer h.c.leave(0, nil)
-	return h.c.setDeadline(t, func(t time.Time) error { return set(h.c.nc, t) })
+	return h.c.setDeadline(t, set)
 }
 
 // SyscallConn gives access to the socket, also under TLS. What it returns is
@@ -276,8 +302,11 @@ func (h Conn) ConnectionState() tls.ConnectionState {
 		return tls.ConnectionState{}
 	}
 	defer h.c.leave(0, nil)
-	if t, ok := h.c.nc.(interface{ ConnectionState() tls.ConnectionState }); ok {
+	switch t := h.c.nc.(type) {
+	case *tls.Conn:
 		return t.ConnectionState()
+	case interface{ ConnectionState() tls.ConnectionState }:
+		return answer(h.c, "ConnectionState of the connection", t.ConnectionState)
 	}
 	return tls.ConnectionState{}
 }

@@ -50,6 +50,9 @@ type Pool struct {
 	watchOnce sync.Once    // starts watcher
 	handles   atomic.Int64 // what the process's handle limit leaves, as of the last look
 
+	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
+	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
+
 	// mu guards everything below, and the fields of site, conn and waiter
 	// that say so. See invariant 1 for what must not happen under it.
 	mu       sync.Mutex
@@ -70,6 +73,9 @@ type Pool struct {
 	freed    chan struct{}      // closed and renewed when something may have freed one
 	watcher  *watcher           // nil where there is none, and before the first connection
 	sweeping bool               // a sweep is under way
+	lookers  int                // goroutines of the pool's that look at idle connections
+	checking map[*site]bool     // whose connections one of them asks Check; nil before the first
+	slow     int                // closes that take longer than closePatience
 	looked   int                // idle connections of addresses with a reserve that are being looked at
 	sweeper  *time.Timer        // nil until there is something to sweep
 	left     chan struct{}      // closed and renewed when, after Close, something leaves the books
@@ -120,6 +126,7 @@ func New(cfg Config) (*Pool, error) {
 		sessions: newSessionCaches(),
 		left:     make(chan struct{}),
 		freed:    make(chan struct{}),
+		checkers: make(chan struct{}, checkers),
 	}
 	p.recency.init()
 	// Who asks for short times, or watches, gets them exactly.
@@ -180,7 +187,7 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	}
 	t := p.trace(ctx)
 	if t != nil && t.GetConn != nil {
-		t.GetConn(addr)
+		p.named("Trace.GetConn", func() { t.GetConn(addr) })
 	}
 	c, waited, err := p.borrow(ctx, addr, t)
 	if err != nil {
@@ -196,7 +203,8 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	}
 	loan := c.begin(ctx, 0)
 	if t != nil && t.GotConn != nil {
-		t.GotConn(GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
+		info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
+		p.named("Trace.GotConn", func() { t.GotConn(info) })
 	}
 	return p.settle(ctx, c, fn(loan), t, &owner)
 }
@@ -377,7 +385,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *in
 	}()
 	todo.run(p)
 	if t != nil && t.Wait != nil {
-		p.observe(func() { t.Wait(WaitInfo{Addr: s.addr, Waiting: waiting}) })
+		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: s.addr, Waiting: waiting}) })
 	}
 	here = true
 	return w, nil
@@ -399,7 +407,8 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 		*owner = false
 		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
 		if p.giveBack(c) && t != nil && t.PutConn != nil {
-			t.PutConn(PutInfo{Addr: s.addr, ID: id, Held: p.clock.exactly().sub(lentAt)})
+			info := PutInfo{Addr: s.addr, ID: id, Held: p.clock.exactly().sub(lentAt)}
+			p.named("Trace.PutConn", func() { t.PutConn(info) })
 		}
 	}
 	return unkeep(err)

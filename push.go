@@ -3,7 +3,6 @@ package connpool
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"sync"
 	"time"
@@ -76,15 +75,6 @@ func (b *putAhead) len() int {
 	return len(b.bytes)
 }
 
-// reader is what a loan reads from.
-func (c *conn) reader() io.Reader {
-	e := c.more.Load()
-	if e == nil || e.back == nil {
-		return c.nc
-	}
-	return readerFunc(func(p []byte) (int, error) { return e.back.read(c.nc, p) })
-}
-
 type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
@@ -102,8 +92,8 @@ func (p *probe) wholeRecord(first byte) *plaintext {
 	rest := make([]byte, 16<<10) // no record is longer
 	if sock := p.sock(); sock != nil {
 		sock.enter(sealed)
-	} else {
-		p.tls.SetDeadline(past)
+	} else if p.tls.SetDeadline(past) != nil {
+		return &plaintext{[]byte{first}} // the rest is still in order behind it
 	}
 	n, _ := p.tls.Read(rest)
 	return &plaintext{append([]byte{first}, rest[:n]...)}
@@ -126,15 +116,20 @@ func (c *conn) keepAhead(err error) {
 
 // holds reports whether bytes wait above the socket, in the state or put back.
 // The caller owns c.
-func (c *conn) holds() bool {
-	e := c.more.Load()
-	return e != nil && e.back != nil && e.back.len() > 0 || c.buffered() > 0
+func (c *conn) holds() (bool, error) {
+	if e := c.more.Load(); e != nil && e.back != nil && e.back.len() > 0 {
+		return true, nil
+	}
+	n, err := c.bufferedSoon()
+	return n > 0, err
 }
 
 // unread reports whether the last loan may have left something for Push.
-func (c *conn) unread() bool {
-	e := c.more.Load()
-	return e != nil && e.unread || c.holds()
+func (c *conn) unread() (bool, error) {
+	if e := c.more.Load(); e != nil && e.unread {
+		return true, nil
+	}
+	return c.holds()
 }
 
 // pushes reports whether a connection that would be closed for this reason is
@@ -162,7 +157,14 @@ func (p *Pool) push(c *conn) {
 // giveBack is park for a loan that ended in good order: what it left to read goes
 // to Push.
 func (p *Pool) giveBack(c *conn) bool {
-	if p.cfg.Push == nil || !c.unread() {
+	if p.cfg.Push == nil {
+		return p.park(c, used)
+	}
+	switch unread, err := c.unread(); {
+	case err != nil:
+		p.discard(c, ClosedDirty, err)
+		return false
+	case !unread:
 		return p.park(c, used)
 	}
 	if l := c.loan.Load(); l != nil && l.hold != nil {
@@ -192,17 +194,24 @@ func (p *Pool) pushAll(c *conn) (CloseReason, error) {
 			e.back = new(putAhead)
 		}
 		e.back.restart()
-		before := c.buffered()
+		before, err := c.bufferedSoon()
+		if err != nil {
+			return ClosedPushFailed, err
+		}
 		p.mu.Lock()
 		p.counts.Pushes++
 		p.mu.Unlock()
-		err := p.runHook(context.Background(), c, "Config.Push", p.cfg.Push)
+		err = p.runHook(context.Background(), c, "Config.Push", p.cfg.Push)
+		after := 0
+		if err == nil {
+			after, err = c.bufferedSoon()
+		}
 		switch {
 		case err != nil && p.ctx.Err() != nil:
 			return ClosedWithPool, err
 		case err != nil:
 			return ClosedPushFailed, err
-		case !e.back.restart() && c.buffered() == before:
+		case !e.back.restart() && after == before:
 			return ClosedPushFailed, errUnpushed
 		}
 	}
@@ -216,16 +225,19 @@ var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
 	end := p.clock.exactly() + instant(defaultHookTimeout)
 	for {
-		if c.holds() {
+		if held, err := c.holds(); err != nil {
+			return ClosedPushFailed, err
+		} else if held {
 			return ClosedDirty, ErrUnread
 		}
 		reason, err := c.ask()
 		if reason == ClosedUnknown && c.probe.tls != nil {
 			reason, err = c.probe.readThrough(noWait, lookPatience)
 			c.keepAhead(err)
+			p.outlived(err, c.site.addr)
 		}
 		switch {
-		case c.holds() || !errors.Is(err, errPartial):
+		case !errors.Is(err, errPartial): // then nothing was taken out
 			return reason, err
 		case p.clock.exactly() > end:
 			return ClosedPushFailed, err
@@ -258,7 +270,8 @@ func (p *Pool) readable(fd uintptr) {
 		p.mu.Unlock()
 		return
 	}
-	at := sighting{c, c.generation()}
+	if c.phase == idle {
+		p.examineAsideLocked(sighting{c, c.generation()})
+	}
 	p.mu.Unlock()
-	p.examine(at, false)
 }

@@ -126,7 +126,7 @@ func TestASweepPushesWhatItFinds(t *testing.T) {
 		loan(t, p, n.addr)
 		require.Equal(t, 1, n.srv.PushIdle(-1, []byte("push x\n")))
 		stirs(t, p, n.addr)
-		p.sweep()
+		sweepAll(p)
 		require.Equal(t, "push x", inTime(t, a.got))
 		soon(t, "back to idle", func() bool { return p.Stats().Idle == 1 })
 		p.check(t)
@@ -216,7 +216,7 @@ func TestPushHasTheConnectionAlone(t *testing.T) {
 	require.Equal(t, 1, p.Stats().InUse)
 	_, ok := p.EvictLRU()
 	require.False(t, ok)
-	p.sweep()
+	sweepAll(p)
 	served := make(chan error, 1)
 	go func() {
 		served <- p.With(context.Background(), n.addr, func(c Conn) error {

@@ -16,7 +16,7 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	defer b.rise(st)
 	t := p.trace(ctx)
 	if t != nil && t.GetConn != nil {
-		t.GetConn(st.addr)
+		p.named("Trace.GetConn", func() { t.GetConn(st.addr) })
 	}
 	c, waited, owner := st.c, time.Duration(0), true
 	st.c, st.loan, st.spoiled, st.why = nil, Conn{}, ClosedUnknown, nil
@@ -43,7 +43,8 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	began := p.clock.exactly()
 	st.loan = c.begin(ctx, 0)
 	if t != nil && t.GotConn != nil {
-		t.GotConn(GotInfo{Addr: st.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited})
+		info := GotInfo{Addr: st.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
+		p.named("Trace.GotConn", func() { t.GotConn(info) })
 	}
 	err := fn(st.loan)
 	word := c.end()
@@ -79,7 +80,8 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	}
 	owner = false
 	if kept && t != nil && t.PutConn != nil {
-		t.PutConn(PutInfo{Addr: st.addr, ID: id, Held: p.clock.exactly().sub(began)})
+		info := PutInfo{Addr: st.addr, ID: id, Held: p.clock.exactly().sub(began)}
+		p.named("Trace.PutConn", func() { t.PutConn(info) })
 	}
 	return unkeep(err)
 }
@@ -106,8 +108,16 @@ func (p *Pool) refuse(c *conn, owner *bool) error {
 		return p.failed(addr, StageWait, ErrClosed, 0)
 	}
 	reason, why := c.ask()
-	if p.cfg.Push != nil && (p.pushes(reason) || reason == ClosedUnknown && c.unread()) {
-		reason, why = p.pushAll(c) // a message that came between two uses
+	if p.cfg.Push != nil {
+		unread := p.pushes(reason)
+		if reason == ClosedUnknown {
+			if unread, why = c.unread(); why != nil {
+				reason = ClosedDirty
+			}
+		}
+		if unread {
+			reason, why = p.pushAll(c) // a message that came between two uses
+		}
 	}
 	if reason == ClosedUnknown {
 		return nil
@@ -144,7 +154,7 @@ func (st *seat) again(ctx context.Context, fn func(Conn) error) error {
 	switch {
 	case st.spoiled != ClosedUnknown:
 		return c.site.pool.lost(st.addr, st.spoiled, st.why)
-	case before&gone != 0:
+	case before&(gone|cut) == gone:
 		return c.site.pool.lost(st.addr, ClosedByBorrower, net.ErrClosed)
 	case before&(cut|stolen|broken) != 0:
 		return c.site.pool.lost(st.addr, ClosedBroken, c.failure())
@@ -177,12 +187,15 @@ func (c *conn) nest(ctx context.Context) (undo func()) {
 	c.dmu.Lock()
 	outer := l.ctx
 	l.ctx = ctx
+	if c.probe.foreign && l.over == nil {
+		l.over = make(chan struct{})
+	}
 	c.dmu.Unlock()
 	stop := context.AfterFunc(ctx, l.interrupt)
 	return func() {
 		if !stop() {
 			// It runs now, or has not begun yet, and must not meet another loan.
-			c.word.Or(cut)
+			c.cutShort()
 		}
 		c.dmu.Lock()
 		l.ctx = outer

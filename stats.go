@@ -29,7 +29,7 @@ type Stats struct {
 	Detached     uint64        // connections that left by Conn.Detach
 	Leaked       uint64        // leases and sessions that nobody could reach any more, taken back
 	Pushes       uint64        // calls of Config.Push
-	Abandoned    uint64        // dials, hooks and closes given up because they did not end in time
+	Abandoned    uint64        // foreign code given up because it did not end in time: dials, hooks, closes, observers, what a connection's deadline or close did not bring back
 	Waits        uint64        // borrowers that had to queue
 	WaitDuration time.Duration // time spent in queues
 	WaitsFailed  uint64        // borrowers that left the queue with an error, their own ctx's included

@@ -477,7 +477,7 @@ func TestWhatAnOperatorShouldKnowIsLogged(t *testing.T) {
 		}, lines())
 		hang = false
 		n.use(at("t"))
-		require.Equal(t, []string{`level=ERROR msg="connpool: Trace panicked" panic=trace`}, lines())
+		require.Equal(t, []string{`level=ERROR msg="connpool: Trace.Wait panicked: trace"`}, lines())
 		n.check()
 	})
 }

@@ -2,9 +2,9 @@ package connpool
 
 import (
 	"context"
+	"errors"
+	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 )
 
 // The sweep visits every idle connection each CheckInterval: what expired or
@@ -19,8 +19,13 @@ import (
 // does it take the connection. Just a protocol's ping, and the few connections
 // that no peek can judge, need an owner during the look; of those it takes one
 // per address at a time.
+//
+// Pings take as long as the peer likes, so the sweep does not wait for them: each
+// address has them on a goroutine of its own, and the next sweep leaves out those
+// that are still at it. Ages and deaths have their period whatever Checks do.
 
-// checkers bounds the pings of one sweep that run at the same time.
+// checkers bounds the pings that run at the same time, but for those that take
+// longer than foreignPatience: a peer that hangs holds up no other address.
 const checkers = 16
 
 // atOnce is how many connections a sweep lists before it lets borrowers pass.
@@ -76,7 +81,7 @@ func (p *Pool) sweep() {
 	p.mu.Unlock()
 	todo.run(p)
 
-	suspects := make(map[*site][]sighting)
+	pings := make(map[*site][]sighting)
 	for mark := new(conn); p.cfg.CheckInterval > 0; {
 		p.mu.Lock()
 		met := p.recency.walk(mark, atOnce)
@@ -87,23 +92,19 @@ func (p *Pool) sweep() {
 		}
 		here.todo.run(p)
 		for _, at := range here.seen {
-			if !p.looksFine(at) {
-				suspects[at.c.site] = append(suspects[at.c.site], at)
+			switch p.glance(at) {
+			case looksBad:
+				p.examine(at, false)
+				if p.cfg.Check == nil {
+					continue
+				}
+				fallthrough // for one that was not that bad
+			case looksAskable:
+				pings[at.c.site] = append(pings[at.c.site], at)
 			}
 		}
 	}
-
-	var group errgroup.Group
-	group.SetLimit(checkers)
-	for _, here := range suspects {
-		group.Go(func() error {
-			for _, at := range here {
-				p.examine(at, true)
-			}
-			return nil
-		})
-	}
-	group.Wait()
+	p.examineAll(pings)
 
 	p.mu.Lock()
 	p.sweeping = false
@@ -145,39 +146,96 @@ func (p *Pool) sightLocked(met []*conn, now instant) (found sightings) {
 	return found
 }
 
-// looksFine looks at a connection that it does not own.
-func (p *Pool) looksFine(at sighting) bool {
+// examineAll starts the examination of connections that need an owner for it, for
+// each address on a goroutine of its own, unless one is at it since the last sweep.
+func (p *Pool) examineAll(pings map[*site][]sighting) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s, here := range pings {
+		if p.checking[s] {
+			continue
+		}
+		if p.checking == nil {
+			p.checking = make(map[*site]bool)
+		}
+		p.checking[s] = true
+		p.lookers++
+		go p.examineSite(s, here)
+	}
+}
+
+func (p *Pool) examineSite(s *site, here []sighting) {
+	defer func() {
+		p.mu.Lock()
+		delete(p.checking, s)
+		p.lookers--
+		p.leftLocked()
+		p.mu.Unlock()
+	}()
+	for _, at := range here {
+		if p.ctx.Err() != nil || !p.examineInTurn(at) {
+			return
+		}
+	}
+}
+
+// examineInTurn takes one of the places that checkers leaves. It reports false if
+// the peer gave no answer in time: then neither will its other connections, and
+// those keep until the next sweep or loan.
+func (p *Pool) examineInTurn(at sighting) bool {
+	select {
+	case p.checkers <- struct{}{}:
+	case <-p.ctx.Done():
+		return false
+	}
+	var once sync.Once
+	leave := func() { once.Do(func() { <-p.checkers }) }
+	defer leave()
+	slow := time.AfterFunc(foreignPatience, leave)
+	defer slow.Stop()
+	err := p.examine(at, true)
+	return !isLate(err) && !errors.Is(err, context.DeadlineExceeded)
+}
+
+// impression is what a look from outside says of a connection.
+type impression uint8
+
+const (
+	looksFine    impression = iota
+	looksBad                // dead, dirty or stolen
+	looksAskable            // it takes an owner to find out
+)
+
+// glance looks at a connection that it does not own.
+func (p *Pool) glance(at sighting) impression {
 	pr := &at.c.probe
-	var seen peeked
 	if pr.raw != nil {
 		l := newLook(pr, !p.cfg.NoProbe)
 		err := pr.raw.Control(l.visit)
 		taken := l.stolen
-		seen = l.seen
+		seen := l.seen
 		l.done()
-		if err != nil || taken {
-			return false
+		if err != nil || taken || seen != (peeked{}) {
+			if pr.foreign {
+				return looksAskable // whose examination may wait for it
+			}
+			return looksBad
 		}
 	}
-	switch {
-	case p.cfg.Check != nil:
-		return false
-	case p.cfg.NoProbe:
-		return true
-	case pr.prober:
-		return false
+	if p.cfg.Check != nil || !p.cfg.NoProbe && pr.prober(at.c.nc) != nil {
+		return looksAskable
 	}
-	return seen == peeked{}
+	return looksFine
 }
 
 // examine takes a connection, unless it was lent since it was sighted, and asks
-// it all that can be asked.
-func (p *Pool) examine(at sighting, ping bool) {
+// it all that can be asked. The error is why it was closed, if an error was.
+func (p *Pool) examine(at sighting, ping bool) error {
 	c := at.c
 	p.mu.Lock()
 	if c.phase != idle || c.generation() != at.gen {
 		p.mu.Unlock()
-		return
+		return nil
 	}
 	p.takeLocked(c)
 	c.lookedAtLocked(true)
@@ -186,15 +244,29 @@ func (p *Pool) examine(at sighting, ping bool) {
 	if reason == ClosedUnknown && ping && p.cfg.Check != nil {
 		reason, err = p.ping(context.Background(), c)
 	}
-	if p.pushes(reason) {
+	switch {
+	case p.pushes(reason):
 		p.push(c)
-		return
-	}
-	if reason != ClosedUnknown {
+		return nil
+	case reason != ClosedUnknown:
 		p.discard(c, reason, err)
-		return
+		return err
 	}
 	p.park(c, untouched)
+	return nil
+}
+
+// examineAsideLocked is examine for the watcher, which must not wait for what an
+// examination, or the close that it leads to, runs.
+func (p *Pool) examineAsideLocked(at sighting) {
+	p.lookers++
+	go func() {
+		p.examine(at, false)
+		p.mu.Lock()
+		p.lookers--
+		p.leftLocked()
+		p.mu.Unlock()
+	}()
 }
 
 // hangUp is told that the peer of the connection with this descriptor has
@@ -208,9 +280,10 @@ func (p *Pool) hangUp(fd uintptr) {
 		return
 	}
 	c.word.Or(hungUp)
-	at := sighting{c, c.generation()}
+	if c.phase == idle {
+		p.examineAsideLocked(sighting{c, c.generation()})
+	}
 	p.mu.Unlock()
-	p.examine(at, false)
 }
 
 // hearAgain is for a connection that was given back, or opened, while its peer

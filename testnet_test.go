@@ -431,3 +431,18 @@ func hangingClose(never <-chan struct{}) func(*faultnet.Conn) net.Conn {
 		return &strange{Conn: c, close: func() error { <-never; return c.Close() }}
 	}
 }
+
+// sweepAll makes a sweep, and waits for what it has started: the examinations that
+// need an owner.
+func sweepAll(p *Pool) {
+	p.sweep()
+	for {
+		p.mu.Lock()
+		lookers := p.lookers
+		p.mu.Unlock()
+		if lookers == 0 {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}

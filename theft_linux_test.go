@@ -558,7 +558,7 @@ func (s stealing) run(t *testing.T) (*stranger, error) {
 	case "evict":
 		p.EvictLRU()
 	case "sweep":
-		p.sweep()
+		sweepAll(p.Pool)
 	case "CloseIdle":
 		p.CloseIdle()
 	case "Retire":

@@ -16,16 +16,21 @@ import (
 )
 
 // handshake makes a TLS connection of nc, under the identity and trust that
-// belong to addr. It closes nc if it fails.
-func (p *Pool) handshake(ctx context.Context, addr Addr, nc net.Conn) (net.Conn, error) {
-	cfg, err := p.tlsConfig(addr)
+// belong to the address. nc is a's to close, whatever happens here.
+func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn, error) {
+	a.where = "Config.TLSFor"
+	cfg, err := p.tlsConfig(a.c.site.addr)
 	if err != nil {
-		nc.Close()
 		return nil, err
 	}
+	a.where = "SyscallConn of the connection"
 	sock := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
+	if !a.wrap(sock) {
+		return nil, context.DeadlineExceeded
+	}
 	if sc, ok := nc.(syscall.Conn); ok && canPeek {
-		sock.raw, _ = sc.SyscallConn()
+		raw, _ := sc.SyscallConn()
+		sock.raw = trusted(raw)
 	}
 	if sock.raw != nil {
 		// A TLS server does not speak first. What is there before the
@@ -33,13 +38,12 @@ func (p *Pool) handshake(ctx context.Context, addr Addr, nc net.Conn) (net.Conn,
 		early := peeked{}
 		sock.raw.Control(func(fd uintptr) { early = p.sys.peek(fd) })
 		if early.bytes {
-			nc.Close()
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
 		}
 	}
+	a.where = "a callback of tls.Config or the connection below"
 	tc := tls.Client(sock, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
-		nc.Close()
 		return nil, err
 	}
 	// Of what came with the handshake it is not known what is left, so the
@@ -99,6 +103,16 @@ type tlsSocket struct {
 	mode    tlsMode // the owner's, and only between loans
 	stuck   bool    // an answer to a key update could not be written
 	leaving atomic.Bool
+	closed  atomic.Bool
+}
+
+// Close closes the socket below, once: crypto/tls does so behind a handshake that
+// failed or a goodbye, and the pool, whatever crypto/tls does.
+func (s *tlsSocket) Close() error {
+	if s.closed.Swap(true) {
+		return net.ErrClosed
+	}
+	return s.Conn.Close()
 }
 
 func (s *tlsSocket) NetConn() net.Conn { return s.Conn }
@@ -117,6 +131,10 @@ func (s *tlsSocket) SyscallConn() (syscall.RawConn, error) {
 func (s *tlsSocket) Write(b []byte) (int, error) {
 	if s.mode == normal {
 		return s.Conn.Write(b)
+	}
+	if _, foreign := mannersOf(s.Conn, s.Conn, false); foreign { // which may not listen to a deadline
+		s.stuck = true
+		return 0, errStuck
 	}
 	s.Conn.SetWriteDeadline(time.Now().Add(lookPatience))
 	defer s.Conn.SetWriteDeadline(time.Time{})

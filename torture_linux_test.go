@@ -163,7 +163,7 @@ func (x *tortureSystem) run(plain, secret *faultnet.Server) error {
 		return err
 	}
 	with(addrs[1], token)
-	p.sweep()
+	sweepAll(p)
 	p.EvictLRU()
 	with(addrs[0], token)
 	p.Retire(addrs[0])

@@ -52,13 +52,14 @@ func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
 // Trace observes a pool ([Config.Trace]) or one use of it ([WithTrace]). Any
-// field may be nil. The functions are called on the goroutine where the thing
-// happens, with no lock held; they may use the pool. Those of many goroutines
-// run at the same time. They should be quick: the pool waits for them.
+// field may be nil. The functions are called with no lock held; they may use the
+// pool. Those of many goroutines run at the same time. They should be quick.
 //
-// A panic of GetConn, GotConn or PutConn is passed on to the caller of With.
-// The others run in the middle of the pool's own work, where a panic is logged
-// and goes no further.
+// GetConn, GotConn and PutConn are called on the borrower's goroutine, in its own
+// time: With waits for them, and a panic or runtime.Goexit is the borrower's. The
+// others run in the middle of the pool's own work, on goroutines of their own, for
+// which the pool waits a quarter of a second, and not at all while an earlier one has
+// not returned. What they do wrong is logged and goes no further.
 //
 // What is said here of With and its fn holds for a [Lease] too, from
 // [Pool.Lease] to its return. Within a [Pool.Session] each With is told by

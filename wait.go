@@ -152,7 +152,15 @@ func (p *Pool) waitedLocked(w *waiter, failed bool) {
 func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 	select {
 	case <-w.ready:
-		if ctx.Err() != nil && w.err == nil {
+		asked := false
+		defer func() {
+			if !asked && w.err == nil { // a ctx of the borrower's making panicked
+				p.declined(w)
+			}
+		}()
+		canceled := ctx.Err() != nil
+		asked = true
+		if canceled && w.err == nil {
 			p.declined(w)
 			return nil, causeOf(ctx)
 		}

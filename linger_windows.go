@@ -1,0 +1,16 @@
+package connpool
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/windows"
+)
+
+// lingers reports whether the close of a socket waits until what was written has
+// arrived. One that lingers for no time at all does not wait, but resets.
+func lingers(fd uintptr) bool {
+	var l struct{ onoff, seconds uint16 }
+	size := int32(unsafe.Sizeof(l))
+	err := windows.Getsockopt(windows.Handle(fd), windows.SOL_SOCKET, windows.SO_LINGER, (*byte)(unsafe.Pointer(&l)), &size)
+	return err == nil && l.onoff != 0 && l.seconds != 0
+}
