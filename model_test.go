@@ -220,7 +220,11 @@ func (w *world) reopen() {
 		DialTimeout:       time.Duration(of(0, 1)) * time.Second,
 		WhenFull:          FullPolicy(of(0, 0, 0, 1, 2)),
 		Dialers: map[Transport]DialFunc{"mem": func(ctx context.Context, a Addr) (net.Conn, error) {
-			return w.net.Dial(ctx, a.Host)
+			nc, err := w.net.Dial(ctx, a.Host)
+			if err == nil && a.Host == deafHost {
+				nc = &refusing{nc.(*faultnet.Conn)}
+			}
+			return nc, err
 		}},
 		Trace: &Trace{Closed: w.onClosed},
 	}
@@ -238,6 +242,15 @@ func (w *world) reopen() {
 	}
 	w.cfg, w.pool = cfg, p
 }
+
+// deafHost is the host whose connections refuse deadlines. TRY-06
+const deafHost = "h3"
+
+type refusing struct{ *faultnet.Conn }
+
+func (*refusing) SetDeadline(time.Time) error      { return errDeaf }
+func (*refusing) SetReadDeadline(time.Time) error  { return errDeaf }
+func (*refusing) SetWriteDeadline(time.Time) error { return errDeaf }
 
 func (w *world) onClosed(i CloseInfo) {
 	w.mu.Lock()
@@ -570,8 +583,9 @@ func (w *world) obey(ctx context.Context, order verdict, c Conn) error {
 	case vHalfClose:
 		c.CloseWrite()
 	case vTimeoutThenNil:
-		c.SetReadDeadline(time.Now().Add(-time.Second))
-		c.Read(make([]byte, 1))
+		if c.SetReadDeadline(time.Now().Add(-time.Second)) == nil { // else the read would wait
+			c.Read(make([]byte, 1))
+		}
 	}
 	return nil
 }

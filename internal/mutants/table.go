@@ -12,8 +12,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "identity-at-close",
-		old:   "if c.word.Load()&stolen == 0 && !c.probe.isStolen() {\n\t\tc.word.Or(shut)\n\t\treturn true",
-		new:   "if c.word.Load()&stolen == 0 {\n\t\tc.word.Or(shut)\n\t\treturn true",
+		old:   "if c.word.Load()&stolen == 0 && !c.probe.isStolen() {\n\t\treturn c.word.Or(shut)",
+		new:   "if c.word.Load()&stolen == 0 {\n\t\treturn c.word.Or(shut)",
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
@@ -24,8 +24,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "identity-in-the-sweep",
-		old:   `if err != nil || taken {`,
-		new:   `if err != nil || taken && false {`,
+		old:   `if err != nil || taken || seen != (peeked{}) {`,
+		new:   `if err != nil || taken && false || seen != (peeked{}) {`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
@@ -80,15 +80,15 @@ var mutants = []mutant{
 	},
 	{
 		name:  "peek-in-the-sweep",
-		old:   `return seen == peeked{}`,
-		new:   `return seen == peeked{} || true`,
+		old:   `if err != nil || taken || seen != (peeked{}) {`,
+		new:   `if err != nil || taken || seen != (peeked{}) && false {`,
 		tests: `TestASweepClosesWhatDiedAndKeepsWhatLives/tcp$`,
 	},
 	{
 		name:  "death-noticed-at-once",
 		file:  "sweep.go",
-		old:   "p.mu.Unlock()\n\tp.examine(at, false)",
-		new:   "p.mu.Unlock()\n\t_ = at",
+		old:   "p.examineAsideLocked(sighting{c, c.generation()})",
+		new:   "",
 		tests: `TestServersThatHangUpEmptyTheIdleListUnasked`,
 	},
 	{
@@ -105,8 +105,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "leftovers-in-the-state",
-		old:   `left := c.buffered() > 0`,
-		new:   `left := c.buffered() < 0`,
+		old:   `left := held > 0`,
+		new:   `left := held < 0`,
 		tests: `TestWhatTheStateHasBufferedCountsAsUnread`,
 	},
 	{
@@ -233,14 +233,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "deadlines-cleared",
-		old:   "c.nc.SetDeadline(time.Time{})\n\t\t\tc.deadlineSet = false",
-		new:   "c.deadlineSet = false",
+		old:   "err = c.nc.SetDeadline(time.Time{})\n\t} else {",
+		new:   "} else {",
 		tests: `TestNoDeadlineIsFeltByTheNextBorrower|TestALeftOverDeadlineIsGoneWithItsLoan`,
 	},
 	{
 		name:  "ctx-interrupts",
-		old:   "c.deadlineSet = true\n\tc.nc.SetDeadline(past)",
-		new:   "c.deadlineSet = true",
+		old:   "err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(past) })",
+		new:   "err := error(nil)",
 		tests: `TestCtxBoundsAllReadsOfALoanTogether/in_a_bubble`,
 	},
 	{
@@ -413,20 +413,20 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-without-progress-goes-on",
-		old:   `case !e.back.restart() && c.buffered() == before:`,
-		new:   `case !e.back.restart() && c.buffered() < before:`,
+		old:   `case !e.back.restart() && after == before:`,
+		new:   `case !e.back.restart() && after < before:`,
 		tests: `TestAPushThatReadsNothingOrHangs`,
 	},
 	{
 		name:  "push-of-half-a-record",
-		old:   `case c.holds() || !errors.Is(err, errPartial):`,
+		old:   `case !errors.Is(err, errPartial):`,
 		new:   `case true || errors.Is(err, errPartial):`,
 		tests: `TestATicketThatComesInPiecesIsNotPushed`,
 	},
 	{
 		name:  "push-leaves-what-a-codec-read-ahead",
-		old:   `return e != nil && e.back != nil && e.back.len() > 0 || c.buffered() > 0`,
-		new:   `return e != nil && e.back != nil && e.back.len() > 0`,
+		old:   `return n > 0, err`,
+		new:   `return false, err`,
 		tests: `TestAMessageRightBehindAReplyIsPushed`,
 	},
 	{
@@ -449,8 +449,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "writeto-skips-what-was-put-back",
-		old:   `n, err := writeTo(h.c.reader(), w)`,
-		new:   `n, err := writeTo(h.c.nc, w)`,
+		old:   "case over == nil && other == nil:\n\t\treturn writeTo(c.source(), w)",
+		new:   "case over == nil && other == nil:\n\t\treturn writeTo(c.nc, w)",
 		tests: `TestWhatALookTookOutIsReadByAnyMeans`,
 	},
 	{
@@ -787,8 +787,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-detached-is-not-interrupted",
-		old:   "if w&detached != 0 {\n\t\t\treturn //",
-		new:   "if false {\n\t\t\treturn //",
+		old:   "if w&detached != 0 {\n\t\t\treturn false",
+		new:   "if false {\n\t\t\treturn false",
 		tests: `TestTheCtxOfAnInnerUseGovernsItAlone`,
 	},
 	{
@@ -844,5 +844,121 @@ var mutants = []mutant{
 		old:   "return decide\n\t}",
 		new:   "_ = decide\n\t}",
 		tests: `TestTheHookClosestToTheUseDecides`,
+	},
+
+	// --- foreign code ---
+	{
+		name:  "refused-deadline-closes",
+		old:   "refuse := func() {\n\t\tc.revoke()",
+		new:   "refuse := func() {",
+		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/refuses/read`,
+	},
+	{
+		name:  "ignored-deadline-closes",
+		old:   "p.abandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
+		new:   "_ = refuse",
+		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/does_nothing/read`,
+	},
+	{
+		name:  "deaf-close-leaves-operations",
+		old:   "l.left = true\n\t\t\tclose(l.over)",
+		new:   "",
+		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/refuses/read/a_close_wakes_nobody`,
+	},
+	{
+		name:  "closed-once",
+		old:   "return c.word.Or(shut)&shut == 0, true",
+		new:   "c.word.Or(shut)\n\t\treturn true, true",
+		tests: `TestHooksOverADeafConnectionEndInTime|TestNothingIsLostWhicheverForeignCallFails`,
+	},
+	{
+		name:  "tls-socket-closed-once",
+		old:   "if s.closed.Swap(true) {",
+		new:   "if false {",
+		tests: `TestNothingIsLostWhicheverForeignCallFails/error`,
+	},
+	{
+		name:  "cut-refuses-foreign-operations",
+		old:   "return c.word.Load()&(cut|detached) == cut",
+		new:   "return false",
+		tests: `TestNothingBeginsOnADeafConnectionAfterTheEndOfCtx`,
+	},
+	{
+		name:  "half-a-deadline-is-cleared",
+		old:   "if err != nil && !before {",
+		new:   "if err != nil && before && !before {",
+		tests: `TestAConnectionThatRefusesDeadlinesIsReused`,
+	},
+	{
+		name:  "uncleared-deadline-is-no-loan",
+		old:   "if c.clearDeadline() != nil {\n\t\t\t\tword |= broken",
+		new:   "if c.clearDeadline() != nil {\n\t\t\t\tc.word.And(^uint64(broken))",
+		tests: `TestADeadlineThatCannotBeClearedEndsTheConnection/return`,
+	},
+	{
+		name:  "uncleared-deadline-is-not-detached",
+		old:   "p.discard(c, ClosedBroken, err)\n\t\t\treturn nil, err",
+		new:   "_ = err",
+		tests: `TestADeadlineThatCannotBeClearedEndsTheConnection/detach`,
+	},
+	{
+		name:  "left-behind-read-has-its-own-buffer",
+		old:   "own := make([]byte, min(len(b), asideBuffer))",
+		new:   "own := b",
+		tests: `TestWhatWasLeftBehindTouchesNoBufferOfTheBorrowers`,
+	},
+	{
+		name:  "goodbye-bounded",
+		old:   "err := briefly(\"the goodbye of TLS\", tlsGoodbye, t.CloseWrite)",
+		new:   "err := t.CloseWrite()",
+		tests: `TestTheGoodbyeOfTLSEndsInTimeAndTheSocketIsClosedOnce`,
+	},
+	{
+		name:  "no-deadline-no-read-through",
+		old:   "return ClosedStale, fmt.Errorf(\"%w: %w\", errUnproven, err)",
+		new:   "_ = errUnproven",
+		tests: `TestTheLookThroughTLSNeverWaitsForADeafConnection`,
+	},
+	{
+		name:  "dialed-socket-has-an-owner",
+		old:   "if a.err != nil {\n\t\tp.closeSocket(a)\n\t}",
+		new:   "",
+		tests: `TestNothingIsLostWhicheverForeignCallFails/panic`,
+	},
+	{
+		name:  "abandoned-dial-gives-its-socket-up",
+		old:   "go p.closeSocket(a)\n",
+		new:   "",
+		tests: `TestAHangBeforeTheHandshakeKeepsNoSocket`,
+	},
+	{
+		name:  "checks-delay-nobody",
+		old:   "slow := time.AfterFunc(foreignPatience, leave)",
+		new:   "slow := time.AfterFunc(time.Hour, leave)",
+		tests: `TestChecksThatHangDelayNoOtherAddress`,
+	},
+	{
+		name:  "hung-check-ends-the-round",
+		old:   "return !isLate(err) && !errors.Is(err, context.DeadlineExceeded)",
+		new:   "_ = err\n\treturn true",
+		tests: `TestAHungCheckEndsTheRoundOfItsAddress`,
+	},
+	{
+		name:  "slow-close-is-not-counted-on",
+		old:   "if int(p.n[closing])-p.slow >= min(p.want, room) {",
+		new:   "if int(p.n[closing]) >= min(p.want, room) {",
+		tests: `TestACloseThatHangsDelaysNobodyWhileSomethingIdleCanGo`,
+	},
+	{
+		name:  "lingering-close-is-not-at-once",
+		old:   "&& !c.probe.lingers()",
+		new:   "",
+		tests: `TestASocketThatLingersBlocksNobody`,
+	},
+	{
+		name:  "deaths-do-not-wait-for-observers",
+		old:   "patience := foreignPatience\n\tif stuck.Load() > 0 {",
+		new:   "patience := time.Hour\n\tif false {",
+		tests: `TestATraceThatHangsDelaysNoSweep|TestASlowTraceClosedDelaysNoDeath`,
 	},
 }
