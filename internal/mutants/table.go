@@ -426,7 +426,7 @@ var mutants = []mutant{
 	{
 		name:  "push-leaves-what-a-codec-read-ahead",
 		old:   `return n > 0, err`,
-		new:   `return false, err`,
+		new:   `return n < 0, err`,
 		tests: `TestAMessageRightBehindAReplyIsPushed`,
 	},
 	{
@@ -875,7 +875,7 @@ var mutants = []mutant{
 		name:  "tls-socket-closed-once",
 		old:   "if s.closed.Swap(true) {",
 		new:   "if false {",
-		tests: `TestNothingIsLostWhicheverForeignCallFails/error`,
+		tests: `TestAHangBeforeTheHandshakeKeepsNoSocket`,
 	},
 	{
 		name:  "cut-refuses-foreign-operations",
@@ -940,7 +940,7 @@ var mutants = []mutant{
 	{
 		name:  "hung-check-ends-the-round",
 		old:   "return !isLate(err) && !errors.Is(err, context.DeadlineExceeded)",
-		new:   "_ = err\n\treturn true",
+		new:   "return !isLate(err) || !errors.Is(err, context.DeadlineExceeded)",
 		tests: `TestAHungCheckEndsTheRoundOfItsAddress`,
 	},
 	{
