@@ -62,6 +62,7 @@ type attempt struct {
 	reached atomic.Uint32 // a copy of stage, for who asks meanwhile
 
 	where string // the foreign code that runs
+	ours  bool   // the socket below is dialled by the pool itself
 	stage Stage
 	err   error
 	ended bool // open returned, rather than panicked
@@ -271,7 +272,8 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 //
 // Errors are kept, by crypto/x509 and by dialers, and told again when there are
 // handles in plenty. So one that hides its errno in another error is believed
-// only if there is none indeed, and one that comes as from the system only once.
+// only if there is none indeed, and one that a dialer of somebody else's returns as
+// if it came from the system only once. The pool's own dialer keeps none.
 func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 	asked, patience := false, handlePatience
 	for tries := 0; ; tries++ {
@@ -279,7 +281,7 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 		if err == nil || !p.outOfHandles(err) {
 			return nc, err
 		}
-		if !asked && (tries > 0 || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {
+		if !asked && (tries > 0 && !a.ours || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {
 			return nil, err
 		}
 		if ctx.Err() != nil {
@@ -312,6 +314,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	if addr.Transport == TLS && own == nil {
 		below, name = p.cfg.Dialers[TCP], TCP
 	}
+	a.ours = below == nil
 	if below == nil {
 		below = p.sys.dial
 		if f := a.c.site.family; f > anyFamily {
@@ -490,11 +493,11 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 		p.moveLocked(c, closing) // the slot is free when the socket is closed
 	} else {
 		p.moveLocked(c, none)
+		p.counts.DialErrors++
 		if !errors.Is(failure.err, ErrNoneRemovable) { // which had no handle to give back
 			p.freedLocked()
 		}
 	}
-	p.counts.DialErrors++
 	s.dialErrors++
 	if a.brokenOff {
 		return

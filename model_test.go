@@ -686,10 +686,8 @@ func (w *world) closePool() {
 		w.failed("after Close: %v", st)
 	}
 	var closes uint64
-	for reason, n := range st.Closed {
-		if reason != ClosedSetupFailed { // one of DialErrors
-			closes += n
-		}
+	for _, n := range st.Closed {
+		closes += n
 	}
 	if made := st.Dials - st.DialErrors; made != closes+st.Detached {
 		w.failed("%d connections made, %d closed, %d detached", made, closes, st.Detached)

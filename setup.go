@@ -48,10 +48,13 @@ func (p *Pool) setUp(a *attempt) error {
 	}
 	a.where = "Config.Push"
 	switch reason, err := p.pushAll(c); reason {
+	case ClosedStale:
+		// A peer that has hung up is found when the connection is about to
+		// be lent, with a Push as without.
+		c.word.Or(hungUp)
+		return nil
 	case ClosedUnknown:
 		return nil
-	case ClosedStale:
-		return fmt.Errorf("after Config.Setup: %w", err)
 	default:
 		return err
 	}

@@ -333,7 +333,7 @@ func TestABufferedThatPanicsAfterSetupIsNamed(t *testing.T) {
 		pe := n.fail(bg, at("a"))
 		var pan *PanicError
 		require.ErrorAs(t, pe, &pan)
-		require.Equal(t, "the state's Buffered", pan.Where)
+		require.Equal(t, "Buffered of the state", pan.Where)
 	})
 }
 

@@ -29,7 +29,7 @@ func (s *site) known() bool {
 func (p *Pool) rankLocked(s *site) {
 	was := s.rank
 	if s.rank = 0; !s.known() {
-		s.rank = int16(min(s.queue.dials, 1<<15-1))
+		s.rank = int8(min(s.queue.dials, 1<<7-1))
 	}
 	switch {
 	case (s.rank > 1) == (was > 1):

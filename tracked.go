@@ -74,7 +74,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		return nil, p.tooLate(ctx, addr)
 	}
 	// Its books are its own: nothing that is opened here may serve another.
-	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network), absolute: absolute(network, address), reserve: uint16(max(0, min(reserve, math.MaxUint16)))}
+	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network), absolute: absolute(network, address), reserve: uint8(max(0, min(reserve, math.MaxUint8)))}
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -215,8 +215,8 @@ const ownPatience = 250 * time.Millisecond
 // together are what the process, or the server, must allow.
 //
 // n is as many as may be needed at the same time, for a PostgreSQL client the queries
-// that are cancelled at once; the others wait for these. With n of 0 or less the
-// function is DialContext.
+// that are cancelled at once; the others wait for these. More than 255 count as 255.
+// With n of 0 or less the function is DialContext.
 func (p *Pool) DialReserve(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return p.dialReserved(ctx, network, address, n)
