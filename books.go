@@ -372,7 +372,7 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	if p.recency.remove(c) && c.unprobed() {
 		p.counts.Unprobed--
 	}
-	if reason != ClosedUnknown && c.id != 0 { // else its dial failed, and was counted as that
+	if reason != ClosedUnknown {
 		p.closedBy[reason]++
 	}
 	if s.special != nil {

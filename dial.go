@@ -397,7 +397,9 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
 			p.freedLocked()
 		}
 	}
-	p.counts.DialErrors++
+	if failure.stage != StageSetup { // else it is counted when its socket is closed
+		p.counts.DialErrors++
+	}
 	s.dialErrors++
 	if a.givenUp(failure) {
 		return
