@@ -1033,8 +1033,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-tried-again",
-		old:   "ws.failedAt = now\n\t\tp.rewatchLocked()",
-		new:   "ws.failedAt = now + instant(century)",
+		old:   "2*ws.pause), rewatchAfter)\n\t\tp.rewatchLocked()",
+		new:   "2*ws.pause), century)",
 		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
 	},
 	{
@@ -1045,7 +1045,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-not-at-each-dial",
-		old:   "failedBefore && now.sub(ws.failedAt) < rewatchAfter",
+		old:   "failedBefore && now.sub(ws.failedAt) < ws.pause",
 		new:   "false",
 		tests: `TestAWatcherIsNotTriedAtEachDial`,
 	},
