@@ -752,7 +752,7 @@ var mutants = []mutant{
 	{
 		name:  "session-inside",
 		old:   `if underway(by) {`,
-		new:   `if false {`,
+		new:   `if underway(by) && false {`,
 		tests: `TestASessionHasOneConnectionForAnAddress`,
 	},
 	{
