@@ -15,8 +15,9 @@ import (
 //
 //	Dials - DialErrors - Detached - (the sum of Closed) = Open
 //
-// holds, also after a failed Setup. (A connection whose Setup failed is one of
-// DialErrors at once, and one of Open until it is closed.)
+// holds, also after a failed Setup: a connection whose Setup failed had been opened, so
+// it is one of Closed (ClosedSetupFailed as a rule), when its socket is closed, and not of
+// DialErrors.
 type Stats struct {
 	Open     int // sockets that exist or are being made; what MaxOpen limits
 	Dialing  int // being opened, or in Setup
@@ -33,7 +34,7 @@ type Stats struct {
 	Loans        uint64        // loans that have ended
 	Reused       uint64        // those of a connection that had been lent before
 	Dials        uint64        // dials that were started
-	DialErrors   uint64        // dials (with handshake and Setup) that failed, or were given up as nobody needed them any more
+	DialErrors   uint64        // dials (with handshake) that failed, or were given up as nobody needed them any more; those whose Setup failed are in Closed
 	Detached     uint64        // connections that left by Conn.Detach
 	Leaked       uint64        // leases and sessions that nobody could reach any more, taken back
 	Pushes       uint64        // calls of Config.Push
@@ -43,7 +44,7 @@ type Stats struct {
 	WaitsFailed  uint64        // borrowers that left the queue with an error, their own ctx's included
 	Exhausted    uint64        // borrowers refused with ErrExhausted
 
-	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent, and so is ClosedSetupFailed
+	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent
 }
 
 // String is one line for a log.
@@ -58,7 +59,8 @@ func (s Stats) String() string {
 type AddrStats struct {
 	Open, Dialing, Idle, InUse, Closing, Waiting int
 
-	Loans, Dials, DialErrors uint64
+	Loans, Dials uint64
+	DialErrors   uint64 // with handshake and Setup
 
 	BackingOff bool  // repeated failures: the next dial waits
 	LastErr    error // of the last dial, nil after one that worked; in JSON its text, 400 bytes at most

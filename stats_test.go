@@ -579,8 +579,8 @@ func TestTheCountersBalance(t *testing.T) {
 			n.fail(bg, a)
 			time.Sleep(2 * time.Minute)
 			balance(0) // a has expired
-			require.EqualValues(t, i+1, n.p.Stats().DialErrors)
-			require.Zero(t, n.p.Stats().Closed[ClosedSetupFailed])
+			require.EqualValues(t, i+1, n.p.Stats().Closed[ClosedSetupFailed])
+			require.Zero(t, n.p.Stats().DialErrors)
 		}
 		fail.Store(false)
 		nc, err := n.p.DialContext(bg, "tcp", "h:80")

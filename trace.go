@@ -6,9 +6,7 @@ import (
 )
 
 // CloseReason says why a connection left the pool. The set is closed: every
-// close has exactly one of these, in [Stats] and in [Trace.Closed]. But a
-// connection whose Setup failed was never one of the pool's: [Trace.Closed] tells of
-// its close, and Stats counts it as a dial that failed, and as nothing else.
+// close has exactly one of these, in [Stats] and in [Trace.Closed].
 type CloseReason uint8
 
 const (

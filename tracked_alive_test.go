@@ -202,6 +202,7 @@ func TestATrackedConnectionIsKeptByEachReadInFlight(t *testing.T) {
 				collect()
 				require.Equal(t, 1, n.srv.PushIdle(-1, []byte("x")))
 				require.NoError(t, inTime(t, over))
+				soon(t, "the slot free", func() bool { runtime.GC(); return p.Stats().Open == 0 })
 			})
 		})
 	}

@@ -11,15 +11,20 @@ import (
 // handle, or a place for a connection. Until it has both, the sweep has to do, and
 // what was refused is tried again.
 
-// rewatchAfter is for how long at least a watcher that could not be made is not tried
-// again.
-const rewatchAfter = time.Second
+// A watcher that could not be made is tried again after a pause, which doubles from
+// rewatchSoon to rewatchAfter: a want of handles is short as a rule, and where watchers
+// are forbidden one try a second costs nothing.
+const (
+	rewatchSoon  = 50 * time.Millisecond
+	rewatchAfter = time.Second
+)
 
 // watching is what a pool knows of its watcher. Pool.mu guards it.
 type watching struct {
 	off      bool               // there shall be none
 	starting bool               // somebody is making it
 	failedAt instant            // when it could not be made; 0: it could, or was not tried
+	pause    time.Duration      // from then to the next try
 	retry    *time.Timer        // running while that shall be tried again
 	missed   map[*conn]struct{} // those that the watcher could not take; nil as a rule
 	running  int                // goroutines in watch
@@ -64,7 +69,7 @@ func (p *Pool) startWatcher() {
 	ws := &p.watching
 	failedBefore := ws.failedAt != 0
 	if !canWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
-		len(p.byFD) == 0 || failedBefore && now.sub(ws.failedAt) < rewatchAfter {
+		len(p.byFD) == 0 || failedBefore && now.sub(ws.failedAt) < ws.pause {
 		p.mu.Unlock()
 		return
 	}
@@ -78,11 +83,11 @@ func (p *Pool) startWatcher() {
 	ws.starting = false
 	switch {
 	case err != nil:
-		ws.failedAt = now
+		ws.failedAt, ws.pause = now, min(max(rewatchSoon, 2*ws.pause), rewatchAfter)
 		p.rewatchLocked()
 	case p.closed:
 	default:
-		ws.failedAt = 0
+		ws.failedAt, ws.pause = 0, 0
 		ws.missed = nil
 		ws.running++
 		p.watcher = w
@@ -114,9 +119,9 @@ func (p *Pool) rewatchLocked() {
 		return
 	}
 	if ws.retry == nil {
-		ws.retry = time.AfterFunc(rewatchAfter, p.startWatcher)
+		ws.retry = time.AfterFunc(ws.pause, p.startWatcher)
 	} else {
-		ws.retry.Reset(rewatchAfter)
+		ws.retry.Reset(ws.pause)
 	}
 }
 
@@ -160,11 +165,7 @@ func (p *Pool) unwatched(w *watcher) {
 // unwatchLocked forgets c, which leaves the books.
 func (p *Pool) unwatchLocked(c *conn) {
 	delete(p.watching.missed, c)
-	switch {
-	case len(p.byFD) > 0:
-	case p.watcher != nil:
+	if len(p.byFD) == 0 && p.watcher != nil {
 		p.armSweepLocked() // which ends it
-	case p.watching.retry != nil:
-		p.watching.retry.Stop()
 	}
 }

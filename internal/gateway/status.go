@@ -159,7 +159,7 @@ func (st *Status) metrics() []byte {
 	count("upstream_loans_total", "Loans of connections.", p.Loans)
 	count("upstream_loans_reused_total", "Loans of connections that had been lent before.", p.Reused)
 	count("upstream_dials_total", "Dials of the server.", p.Dials)
-	count("upstream_dial_errors_total", "Dials of the server that failed.", p.DialErrors)
+	count("upstream_dial_errors_total", "Dials of the server that failed, and connections whose set-up failed.", p.DialErrors+p.Closed[connpool.ClosedSetupFailed])
 	count("upstream_waits_total", "Requests that had to wait for a connection.", p.Waits)
 	head("upstream_wait_seconds_total", "counter", "Time spent waiting for a connection.")
 	fmt.Fprintf(&b, "%supstream_wait_seconds_total %.6f\n", prefix, p.WaitDuration.Seconds())
