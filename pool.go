@@ -60,7 +60,7 @@ type Pool struct {
 	n         tally              // connections by phase
 	ready     siteHeap           // sites with want > 0
 	want      int                // dials that could start if there was room: the sum of site.want
-	eager     int                // ... of those sites whose rank is 0
+	eager     int                // ... and for which idle connections make room: the sum of site.eager
 	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
 	displaced int                // dials that were broken off for others and have not ended
 	overtook  int                // hand-overs to a younger waiter since a slot was last given away
@@ -93,7 +93,8 @@ type site struct {
 	heapIndex int32    // in Pool.ready, -1 if not
 	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
 	family    family   // of a site of DialContext's; for life
-	rank      int16    // as of the last refreshLocked, see silence.go
+	first     bool     // none of its dials is under way, and it has not answered
+	rank      int16    // both as of the last refreshLocked, see silence.go
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
 	trouble   *trouble // nil after a dial that worked
