@@ -69,14 +69,11 @@ func (p *Pool) refreshLocked(s *site) {
 		}
 		want = max(want, 0)
 	}
-	if s.rank == 0 {
-		p.eager -= int(s.want)
-	}
-	if p.rankLocked(s); s.rank == 0 {
-		p.eager += int(want)
-	}
+	p.eager -= s.eager()
 	p.want += int(want - s.want)
 	s.want = want
+	p.rankLocked(s)
+	p.eager += s.eager()
 	p.counts.Waiting += s.queue.len - int(s.waiting)
 	s.waiting = int32(s.queue.len)
 	p.readyOf(s).set(s, want > 0)

@@ -128,9 +128,7 @@ func (p *Pool) inconsistency() error {
 		case listed != (s.rank > 1), int(s.rank) > max(1, q.dials), q.silent && q.dials == 0:
 			return fmt.Errorf("%v has %d dials and the rank %d, silent: %v, on the list: %v", addr, q.dials, s.rank, q.silent, listed)
 		}
-		if s.rank == 0 {
-			eager += int(s.want)
-		}
+		eager += s.eager()
 		want += int(s.want)
 		waiting += length
 	}

@@ -65,7 +65,7 @@ type Pool struct {
 	ready     siteHeap           // sites with want > 0, but for those of DialContext
 	readyOwn  siteHeap           // those of DialContext, which may not exceed MaxOpen under any policy
 	want      int                // dials that could start if there was room: the sum of site.want
-	eager     int                // ... of those sites whose rank is 0
+	eager     int                // ... and for which idle connections make room: the sum of site.eager
 	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
 	displaced int                // dials that were broken off for others and have not ended
 	overtook  int                // hand-overs to a younger waiter since a slot was last given away

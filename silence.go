@@ -25,11 +25,25 @@ func (s *site) known() bool {
 	return !s.queue.silent && !s.failing() && (s.queue.answered || s.n[idle]+s.n[borrowed] > 0)
 }
 
+// eager is how many of the dials that s wants idle connections make room for.
+func (s *site) eager() int {
+	switch {
+	case s.rank > 0:
+		return 0
+	case s.queue.first:
+		return min(int(s.want), 1)
+	}
+	return int(s.want)
+}
+
 // rankLocked brings the rank of s up to date. It is a part of refreshLocked.
 func (p *Pool) rankLocked(s *site) {
 	was := s.rank
 	if s.rank = 0; !s.known() {
 		s.rank = int8(min(s.queue.dials, 1<<7-1))
+	}
+	if s.queue != &noQueue {
+		s.queue.first = s.rank == 0 && !s.known()
 	}
 	switch {
 	case (s.rank > 1) == (was > 1):

@@ -45,6 +45,7 @@ type queue struct {
 	answered bool // a dial has ended well
 	answers  int  // ... so many have
 	silent   bool // one under way has gone without an answer for a while, and so has the address since
+	first    bool // no dial is under way, and the site has not answered; as of the last refreshLocked
 }
 
 // noQueue is the queue of every address that has neither waiters nor dials. It

@@ -374,7 +374,7 @@ var mutants = []mutant{
 	{
 		name:  "source-is-not-the-peer",
 		old:   "l.foreign = true\n",
-		new:   "\n",
+		new:   "_ = l.foreign\n",
 		tests: `TestAPeerIsNotSparedForWhatItsBorrowersDo`,
 	},
 	{
