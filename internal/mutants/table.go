@@ -611,8 +611,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-forgets-what-crypto-tls-had-at-the-return",
-		old:   "left, err = c.probe.leftovers()\n\t\tc.keepAhead(err)",
-		new:   "left, err = c.probe.leftovers()\n\t\t_ = err",
+		old:   "left, err = c.probe.leftovers(word&moved != 0)\n\t\tc.keepAhead(err)",
+		new:   "left, err = c.probe.leftovers(word&moved != 0)\n\t\t_ = err",
 		tests: `TestAMessageRightBehindAReplyIsPushed`,
 	},
 	{
