@@ -595,7 +595,7 @@ var mutants = []mutant{
 		name:  "push-without-progress-goes-on",
 		old:   `case !e.back.restart() && after == before:`,
 		new:   `case !e.back.restart() && after < before:`,
-		tests: `TestAPushThatReadsNothingOrHangs`,
+		tests: `TestAPushThatReadsNothingOrHangsOrPanicsCostsTheConnection`,
 	},
 	{
 		name:  "push-of-half-a-record",
