@@ -361,6 +361,12 @@ type brokenContract struct{ what string }
 
 func (e *brokenContract) Error() string { return e.what }
 
+// leftUnread is Setup that left bytes unread, which ErrUnread stands for.
+type leftUnread struct{ broken *brokenContract }
+
+func (e *leftUnread) Error() string   { return e.broken.what }
+func (e *leftUnread) Unwrap() []error { return []error{e.broken, ErrUnread} }
+
 // resolve is the canonical form of addr, for which there is a dialer.
 func (p *Pool) resolve(addr Addr) (Addr, error) {
 	addr, err := addr.canonical()

@@ -47,17 +47,19 @@ func (p *Pool) setUp(a *attempt) error {
 		return c.speaksUnasked()
 	}
 	a.where = "Config.Push"
-	switch reason, err := p.pushAll(c); reason {
-	case ClosedStale:
+	reason, err := p.pushAll(c)
+	switch kind := KindOf(err); {
+	case reason == ClosedUnknown:
+		return nil
+	case reason == ClosedStale && (kind == KindEOF || kind == KindBroken):
 		// A peer that has hung up is found when the connection is about to
 		// be lent, with a Push as without.
 		c.word.Or(hungUp)
 		return nil
-	case ClosedUnknown:
-		return nil
-	default:
-		return err
+	case reason == ClosedStale:
+		return fmt.Errorf("after Config.Setup: %w", err)
 	}
+	return err
 }
 
 // speaksUnasked says what waits to be read on a connection that was just set up. A
@@ -69,11 +71,17 @@ func (c *conn) speaksUnasked() error {
 	pr.keep = true // so that a look tells how much there is
 	defer func() { pr.keep = keep }()
 	_, err := pr.leftovers(true)
+	if c.site.pool.outlived(err, c.site.addr) {
+		return err
+	}
 	if text, ok := err.(*plaintext); ok {
-		return &brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in crypto/tls", len(text.bytes))}
+		return &leftUnread{&brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in crypto/tls", len(text.bytes))}}
 	}
 	// Not c.ask, which would forget that the peer was seen to hang up.
 	reason, err := pr.ask(&c.site.pool.cfg, c.nc)
+	if c.site.pool.outlived(err, c.site.addr) {
+		return err // what still looks at it has it
+	}
 	if reason != ClosedDirty || errors.Is(err, errPartial) {
 		return nil
 	}
@@ -84,9 +92,9 @@ func (c *conn) speaksUnasked() error {
 		n = pr.drain()
 	}
 	if n == 0 {
-		return &brokenContract{"Config.Setup left bytes unread in the connection"}
+		return &leftUnread{&brokenContract{"Config.Setup left bytes unread in the connection"}}
 	}
-	return &brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in the connection", n)}
+	return &leftUnread{&brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in the connection", n)}}
 }
 
 // drain counts what waits in a socket that is about to be closed for it, by reading

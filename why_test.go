@@ -194,6 +194,9 @@ func TestHandlesThatOthersHaveAreNotThePools(t *testing.T) {
 			}
 			return n.dial(ctx, a)
 		}}})
+		own := *n.p.sys
+		own.noHandleFree = func() bool { return full }
+		n.p.sys = &own
 		pe := n.fail(bg, at("a"))
 		require.ErrorIs(t, pe, ErrNoneRemovable)
 		require.ErrorContains(t, pe, "none of them is the pool's")

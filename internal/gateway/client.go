@@ -257,6 +257,9 @@ func (g *Gateway) failureOf(err error, ran bool) failure {
 		return left
 	case g.ctx.Err() != nil:
 		return ending
+	case !ran && errors.Is(err, connpool.ErrUnread):
+		g.greet.surprised(&speaksFirst{framing: g.Framing}) // in the moment after Setup's look
+		return speaks
 	case errors.As(err, &first):
 		if ran {
 			return outOfStep

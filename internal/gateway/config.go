@@ -243,9 +243,6 @@ func (cfg Config) plan() (*plan, error) {
 	if p.Eager && p.Framing != "session" {
 		bad("-eager is for the framing session; with %s a client that says nothing holds no connection", p.Framing)
 	}
-	if p.ConnectDelay > 0 && p.Framing == "session" {
-		bad("-connect-delay is for framings that know requests; a session does not know where one begins")
-	}
 
 	var err error
 	if p.listen, err = parseEndpoint(p.Listen); err != nil {

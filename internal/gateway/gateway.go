@@ -112,8 +112,21 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 	if p.Framing == "modbus" {
 		upstream.Push = g.late
 	}
+	dial := g.redial.dial
+	if p.ConnectDelay > 0 && g.framing.newReplies == nil { // else it is Setup's, see setup
+		dial = func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
+			nc, err := g.redial.dial(ctx, addr)
+			if err == nil {
+				if err = pauseFor(ctx, p.ConnectDelay); err != nil {
+					nc.Close()
+				}
+			}
+			return nc, err
+		}
+		upstream.Dialers = map[connpool.Transport]connpool.DialFunc{connpool.TCP: dial, connpool.Unix: dial}
+	}
 	if g.redial.delay = p.RedialDelay; g.redial.delay > 0 {
-		upstream.Dialers = map[connpool.Transport]connpool.DialFunc{connpool.TCP: g.redial.dial, connpool.Unix: g.redial.dial}
+		upstream.Dialers = map[connpool.Transport]connpool.DialFunc{connpool.TCP: dial, connpool.Unix: dial}
 	}
 	g.pool, err = connpool.New(upstream)
 	if err != nil {

@@ -44,6 +44,9 @@ type speaksFirst struct {
 }
 
 func (e *speaksFirst) Error() string {
+	if len(e.said) == 0 {
+		return "the server speaks first: something came without a request, and the framing " + e.framing + " would take it for a reply; use the framing session"
+	}
 	return fmt.Sprintf("the server speaks first: %s came without a request, and the framing %s would take it for a reply; use the framing session",
 		strconv.Quote(string(e.said)), e.framing)
 }

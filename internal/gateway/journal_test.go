@@ -38,6 +38,7 @@ func TestNobodyWaitsForALogThatStandsStill(t *testing.T) {
 	for range journalLength + 200 { // each of them is worth a line
 		c := g.call()
 		c.say("%s\n", strings.Repeat("x", 200))
+		require.Equal(t, "ERR", c.hear())
 		c.hearEnd()
 		c.Close()
 	}

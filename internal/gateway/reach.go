@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -33,7 +34,14 @@ func (g *Gateway) Reach(ctx context.Context) error {
 func (g *Gateway) Examine(ctx context.Context) (remark string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, g.DialTimeout+g.RequestTimeout)
 	defer cancel()
-	err = g.pool.With(ctx, g.to, func(c connpool.Conn) error {
+	// A pool of its own: that of the clients judges a new connection in its Setup.
+	pool, err := connpool.New(connpool.Config{MaxOpen: 1, DialTimeout: g.DialTimeout,
+		TLSFor: func(connpool.Addr) (*tls.Config, error) { return g.certs.forServer.Load(), nil }})
+	if err != nil {
+		return "", err
+	}
+	defer pool.Close()
+	err = pool.With(ctx, g.to, func(c connpool.Conn) error {
 		defer c.Close() // it has been asked things that no client asks
 		said, err := listen(c, lookFor)
 		switch {
@@ -99,7 +107,7 @@ func (g *Gateway) pings(c connpool.Conn) error {
 	if err := c.SetDeadline(time.Now().Add(g.RequestTimeout)); err != nil {
 		return err
 	}
-	u := connpool.State[*replies](c)
+	u := &replies{sc: g.framing.newReplies(&g.Config), max: g.MaxFrame}
 	var reply store
 	_, err := c.Write(appendCommand(nil, []byte("PING")))
 	if err == nil {
