@@ -34,7 +34,7 @@ func through(t *testing.T) (g *gateway.Gateway, addr string) {
 	require.NoError(t, g.Listen())
 	ctx, end := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- g.Serve(ctx, ctx) }()
+	go func() { ended <- g.Serve(ctx, context.Background()) }()
 	t.Cleanup(func() {
 		end()
 		require.NoError(t, <-ended)

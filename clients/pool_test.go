@@ -90,12 +90,19 @@ func TestPgxCancelsAQueryThoughThePoolIsFullOfItsConnections(t *testing.T) {
 	defer p.Close()
 	cfg, err := pgx.ParseConfig("postgres://postgres@" + s.Addr + "/postgres?sslmode=disable")
 	require.NoError(t, err)
-	cfg.DialFunc = p.DialContext
+	cfg.DialFunc = p.DialReserve(2)
 	cfg.BuildContextWatcherHandler = func(pc *pgconn.PgConn) ctxwatch.Handler {
 		return &pgconn.CancelRequestContextWatcherHandler{Conn: pc, CancelRequestDelay: 0, DeadlineDelay: forever}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), forever)
 	defer cancel()
+	require.Eventually(t, func() bool { // it listens before it lets anybody in
+		c, err := pgx.ConnectConfig(ctx, cfg)
+		if err == nil {
+			c.Close(ctx)
+		}
+		return err == nil
+	}, forever, 10*time.Millisecond)
 	var conns []*pgx.Conn
 	for range 2 {
 		c, err := pgx.ConnectConfig(ctx, cfg)
