@@ -84,12 +84,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-before-push",
-		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\t\treturn reason, err\n\t\t}\n\t\tif c.holds()",
-		new:   "if c.holds()",
+		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\t\treturn reason, err\n\t\t}\n\t\tif held, err := c.holds()",
+		new:   "if held, err := c.holds()",
 		tests: `TestMarkDeadTakesEffect`,
 	},
 	{
 		name:  "mark-dead-in-setup",
+		file:  "handles.go",
 		old:   `for _, c := range p.byFD {`,
 		new:   `for _, c := range p.recency.all() {`,
 		tests: `TestMarkDeadOfAConnectionInSetupFailsItsDial`,
@@ -135,14 +136,15 @@ var mutants = []mutant{
 	},
 	{
 		name:  "hung-up-while-lent",
+		file:  "sweep.go",
 		old:   `c.word.Or(hungUp)`,
 		new:   ``,
 		tests: `TestAHangUpDuringALoanClosesTheConnectionOnItsReturn`,
 	},
 	{
 		name:  "leftovers-in-tls",
-		old:   "if !left {\n\t\tvar err error",
-		new:   "if false {\n\t\tvar err error",
+		old:   "if !left {\n\t\tleft, err = c.probe.leftovers",
+		new:   "if false {\n\t\tleft, err = c.probe.leftovers",
 		tests: `TestUnreadBytesCostTheConnection`,
 	},
 	{
@@ -409,7 +411,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "handles-are-confirmed",
-		old:   `if !asked && (tries > 0 || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {`,
+		old:   `if !asked && (tries > 0 && !a.ours || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {`,
 		new:   `if false {`,
 		tests: `TestAWantOfHandlesThatIsOverEvictsOneConnectionAtMost`,
 	},
@@ -451,8 +453,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "sweep-meets-all",
-		old:   `if c.site != nil && c.round&^aside != r.round {`,
-		new:   `if c.site != nil && c.round&^aside != r.round && c.phase != borrowed {`,
+		old:   `if c.site != nil && c.round&^setAside != r.round {`,
+		new:   `if c.site != nil && c.round&^setAside != r.round && c.phase != borrowed {`,
 		tests: `TestAWalkMeetsEachConnectionThatStays`,
 	},
 	{
@@ -481,8 +483,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "delivery-to-a-done-ctx",
-		old:   `if ctx.Err() != nil && w.err == nil {`,
-		new:   `if false {`,
+		old:   `if canceled && w.err == nil {`,
+		new:   `if canceled && false {`,
 		tests: `TestACancelledWaiterIsNeverHandedAConnection`,
 	},
 	{
@@ -555,8 +557,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "server-name-verified",
-		old:   `if cfg.ServerName = addr.ServerName; cfg.ServerName == "" {`,
-		new:   `if cfg.ServerName = addr.ServerName; cfg.ServerName == "" || true {`,
+		old:   "if addr.ServerName != \"\" {\n\t\treturn addr.ServerName",
+		new:   "if false {\n\t\treturn addr.ServerName",
 		tests: `TestTheNameOfTheServerIsVerified`,
 	},
 
@@ -593,8 +595,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-without-progress-goes-on",
-		old:   `case !e.back.restart() && after == before:`,
-		new:   `case !e.back.restart() && after < before:`,
+		old:   `case !e.back.restart() && after.unread == before.unread:`,
+		new:   `case !e.back.restart() && after.unread < before.unread:`,
 		tests: `TestAPushThatReadsNothingOrHangsOrPanicsCostsTheConnection`,
 	},
 	{
@@ -605,8 +607,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-leaves-what-a-codec-read-ahead",
-		old:   `return n > 0, err`,
-		new:   `return false, err`,
+		old:   `return in.unread > 0, err`,
+		new:   `return false && in.unread > 0, err`,
 		tests: `TestAMessageRightBehindAReplyIsPushed`,
 	},
 	{
@@ -1145,7 +1147,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setup-leaves-bytes-in-tls",
-		old:   `_, err := pr.leftovers()`,
+		old:   `_, err := pr.leftovers(true)`,
 		new:   `err := error(nil)`,
 		tests: `TestWhatSetupLeavesUnreadFailsTheDial`,
 	},
@@ -1157,8 +1159,9 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setup-leaves-a-message",
-		old:   `switch reason, err := p.pushAll(c); reason {`,
-		new:   `switch reason, err := ClosedUnknown, error(nil); reason {`,
+		file:  "setup.go",
+		old:   "reason, err := p.pushAll(c)\n\tswitch kind",
+		new:   "reason, err := ClosedUnknown, error(nil)\n\tswitch kind",
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	},
 	// --- what a limit causes, and time ---
@@ -1397,8 +1400,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-failed-dial-counts-once",
-		old:   "if failure.stage != StageSetup { // else",
-		new:   "if true { // else",
+		old:   "p.counts.DialErrors++\n\t\tif !errors.Is(failure.err, ErrNoneRemovable)",
+		new:   "if !errors.Is(failure.err, ErrNoneRemovable)",
 		tests: `TestTheCountersBalance`,
 	},
 	// --- foreign code ---
@@ -1422,8 +1425,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "closed-once",
-		old:   "return c.word.Or(shut)&shut == 0, true",
-		new:   "c.word.Or(shut)\n\t\treturn true, true",
+		old:   `return w&shut == 0, true`,
+		new:   `return true, true`,
 		tests: `TestHooksOverADeafConnectionEndInTime|TestNothingIsLostWhicheverForeignCallFails`,
 	},
 	{
@@ -1500,8 +1503,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "slow-close-is-not-counted-on",
-		old:   "if int(p.n[closing])-p.slow >= min(p.want, room) {",
-		new:   "if int(p.n[closing]) >= min(p.want, room) {",
+		old:   `if int(p.n[closing])-p.slow+p.displaced >= min(want, room) {`,
+		new:   `if int(p.n[closing])+p.displaced >= min(want, room) {`,
 		tests: `TestACloseThatHangsDelaysNobodyWhileSomethingIdleCanGo`,
 	},
 	{
