@@ -290,7 +290,7 @@ func TestAStepOfTheWallClockIsNoTimeThatPassed(t *testing.T) {
 		require.ErrorAs(t, gone.result(), &pe)
 		tell(pe.Waited)
 		require.NoError(t, b.giveBack())
-		c = waiting.conn()
+		waiting.conn()
 		forward()
 		require.NoError(t, waiting.giveBack())
 		forward() // while it is idle

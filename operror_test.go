@@ -98,6 +98,7 @@ func TestAnErrorOfABorrowServesCodeOfPackageNet(t *testing.T) {
 			ne, ok := err.(net.Error)
 			require.True(t, ok)
 			require.Equal(t, timeout, ne.Timeout())
+			//lint:ignore SA1019 a net.Error has it, and old clients ask
 			require.Equal(t, timeout, ne.Temporary())
 			var op *net.OpError
 			require.ErrorAs(t, err, &op)

@@ -29,7 +29,6 @@ type greeter struct {
 	cfg     Config
 	later   chan struct{} // nil: at once
 	records bool          // a record for each line
-	nc      chan net.Conn
 }
 
 func newGreeter(t *testing.T, transport Transport) *greeter {

@@ -27,16 +27,13 @@ type apart struct {
 
 type embedsBoth struct {
 	*bufio.ReadWriter
-	seq int
 }
 
 type byValue struct {
-	seq int
-	rw  bufio.ReadWriter
+	rw bufio.ReadWriter
 }
 
 type nestedState struct {
-	name string
 	wire struct{ codec apart }
 }
 
