@@ -168,7 +168,7 @@ func TestADurationWithoutAUnitIsRefused(t *testing.T) {
 // SetLimits.
 func TestAReserveAboveTheLimitsIsRefused(t *testing.T) {
 	for name, l := range map[string]Limits{
-		"a slip": {MinSpare: 1 << 30}, "the largest": {MinSpare: math.MaxInt}, "more than the ports": {MinSpare: 1 << 16}, "without a limit": {MinSpare: 1 << 40, MaxOpen: -1},
+		"a slip": {MinSpare: 1 << 30}, "the largest": {MinSpare: math.MaxInt}, "more than the ports": {MinSpare: 1 << 16}, "without a limit": {MinSpare: 1 << 30, MaxOpen: -1},
 		"above MaxOpen": {MinSpare: math.MaxInt, MaxOpen: 8}, "equal to MaxOpen": {MinSpare: 8, MaxOpen: 8},
 		"above MaxPerAddr": {MinSpare: math.MaxInt, MaxPerAddr: 8}, "above MaxIdle": {MinSpare: 9, MaxIdle: 8}, "above MaxIdlePerAddr": {MinSpare: 9, MaxIdlePerAddr: 8},
 	} {
