@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -170,6 +171,7 @@ func TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody(t *testing.T) {
 		}
 	}
 	bubble(t, func(t *testing.T) {
+		var mu sync.Mutex // guards closed and dialed: observers run on goroutines of their own
 		var closed, dialed, last error
 		n := newTestnet(t)
 		fails := true
@@ -193,8 +195,16 @@ func TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody(t *testing.T) {
 				return n.dial(ctx, a)
 			}},
 			Trace: &Trace{
-				Closed:   func(i CloseInfo) { closed = cmp.Or(i.Err, closed) },
-				DialDone: func(i DialInfo) { dialed = cmp.Or(i.Err, dialed) },
+				Closed: func(i CloseInfo) {
+					mu.Lock()
+					defer mu.Unlock()
+					closed = cmp.Or(i.Err, closed)
+				},
+				DialDone: func(i DialInfo) {
+					mu.Lock()
+					defer mu.Unlock()
+					dialed = cmp.Or(i.Err, dialed)
+				},
 			},
 		})
 		sources := map[string]func() error{
