@@ -33,7 +33,8 @@ func newConnpool(s *Settings) Rival {
 	}
 	transport := connpool.TCP
 	if s.TLS {
-		transport, cfg.TLS = connpool.TLS, ClientTLS()
+		transport, cfg.TLS = connpool.TLS, ClientTLS().Clone()
+		cfg.TLS.ServerName = "" // the address has it
 	}
 	p, err := connpool.New(cfg)
 	if err != nil {
