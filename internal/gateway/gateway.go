@@ -50,8 +50,11 @@ type Gateway struct {
 
 	journal *journal
 	notices notices
-	down    atomic.Bool  // the server could not be reached, and has not answered since
-	room    atomic.Int64 // how many clients may be there
+
+	refusedAt atomic.Int64 // when the server last refused our certificate, in ns since 1970; 0: never
+
+	down atomic.Bool  // the server could not be reached, and has not answered since
+	room atomic.Int64 // how many clients may be there
 
 	listener, statusListener *socket
 

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool"
 )
 
 // noticeEvery is how often one cause is told: what happens to a thousand
@@ -86,11 +88,19 @@ func (g *Gateway) unanswered(why failure, err error) {
 
 // refused tells that the server does not take us for who we are.
 func (g *Gateway) refused(err error) {
+	g.refusedAt.Store(time.Now().UnixNano())
 	if len(g.Upstream.Cert) == 0 {
 		g.notice(slog.LevelError, "refused", "the server refuses connections without a certificate: give -upstream-cert and -upstream-key", "server", g.to, "error", err)
 		return
 	}
 	g.notice(slog.LevelError, "refused", "the server refuses our certificate: -upstream-cert is not to its liking", "server", g.to, "error", err)
+}
+
+// refusedLately reports whether the server has refused our certificate within the last
+// minute, and told so.
+func (g *Gateway) refusedLately() bool {
+	at := g.refusedAt.Load()
+	return at != 0 && time.Since(time.Unix(0, at)) < time.Minute
 }
 
 // refusal is the alert with which a TLS server ended a connection because of our
@@ -115,6 +125,8 @@ func (g *Gateway) serverDown(err error) {
 	case refusal(err) != "":
 		g.refused(err)
 		return
+	case g.refusedLately() && (connpool.KindOf(err) == connpool.KindEOF || connpool.KindOf(err) == connpool.KindBroken):
+		return // the server ended the connection before its alert could be read
 	case errors.As(err, &said): // it is there, and does not want this client
 		g.notice(slog.LevelWarn, "login", "the server refuses what clients say of themselves", "server", g.to, "error", said)
 		return
