@@ -195,7 +195,7 @@ func (s *soak) once(rng *rand.Rand, name string) {
 		}
 		switch pe.Kind {
 		case KindUnknown, KindInternal, KindUsage:
-			early := pe.Stage == StageSetup && strings.Contains(err.Error(), "unread in") // pushed right behind the hello
+			early := errors.Is(err, ErrUnread) // pushed right behind the hello; a back-off tells of it again
 			if !early && !errors.Is(err, errSoakPushed) {
 				s.fault("a borrow failed as %v: %v", pe.Kind, err)
 			}
