@@ -361,7 +361,7 @@ type brokenContract struct{ what string }
 
 func (e *brokenContract) Error() string { return e.what }
 
-// leftUnread is Setup that left bytes unread, which ErrUnread stands for.
+// leftUnread is somebody who left bytes unread, which ErrUnread stands for.
 type leftUnread struct{ broken *brokenContract }
 
 func (e *leftUnread) Error() string   { return e.broken.what }

@@ -33,8 +33,9 @@ var (
 	// because what was begun on it is gone. The next use gets another.
 	ErrSessionLost = errors.New("connpool: the session's connection is lost")
 
-	// ErrUnread says that bytes were waiting on an idle connection: why it
-	// was closed, or the answer of a [Prober] that wants them to go to
+	// ErrUnread says that bytes were waiting which nobody had asked for: why an
+	// idle connection was closed, why Config.Setup failed or a loan's connection
+	// was not kept, or the answer of a [Prober] that wants the bytes to go to
 	// Config.Push.
 	ErrUnread = errors.New("connpool: bytes were waiting that nobody had asked for")
 

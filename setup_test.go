@@ -209,6 +209,7 @@ func TestWhatSetupLeavesUnreadFailsTheDial(t *testing.T) {
 				require.ErrorAs(t, err, &pe)
 				require.Equal(t, [...]any{StageSetup, KindInternal}, [...]any{pe.Stage, pe.Kind})
 				require.ErrorContains(t, err, l.says)
+				require.ErrorIs(t, err, ErrUnread)
 				soon(t, "the slot free", func() bool { return p.Stats().Open == 0 })
 				require.Equal(t, reasons{ClosedSetupFailed: 1}, p.Stats().Closed)
 				p.check(t)

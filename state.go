@@ -37,7 +37,7 @@ func (h holdings) clean(who string) error {
 	case h.unflushed > 0:
 		return &brokenContract{fmt.Sprintf("%s left %d bytes unflushed in its state: flush them", who, h.unflushed)}
 	case h.unread > 0:
-		return &brokenContract{fmt.Sprintf("%s left %d bytes unread in its state", who, h.unread)}
+		return &leftUnread{&brokenContract{fmt.Sprintf("%s left %d bytes unread in its state", who, h.unread)}}
 	}
 	return nil
 }
