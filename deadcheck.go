@@ -356,15 +356,18 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 	if !p.foreign || mode == sealed && p.sock() != nil {
 		l := newLook(p, false)
 		defer l.done()
-		return p.readThroughNow(mode, patience, &l.scratch)
+		var step string
+		return p.readThroughNow(mode, patience, &l.scratch, &step)
 	}
 	// What is left behind keeps the byte that it reads into.
 	found, scratch := make(chan CloseReason, 1), new([1]byte)
-	err = briefly("the connection under TLS", foreignPatience, func() error {
-		reason, err := p.readThroughNow(mode, patience, scratch)
+	k := newCall("the connection under TLS")
+	k.f = func() error {
+		reason, err := p.readThroughNow(mode, patience, scratch, &k.step)
 		found <- reason
 		return err
-	})
+	}
+	err = k.await(foreignPatience)
 	select {
 	case reason = <-found:
 	default:
@@ -373,13 +376,16 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 	return reason, err
 }
 
-func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1]byte) (reason CloseReason, err error) {
+// readThroughNow writes to step which method of the connection it is about to call:
+// code that is not the pool's may panic in it, or end the goroutine.
+func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1]byte, step *string) (reason CloseReason, err error) {
 	defer func() {
 		if err != nil && reason == ClosedUnknown {
 			reason = ClosedStale
 		}
 	}()
-	defer recoverInto(&err, "the connection under TLS")
+	*step = "the connection under TLS"
+	defer recoverAt(&err, step)
 	sock := p.sock()
 	switch {
 	case sock != nil && (mode == sealed || sock.raw != nil):
@@ -392,17 +398,22 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 		if patience > 0 {
 			deadline = time.Now().Add(patience)
 		}
+		*step = "SetDeadline of the connection under TLS"
 		if err := p.tls.SetDeadline(deadline); err != nil && sock != nil {
-			return p.readThroughNow(sealed, patience, scratch)
+			return p.readThroughNow(sealed, patience, scratch, step)
 		} else if err != nil {
 			return ClosedStale, fmt.Errorf("%w: %w", errUnproven, err)
 		}
 		defer func() {
+			before := *step // a panic may be under way
+			*step = "SetDeadline of the connection under TLS"
 			if e := p.tls.SetDeadline(time.Time{}); e != nil && reason == ClosedUnknown {
 				reason, err = ClosedStale, e // it would strike the next borrower
 			}
+			*step = before
 		}()
 	}
+	*step = "Read of the connection under TLS"
 	n, err := p.tls.Read(scratch[:])
 	switch {
 	case n > 0:
@@ -424,6 +435,7 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 		return ClosedStale, errRenegotiating
 	case sock == nil || sock.raw == nil:
 		// A write of nothing shows whether an answer could not be written.
+		*step = "Write of the connection under TLS"
 		if _, err := p.tls.Write(nil); err != nil {
 			return ClosedStale, err
 		}

@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -69,6 +70,7 @@ func briefly(what string, patience time.Duration, f func() error) error {
 // call is one call of briefly. It is used again unless it was left behind.
 type call struct {
 	what   string
+	step   string // where f is, if it tells; only f's goroutine has it
 	f      func() error
 	prober Prober // in the place of f: its method as a value would allocate
 	start  func() // k.run, made once
@@ -100,7 +102,7 @@ func (k *call) run() {
 	var err error
 	defer func() {
 		if !whole {
-			pan := &PanicError{Where: k.what}
+			pan := &PanicError{Where: cmp.Or(k.step, k.what)}
 			err = pan // of a runtime.Goexit
 			if v := recover(); v != nil {
 				pan.Value, pan.Stack = v, debug.Stack()
@@ -141,7 +143,7 @@ func (k *call) await(patience time.Duration) error {
 	}
 	err := k.err
 	if !k.timed {
-		k.f, k.prober, k.err = nil, nil, nil
+		k.f, k.prober, k.err, k.step = nil, nil, nil, ""
 		k.begun, k.ended = false, false
 		calls.Put(k)
 	}

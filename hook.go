@@ -113,6 +113,13 @@ func recoverInto(err *error, where string) {
 	}
 }
 
+// recoverAt is recoverInto for code that says as it goes where it is.
+func recoverAt(err *error, where *string) {
+	if v := recover(); v != nil {
+		*err = &hookPanic{&PanicError{Where: *where, Value: v, Stack: debug.Stack()}}
+	}
+}
+
 func isPanic(err error) bool {
 	_, ok := err.(*hookPanic)
 	return ok
