@@ -15,18 +15,20 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// source is the package as it is written, without its tests, for all systems.
-func source(t *testing.T) []*ast.File {
-	names, err := filepath.Glob("*.go")
-	require.NoError(t, err)
+// source is what is in the folders as it is written, without tests, for all systems.
+func source(t *testing.T, dirs ...string) []*ast.File {
 	var files []*ast.File
-	for _, name := range names {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+	for _, dir := range dirs {
+		names, err := filepath.Glob(filepath.Join(dir, "*.go"))
 		require.NoError(t, err)
-		files = append(files, f)
+		for _, name := range names {
+			if strings.HasSuffix(name, "_test.go") {
+				continue
+			}
+			f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+			require.NoError(t, err)
+			files = append(files, f)
+		}
 	}
 	return files
 }
@@ -86,26 +88,55 @@ func nameOfFunc(fn *ast.FuncDecl) string {
 	return recv.(*ast.Ident).Name + "." + fn.Name.Name
 }
 
-// TestTheTableOfWaitsIsComplete: whatever the pool waits for has a row in
-// docs/waits.md, and each name in the table is one of the code's.
+// TestTheTableOfWaitsIsComplete: whatever the pool, the gateway and the command wait
+// for has a row in docs/waits.md, and each name in the table is one of the code's.
 func TestTheTableOfWaitsIsComplete(t *testing.T) {
 	text, err := os.ReadFile("docs/waits.md")
 	require.NoError(t, err)
-	var named []string
-	pool, _, _ := strings.Cut(string(text), "## In the gateway") // the rest is of another package
-	for _, line := range strings.Split(pool, "\n") {
-		if strings.HasPrefix(line, "|") {
-			for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(line, -1) {
-				named = append(named, m[1])
+	pool, gateway, found := strings.Cut(string(text), "\n## In the gateway\n")
+	require.True(t, found)
+	for _, part := range []struct {
+		text  string
+		dirs  []string
+		least int // functions that wait
+	}{
+		{pool, []string{"."}, 15},
+		{gateway, []string{"internal/gateway", "cmd/connpool"}, 30},
+	} {
+		var named []string
+		for _, line := range strings.Split(part.text, "\n") {
+			if strings.HasPrefix(line, "|") {
+				for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(line, -1) {
+					named = append(named, m[1])
+				}
 			}
 		}
-	}
-	known := make(map[string]bool)
-	waiting := make(map[string]bool)
-	for _, f := range source(t) {
-		for _, name := range waitsIn(f) {
-			waiting[name] = true
+		files := source(t, part.dirs...)
+		known := names(append(files, source(t, ".")...))
+		waiting := make(map[string]bool)
+		for _, f := range files {
+			for _, name := range waitsIn(f) {
+				waiting[name] = true
+			}
 		}
+		for _, name := range slices.Sorted(maps.Keys(waiting)) {
+			if !slices.Contains(named, name) {
+				t.Errorf("%v: %s waits for something, and no row of docs/waits.md says for what, how long, and what then", part.dirs, name)
+			}
+		}
+		for _, name := range named {
+			if !known[name] {
+				t.Errorf("docs/waits.md names `%s`, which is nothing in %v", name, part.dirs)
+			}
+		}
+		require.Greater(t, len(waiting), part.least, "the search finds what waits")
+	}
+}
+
+// names are those of functions, values, types and fields.
+func names(files []*ast.File) map[string]bool {
+	known := make(map[string]bool)
+	for _, f := range files {
 		ast.Inspect(f, func(n ast.Node) bool {
 			switch n := n.(type) {
 			case *ast.FuncDecl:
@@ -127,17 +158,7 @@ func TestTheTableOfWaitsIsComplete(t *testing.T) {
 			return true
 		})
 	}
-	for _, name := range slices.Sorted(maps.Keys(waiting)) {
-		if !slices.Contains(named, name) {
-			t.Errorf("%s waits for something, and no row of docs/waits.md says for what, how long, and what then", name)
-		}
-	}
-	for _, name := range named {
-		if !known[name] {
-			t.Errorf("docs/waits.md names `%s`, which is nothing in the package", name)
-		}
-	}
-	require.Greater(t, len(waiting), 15, "the search finds what waits")
+	return known
 }
 
 // The search itself is tested with the ways in which code can wait.
