@@ -260,6 +260,9 @@ type peeked struct {
 func (c *conn) ask() (CloseReason, error) {
 	if c.word.Load()&hungUp != 0 {
 		c.word.And(^uint64(hungUp)) // before the look, so that the next one is not missed
+		if e := c.more.Load(); e != nil && e.end != nil {
+			return ClosedStale, e.end
+		}
 	}
 	if reason, err := c.condemned(); reason != ClosedUnknown {
 		return reason, err

@@ -14,6 +14,7 @@ type extras struct {
 	inPool  life          // dmu
 	struck  chan struct{} // the socket was closed under a hook's loan; closed when that is done; dmu
 	slow    bool          // it is being closed, and that takes its time; Pool.mu
+	end     error         // the end of the peer that the look after Setup has met; the owner's, see conn.ended
 }
 
 func (c *conn) extra() *extras {

@@ -458,6 +458,45 @@ func TestACertificateThatIsRefusedAfterTheHandshakeIsAFailure(t *testing.T) {
 	p.check(t)
 }
 
+// TRY-38: the look at the end of Setup may read the alert, and whoever looks next
+// finds no more than the end. The borrower is told of the alert all the same.
+func TestAnAlertThatAnEarlierLookHasReadIsToldOf(t *testing.T) {
+	if !canPeek {
+		t.Skip("nobody can look into a socket here")
+	}
+	for name, own := range map[string]bool{"the pool's TLS": false, "a dialer's TLS": true} {
+		t.Run(name, func(t *testing.T) {
+			ca := faultnet.NewCA()
+			srv, err := faultnet.Start(faultnet.Options{Network: "tls", TLS: &tls.Config{MinVersion: tls.VersionTLS13,
+				Certificates: []tls.Certificate{ca.Server("localhost")}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: ca.Pool(),
+			}})
+			require.NoError(t, err)
+			defer srv.Close()
+			var p *Pool
+			cfg := Config{TLS: &tls.Config{RootCAs: ca.Pool()}, Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+				c := nc.(Conn).c
+				soon(t, "the server's alert", func() (said bool) {
+					c.probe.raw.Control(func(fd uintptr) { said = p.sys.peek(fd).bytes })
+					return said
+				})
+				return nil, nil
+			}}
+			if own {
+				cfg.Dialers = map[Transport]DialFunc{TLS: func(ctx context.Context, a Addr) (net.Conn, error) {
+					d := tls.Dialer{Config: &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"}}
+					return d.DialContext(ctx, "tcp", net.JoinHostPort(a.Host, fmt.Sprint(a.Port)))
+				}}
+			}
+			p, err = New(cfg)
+			require.NoError(t, err)
+			defer p.Close()
+			err = p.With(bg, Addr{Transport: TLS, Host: srv.Host(), Port: srv.Port(), ServerName: "localhost"}, nil2)
+			require.ErrorContains(t, err, "certificate required")
+			p.check(t)
+		})
+	}
+}
+
 // TRY-11. reserveOf counts what a reserve dials while nobody borrows.
 func TestAReserveIsTriedOncePerSweepAndAddress(t *testing.T) {
 	accepted := func(bad func(serial int) bool, how func(*faultnet.Conn)) func(*faultnet.Conn) {

@@ -52,9 +52,7 @@ func (p *Pool) setUp(a *attempt) error {
 	case reason == ClosedUnknown:
 		return nil
 	case reason == ClosedStale && (kind == KindEOF || kind == KindBroken):
-		// A peer that has hung up is found when the connection is about to
-		// be lent, with a Push as without.
-		c.word.Or(hungUp)
+		c.ended(err) // with a Push as without
 		return nil
 	case reason == ClosedStale:
 		return fmt.Errorf("after Config.Setup: %w", err)
@@ -82,6 +80,9 @@ func (c *conn) speaksUnasked() error {
 	if c.site.pool.outlived(err, c.site.addr) {
 		return err // what still looks at it has it
 	}
+	if reason == ClosedStale {
+		c.ended(err)
+	}
 	if reason != ClosedDirty || errors.Is(err, errPartial) {
 		return nil
 	}
@@ -95,6 +96,14 @@ func (c *conn) speaksUnasked() error {
 		return &leftUnread{&brokenContract{"Config.Setup left bytes unread in the connection"}}
 	}
 	return &leftUnread{&brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in the connection", n)}}
+}
+
+// ended leaves it to whoever is about to lend c to find that its peer has ended the
+// connection. The look that found the end may have read it: an alert of TLS is read
+// once, and the socket may be open for a while after it.
+func (c *conn) ended(err error) {
+	c.extra().end = err
+	c.word.Or(hungUp)
 }
 
 // drain counts what waits in a socket that is about to be closed for it, by reading

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -220,6 +221,7 @@ func TestEveryMessageIsOneLine(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		fail := error(twoLines{})
+		var mu sync.Mutex // guards closed
 		var closed error
 		n.open(Config{MaxPerAddr: 1,
 			Setup: func(_ context.Context, a Addr, _ net.Conn) (any, error) {
@@ -238,7 +240,11 @@ func TestEveryMessageIsOneLine(t *testing.T) {
 				}
 				return n.dial(ctx, a)
 			}},
-			Trace: &Trace{Closed: func(i CloseInfo) { closed = cmp.Or(i.Err, closed) }},
+			Trace: &Trace{Closed: func(i CloseInfo) { // several at a time
+				mu.Lock()
+				defer mu.Unlock()
+				closed = cmp.Or(i.Err, closed)
+			}},
 		})
 		cause, cancel := context.WithCancelCause(bg)
 		cancel(fail)
@@ -255,7 +261,13 @@ func TestEveryMessageIsOneLine(t *testing.T) {
 				n.p.With(late, at("a"), func(c Conn) error { _, read = c.Read(make([]byte, 1)); return read })
 				return read
 			},
-			"closed": func() error { n.p.With(bg, at("b"), nil2); synctest.Wait(); return closed },
+			"closed": func() error {
+				n.p.With(bg, at("b"), nil2)
+				synctest.Wait()
+				mu.Lock()
+				defer mu.Unlock()
+				return closed
+			},
 			"last": func() error {
 				var last error
 				for a, st := range n.p.Addrs() {

@@ -1164,6 +1164,13 @@ var mutants = []mutant{
 		new:   "reason, err := ClosedUnknown, error(nil)\n\tswitch kind",
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	},
+	{
+		name:  "the-end-that-setup-met-is-kept",
+		file:  "setup.go",
+		old:   "if reason == ClosedStale {\n\t\tc.ended(err)\n\t}",
+		new:   "",
+		tests: `TestAnAlertThatAnEarlierLookHasReadIsToldOf`,
+	},
 	// --- what a limit causes, and time ---
 	{
 		name:  "pressure-ends-with-its-limit",
