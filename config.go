@@ -141,7 +141,9 @@ type Config struct {
 	Dialers map[Transport]DialFunc
 
 	// TLS is the pool's identity and trust. It is cloned for each address:
-	// ServerName is that of the address (and must be empty here), and ClientSessionCache is one of
+	// ServerName is that of the address, and must be empty here. (localhost is
+	// allowed: it is the name of 127.0.0.1, ::1 and the other addresses of the
+	// loopback interface that have no ServerName of their own.) ClientSessionCache is one of
 	// the address alone, so that no session crosses from one identity to
 	// another (SessionTicketsDisabled switches resumption off). nil: the
 	// zero tls.Config, which trusts the system's roots.
@@ -289,7 +291,7 @@ func (cfg *Config) meant() error {
 			return fmt.Errorf("connpool: Config.%s is %v, less than a millisecond: give it a unit, as in %d * time.Second", d.name, d.is, d.is)
 		}
 	}
-	if cfg.TLS != nil && cfg.TLS.ServerName != "" {
+	if cfg.TLS != nil && cfg.TLS.ServerName != "" && !isLocalhost(cfg.TLS.ServerName) {
 		return fmt.Errorf("connpool: Config.TLS.ServerName is %q, but each address has its own: leave it empty, and write the name into Addr.ServerName (?server-name= in its text)",
 			cfg.TLS.ServerName)
 	}

@@ -195,6 +195,17 @@ func TestAReserveAboveTheLimitsIsRefused(t *testing.T) {
 func TestAServerNameOfTheConfigIsRefused(t *testing.T) {
 	_, err := New(Config{TLS: &tls.Config{ServerName: "db.example"}})
 	require.ErrorContains(t, err, "Addr.ServerName")
+	for addr, want := range map[string]string{
+		"tls://127.0.0.1:1": "localhost", "tls://[::1]:1": "localhost", "tls://127.0.0.1:1?server-name=db.example": "db.example",
+		"tls://192.0.2.1:1": "192.0.2.1", "tls://db.example:1": "db.example",
+	} {
+		p, err := New(Config{TLS: &tls.Config{ServerName: "localhost"}})
+		require.NoError(t, err, "the name of many addresses")
+		cfg, err := p.tlsConfig(MustParseAddr(addr))
+		require.NoError(t, err)
+		require.Equal(t, want, cfg.ServerName, addr)
+		p.Close()
+	}
 	p, err := New(Config{TLSFor: func(a Addr) (*tls.Config, error) { return &tls.Config{ServerName: "db.example"}, nil }})
 	require.NoError(t, err)
 	defer p.Close()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -59,13 +60,22 @@ func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn
 
 var zeroTLS tls.Config // only copied
 
-// serverName is what TLS asks for and verifies.
-func serverName(addr Addr) string {
+// serverName is what TLS asks for and verifies at addr under cfg.
+func serverName(addr Addr, cfg *tls.Config) string {
 	if addr.ServerName != "" {
 		return addr.ServerName
 	}
 	host, _, _ := strings.Cut(addr.Host, "%") // no certificate names a zone
+	if ip, err := netip.ParseAddr(host); err == nil && ip.IsLoopback() && isLocalhost(cfg.ServerName) {
+		return "localhost"
+	}
 	return host
+}
+
+// isLocalhost reports whether name is the one that a tls.Config may give for many
+// addresses at once: all those of the loopback interface.
+func isLocalhost(name string) bool {
+	return strings.EqualFold(strings.TrimSuffix(name, "."), "localhost")
 }
 
 func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
@@ -77,7 +87,7 @@ func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 		}
 		if own != nil {
 			cfg = own
-			if name := own.ServerName; name != "" && !strings.EqualFold(strings.TrimSuffix(name, "."), serverName(addr)) {
+			if name := own.ServerName; name != "" && !strings.EqualFold(strings.TrimSuffix(name, "."), serverName(addr, own)) {
 				return nil, fmt.Errorf("Config.TLSFor returned a ServerName, %q, that is not the address's: write it into Addr.ServerName (%w)", name, os.ErrInvalid)
 			}
 		}
@@ -343,7 +353,7 @@ func (s *sessionCaches) configFor(addr Addr, from *tls.Config, before uint64) *t
 		return have.config
 	}
 	cfg := from.Clone()
-	cfg.ServerName = serverName(addr)
+	cfg.ServerName = serverName(addr, from)
 	if cfg.ClientSessionCache = nil; resumes(from) {
 		cfg.ClientSessionCache = tls.NewLRUClientSessionCache(4)
 	}
