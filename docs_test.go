@@ -127,6 +127,9 @@ func linkFaults(root fs.FS) (faults []string, links int, err error) {
 }
 
 func TestEveryLinkOfTheDocsLeadsSomewhere(t *testing.T) {
+	if _, err := os.Stat("examples/go.mod"); err != nil {
+		t.Skip("the repository's other modules are not here, as in a module cache, and the pages link to them")
+	}
 	faults, links, err := linkFaults(os.DirFS("."))
 	require.NoError(t, err)
 	for _, fault := range faults {
