@@ -37,7 +37,7 @@ gateway-bench: ## the gateway beside a direct connection, HAProxy and nutcracker
 
 docs: ## docs/reference.md from the doc comments, docs/command.md from the help texts
 	go run ./internal/reference
-	go run ./cmd/connpool help -markdown >docs/command.md
+	page=$$(go run ./cmd/connpool help -markdown) && printf '%s\n' "$$page" >docs/command.md
 
 servers: ## install the servers that tests run against (root, apt-get)
 	@.ci/run servers
