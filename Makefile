@@ -6,7 +6,7 @@ DEMO     ?= 10s
 export FUZZTIME SOAKTIME
 
 .DEFAULT_GOAL := help
-.PHONY: help test race fuzz stress soak mutants bench gateway-bench servers lint cross demo cover ci
+.PHONY: help test race fuzz stress soak mutants bench gateway-bench docs servers lint cross demo cover ci
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ bench: ## this pool beside its rivals in one run, into docs/performance.md (minu
 
 gateway-bench: ## the gateway beside a direct connection, HAProxy and nutcracker, into docs/gateway.md (minutes, on a quiet machine)
 	cd bench && go run ./cmd/gateway
+
+docs: ## docs/reference.md from the doc comments, docs/command.md from the help texts
+	go run ./internal/reference
+	page=$$(go run ./cmd/connpool help -markdown) && printf '%s\n' "$$page" >docs/command.md
 
 servers: ## install the servers that tests run against (root, apt-get)
 	@.ci/run servers

@@ -39,8 +39,8 @@ type Config struct {
 	// opened or being closed. When it is reached, the least recently used
 	// idle connection of any address makes room.
 	// 0: what the process's limit on file handles leaves, less a reserve of an
-	// eighth, 16 at least (but never more than half);
-	// negative: no limit.
+	// eighth, 16 at least (but never more than half); no limit where the system
+	// has none, as on Windows. Negative: no limit.
 	MaxOpen int
 
 	// MaxPerAddr limits the connections of one address in the same way.
@@ -57,24 +57,28 @@ type Config struct {
 	// Setup), MaxDialingPerAddr those to one address. An address that swallows
 	// packets leaves room for the others in any case: where slots or dials are
 	// scarce it has to share, and evicts nothing for a second dial.
-	// 0: 64, and half of MaxDialing; negative: no limit.
+	// 0: 64, and half of MaxDialing, rounded up; negative: no limit (for
+	// MaxDialingPerAddr: none but MaxDialing).
 	MaxDialing        int
 	MaxDialingPerAddr int
 
-	// MaxWaiters limits the borrowers of one address that wait with no dial
-	// under way for them; one more gets ErrExhausted. 0 or negative: no limit.
+	// MaxWaiters limits how many borrowers of one address may wait for a
+	// connection while no dial is under way that could serve them. One more
+	// gets ErrExhausted at once. 0 or negative: no limit.
 	MaxWaiters int
 
-	// MinSpare is how many connections are kept in reserve for each address
-	// that is in use: when a loan leaves fewer idle, the next is opened in the
-	// background, so that the next borrower need not wait for it. The reserve
-	// outlives IdleTimeout, is looked at like all that is idle, and is
-	// refilled when it dies; while the address fails, hangs up at once or
-	// speaks at once, one dial per CheckInterval tries it, and one for each
-	// new connection that proves good in a loan. It never takes room from anybody: an address whose
-	// reserve was evicted has it back with its next loan, and one that
-	// nobody borrowed from for ten times IdleTimeout (20 minutes if that is
-	// off) has none any more. 0 or negative: none.
+	// MinSpare is how many idle connections (min idle) are kept in reserve for
+	// each address that is in use. When a loan leaves fewer idle, the next
+	// connection is opened in the background, so that the next borrower need
+	// not wait for it. The reserve outlives IdleTimeout, is checked like every
+	// idle connection, and is refilled when a connection of it dies. While the
+	// address fails, hangs up at once or speaks at once, the reserve is tried
+	// with one dial per CheckInterval, and one for each new connection that
+	// proves good in a loan. The reserve never takes room from a borrower or
+	// from another address. When it was evicted, the next loan of its address
+	// restores it. An address that nobody borrowed from for ten times
+	// IdleTimeout (20 minutes if that is off) loses its reserve.
+	// 0 or negative: none.
 	MinSpare int
 
 	// MaxUses limits how often one connection is lent. 0 or negative: no
@@ -84,7 +88,8 @@ type Config struct {
 	MaxUses int
 
 	// IdleTimeout is how long a connection is kept unused; one that is
-	// older is never lent, MinSpare apart. 0: 2 minutes; negative: for ever.
+	// older is never lent, MinSpare apart. Time that the machine slept counts.
+	// 0: 2 minutes; negative: for ever.
 	IdleTimeout time.Duration
 
 	// MaxLifetime is how old a connection may become. Up to a tenth of it,
@@ -131,7 +136,8 @@ type Config struct {
 	// it does not own.
 	NoIdentity bool
 
-	// WhenFull is Wait, Fail or Overflow.
+	// WhenFull says what a borrower meets when nothing is idle and MaxPerAddr or
+	// MaxOpen forbids to open one more: Wait (the default), Fail or Overflow.
 	WhenFull FullPolicy
 
 	// Dialers opens the connections of the transports it names, in the
@@ -232,7 +238,7 @@ type Config struct {
 	// with an error that is ErrNoneRemovable.
 	NoneRemovable func(*Error) bool
 
-	// Trace observes the pool.
+	// Trace observes the pool. nil: nobody does. WithTrace observes one use.
 	Trace *Trace
 
 	// Profile gets each connection that is out, with the stack of its

@@ -43,8 +43,9 @@
 // conversations that no function can contain.
 //
 // Both can be forgotten, as With cannot. When nobody can reach a lease or a
-// session any more, its connection is closed, its slot is free, and the place
-// of the borrow is reported. Config.HoldWarn reports what is held for long, and
+// session any more, its connection is closed, its slot is free, and the leak is
+// reported, with the place of the borrow (of a session only if Config.HoldWarn,
+// Profile or Debug is set). Config.HoldWarn reports what is held for long, and
 // Config.Profile shows what is held at the moment, and by whom.
 //
 // # Order

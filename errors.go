@@ -72,6 +72,7 @@ func (s Stage) String() string { return nameOf(stageNames[:], s) }
 type Kind uint8
 
 const (
+	// None of the others; also the class of nil.
 	KindUnknown           Kind = iota
 	KindAccess                 // permission denied
 	KindAddress                // no such address or no route to it

@@ -102,9 +102,9 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 // Return ends the lease. The connection goes back to the pool by the same
 // verdict as at the end of a [Pool.With] whose fn said nil: it is closed instead
 // if an operation is still running, failed or timed out, or if bytes are left
-// unread. That is no error of Return's. On a lease that is over it does nothing
-// and says so; after a Do that cost the connection it returns nil. During Do it
-// takes effect when Do ends.
+// unread. Return reports no error for that. Called again it does nothing and returns
+// an error that is ErrReturned and net.ErrClosed. If a Do closed the connection,
+// Return returns nil. During Do it takes effect when Do returns.
 func (l *Lease) Return() error {
 	defer runtime.KeepAlive(l)
 	l.mu.Lock()

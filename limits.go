@@ -7,8 +7,7 @@ import (
 )
 
 // Limits are the fields of [Config] that may be changed while the pool works,
-// with the same meaning of 0 and of a negative value. The pool has them under
-// Pool.mu, in its Config.
+// with the same meaning of 0 and of a negative value. See [Pool.SetLimits].
 type Limits struct {
 	MaxOpen, MaxPerAddr           int
 	MaxIdle, MaxIdlePerAddr       int

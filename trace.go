@@ -10,6 +10,7 @@ import (
 type CloseReason uint8
 
 const (
+	// The zero value, never the reason of a close.
 	ClosedUnknown     CloseReason = iota
 	ClosedEvicted                 // by us: least recently used, to make room
 	ClosedIdleTimeout             // by age: idle longer than IdleTimeout
@@ -67,8 +68,8 @@ func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), 
 // that the session keeps between two uses was kept.
 //
 // Where both a pool's and a use's Trace are set, both are called, the pool's
-// first. A use's Trace hears of the close that ends the use; what happens to a
-// connection while nobody borrows it is told to the pool's alone. A dial is
+// first. A use's Trace sees the close that ends the use; only the pool's Trace
+// sees closes of idle connections. A dial is
 // told to the Trace of the borrower it was started for, even if it outlives
 // that borrower.
 type Trace struct {

@@ -7,7 +7,7 @@
 //	go run ./cmd/table             five rounds over everything, medians, one table
 //	go run ./cmd/table -addr HOST:PORT
 //	                               pooled and unpooled, with a server of yours
-//	go run ./cmd/scale             the figures of docs/scaling.md
+//	go run ./cmd/scale             the figures of docs/sizing.md
 //
 // A workload asks nothing of a rival but what [Rival] says. All rivals have the
 // same limits, dial through the same function and, where they look at a

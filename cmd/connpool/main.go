@@ -51,7 +51,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	switch name {
 	case "help", "-h", "-help", "--help":
-		if len(args) > 0 {
+		switch {
+		case len(args) > 0 && args[0] == "-markdown":
+			commandPage(stdout)
+			return exitOK
+		case len(args) > 0:
 			return run(ctx, []string{args[0], "-h"}, stdout, stderr)
 		}
 		overview(stdout)

@@ -1,4 +1,4 @@
-// Command scale prints the figures of docs/scaling.md and writes them there. It
+// Command scale prints the figures of docs/sizing.md and writes them there. It
 // runs in the directory of the module bench:
 //
 //	go run ./cmd/scale
@@ -24,7 +24,7 @@ func main() {
 		return
 	}
 	smoke := flag.Bool("smoke", false, "measure little, write no document")
-	doc := flag.String("doc", "../docs/scaling.md", "the document that quotes the figures")
+	doc := flag.String("doc", "../docs/sizing.md", "the document that quotes the figures")
 	flag.Parse()
 	var page strings.Builder
 	if err := write(&page, *smoke); err != nil {

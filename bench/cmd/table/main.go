@@ -33,7 +33,7 @@ func main() {
 	smoke := flag.Bool("smoke", false, "run each workload once, in its smallest form, to see that it runs")
 	only := flag.String("only", "", "measure the workloads whose names begin with one of these, separated by commas, and write no document")
 	addr := flag.String("addr", "", "measure loans of connections to this server, as connpool.ParseAddr takes it")
-	docs := flag.String("docs", "../docs/performance.md,../README.md", "documents that quote the table")
+	docs := flag.String("docs", "../docs/performance.md", "documents that quote the table")
 	flag.Parse()
 	if err := run(*rounds, *raw, *only, *addr, *docs, *smoke); err != nil {
 		fmt.Fprintln(os.Stderr, "table:", err)
