@@ -157,7 +157,15 @@ func (x *exchange) outcome(err error, log *faultLog) outcome {
 	case refused:
 		o.class = unexplained
 		switch pe.Stage {
+		case connpool.StageSetup:
+			// Bytes that nobody asked for came right behind the hello.
+			if errors.Is(err, connpool.ErrUnread) && log.since(x.asked, unasked) {
+				o.class = diedInUse
+			}
 		case connpool.StageBackoff:
+			if errors.Is(err, connpool.ErrUnread) && log.since(x.asked.Add(-longestBackoff), unasked) {
+				o.class = diedInUse
+			}
 			// The refusal is the echo of an earlier one.
 			if log.since(x.asked.Add(-longestBackoff), down, cutIdle, cutBusy) {
 				o.class = serverDown

@@ -245,6 +245,7 @@ func TestErrorIsAvoidableOnlyIfItsCauseHadEndedBeforeTheLook(t *testing.T) {
 	refused := func(stage connpool.Stage, kind connpool.Kind) error {
 		return &connpool.Error{Stage: stage, Kind: kind, Err: errors.New("no")}
 	}
+	unread := func(stage connpool.Stage) error { return &connpool.Error{Stage: stage, Kind: connpool.KindInternal, Err: connpool.ErrUnread} }
 	late := &connpool.Error{Stage: connpool.StageWait, Kind: connpool.KindTimeout, Err: context.DeadlineExceeded}
 
 	for name, c := range map[string]struct {
@@ -273,6 +274,9 @@ func TestErrorIsAvoidableOnlyIfItsCauseHadEndedBeforeTheLook(t *testing.T) {
 		"refused while up":         {exchange{asked: asked}, refused(connpool.StageDial, connpool.KindRefused), logOf(down, before), unexplained},
 		"back-off after down":      {exchange{asked: asked}, refused(connpool.StageBackoff, connpool.KindRefused), logOf(down, before), serverDown},
 		"back-off for nothing":     {exchange{asked: asked}, refused(connpool.StageBackoff, connpool.KindRefused), new(faultLog), unexplained},
+		"polluted in Setup":        {exchange{asked: asked}, unread(connpool.StageSetup), logOf(unasked, after), diedInUse},
+		"unread for nothing":       {exchange{asked: asked}, unread(connpool.StageSetup), logOf(unasked, before), unexplained},
+		"back-off after pollution": {exchange{asked: asked}, unread(connpool.StageBackoff), logOf(unasked, before), diedInUse},
 		"fn ran, With denies it":   {reused(exchange{}), refused(connpool.StageDial, connpool.KindRefused), going(down), unexplained},
 		"fn never ran, not said":   {exchange{asked: asked}, io.EOF, going(cutIdle), unexplained},
 	} {
