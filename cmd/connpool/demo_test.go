@@ -245,7 +245,9 @@ func TestErrorIsAvoidableOnlyIfItsCauseHadEndedBeforeTheLook(t *testing.T) {
 	refused := func(stage connpool.Stage, kind connpool.Kind) error {
 		return &connpool.Error{Stage: stage, Kind: kind, Err: errors.New("no")}
 	}
-	unread := func(stage connpool.Stage) error { return &connpool.Error{Stage: stage, Kind: connpool.KindInternal, Err: connpool.ErrUnread} }
+	unread := func(stage connpool.Stage) error {
+		return &connpool.Error{Stage: stage, Kind: connpool.KindInternal, Err: connpool.ErrUnread}
+	}
 	late := &connpool.Error{Stage: connpool.StageWait, Kind: connpool.KindTimeout, Err: context.DeadlineExceeded}
 
 	for name, c := range map[string]struct {
