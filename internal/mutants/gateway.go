@@ -201,7 +201,7 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "late-devices-without-numbers",
-		old:   `!u.half && !u.zero {`,
+		old:   `!u.half && (!u.zero || mutely(request)) {`,
 		new:   `!u.half {`,
 		tests: `TestADeviceThatSaysZero`,
 	},
