@@ -123,6 +123,10 @@ func classify(frame []byte) meaning {
 			if !ok || is(arg, "STREAMS") {
 				break
 			}
+			if is(arg, "GROUP") { // two names, which may be any word
+				args.next()
+				args.next()
+			}
 			if is(arg, "BLOCK") {
 				m.class = blocks
 			}
@@ -236,6 +240,9 @@ func respFailure(_ *Config, dst, _ []byte, why failure) []byte {
 }
 
 // isError reports whether a reply is an error.
-func isError(reply []byte) bool { return len(reply) > 0 && (reply[0] == '-' || reply[0] == '!') }
+func isError(reply []byte) bool {
+	reply = bare(reply)
+	return len(reply) > 0 && (reply[0] == '-' || reply[0] == '!')
+}
 
 func hasPrefix(reply []byte, prefix string) bool { return bytes.HasPrefix(reply, []byte(prefix)) }

@@ -221,6 +221,9 @@ type replies struct {
 	matched bool   // ... a reply had the number of its request
 	zero    bool   // ... its replies have none
 
+	pushes bool // resp: a frame may be a push
+	push   bool // ... and the last one was
+
 	closed func() // runs when the connection has been closed; nil: nothing does
 
 	// pause is called before a read that may have to wait, and told whether a
@@ -239,6 +242,20 @@ func (u *replies) Close() error {
 	return nil
 }
 
+// reply is next for who waits for the reply to a request. A push, which RESP3 has
+// for what comes unasked, is none whenever it comes; nobody here has asked for
+// any, and it is dropped.
+func (u *replies) reply(from io.Reader, out *store) error {
+	for {
+		mark := len(out.b)
+		err := u.next(from, out)
+		if !u.push || err != nil && !errors.Is(err, errNoMemory) {
+			return err
+		}
+		out.b = out.b[:mark]
+	}
+}
+
 // next appends one frame to out. If there is no room for it, it is read to its
 // end all the same, so that the connection stays in step, and the error is
 // errNoMemory; any other error means that the connection is out of step. In
@@ -254,6 +271,9 @@ func (u *replies) next(from io.Reader, out *store) error {
 		n, done, err := u.sc.scan(u.buf[u.r:u.w])
 		if err != nil {
 			return fail(err)
+		}
+		if size == 0 && n > 0 {
+			u.push = u.pushes && u.buf[u.r] == '>'
 		}
 		if size += n; size > u.max {
 			return fail(errTooLong)

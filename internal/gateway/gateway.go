@@ -51,7 +51,7 @@ type Gateway struct {
 	journal *journal
 	notices notices
 
-	refusedAt atomic.Int64 // when the server last refused our certificate, in ns since 1970; 0: never
+	refusedAt atomic.Int64 // when the server last refused our certificate, in ns since started; 0: never
 
 	down atomic.Bool  // the server could not be reached, and has not answered since
 	room atomic.Int64 // how many clients may be there

@@ -318,7 +318,7 @@ func (k *greetings) hello(nc net.Conn, u *replies, id *identity) error {
 			return nil, err
 		}
 		var reply store
-		err := u.next(nc, &reply)
+		err := u.reply(nc, &reply)
 		var bad *malformed
 		if errors.As(err, &bad) { // no word of RESP
 			err = k.surprised(&speaksFirst{k.framing, bytes.Clone(u.buf[:min(u.w, 64)])})
@@ -414,7 +414,7 @@ func (u *replies) nextMark() []byte {
 func (u *replies) isMark(reply []byte) bool {
 	word := strconv.AppendUint(bytes.Clone(u.token), uint64(u.tid), 10)
 	want := append(append(fmt.Appendf(nil, "$%d\r\n", len(word)), word...), "\r\n"...)
-	return bytes.Equal(reply, want)
+	return bytes.Equal(bare(reply), want)
 }
 
 // mark is the command that is sent after the requests of a connection that is
@@ -431,7 +431,7 @@ func (k *greetings) mark(u *replies) []byte {
 // master refuses PING too, and then only time can tell.
 func (k *greetings) marked(c net.Conn, u *replies, asked, latest time.Time) error {
 	var reply store
-	if err := u.next(c, &reply); err != nil {
+	if err := u.reply(c, &reply); err != nil {
 		return err
 	}
 	if isError(reply.b) && isTolerable(reply.b) {
@@ -486,6 +486,7 @@ func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any,
 	u := &replies{sc: g.framing.newReplies(&g.Config), max: g.MaxFrame, born: time.Now(), closed: closed}
 	switch g.framing.name {
 	case "resp":
+		u.pushes = true
 		id, _ := ctx.Value(identityKey{}).(*identity)
 		return u, g.greet.hello(nc, u, id)
 	case "modbus":

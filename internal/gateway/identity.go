@@ -78,7 +78,7 @@ func (id *identity) assume(nc io.ReadWriter, u *replies) error {
 			return err
 		}
 		var reply store
-		if err := u.next(nc, &reply); err != nil {
+		if err := u.reply(nc, &reply); err != nil {
 			return err
 		}
 		if isError(reply.b) {
@@ -302,7 +302,7 @@ func (cl *client) login(frame []byte) error {
 		if _, err := c.Write(frame); err != nil {
 			return err
 		}
-		return u.next(c, &cl.out)
+		return u.reply(c, &cl.out)
 	})
 	if watch.verdict() != nil && !ran {
 		g.count.failures[left].Add(1)

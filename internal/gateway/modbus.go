@@ -69,7 +69,7 @@ type asker interface {
 // client's again on the way back. A reply with the id, unit and function of a
 // request that was given up is dropped; one with any others belongs to somebody
 // else. A device that says 0 whatever it is asked is believed as long as it
-// answers in time.
+// answers in time, or need not answer: a broadcast says which unit it was for.
 func (u *replies) modbus(c asker, request []byte, out *store, answered *int, latest time.Time, broadcast time.Duration) error {
 	client := binary.BigEndian.Uint16(request)
 	if u.tid++; u.tid == 0 {
@@ -89,7 +89,7 @@ func (u *replies) modbus(c asker, request []byte, out *store, answered *int, lat
 	mark := len(out.b)
 	for {
 		err := u.next(c, out)
-		if errors.Is(err, os.ErrDeadlineExceeded) && !u.half && !u.zero {
+		if errors.Is(err, os.ErrDeadlineExceeded) && !u.half && (!u.zero || mutely(request)) {
 			u.owe(asked)
 			if u.listened = true; mutely(request) {
 				*answered++ // and there is nothing to tell
@@ -108,7 +108,7 @@ func (u *replies) modbus(c asker, request []byte, out *store, answered *int, lat
 		case u.settle(came):
 			out.b = out.b[:mark]
 			continue
-		case came.tid == 0 && came.unit == asked.unit && came.function == asked.function && len(u.owed) == 0 && (u.zero || !u.matched):
+		case came.tid == 0 && came.unit == asked.unit && came.function == asked.function && !u.owes(asked) && (u.zero || !u.matched):
 			u.zero = true
 		default:
 			out.b = out.b[:mark]
@@ -133,6 +133,17 @@ func (u *replies) owe(o owed) {
 		u.owed = u.owed[:copy(u.owed, u.owed[1:])]
 	}
 	u.owed = append(u.owed, o)
+}
+
+// owes reports whether a reply without a number could be that to another request
+// than asked, one that was given up.
+func (u *replies) owes(asked owed) bool {
+	for _, x := range u.owed {
+		if x.unit == asked.unit && x.function == asked.function {
+			return true
+		}
+	}
+	return false
 }
 
 // settle reports whether o was owed, and is not any more.

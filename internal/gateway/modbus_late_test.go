@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bufio"
 	"io"
 	"sync/atomic"
 	"testing"
@@ -254,4 +255,31 @@ func TestSlowDevicesAreGivenTheirTime(t *testing.T) {
 		require.Equal(t, 4, srv.Accepts())
 		require.NotZero(t, g.Status().Pool.Closed[connpool.ClosedFnError])
 	})
+}
+
+// TRY-32: a device without numbers hears broadcasts as any other does.
+func TestABroadcastCostsADeviceWithoutNumbersNothing(t *testing.T) {
+	p := protocols["modbus"]
+	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
+		r := bufio.NewReader(peer)
+		for {
+			n, all, err := p.next(r)
+			if err != nil {
+				return
+			}
+			if all[6] != 0 {
+				peer.Write(p.reply(n)) // with the id 0
+			}
+		}
+	}})
+	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, BroadcastWait: 20 * time.Millisecond})
+	c := g.call()
+	for i := range 5 {
+		c.Write(readRegisters(9, 0, 1, 1))
+		c.Write(p.request(i))
+		n, all, err := p.next(c.r)
+		require.NoError(t, err)
+		require.Equal(t, i, n, "%x", all)
+	}
+	require.EqualValues(t, 1, g.Status().Pool.Dials)
 }

@@ -88,7 +88,7 @@ func (g *Gateway) unanswered(why failure, err error) {
 
 // refused tells that the server does not take us for who we are.
 func (g *Gateway) refused(err error) {
-	g.refusedAt.Store(time.Now().UnixNano())
+	g.refusedAt.Store(int64(time.Since(g.started)))
 	if len(g.Upstream.Cert) == 0 {
 		g.notice(slog.LevelError, "refused", "the server refuses connections without a certificate: give -upstream-cert and -upstream-key", "server", g.to, "error", err)
 		return
@@ -100,7 +100,7 @@ func (g *Gateway) refused(err error) {
 // minute, and told so.
 func (g *Gateway) refusedLately() bool {
 	at := g.refusedAt.Load()
-	return at != 0 && time.Since(time.Unix(0, at)) < time.Minute
+	return at != 0 && time.Since(g.started)-time.Duration(at) < time.Minute
 }
 
 // refusal is the alert with which a TLS server ended a connection because of our

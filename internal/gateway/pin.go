@@ -55,6 +55,7 @@ type pin struct {
 	active   time.Time // when something was last said
 	released bool
 	sending  bool  // the sender is about to send, or does
+	watched  bool  // a vigil has the deadline for reading from the client
 	outbox   store // what deliver is to write next
 	writing  bool  // deliver writes
 	closing  bool  // nothing more will come into outbox
@@ -103,8 +104,12 @@ func (cl *client) pinned(command []byte, m meaning) error {
 			g.count.pinned.Add(1)
 			defer g.count.pinned.Add(-1)
 			p := &pin{cl: cl, c: c, u: connpool.State[*replies](c)}
+			p.u.listened = false
 			return p.run(command, m)
 		})
+		if errors.Is(err, errSilent) {
+			err = nil
+		}
 		if ran {
 			return err
 		}
@@ -143,14 +148,20 @@ func (p *pin) run(command []byte, m meaning) error {
 	go func() {
 		defer close(heard)
 		err := p.hear()
+		if err != errReleased {
+			p.handOver() // what came before the end
+		}
 		p.mu.Lock()
-		defer p.mu.Unlock()
 		p.over, p.closing = true, true
 		if err != errReleased && p.heard == nil {
 			p.heard = err
 		}
 		p.moved.Broadcast()
 		p.rearmLocked(time.Time{})
+		p.mu.Unlock()
+		if err != errReleased {
+			p.c.Close() // the sender may be in a write that nobody reads
+		}
 	}()
 	err := p.send(command)
 	if err != errReleased {
@@ -163,8 +174,9 @@ func (p *pin) run(command []byte, m meaning) error {
 	case err == errReleased:
 		if p.stained {
 			p.c.Close()
+			return nil
 		}
-		return nil
+		return p.prove()
 	case err == p.heard:
 		p.tell()
 		// What the server did wrong is not to be told as the client's fault.
@@ -173,15 +185,53 @@ func (p *pin) run(command []byte, m meaning) error {
 	return err
 }
 
+// prove finds out, before anybody else gets the connection, that what its client
+// was told were the replies to its commands, and that none of them is left. What
+// cannot be proven costs the connection, and a word too many the client as well:
+// it has read what was no reply.
+func (p *pin) prove() error {
+	g, u := p.cl.g, p.u
+	now := time.Now()
+	latest := now.Add(g.RequestTimeout)
+	var err error
+	if proof := g.greet.mark(u); proof == nil {
+		err = g.greet.after(p.c, u, now, latest)
+	} else {
+		p.c.SetDeadline(latest)
+		if _, err = p.c.Write(proof); err == nil {
+			err = g.greet.marked(p.c, u, now, latest)
+		}
+	}
+	if err == nil {
+		return u.kept(nil)
+	}
+	p.c.Close()
+	var bad *malformed
+	var first *speaksFirst
+	if errors.As(err, &first) || errors.As(err, &bad) {
+		g.count.failures[outOfStep].Add(1)
+		g.unanswered(outOfStep, err)
+		return fmt.Errorf("its own connection: %v", err)
+	}
+	return nil
+}
+
 // tell gives the commands that were not answered the word for why. The client
 // is closed afterwards: what it had left behind is gone.
 func (p *pin) tell() {
 	cl := p.cl
-	if len(p.pending) == 0 || p.heard == errGone {
+	if len(p.pending) == 0 || p.heard == errGone || len(p.ready.b) > 0 { // a reply is missing before theirs
 		return
 	}
+	why := p.heard
+	if p.total+p.shards > 0 || p.behind != 0 { // what was too long may have been a message
+		if errors.Is(why, errTooLong) || errors.Is(why, errNoMemory) {
+			why = errBehind
+		}
+	}
 	for range p.pending {
-		cl.out.b = cl.failed(cl.out.b, nil, p.heard, true)
+		cl.out.b = cl.failed(cl.out.b, nil, why, true)
+		why = errBehind
 	}
 	if cl.flush() == nil {
 		cl.farewell()
@@ -193,6 +243,7 @@ func (p *pin) tell() {
 func (p *pin) send(command []byte) error {
 	for {
 		p.cl.g.count.requests.Add(1)
+		p.c.SetWriteDeadline(time.Now().Add(p.cl.g.RequestTimeout))
 		if _, err := p.c.Write(command); err != nil {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -208,7 +259,8 @@ func (p *pin) send(command []byte) error {
 			}
 			var m meaning
 			if command, m, err = p.cl.read(frame); err != nil {
-				return err
+				p.lastReplies() // to what was sent before
+				return p.cause(err)
 			}
 			if m.class == nothing {
 				continue
@@ -218,7 +270,10 @@ func (p *pin) send(command []byte) error {
 				p.cl.in.untake(frame) // it is for another connection
 				return err
 			case err != nil:
-				return err
+				if errors.As(err, new(*malformed)) { // the client's last one
+					p.lastReplies()
+				}
+				return p.cause(err)
 			}
 			break
 		}
@@ -235,13 +290,46 @@ func (p *pin) cause(err error) error {
 	return err
 }
 
-// enter makes a command pending, once there is room for it.
-func (p *pin) enter(command []byte, m meaning) error {
+// fullLocked reports whether as many commands are pending as may be.
+func (p *pin) fullLocked() bool {
+	return len(p.pending) >= p.cl.g.Pipeline && !p.over && !p.kept && p.heard == nil
+}
+
+// waitForRoom waits until there is room for one more command. Nobody reads from
+// the client meanwhile, so somebody must look whether it has left: a command that
+// is blocked may take for ever.
+func (p *pin) waitForRoom() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	for len(p.pending) >= p.cl.g.Pipeline && !p.over && !p.kept {
+	full, fin := p.fullLocked(), p.blocking > 0
+	p.watched = full
+	p.mu.Unlock()
+	if !full {
+		return
+	}
+	watch := p.cl.watchOver(fin, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.heard == nil {
+			p.heard = errGone
+		}
+		p.moved.Broadcast()
+	})
+	p.mu.Lock()
+	for p.fullLocked() {
 		p.moved.Wait()
 	}
+	p.mu.Unlock()
+	watch.stop()
+	p.mu.Lock()
+	p.watched = false
+	p.mu.Unlock()
+}
+
+// enter makes a command pending, once there is room for it.
+func (p *pin) enter(command []byte, m meaning) error {
+	p.waitForRoom()
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	switch {
 	case p.heard != nil:
 		return p.heard
@@ -376,7 +464,9 @@ func (p *pin) rearmLocked(begun time.Time) error {
 	if err != nil {
 		end = past
 	}
-	p.cl.raw.SetReadDeadline(end)
+	if !p.watched { // a vigil would never end
+		p.cl.raw.SetReadDeadline(end)
+	}
 	return err
 }
 

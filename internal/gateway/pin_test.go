@@ -168,3 +168,188 @@ func TestTheGreetingOfCurrentClientsNeedsNoConnectionOfItsOwn(t *testing.T) {
 	require.Zero(t, g.Status().Failures["pinned"])
 	require.NotEmpty(t, all)
 }
+
+// TRY-27: nobody reads from a client that has sent as much as may be ahead.
+func TestAClientThatSentMuchBehindABlockedCommandIsMissedWhenItLeaves(t *testing.T) {
+	if !canWatch {
+		t.Skip("this system does not tell of clients that nobody reads from")
+	}
+	for name, rst := range map[string]bool{"reset": true, "end": false} {
+		t.Run(name, func(t *testing.T) {
+			g, r := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned = 2, 1 })
+			c := g.call()
+			all := appendCommand(nil, []byte("BLPOP"), []byte("list"), []byte("0"))
+			for range 100 {
+				all = appendCommand(all, []byte("PING"))
+			}
+			c.Write(all)
+			soon(t, "it is blocked", func() bool { return strings.Contains(r.do(t, "INFO", "clients"), "blocked_clients:1") })
+			soon(t, "all was read", func() bool { return g.Status().BytesIn == uint64(len(all)) })
+			c.leave(rst)
+			soon(t, "its connection is free", func() bool { return g.Status().Pinned == 0 && g.Status().Clients == 0 })
+			soon(t, "the server knows", func() bool { return strings.Contains(r.do(t, "INFO", "clients"), "blocked_clients:0") })
+			require.Equal(t, ":1\r\n", r.do(t, "RPUSH", "list", "x"))
+			require.Equal(t, ":1\r\n", r.do(t, "LLEN", "list"), "nothing was taken for nobody")
+		})
+	}
+}
+
+// TRY-27: no client with a connection of its own waits without end for a server
+// that takes no more.
+func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
+	for name, word := range map[string]string{"silent": "", "answers first": "-ERR that is too large\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			stop := make(chan bool)
+			defer close(stop)
+			to := scripted(t, func(peer *faultnet.Peer, command string) string {
+				io.WriteString(peer, "+OK\r\n")
+				if word != "" {
+					peer.Read(make([]byte, 1))
+					io.WriteString(peer, word)
+				}
+				<-stop
+				return ""
+			})
+			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, RequestTimeout: 3 * time.Second})
+			c := g.call()
+			require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
+			go c.Write(appendCommand(nil, []byte("SET"), []byte("k"), make([]byte, 15<<20)))
+			told := strings.TrimSuffix(word, "\r\n")
+			if word == "" {
+				told = respErrors[late]
+			}
+			require.Contains(t, c.frame(), told)
+			soon(t, "the connection is given up", func() bool { return g.Status().Pinned == 0 && g.Status().Pool.Open == 0 })
+		})
+	}
+}
+
+// TRY-33: each command has its own reply, or the word for why it has none.
+func TestAReplyThatCannotBePassedOnCostsNoReplyBeforeIt(t *testing.T) {
+	for word, told := range map[string]failure{"$99999999\r\n": tooLong, "?\r\n": outOfStep} {
+		to := scripted(t, func(_ *faultnet.Peer, command string) string {
+			switch command {
+			case "GET a", "GET b":
+				return ""
+			case "GET c":
+				return bulk("a") + word // in one segment, when all were sent
+			}
+			return "+OK\r\n"
+		})
+		g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2})
+		c := g.call()
+		require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
+		for _, key := range []string{"a", "b", "c"} {
+			c.send("GET", key)
+		}
+		require.Equal(t, bulk("a"), c.frame())
+		require.Contains(t, c.frame(), respErrors[told])
+		require.Contains(t, c.frame(), "may have been carried out", "nobody knows")
+		c.hearEnd()
+	}
+}
+
+// TRY-33
+func TestWhatAClientIsClosedForIsToldBehindTheRepliesThatItWaitsFor(t *testing.T) {
+	for _, bad := range []string{"GET 'a\r\n", "*1\r\n$4\r\nSYNC\r\n", "POST /\r\n", "*x\r\n"} {
+		proceed := make(chan bool)
+		to := scripted(t, func(_ *faultnet.Peer, command string) string {
+			if command == "GET a" {
+				<-proceed
+				return bulk("a")
+			}
+			return "+OK\r\n"
+		})
+		g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2})
+		c := g.call()
+		require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
+		before, all := g.Status().BytesIn, append(appendCommand(nil, []byte("GET"), []byte("a")), bad...)
+		c.Write(all)
+		soon(t, "all was read", func() bool { return g.Status().BytesIn == before+uint64(len(all)) })
+		time.AfterFunc(20*time.Millisecond, func() { close(proceed) }) // for one that does not wait
+		require.Equal(t, bulk("a"), c.frame(), "%q", bad)
+		require.Contains(t, c.frame(), "-ERR Protocol error", "%q", bad)
+		c.hearEnd()
+	}
+}
+
+// TRY-04: a word too many in a pin is found out before somebody else has the
+// connection.
+func TestAPinThatHeardAWordTooManyLeavesNoReplyToTheNextClient(t *testing.T) {
+	proceed, stop := make(chan bool), make(chan bool)
+	defer close(stop)
+	to := scripted(t, func(peer *faultnet.Peer, command string) string {
+		if command == "BLPOP a 0" {
+			io.WriteString(peer, "+hello\r\n") // late, and before the reply
+			<-proceed
+			return "*2\r\n" + bulk("a") + bulk("of a")
+		}
+		<-stop
+		return ""
+	})
+	g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 1, GreetingWait: time.Second})
+	a, b := g.call(), g.call()
+	a.send("BLPOP", "a", "0")
+	require.Equal(t, "+hello\r\n", a.frame(), "its words are a client's own affair")
+	b.send("BLPOP", "b", "0")
+	sent := len(appendCommand(nil, []byte("BLPOP"), []byte("a"), []byte("0")))
+	soon(t, "it has come", func() bool { return g.Status().BytesIn == uint64(2*sent) })
+	time.AfterFunc(50*time.Millisecond, func() { close(proceed) }) // for one that lets it in
+	require.Contains(t, b.frame(), "was not sent")
+	a.hearEnd()
+	require.NotZero(t, g.Status().Failures["out-of-step"])
+	require.NotZero(t, g.Status().Failures["speaks-first"])
+}
+
+// TRY-26: what a server says about a reply does not hide what the reply says.
+func TestAttributesHideNothing(t *testing.T) {
+	const attribute = "|1\r\n$3\r\nttl\r\n*2\r\n:3\r\n+s\r\n"
+	to := scripted(t, func(_ *faultnet.Peer, command string) string {
+		if strings.HasSuffix(command, "guess") {
+			return attribute + "-WRONGPASS no\r\n"
+		}
+		switch command {
+		case "MULTI", "HELLO 3":
+			return attribute + "+OK\r\n"
+		case "EXEC":
+			return attribute + "*0\r\n"
+		case "MONITOR":
+			return attribute + "-NOPERM not you\r\n"
+		}
+		return attribute + "+QUEUED\r\n"
+	})
+	g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2})
+	c := g.call()
+	require.Equal(t, attribute+"+OK\r\n", c.do("HELLO", "3"))
+	require.Equal(t, attribute+"+OK\r\n", c.do("MULTI"))
+	for range 20 {
+		require.Equal(t, attribute+"+QUEUED\r\n", c.do("INCR", "x"))
+		require.EqualValues(t, 1, g.Status().Pinned)
+	}
+	require.Equal(t, attribute+"*0\r\n", c.do("EXEC"))
+	soon(t, "the transaction is over", func() bool { return g.Status().Pinned == 0 })
+	require.Contains(t, c.do("MONITOR"), "-NOPERM")
+	soon(t, "a refused command pins nobody", func() bool { return g.Status().Pinned == 0 })
+	require.Contains(t, c.do("AUTH", "guess"), "-WRONGPASS")
+	dials := g.Status().Pool.Dials
+	require.Contains(t, c.do("INCR", "x"), "+QUEUED")
+	require.Equal(t, dials, g.Status().Pool.Dials, "it is who it was, and has the connections of that")
+	require.True(t, isDemotion([]byte(attribute+"-READONLY no\r\n")))
+}
+
+// TRY-27: whatever the names are, a command that blocks is seen to block.
+func TestAGroupMayHaveTheNameOfAWordOfTheCommand(t *testing.T) {
+	for command, want := range map[string]class{
+		"XREADGROUP GROUP streams c BLOCK 0 STREAMS k >": blocks,
+		"XREADGROUP GROUP g streams BLOCK 0 STREAMS k >": blocks,
+		"XREADGROUP GROUP block block STREAMS k >":       plain,
+		"XREAD COUNT 1 BLOCK 0 STREAMS k 0":              blocks,
+		"XREAD STREAMS block 0":                          plain,
+	} {
+		var args [][]byte
+		for _, w := range strings.Fields(command) {
+			args = append(args, []byte(w))
+		}
+		require.Equal(t, want, classify(appendCommand(nil, args...)).class, command)
+	}
+}

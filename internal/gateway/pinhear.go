@@ -17,9 +17,10 @@ func (p *pin) hear() error {
 	for {
 		p.frame.empty()
 		if err := p.u.next(p.c, &p.frame); err != nil {
-			if errors.Is(err, errNoMemory) {
-				err = errTooLong // a reply that cannot be passed on breaks the order of those behind it
-			}
+			return err // that of no memory too: a reply that cannot be passed on breaks the order of those behind it
+		}
+		mark := len(p.ready.b)
+		if err := p.ready.append(p.frame.b); err != nil {
 			return err
 		}
 		p.mu.Lock()
@@ -30,9 +31,7 @@ func (p *pin) hear() error {
 			p.cl.g.demoted(p.frame.b)
 		}
 		if err != nil {
-			return err
-		}
-		if err := p.ready.append(p.frame.b); err != nil {
+			p.ready.b = p.ready.b[:mark]
 			return err
 		}
 		if len(p.ready.b) >= keptBuffer {
@@ -161,6 +160,7 @@ func (p *pin) pause(within bool) error {
 // accountLocked follows what a frame from the server means for the state.
 func (p *pin) accountLocked(frame []byte) error {
 	p.active = time.Now()
+	frame = bare(frame)
 	if p.kept {
 		if p.muting && isError(frame) {
 			p.kept = false

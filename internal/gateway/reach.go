@@ -41,7 +41,9 @@ func (g *Gateway) Examine(ctx context.Context) (remark string, err error) {
 		return "", err
 	}
 	defer pool.Close()
+	lent := false
 	err = pool.With(ctx, g.to, func(c connpool.Conn) error {
+		lent = true
 		defer c.Close() // it has been asked things that no client asks
 		said, err := listen(c, lookFor)
 		switch {
@@ -62,6 +64,9 @@ func (g *Gateway) Examine(ctx context.Context) (remark string, err error) {
 		}
 		return nil
 	})
+	if err != nil && !lent { // the end may be noticed before the loan
+		err = g.hangsUp(err)
+	}
 	return remark, err
 }
 

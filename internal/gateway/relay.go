@@ -83,7 +83,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 	try := func(c connpool.Conn) error {
 		lent()
 		if watch.stop() != nil {
-			return errLeft
+			return connpool.Keep(errLeft)
 		}
 		u := connpool.State[*replies](c)
 		u.listened = false
@@ -110,7 +110,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		err := converse(c, wire, proof, g.to.QoS.SendBuffer > 0, func() error {
 			for answered < len(cl.batch) {
 				at := len(cl.out.b)
-				switch err := u.next(c, &cl.out); {
+				switch err := u.reply(c, &cl.out); {
 				case err == nil:
 					answered++
 					if g.framing.demotes != nil && g.framing.demotes(cl.out.b[at:]) {

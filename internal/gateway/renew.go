@@ -37,7 +37,7 @@ var demotions = [][]byte{[]byte("READONLY "), []byte("MASTERDOWN "), []byte("UNB
 
 // isDemotion reports whether a reply says that the server is not the one to ask.
 func isDemotion(reply []byte) bool {
-	if !isError(reply) {
+	if reply = bare(reply); !isError(reply) {
 		return false
 	}
 	word := reply[1:]

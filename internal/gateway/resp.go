@@ -367,6 +367,22 @@ type respArgs struct {
 	left int
 }
 
+// bare is a reply without the attributes that RESP3 may put before it.
+func bare(reply []byte) []byte {
+	for len(reply) > 0 && reply[0] == '|' {
+		n, rest := leadingNumber(reply[1:])
+		for range 2 * n { // names and values
+			used, done, err := (&respReplies{max: len(rest)}).scan(rest)
+			if !done || err != nil {
+				return reply
+			}
+			rest = rest[used:]
+		}
+		reply = rest
+	}
+	return reply
+}
+
 // argsOf begins with the frame's first bulk string. A frame that is no array
 // has none.
 func argsOf(frame []byte) respArgs {

@@ -1,6 +1,8 @@
 package gateway
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -11,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 // frame reads one whole reply, as text.
@@ -407,4 +410,56 @@ func TestBrokenRESPCostsItsSender(t *testing.T) {
 		c.hearEnd()
 		require.Zero(t, g.Status().Pool.Dials)
 	}
+}
+
+// scripted is a server of RESP that answers the PINGs of the gateway itself, and
+// each other command, its words with single spaces between them, as answer says.
+func scripted(t testing.TB, answer func(peer *faultnet.Peer, command string) string) string {
+	t.Helper()
+	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
+		r := bufio.NewReader(peer)
+		for {
+			_, all, err := protocols["resp"].next(r)
+			if err != nil {
+				return
+			}
+			args := argsOf(all)
+			name, _ := args.next()
+			command := string(bytes.Join(append([][]byte{name}, words(all)...), []byte(" ")))
+			reply := ""
+			switch word, isMark := strings.CutPrefix(command, "PING "); {
+			case command == "PING":
+				reply = "+PONG\r\n"
+			case isMark && strings.HasPrefix(word, "connpool:"):
+				reply = bulk(word)
+			default:
+				reply = answer(peer, command)
+			}
+			if _, err := io.WriteString(peer, reply); err != nil {
+				return
+			}
+		}
+	}})
+	return to
+}
+
+// TRY-04: RESP3 has a type for what comes unasked, which may come at any time.
+func TestAPushIsNobodysReply(t *testing.T) {
+	const push = ">2\r\n$6\r\nMOVING\r\n:1\r\n"
+	to := scripted(t, func(_ *faultnet.Peer, command string) string {
+		return push + push + bulk(command)
+	})
+	g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 1})
+	c := g.call()
+	require.Equal(t, bulk("HELLO 3"), c.do("HELLO", "3"))
+	n := 0
+	for begun := time.Now(); n < 20 || time.Since(begun) < 50*time.Millisecond; n++ { // until nobody doubts the connection
+		for i := range 3 {
+			c.send("ECHO", fmt.Sprint(n, " ", i))
+		}
+		for i := range 3 {
+			require.Equal(t, bulk(fmt.Sprint("ECHO ", n, " ", i)), c.frame())
+		}
+	}
+	require.EqualValues(t, 2, g.Status().Pool.Dials, "one for the claim, and one for all the rest")
 }

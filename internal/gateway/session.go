@@ -134,6 +134,7 @@ func (cl *client) ownUnder(ctx context.Context, addr connpool.Addr, fn func(cont
 func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 	g := cl.g
 	var q quiet
+	q.begun = time.Now()
 	q.moved()
 
 	// carry ends with nil at the end of src.
@@ -190,11 +191,14 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 
 // quiet is what both directions know of each other's silence.
 type quiet struct {
-	last       atomic.Int64 // when bytes went either way, in Unix nanoseconds
+	begun      time.Time    // by a clock that nobody sets
+	last       atomic.Int64 // when bytes went either way, in nanoseconds since begun
 	serverDone atomic.Bool  // the server will send no more
 }
 
-func (q *quiet) moved() { q.last.Store(time.Now().UnixNano()) }
+func (q *quiet) moved() { q.last.Store(int64(time.Since(q.begun))) }
+
+func (q *quiet) since() time.Time { return q.begun.Add(time.Duration(q.last.Load())) }
 
 // hear reads from src. Silence ends a session only if the other direction has
 // been silent for as long. A client whose server is done has less patience to
@@ -205,7 +209,7 @@ func (cl *client) hear(src net.Conn, buf []byte, q *quiet) (int, error) {
 		if short := cl.g.RequestTimeout; done && (limit <= 0 || limit > short) {
 			limit = short
 		}
-		end := time.Unix(0, q.last.Load()).Add(limit)
+		end := q.since().Add(limit)
 		if limit <= 0 {
 			src.SetReadDeadline(time.Time{})
 		} else {
@@ -221,7 +225,7 @@ func (cl *client) hear(src net.Conn, buf []byte, q *quiet) (int, error) {
 			return n, err
 		}
 		// A deadline that the drain set ends no session: that is for the cut.
-		if limit > 0 && time.Now().After(end) && time.Since(time.Unix(0, q.last.Load())) >= limit {
+		if limit > 0 && time.Now().After(end) && time.Since(q.since()) >= limit {
 			return 0, errIdle
 		}
 	}

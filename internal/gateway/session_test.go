@@ -131,3 +131,12 @@ func TestASessionWithoutAServerIsClosed(t *testing.T) {
 	c.hearEnd()
 	require.Equal(t, uint64(1), g.Status().Failures["unreachable"])
 }
+
+// TRY-21: somebody who sets the clock makes no session idle.
+func TestTheSilenceOfASessionIsMeasuredByAClockThatNobodySets(t *testing.T) {
+	q := quiet{begun: time.Now()}
+	q.moved()
+	require.Contains(t, q.since().String(), " m=", "without a monotonic reading a step of the clock would count")
+	require.Contains(t, q.since().Add(time.Hour).String(), " m=")
+	require.WithinDuration(t, time.Now(), q.since(), forever)
+}

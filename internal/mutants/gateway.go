@@ -201,7 +201,7 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "late-devices-without-numbers",
-		old:   `!u.half && !u.zero {`,
+		old:   `!u.half && (!u.zero || mutely(request)) {`,
 		new:   `!u.half {`,
 		tests: `TestADeviceThatSaysZero`,
 	},
@@ -635,5 +635,73 @@ var gatewayMutants = []mutant{
 		old:   "\tforServer = &tls.Config{",
 		new:   "\tif forClients != nil {\n\t\tforClients.SetSessionTicketKeys([][32]byte{{1}})\n\t}\n\tforServer = &tls.Config{",
 		tests: `TestKeysOfSessionTickets`,
+	},
+
+	// --- pins that meet what else there is ---
+	{
+		name:  "pins-watch-who-waits-for-room",
+		old:   "\t\tif p.heard == nil {\n\t\t\tp.heard = errGone",
+		new:   "\t\tif false {\n\t\t\tp.heard = errGone",
+		tests: `TestAClientThatSentMuchBehindABlockedCommand`,
+	},
+	{
+		name:  "pins-bound-their-writes",
+		old:   `p.c.SetWriteDeadline(time.Now().Add(p.cl.g.RequestTimeout))`,
+		new:   ``,
+		tests: `TestAServerThatStopsReading`,
+	},
+	{
+		name:  "pins-hand-over-what-came-before-the-end",
+		old:   `p.handOver() // what came before the end`,
+		new:   ``,
+		tests: `TestAReplyThatCannotBePassedOn`,
+	},
+	{
+		name:  "pins-tell-one-command-the-cause",
+		old:   "\t\twhy = errBehind\n\t}\n\tif cl.flush()",
+		new:   "\t}\n\tif cl.flush()",
+		tests: `TestAReplyThatCannotBePassedOn`,
+	},
+	{
+		name:  "pins-tell-the-end-behind-the-replies",
+		old:   "p.lastReplies() // to what was sent before\n\t\t\t\treturn p.cause(err)",
+		new:   "return p.cause(err)",
+		tests: `TestWhatAClientIsClosedFor`,
+	},
+	{
+		name:  "pins-are-proven-before-they-are-given-back",
+		old:   `return p.prove()`,
+		new:   `return nil`,
+		tests: `TestAPinThatHeardAWordTooMany`,
+	},
+	{
+		name:  "pushes-are-no-replies",
+		old:   `u.push = u.pushes && u.buf[u.r] == '>'`,
+		new:   `u.push = false`,
+		tests: `TestAPushIsNobodysReply`,
+	},
+	{
+		name:  "attributes-hide-no-state",
+		old:   `frame = bare(frame)`,
+		new:   ``,
+		tests: `TestAttributesHideNothing`,
+	},
+	{
+		name:  "attributes-hide-no-error",
+		old:   "\treply = bare(reply)\n\treturn len(reply)",
+		new:   "\treturn len(reply)",
+		tests: `TestAttributesHideNothing`,
+	},
+	{
+		name:  "groups-hide-no-block",
+		old:   `if is(arg, "GROUP") { // two names`,
+		new:   `if false { // two names`,
+		tests: `TestAGroupMayHaveTheName`,
+	},
+	{
+		name:  "broadcasts-need-no-number",
+		old:   `!u.half && (!u.zero || mutely(request))`,
+		new:   `!u.half && !u.zero`,
+		tests: `TestABroadcastCostsADevice`,
 	},
 }
