@@ -183,6 +183,7 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	fs.DurationVar(&o.DialTimeout, "dial-timeout", 10*time.Second, "for opening a connection to the server")
 	fs.DurationVar(&o.MaxLifetime, "max-lifetime", 30*time.Minute, "age at which a connection to the server is replaced, between two requests; negative: none")
 	fs.DurationVar(&o.GreetingWait, "greeting-wait", 1100*time.Millisecond, "how late a server may speak first and still be noticed: the first reply of all is held until its connection is so old; negative: nobody listens")
+	fs.BoolVar(&o.BroadcastSilent, "broadcast-silent", false, "modbus: tell the client of a broadcast nothing; else it gets the normal response once the broadcast is out")
 	fs.DurationVar(&o.BroadcastWait, "broadcast-wait", 200*time.Millisecond, "modbus: how long a broadcast (unit 0, or function 8/4) has the line, if no reply comes")
 	fs.DurationVar(&o.ConnectDelay, "connect-delay", 0, "between the opening of a connection and its first request, for devices that are not ready at once")
 	fs.DurationVar(&o.RedialDelay, "redial-delay", 0, "between the end of a connection and the opening of the next, for devices that take one at a time")
@@ -213,7 +214,7 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 				others = append(others, "-"+f.Name)
 			}
 		}
-		if f.Name == "broadcast-wait" && o.Framing != "modbus" || f.Name == "greeting-wait" && o.Framing == "session" {
+		if strings.HasPrefix(f.Name, "broadcast-") && o.Framing != "modbus" || f.Name == "greeting-wait" && o.Framing == "session" {
 			others = append(others, "-"+f.Name)
 		}
 	})

@@ -61,17 +61,18 @@ type Config struct {
 	MaxMemory int64 // bytes held for all clients together. 0: 512 MiB
 	Pipeline  int   // requests of one client that are sent ahead of their replies. 0: 32, and 1 for modbus
 
-	IdleTimeout    time.Duration // of a client that says nothing. 0: 1 hour; negative: none
-	HoldTimeout    time.Duration // of a client that says nothing in the middle of a transaction (resp). 0: 1 minute
-	RequestTimeout time.Duration // from a request to its reply, the wait for a connection included. 0: 30 s
-	WriteTimeout   time.Duration // for a client to take its replies. 0: 10 s
-	DialTimeout    time.Duration // 0: 10 s
-	MaxLifetime    time.Duration // age of a connection to the server. 0: 30 min; negative: no limit
-	GreetingWait   time.Duration // how long a server that is not yet known may take to speak first, see greetings. 0: 1.1 s; negative: nobody listens
-	BroadcastWait  time.Duration // for a reply to a request that by the specification has none (modbus). 0: 200 ms
-	ConnectDelay   time.Duration // from the opening of a connection to its first request. 0 or negative: none
-	RedialDelay    time.Duration // from the end of a connection to the opening of the next one. 0 or negative: none
-	Drain          time.Duration // for what is under way when the gateway is told to end. 0: 30 s; negative: none
+	IdleTimeout     time.Duration // of a client that says nothing. 0: 1 hour; negative: none
+	HoldTimeout     time.Duration // of a client that says nothing in the middle of a transaction (resp). 0: 1 minute
+	RequestTimeout  time.Duration // from a request to its reply, the wait for a connection included. 0: 30 s
+	WriteTimeout    time.Duration // for a client to take its replies. 0: 10 s
+	DialTimeout     time.Duration // 0: 10 s
+	MaxLifetime     time.Duration // age of a connection to the server. 0: 30 min; negative: no limit
+	GreetingWait    time.Duration // how long a server that is not yet known may take to speak first, see greetings. 0: 1.1 s; negative: nobody listens
+	BroadcastSilent bool          // the client of a broadcast that no device has answered is told nothing (modbus)
+	BroadcastWait   time.Duration // for a reply to a request that by the specification has none (modbus). 0: 200 ms
+	ConnectDelay    time.Duration // from the opening of a connection to its first request. 0 or negative: none
+	RedialDelay     time.Duration // from the end of a connection to the opening of the next one. 0 or negative: none
+	Drain           time.Duration // for what is under way when the gateway is told to end. 0: 30 s; negative: none
 
 	Logger *slog.Logger // nil: no log
 }

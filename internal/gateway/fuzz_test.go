@@ -175,7 +175,7 @@ func FuzzModbus(f *testing.F) {
 		u := &replies{sc: newMBAPScanner(), max: fuzzMax, tid: 0x0102, matched: true}
 		var out store
 		answered := 0
-		err := u.modbus(deadlineless{bytes.NewReader(data), io.Discard}, request, &out, &answered, time.Now().Add(forever), forever)
+		err := u.modbus(deadlineless{bytes.NewReader(data), io.Discard}, request, &out, &answered, time.Now().Add(forever), &Config{BroadcastWait: forever})
 		require.Equal(t, readRegisters(0xBEEF, 9, 0, 1), request)
 		require.Equal(t, err == nil, answered == 1)
 		if err != nil {

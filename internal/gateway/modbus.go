@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -58,6 +59,26 @@ func mutely(request []byte) bool {
 	return request[6] == 0 || len(request) >= 10 && request[7] == 8 && request[8] == 0 && request[9] == 4
 }
 
+// broadcastResponse is the normal response to a command that was broadcast; nil if
+// the request is none, or is no write, to which only a device could respond.
+func broadcastResponse(request []byte) []byte {
+	if request[6] != 0 {
+		return nil
+	}
+	switch request[7] {
+	case 5, 6, 21, 22: // one coil, one register, a file record, a mask: the request again
+		return request
+	case 15, 16: // several coils or registers: where and how many
+		if len(request) < 12 {
+			return nil
+		}
+		response := bytes.Clone(request[:12])
+		binary.BigEndian.PutUint16(response[4:], 6) // unit, function, address, quantity
+		return response
+	}
+	return nil
+}
+
 // asker is what an exchange needs of a connection.
 type asker interface {
 	io.ReadWriter
@@ -70,7 +91,11 @@ type asker interface {
 // request that was given up is dropped; one with any others belongs to somebody
 // else. A device that says 0 whatever it is asked is believed as long as it
 // answers in time, or need not answer: a broadcast says which unit it was for.
-func (u *replies) modbus(c asker, request []byte, out *store, answered *int, latest time.Time, broadcast time.Duration) error {
+//
+// A client waits for a reply to a broadcast as to anything else, so it gets the
+// normal response of the command as soon as the broadcast is over, unless it is to
+// be told nothing.
+func (u *replies) modbus(c asker, request []byte, out *store, answered *int, latest time.Time, cfg *Config) error {
 	client := binary.BigEndian.Uint16(request)
 	if u.tid++; u.tid == 0 {
 		u.tid++
@@ -83,7 +108,7 @@ func (u *replies) modbus(c asker, request []byte, out *store, answered *int, lat
 	}
 	end := latest
 	if mutely(request) {
-		end = earlier(end, time.Now().Add(broadcast))
+		end = earlier(end, time.Now().Add(cfg.BroadcastWait))
 	}
 	c.SetReadDeadline(end)
 	mark := len(out.b)
@@ -92,8 +117,12 @@ func (u *replies) modbus(c asker, request []byte, out *store, answered *int, lat
 		if errors.Is(err, os.ErrDeadlineExceeded) && !u.half && (!u.zero || mutely(request)) {
 			u.owe(asked)
 			if u.listened = true; mutely(request) {
-				*answered++ // and there is nothing to tell
-				return nil
+				*answered++
+				if cfg.BroadcastSilent {
+					return nil
+				}
+				binary.BigEndian.PutUint16(request, client)
+				return out.append(broadcastResponse(request))
 			}
 			if u.silent++; u.silent < maxSilent {
 				return connpool.Keep(errNoReply)

@@ -18,8 +18,12 @@ import (
 func units(answer func(p *faultnet.Peer, request []byte)) func(*faultnet.Peer) {
 	return func(p *faultnet.Peer) {
 		for {
-			request := make([]byte, 12)
+			request := make([]byte, 6)
 			if _, err := io.ReadFull(p, request); err != nil {
+				return
+			}
+			request = append(request, make([]byte, request[5])...)
+			if _, err := io.ReadFull(p, request[6:]); err != nil {
 				return
 			}
 			answer(p, request)
@@ -36,10 +40,17 @@ func writeRegister(tid uint16, unit byte, register byte) []byte {
 
 // TRY-32
 func TestARequestWithoutAReplyHoldsTheLineForTheBroadcastWaitOnly(t *testing.T) {
-	for name, mute := range map[string][]byte{
-		"a broadcast":        writeRegister(7, 0, 5),
-		"listen only mode":   {0, 7, 0, 0, 0, 6, 3, 8, 0, 4, 0, 0},
-		"a broadcast of 8/4": {0, 7, 0, 0, 0, 6, 0, 8, 0, 4, 0, 0},
+	several := []byte{0, 7, 0, 0, 0, 11, 0, 16, 0, 5, 0, 2, 4, 1, 2, 3, 4}
+	for name, c := range map[string]struct {
+		mute, told []byte
+		silent     bool
+	}{
+		"a broadcast":                      {mute: writeRegister(7, 0, 5), told: writeRegister(7, 0, 5)},
+		"a broadcast of several":           {mute: several, told: []byte{0, 7, 0, 0, 0, 6, 0, 16, 0, 5, 0, 2}},
+		"a broadcast, and nothing is told": {mute: writeRegister(7, 0, 5), silent: true},
+		"a broadcast that asks":            {mute: readRegisters(7, 0, 5, 1)},
+		"listen only mode":                 {mute: []byte{0, 7, 0, 0, 0, 6, 3, 8, 0, 4, 0, 0}},
+		"a broadcast of 8/4":               {mute: []byte{0, 7, 0, 0, 0, 6, 0, 8, 0, 4, 0, 0}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			srv, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
@@ -47,15 +58,18 @@ func TestARequestWithoutAReplyHoldsTheLineForTheBroadcastWaitOnly(t *testing.T) 
 					p.Write(b)
 				}
 			})})
-			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: forever, BroadcastWait: 50 * time.Millisecond})
+			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: forever, BroadcastWait: 50 * time.Millisecond, BroadcastSilent: c.silent})
 			a, b := g.call(), g.call()
 			for i := range uint16(5) {
-				a.Write(mute)
+				a.Write(c.mute)
 				b.Write(writeRegister(i, 1, 9))
 				require.Equal(t, writeRegister(i, 1, 9), b.hearFrame(), "long before -request-timeout")
+				if c.told != nil {
+					require.Equal(t, c.told, a.hearFrame())
+				}
 			}
 			a.Write(writeRegister(8, 1, 9))
-			require.Equal(t, writeRegister(8, 1, 9), a.hearFrame(), "it was told nothing before")
+			require.Equal(t, writeRegister(8, 1, 9), a.hearFrame(), "it was told nothing else before")
 			require.Equal(t, 1, srv.Accepts(), "the connection is kept")
 			require.Empty(t, nonZero(g.Status().Failures))
 			require.Equal(t, g.Status().Requests, g.Status().Replies)
@@ -81,7 +95,7 @@ func TestADeviceThatAnswersABroadcastIsHeard(t *testing.T) {
 	quick := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, BroadcastWait: 10 * time.Millisecond})
 	c = quick.call()
 	c.Write(writeRegister(7, 0, 99))
-	soon(t, "its time is over", func() bool { return quick.Status().Replies == 1 })
+	require.Equal(t, writeRegister(7, 0, 99), c.hearFrame(), "the gateway's own, when its time is over")
 	c.Write(writeRegister(8, 1, 5))
 	close(hold)
 	require.Equal(t, writeRegister(8, 1, 5), c.hearFrame())

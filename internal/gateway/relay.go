@@ -99,7 +99,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 		ran = true
 		if g.framing.name == "modbus" {
-			err := u.modbus(c, cl.batch[0], &cl.out, &answered, latest, g.BroadcastWait)
+			err := u.modbus(c, cl.batch[0], &cl.out, &answered, latest, &g.Config)
 			if err == nil {
 				err = u.kept(nil)
 			}
