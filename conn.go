@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // phase is where a connection is in its life. Only Pool.moveLocked changes it.
@@ -40,9 +42,9 @@ type conn struct {
 	word atomic.Uint64 // see below
 
 	// Pool.mu guards these; since is the owner's too.
-	up, down       *conn   // neighbours in the idle stack
-	younger, older *conn   // neighbours in the recency
-	since          instant // given back, or lent, at; see lendAtLocked
+	up, down       *conn         // neighbours in the idle stack
+	younger, older *conn         // neighbours in the recency
+	since          clock.Instant // given back, or lent, at; see lendAtLocked
 	phase          phase
 	round          uint8 // the last walk that met it, see recency
 	uncounted      bool  // the current loan is not in Stats yet; the owner's too
@@ -52,7 +54,7 @@ type conn struct {
 
 	// The owner's.
 	idleFor time.Duration // before this loan
-	checked instant       // when Config.Check last said yes
+	checked clock.Instant // when Config.Check last said yes
 	uses    int           // loans, this one included
 
 	loan atomic.Pointer[lending] // nil while nothing has to be remembered
@@ -63,7 +65,7 @@ type conn struct {
 	probe probe
 	state any // what Setup returned
 	id    uint64
-	born  instant
+	born  clock.Instant
 	life  time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
 	past  *[]pastLoan   // the last ones, in debug mode; dmu
 
@@ -180,7 +182,7 @@ var past = time.Unix(1, 0)
 func (c *conn) adopt(nc net.Conn) {
 	p := c.site.pool
 	c.nc = nc
-	c.born = p.clock.exactly()
+	c.born = p.clock.Exactly()
 	c.since = c.born
 	if m := p.cfg.MaxLifetime; m > 0 {
 		c.life = m - rand.N(m/10+1)
@@ -212,17 +214,17 @@ func (c *conn) link(inOrder bool) {
 //
 // As long as the owner has c, since is when that began, and idleFor how long c had
 // been unused before; parked untouched, c is as old again as if nobody had had it.
-func (c *conn) lendAtLocked(now instant) {
+func (c *conn) lendAtLocked(now clock.Instant) {
 	now = max(now, c.since)
-	c.idleFor, c.since = now.sub(c.since), now
+	c.idleFor, c.since = now.Sub(c.since), now
 }
 
 // unusedSince is when c was given back, for one on the idle stack.
-func (c *conn) unusedSince() instant {
+func (c *conn) unusedSince() clock.Instant {
 	if c.phase == idle {
 		return c.since
 	}
-	return c.since - instant(c.idleFor)
+	return c.since - clock.Instant(c.idleFor)
 }
 
 // linked reports whether c is on the idle stack: if it is idle; and if it is being
@@ -486,7 +488,7 @@ func (c *conn) note(err error) error {
 			if l.ctx.Err() == context.Canceled { // whatever the cause is made of
 				ioe.kind = KindCanceled
 			}
-		case !l.limit.IsZero() && !c.site.pool.clock.read().Before(l.limit):
+		case !l.limit.IsZero() && !c.site.pool.clock.Read().Before(l.limit):
 			// The socket's clock was a moment faster than the ctx's.
 			ioe.cause = context.DeadlineExceeded
 			c.word.Or(cut)

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // Prober may be implemented by a net.Conn that has no descriptor, or knows
@@ -28,7 +30,7 @@ type Prober interface{ Probe() error }
 // The caller owns it. Age comes first, because it is cheap; then one look into
 // the socket; then, for one that has long been idle, the protocol's own ping.
 func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
-	unproven := p.clock.age(c.since-instant(c.idleFor), c.since)
+	unproven := p.clock.Age(c.since-clock.Instant(c.idleFor), c.since)
 	idleFor := unproven
 	if e := c.more.Load(); e != nil && e.reserve {
 		idleFor = 0
@@ -43,7 +45,7 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 		return ClosedUnknown, nil
 	}
 	if c.checked != 0 {
-		unproven = min(unproven, p.clock.age(c.checked, c.since))
+		unproven = min(unproven, p.clock.Age(c.checked, c.since))
 	}
 	// c.since may be older than the latest answer of Check: the borrower's clock
 	// was read before the lock. That is no reason to trust a peer where nothing is.
@@ -69,7 +71,7 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 		}
 		return ClosedCheckFailed, err
 	}
-	c.checked = p.clock.exactly()
+	c.checked = p.clock.Exactly()
 	if p.cfg.Push != nil {
 		if unread, err := c.unread(); err != nil {
 			return ClosedCheckFailed, err
@@ -82,11 +84,11 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 
 // aged says whether a connection that has been idle for so long has outlived
 // its time.
-func (p *Pool) aged(c *conn, idleFor time.Duration, now instant) CloseReason {
+func (p *Pool) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
 	switch {
 	case p.cfg.IdleTimeout > 0 && idleFor >= p.cfg.IdleTimeout:
 		return ClosedIdleTimeout
-	case c.life > 0 && p.clock.age(c.born, now) >= c.life:
+	case c.life > 0 && p.clock.Age(c.born, now) >= c.life:
 		return ClosedLifetime
 	}
 	return ClosedUnknown

@@ -11,6 +11,8 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // Sentinels, for [errors.Is].
@@ -394,7 +396,7 @@ func usage(addr Addr, err error) *Error {
 	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
 }
 
-func (p *Pool) failed(addr Addr, stage Stage, err error, start instant) *Error {
+func (p *Pool) failed(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.failedLocked(addr, stage, err, start)
@@ -409,7 +411,7 @@ func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
 }
 
 // failedLocked is the error of a borrow, with the books as they are.
-func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *Error {
+func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	s := p.sites.find(addr)
 	if s == nil {
 		s = &site{addr: addr, queue: &noQueue} // forgotten: nothing is open for it
@@ -417,10 +419,10 @@ func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *E
 	return p.failedAtLocked(s, stage, err, start)
 }
 
-func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start instant) *Error {
+func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
 	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: spent(err)}
 	if start != 0 {
-		e.Waited = p.clock.exactly().sub(start)
+		e.Waited = p.clock.Exactly().Sub(start)
 	}
 	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
 	if errors.Is(err, ErrNoneRemovable) {

@@ -8,6 +8,8 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // The budget of file handles. MaxOpen 0 means the process's limit less a
@@ -62,7 +64,7 @@ func (p *Pool) enroll(c *conn) {
 		return
 	}
 	limit, limited := p.sys.handleLimit()
-	now := p.clock.now()
+	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
 	if old := p.byFD[c.probe.fd()]; old != nil {
@@ -90,8 +92,8 @@ func (p *Pool) enroll(c *conn) {
 // rule the next loan dials, and its descriptor tells how things stand. But dials of
 // connections without one tell nothing, and a pool that makes no others would
 // believe for ever what it was told once.
-func (p *Pool) doubtPressure(now instant) {
-	old := func() bool { return p.pressure > handlesPlenty && now.sub(p.pressedAt) >= p.sweepPeriod() }
+func (p *Pool) doubtPressure(now clock.Instant) {
+	old := func() bool { return p.pressure > handlesPlenty && now.Sub(p.pressedAt) >= p.sweepPeriod() }
 	p.mu.Lock()
 	doubted := old()
 	p.mu.Unlock()

@@ -180,7 +180,7 @@ func TestEachStepFindsTheTheftBeforeItTouchesTheDescriptor(t *testing.T) {
 		"make room": func(t *testing.T, w world) { w.p.With(ctx, fakeAddr("other"), func(Conn) error { return nil }) },
 		"sweep":     func(t *testing.T, w world) { sweepAll(w.p) },
 		"expiry": func(t *testing.T, w world) {
-			w.p.clock.read = func() time.Time { return time.Now().Add(time.Hour) }
+			w.p.clock.Read = func() time.Time { return time.Now().Add(time.Hour) }
 			sweepAll(w.p)
 		},
 		"Retire":    func(t *testing.T, w world) { w.p.Retire(home) },

@@ -6,6 +6,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // Push: what a peer sends unasked on an idle connection goes to Config.Push.
@@ -170,7 +172,7 @@ func (p *Pool) giveBack(c *conn) bool {
 	if l := c.loan.Load(); l != nil && l.hold != nil {
 		p.unhold(l)
 	}
-	now := p.clock.now()
+	now := p.clock.Now()
 	p.mu.Lock()
 	p.countLoanLocked(c)
 	c.since, c.idleFor = now, 0
@@ -223,7 +225,7 @@ var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 // Of a TLS record that has arrived in part it waits for the rest, since only then
 // is it known whether it is a message or a ticket.
 func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
-	end := p.clock.exactly() + instant(defaultHookTimeout)
+	end := p.clock.Exactly() + clock.Instant(defaultHookTimeout)
 	for {
 		if reason, err := c.condemned(); reason != ClosedUnknown {
 			return reason, err
@@ -242,7 +244,7 @@ func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
 		switch {
 		case !errors.Is(err, errPartial): // then nothing was taken out
 			return reason, err
-		case p.clock.exactly() > end:
+		case p.clock.Exactly() > end:
 			return ClosedPushFailed, err
 		}
 		pause := time.NewTimer(time.Millisecond)

@@ -3,6 +3,8 @@ package connpool
 import (
 	"log/slog"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // When a pool has a watcher: from its first connection with a descriptor to the
@@ -23,7 +25,7 @@ const (
 type watching struct {
 	off      bool               // there shall be none
 	starting bool               // somebody is making it
-	failedAt instant            // when it could not be made; 0: it could, or was not tried
+	failedAt clock.Instant      // when it could not be made; 0: it could, or was not tried
 	pause    time.Duration      // from then to the next try
 	retry    *time.Timer        // running while that shall be tried again
 	missed   map[*conn]struct{} // those that the watcher could not take; nil as a rule
@@ -64,12 +66,12 @@ func (p *Pool) addTo(w *watcher, c *conn) {
 // startWatcher makes the pool's watcher, if there is none and may be one, and has it
 // watch what there is.
 func (p *Pool) startWatcher() {
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	p.mu.Lock()
 	ws := &p.watching
 	failedBefore := ws.failedAt != 0
 	if !canWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
-		len(p.byFD) == 0 || failedBefore && now.sub(ws.failedAt) < ws.pause {
+		len(p.byFD) == 0 || failedBefore && now.Sub(ws.failedAt) < ws.pause {
 		p.mu.Unlock()
 		return
 	}
