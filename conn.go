@@ -423,7 +423,7 @@ func (c *conn) leave(n int64, err error) error {
 // leaveRead is leave for an operation that read.
 func (c *conn) leaveRead(n int64, err error) error {
 	if sock := c.probe.sock(); sock != nil {
-		sock.record.read.Add(uint32(n))
+		sock.record.Delivered(n)
 	} else if err != nil && c.probe.tls != nil {
 		// A dialer's crypto/tls may have read what it did not hand over,
 		// so it is asked. What the error says depends on moved.

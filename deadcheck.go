@@ -341,7 +341,7 @@ func (p *probe) leftovers(moved bool) (bool, error) {
 		return false, nil
 	case sock == nil && !moved:
 		return false, nil
-	case sock != nil && (sock.record.untouched() || sock.record.drained()):
+	case sock != nil && (sock.record.Untouched() || sock.record.Drained()):
 		return false, nil
 	}
 	reason, err := p.readThrough(sealed, -1)
@@ -429,7 +429,7 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 		return ClosedStale, err
 	case sock != nil && sock.stuck:
 		return ClosedStale, errStuck
-	case sock != nil && sock.record.partial():
+	case sock != nil && sock.record.Partial():
 		return ClosedDirty, errPartial
 	case (sock == nil || sock.renegotiates) && !p.tls.ConnectionState().HandshakeComplete:
 		// This read, or the borrower's last, ran out of time in the middle of
@@ -443,7 +443,7 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 		}
 	}
 	if sock != nil {
-		sock.record.reckon()
+		sock.record.Reset()
 	}
 	return ClosedUnknown, nil
 }
