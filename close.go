@@ -129,7 +129,7 @@ func (p *Pool) shut() bool {
 	}
 	p.mu.Unlock()
 	p.stop()
-	watcher.close()
+	watcher.Close()
 	todo.run(p)
 	return true
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // phase is where a connection is in its life. Only Pool.moveLocked changes it.
@@ -463,7 +464,7 @@ func (c *conn) note(err error) error {
 	if _, borrow := err.(*Error); borrow {
 		ok = false
 	}
-	late := ok && ne.Timeout() && !errors.Is(err, errTimedOut)
+	late := ok && ne.Timeout() && !errors.Is(err, sock.ErrTimedOut)
 	if late {
 		c.word.Or(timedOut)
 	} else {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Prober may be implemented by a net.Conn that has no descriptor, or knows
@@ -98,15 +99,15 @@ func (p *Pool) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReas
 // Tests put their own in its place.
 type system struct {
 	dial         func(context.Context, Addr) (net.Conn, error)
-	identify     func(fd uintptr) (identity, bool)
-	stillIs      func(fd uintptr, id identity) bool
-	peek         func(fd uintptr) peeked
+	identify     func(fd uintptr) (sock.ID, bool)
+	stillIs      func(fd uintptr, id sock.ID) bool
+	peek         func(fd uintptr) sock.Seen
 	readNow      func(fd uintptr, b []byte) (int, error)
 	handleLimit  func() (int, bool)
 	noHandleFree func() bool
 }
 
-var realSystem = system{dialSocket, identify, stillIs, peek, readNow, handleLimit, noHandleFree}
+var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.ReadNow, sock.FileLimit, sock.NoFileFree}
 
 // probe is how a connection is asked whether it is still itself, lives and is
 // clean.
@@ -129,12 +130,12 @@ type probe struct {
 	raw syscall.RawConn // nil: no descriptor
 	tls *tls.Conn       // nil: no crypto/tls above
 
-	who     identity // of the descriptor's socket, if raw is there
-	number  uint32   // of the descriptor; those of Windows too have 32 bits that count
-	known   bool     // who is
-	plain   bool     // a socket of package net: its close does not block, unless it lingers
-	foreign bool     // the connection is somebody else's code, which may do anything
-	keep    bool     // plaintext that a look takes out is for Config.Push
+	who     sock.ID // of the descriptor's socket, if raw is there
+	number  uint32  // of the descriptor; those of Windows too have 32 bits that count
+	known   bool    // who is
+	plain   bool    // a socket of package net: its close does not block, unless it lingers
+	foreign bool    // the connection is somebody else's code, which may do anything
+	keep    bool    // plaintext that a look takes out is for Config.Push
 }
 
 // look is one visit to a descriptor: what it is to find out, and what it found.
@@ -144,7 +145,7 @@ type look struct {
 	peek    bool          // not only compare the identity
 	visit   func(uintptr) // made once
 	stolen  bool
-	seen    peeked
+	seen    sock.Seen
 	scratch [1]byte // for readThrough
 }
 
@@ -153,7 +154,7 @@ var looks = sync.Pool{New: func() any {
 	l.visit = func(fd uintptr) {
 		p := l.probe
 		l.stolen = p.known && !p.sys.stillIs(fd, p.who)
-		if l.seen = (peeked{}); l.peek && !l.stolen {
+		if l.seen = (sock.Seen{}); l.peek && !l.stolen {
 			l.seen = p.sys.peek(fd)
 		}
 	}
@@ -167,7 +168,7 @@ func newLook(p *probe, peek bool) *look {
 }
 
 func (l *look) done() {
-	l.probe, l.seen = nil, peeked{}
+	l.probe, l.seen = nil, sock.Seen{}
 	looks.Put(l)
 }
 
@@ -219,7 +220,7 @@ func (p *probe) sock() *tlsSocket {
 }
 
 // can reports whether there is a descriptor to ask.
-func (p *probe) can() bool { return p.raw != nil && canPeek }
+func (p *probe) can() bool { return p.raw != nil && sock.CanPeek }
 
 // prober is nc as a Prober, nil if it is none. Only foreign connections are.
 func (p *probe) prober(nc net.Conn) Prober {
@@ -248,14 +249,8 @@ func (p *probe) lingers() (yes bool) {
 	if p.raw == nil {
 		return false
 	}
-	p.raw.Control(func(fd uintptr) { yes = lingers(fd) })
+	p.raw.Control(func(fd uintptr) { yes = sock.Lingers(fd) })
 	return yes
-}
-
-// peeked is what a look into a socket found.
-type peeked struct {
-	bytes bool  // something waits to be read
-	err   error // io.EOF, or why the socket is no good
 }
 
 // ask looks whether the connection may be lent. The caller owns it.
@@ -275,7 +270,7 @@ func (c *conn) ask() (CloseReason, error) {
 }
 
 func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
-	var seen peeked
+	var seen sock.Seen
 	if p.raw != nil && (p.known || !cfg.NoProbe) {
 		l := newLook(p, !cfg.NoProbe)
 		err := p.raw.Control(l.visit)
@@ -303,9 +298,9 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 		}
 	}
 	switch {
-	case seen.err != nil:
-		return ClosedStale, seen.err
-	case !seen.bytes:
+	case seen.Err != nil:
+		return ClosedStale, seen.Err
+	case !seen.Bytes:
 		return ClosedUnknown, nil
 	case p.tls == nil:
 		return ClosedDirty, ErrUnread

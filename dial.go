@@ -562,7 +562,7 @@ func (p *Pool) detached(c *conn) {
 	p.counts.Detached++
 	watcher := p.watcher
 	p.mu.Unlock()
-	watcher.remove(c)
+	watcher.Remove(c.probe.raw)
 	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}
 	p.removed(c, ClosedUnknown, nil)
 	if t != nil && t.Detached != nil {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Sentinels, for [errors.Is].
@@ -144,7 +145,7 @@ func (e *Error) Error() string {
 	}
 	switch {
 	case e.Err == nil:
-	case errors.Is(e.Err, errAddrNotAvail):
+	case errors.Is(e.Err, sock.ErrAddrNotAvail):
 		b.WriteString(" (no local port is left for this peer: keep connections longer, or raise the range of local ports)")
 	case errors.Is(e.Err, ErrNoneRemovable) && e.elsewhere:
 		b.WriteString(" (raise the process's limit on open files: none of them is the pool's)")
@@ -301,7 +302,7 @@ func KindOf(err error) Kind {
 		return KindInternal
 	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable), errors.As(err, &ful):
 		return KindResource
-	case errors.Is(err, errTimedOut):
+	case errors.Is(err, sock.ErrTimedOut):
 		if inTransfer(err) {
 			return KindBroken
 		}
@@ -315,7 +316,7 @@ func KindOf(err error) Kind {
 		return KindTimeout
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return KindEOF
-	case exhausted(err), errors.Is(err, errAddrNotAvail), errors.Is(err, errNoMem), errors.Is(err, errNoBufs):
+	case sock.OutOfFiles(err), errors.Is(err, sock.ErrAddrNotAvail), errors.Is(err, sock.ErrNoMem), errors.Is(err, sock.ErrNoBufs):
 		return KindResource
 	case errors.As(err, &dns):
 		if dns.IsTimeout {
@@ -325,15 +326,15 @@ func KindOf(err error) Kind {
 	case errors.As(err, &rec), errors.As(err, &ale), errors.As(err, &ver),
 		errors.As(err, &ope) && (ope.Op == "remote error" || ope.Op == "local error"): // a TLS alert over TCP
 		return KindBadMessage
-	case errors.Is(err, errRefused), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, sock.ErrRefused), errors.Is(err, fs.ErrNotExist):
 		return KindRefused // a Unix socket that is not there has nobody listening either
-	case errors.Is(err, errReset), errors.Is(err, errPipe), errors.Is(err, errAborted),
+	case errors.Is(err, sock.ErrReset), errors.Is(err, sock.ErrPipe), errors.Is(err, sock.ErrAborted),
 		errors.Is(err, io.ErrClosedPipe), errors.Is(err, io.ErrShortWrite):
 		return KindBroken
 	case errors.Is(err, fs.ErrPermission):
 		return KindAccess
-	case errors.Is(err, errNetUnreach), errors.Is(err, errHostUnreach), errors.As(err, &ade),
-		errors.Is(err, errAFNoSupport):
+	case errors.Is(err, sock.ErrNetUnreach), errors.Is(err, sock.ErrHostUnreach), errors.As(err, &ade),
+		errors.Is(err, sock.ErrAFNoSupport):
 		return KindAddress
 	case errors.As(err, &ne) && ne.Timeout(), errors.As(err, &dur) && dur.Timeout():
 		return KindTimeout

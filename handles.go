@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // The budget of file handles. MaxOpen 0 means the process's limit less a
@@ -234,7 +235,7 @@ func connBehind(nc syscall.Conn) *conn {
 	return nil
 }
 
-func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who identity, known bool, err error) {
+func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, err error) {
 	raw, err := nc.SyscallConn()
 	if err != nil {
 		return 0, who, false, err
@@ -252,7 +253,7 @@ func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who identity, known bool, 
 // whatever has the number now. The error is errors.ErrUnsupported where the
 // system does not tell. A *tls.Conn is asked through its NetConn.
 func SameConn(a, b syscall.Conn) (bool, error) {
-	var who [2]identity
+	var who [2]sock.ID
 	for i, nc := range []syscall.Conn{a, b} {
 		if nc == nil {
 			return false, errors.New("connpool: SameConn: a connection is nil")
@@ -262,7 +263,7 @@ func SameConn(a, b syscall.Conn) (bool, error) {
 			return false, err
 		}
 		known := false
-		if err := raw.Control(func(fd uintptr) { who[i], known = identify(fd) }); err != nil {
+		if err := raw.Control(func(fd uintptr) { who[i], known = sock.Identify(fd) }); err != nil {
 			return false, err
 		}
 		if !known {
@@ -317,12 +318,6 @@ func (p *Pool) freedLocked() {
 	}
 }
 
-// exhausted reports whether err says that the process or the system has no
-// file handle left.
-func exhausted(err error) bool {
-	return errors.Is(err, errProcessFiles) || errors.Is(err, errSystemFiles)
-}
-
 // asFromSystem reports whether err is an errno, or package net's error for one:
 // nobody has put it aside, unless as a whole.
 func asFromSystem(err error) bool {
@@ -344,5 +339,5 @@ func asFromSystem(err error) bool {
 // be looked up, and package net says "no such host".
 func (p *Pool) outOfHandles(err error) bool {
 	var dns *net.DNSError
-	return exhausted(err) || errors.As(err, &dns) && p.sys.noHandleFree()
+	return sock.OutOfFiles(err) || errors.As(err, &dns) && p.sys.noHandleFree()
 }

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Pool lends connections. Make one with [New]; the zero Pool is closed. All
@@ -50,8 +52,9 @@ type Pool struct {
 
 	sessions *sessionCaches // for TLS
 
-	newWatcher func() (*watcher, error) // but for tests that of the system
-	handles    atomic.Int64             // what the process's handle limit leaves, as of the last look
+	newWatcher func() (*sock.Watcher, error)                               // but for tests that of the system
+	addWatch   func(w *sock.Watcher, raw syscall.RawConn, data bool) error // likewise
+	handles    atomic.Int64                                                // what the process's handle limit leaves, as of the last look
 
 	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
@@ -80,7 +83,7 @@ type Pool struct {
 	starving  int                // dials that wait for a handle
 	freed     chan struct{}      // closed and renewed when something may have freed one
 	watching  watching           // how it stands with watcher
-	watcher   *watcher           // nil where there is none, and before the first connection
+	watcher   *sock.Watcher      // nil where there is none, and before the first connection
 	sweeping  bool               // a sweep is under way
 	lookers   int                // goroutines of the pool's that look at idle connections
 	checking  map[*site]bool     // whose connections one of them asks Check; nil before the first
@@ -144,7 +147,8 @@ func New(cfg Config) (*Pool, error) {
 		freed:    make(chan struct{}),
 		checkers: make(chan struct{}, checkers),
 
-		newWatcher: newWatcher,
+		newWatcher: sock.NewWatcher,
+		addWatch:   (*sock.Watcher).Add,
 	}
 	p.recency.init()
 	// Who asks for short times, or watches, gets them exactly.

@@ -23,7 +23,7 @@ import (
 //	                    +---> error, or nil although it read nothing -> closed
 //
 // The looks are those before a loan and in a sweep, and on Linux that of the
-// watcher, which then listens for data too (see watch_linux.go).
+// watcher, which then listens for data too (see hearsData).
 //
 // Under TLS the look takes out what it finds: a look at bytes that are session
 // tickets takes nothing, but plaintext is in the pool's hands then. It is put
@@ -263,7 +263,7 @@ func (p *Pool) listen(c *conn) {
 	p.mu.Lock()
 	watcher := p.watcher
 	p.mu.Unlock()
-	watcher.rearm(c)
+	watcher.Rearm(c.probe.raw, c.hearsData())
 }
 
 // readable is told that something waits on the connection with this descriptor.

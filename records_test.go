@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // The sum of what the records can hold never claims that crypto/tls is empty
@@ -46,7 +47,7 @@ func TestTheSumOfTheRecordsProvesThatNothingIsLeft(t *testing.T) {
 			defer nc.Close()
 			server := tls.Server(<-accepted, serverCfg)
 			defer server.Close()
-			sock := &tlsSocket{Conn: nc, readNow: readNow}
+			sock := &tlsSocket{Conn: nc, readNow: sock.ReadNow}
 			client := tls.Client(sock, clientCfg)
 			go server.Handshake()
 			require.NoError(t, client.Handshake())

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // The sweep visits every idle connection each CheckInterval: what expired or
@@ -239,7 +240,7 @@ func (p *Pool) glance(at sighting) impression {
 		taken := l.stolen
 		seen := l.seen
 		l.done()
-		if err != nil || taken || seen != (peeked{}) {
+		if err != nil || taken || seen != (sock.Seen{}) {
 			if pr.foreign {
 				return looksAskable // whose examination may wait for it
 			}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 	"github.com/seed-ecb488c9/connpool/internal/tlsrecord"
 )
 
@@ -27,34 +28,34 @@ func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn
 		return nil, err
 	}
 	a.where = "SyscallConn of the connection"
-	sock := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
-	if !a.wrap(sock) {
+	under := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
+	if !a.wrap(under) {
 		return nil, context.DeadlineExceeded
 	}
-	if sc, ok := nc.(syscall.Conn); ok && canPeek {
+	if sc, ok := nc.(syscall.Conn); ok && sock.CanPeek {
 		raw, _ := sc.SyscallConn()
-		sock.raw = trusted(raw)
+		under.raw = trusted(raw)
 	}
-	if sock.raw != nil {
+	if under.raw != nil {
 		// A TLS server does not speak first. What is there before the
 		// handshake would be taken as if it had come inside.
-		early := peeked{}
-		sock.raw.Control(func(fd uintptr) { early = p.sys.peek(fd) })
-		if early.bytes {
+		early := false
+		under.raw.Control(func(fd uintptr) { early = p.sys.peek(fd).Bytes })
+		if early {
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
 		}
 	}
 	a.where = "a callback of tls.Config or the connection below"
-	tc := tls.Client(sock, cfg)
+	tc := tls.Client(under, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
 	// Of what came with the handshake it is not known what is left, so the
 	// first loan is followed by a question.
 	state := tc.ConnectionState()
-	sock.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
-	if sock.record.Lost(); !sock.renegotiates {
-		sock.record.Start(state)
+	under.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
+	if under.record.Lost(); !under.renegotiates {
+		under.record.Start(state)
 	}
 	return tc, nil
 }

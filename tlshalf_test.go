@@ -248,7 +248,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 			if idle {
 				renegotiate()
 				soon(t, "the request for a handshake", func() bool {
-					c.probe.raw.Control(func(fd uintptr) { idle = p.sys.peek(fd).bytes })
+					c.probe.raw.Control(func(fd uintptr) { idle = p.sys.peek(fd).Bytes })
 					return idle || p.Stats().Idle == 0
 				})
 			} else {

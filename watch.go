@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // When a pool has a watcher: from its first connection with a descriptor to the
@@ -44,8 +45,8 @@ func (p *Pool) listenTo(c *conn) {
 	p.addTo(w, c)
 }
 
-func (p *Pool) addTo(w *watcher, c *conn) {
-	err := w.add(c)
+func (p *Pool) addTo(w *sock.Watcher, c *conn) {
+	err := p.addWatch(w, c.probe.raw, c.hearsData())
 	if err == nil {
 		return
 	}
@@ -70,7 +71,7 @@ func (p *Pool) startWatcher() {
 	p.mu.Lock()
 	ws := &p.watching
 	failedBefore := ws.failedAt != 0
-	if !canWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
+	if !sock.CanWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
 		len(p.byFD) == 0 || failedBefore && now.Sub(ws.failedAt) < ws.pause {
 		p.mu.Unlock()
 		return
@@ -105,7 +106,7 @@ func (p *Pool) startWatcher() {
 			p.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
 		}
 	case !began:
-		w.close()
+		w.Close()
 	default:
 		go p.watch(w)
 		for _, c := range all {
@@ -145,7 +146,7 @@ func (p *Pool) rewatch() {
 	case w == nil:
 		p.startWatcher()
 	case idle:
-		w.close()
+		w.Close()
 	default:
 		for _, c := range missed {
 			p.addTo(w, c)
@@ -153,8 +154,25 @@ func (p *Pool) rewatch() {
 	}
 }
 
+// hearsData reports whether the watcher is to hear of data on c as well. With a Push
+// it listens for data, and once: what arrives during a loan would wake it for nothing.
+// Every time c is parked it is armed anew.
+func (c *conn) hearsData() bool { return c.site.pool.cfg.Push != nil && !c.site.tracked() }
+
+// watch passes on what the watcher hears, until it is closed.
+func (p *Pool) watch(w *sock.Watcher) {
+	w.Run(func(fd uintptr, hungUp bool) {
+		if hungUp {
+			p.hangUp(fd)
+		} else {
+			p.readable(fd)
+		}
+	})
+	p.unwatched(w)
+}
+
 // unwatched is told that the goroutine of a watcher ends.
-func (p *Pool) unwatched(w *watcher) {
+func (p *Pool) unwatched(w *sock.Watcher) {
 	p.mu.Lock()
 	p.watching.running--
 	if p.watcher == w {

@@ -1,6 +1,6 @@
 //go:build unix
 
-package connpool
+package sock
 
 import (
 	"math"
@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func handleLimit() (int, bool) {
+func FileLimit() (int, bool) {
 	var r unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) != nil || uint64(r.Cur) > math.MaxInt32 {
 		return 0, false
@@ -17,13 +17,13 @@ func handleLimit() (int, bool) {
 	return int(r.Cur), true
 }
 
-// noHandleFree finds out by trying to get one.
-func noHandleFree() bool {
+// NoFileFree finds out by trying to get one.
+func NoFileFree() bool {
 	syscall.ForkLock.RLock() // no child may inherit it
 	defer syscall.ForkLock.RUnlock()
 	var p [2]int
 	if err := unix.Pipe(p[:]); err != nil {
-		return exhausted(err)
+		return OutOfFiles(err)
 	}
 	unix.Close(p[0])
 	unix.Close(p[1])
