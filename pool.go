@@ -52,9 +52,10 @@ type Pool struct {
 
 	sessions *sessionCaches // for TLS
 
-	newWatcher func() (*sock.Watcher, error)                               // but for tests that of the system
-	addWatch   func(w *sock.Watcher, raw syscall.RawConn, data bool) error // likewise
-	handles    atomic.Int64                                                // what the process's handle limit leaves, as of the last look
+	newWatcher func() (*sock.Watcher, error) // but for tests that of the system
+	handles    atomic.Int64                  // what the process's handle limit leaves, as of the last look
+
+	addWatch func(*sock.Watcher, syscall.RawConn, bool) error // Watcher.Add, but for tests
 
 	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify

@@ -4,7 +4,8 @@ package sock
 
 import "syscall"
 
-// The system's numbers for what KindOf tells apart.
+// The system's numbers for what connpool.KindOf tells apart, to be asked for with
+// errors.Is.
 const (
 	ErrRefused      = syscall.ECONNREFUSED
 	ErrTimedOut     = syscall.ETIMEDOUT

@@ -2,7 +2,8 @@ package sock
 
 import "golang.org/x/sys/windows"
 
-// The numbers that sockets give here; those of package syscall are invented.
+// The system's numbers for what connpool.KindOf tells apart, to be asked for with
+// errors.Is. They are those that sockets give here; those of package syscall are invented.
 const (
 	ErrRefused      = windows.WSAECONNREFUSED
 	ErrTimedOut     = windows.WSAETIMEDOUT

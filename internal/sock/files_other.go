@@ -2,7 +2,8 @@
 
 package sock
 
-// There is no small limit on open files here.
+// FileLimit says that there is no small limit on open files here.
 func FileLimit() (int, bool) { return 0, false }
 
+// NoFileFree says that there is no limit that could be reached.
 func NoFileFree() bool { return false }

@@ -9,6 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// FileLimit is how many files this process may have open, as of now. false: there is no
+// limit, or none that 31 bits can hold.
 func FileLimit() (int, bool) {
 	var r unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) != nil || uint64(r.Cur) > math.MaxInt32 {
@@ -17,7 +19,8 @@ func FileLimit() (int, bool) {
 	return int(r.Cur), true
 }
 
-// NoFileFree finds out by trying to get one.
+// NoFileFree reports whether the process, or the system, can open no more files. It
+// finds out by trying.
 func NoFileFree() bool {
 	syscall.ForkLock.RLock() // no child may inherit it
 	defer syscall.ForkLock.RUnlock()

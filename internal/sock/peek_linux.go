@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// CanPeek says whether this system lets anybody look into a socket.
 const CanPeek = true
 
 // ID is the socket's cookie: 64 bits that the kernel gives to one socket
@@ -16,8 +17,8 @@ const CanPeek = true
 // on the number of the descriptor.
 type ID uint64
 
-// Identify asks the system what the socket fd is. It does not wait. false: the system
-// does not tell, or fd is no socket.
+// Identify asks the system which socket fd is. false: fd is no open socket, or the
+// system does not tell.
 func Identify(fd uintptr) (ID, bool) {
 	var cookie uint64
 	size := uint32(unsafe.Sizeof(cookie))

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// CanPeek says whether this system lets anybody look into a socket.
 const CanPeek = true
 
 // ID is what these systems tell of a socket: device and inode, which say
@@ -21,8 +22,8 @@ type ID struct {
 	local, remote string
 }
 
-// Identify asks the system what the socket fd is. It does not wait. false: the system
-// does not tell, or fd is no socket.
+// Identify asks the system which socket fd is. false: fd is no open socket, or the
+// system does not tell.
 func Identify(fd uintptr) (ID, bool) {
 	var id ID
 	var st unix.Stat_t

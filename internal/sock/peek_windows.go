@@ -9,13 +9,14 @@ import (
 	"golang.org/x/sys/windows"
 )
 
+// CanPeek says whether this system lets anybody look into a socket.
 const CanPeek = true
 
 // ID is the pair of addresses, all that this system tells of a socket.
 type ID struct{ local, remote string }
 
-// Identify asks the system what the socket fd is. It does not wait. false: the system
-// does not tell, or fd is no socket.
+// Identify asks the system which socket fd is. false: fd is no open socket, or the
+// system does not tell.
 func Identify(fd uintptr) (ID, bool) {
 	local, err := windows.Getsockname(windows.Handle(fd))
 	if err != nil {
