@@ -51,7 +51,7 @@ cross: ## build and vet for every supported system
 demo: ## a pool at work, for DEMO (10s)
 	go run ./cmd/connpool demo -for $(DEMO)
 
-cover: ## coverage of the root package
+cover: ## coverage of the root package and its ground floor
 	@.ci/run cover
 
 ci: export FUZZTIME := 10s

@@ -3,6 +3,8 @@ package connpool
 import (
 	"math/rand/v2"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // Back-off: after backoffAfter failures in a row an address gets one dial at a
@@ -27,14 +29,14 @@ const (
 // trouble is what an address remembers of dials that failed, and of connections
 // that were hollow.
 type trouble struct {
-	failures int         // in a row
-	hollow   bool        // connections were among them: a dial that ends well is no news
-	accepts  bool        // ... and the last of them was one
-	since    uint64      // connections with a greater ID were dialled after the first of them
-	failedAt instant     // the last of them
-	lastErr  error       // its error
-	retry    *time.Timer // running while the next probe is not due
-	paused   int         // failures when retry was started
+	failures int           // in a row
+	hollow   bool          // connections were among them: a dial that ends well is no news
+	accepts  bool          // ... and the last of them was one
+	since    uint64        // connections with a greater ID were dialled after the first of them
+	failedAt clock.Instant // the last of them
+	lastErr  error         // its error
+	retry    *time.Timer   // running while the next probe is not due
+	paused   int           // failures when retry was started
 }
 
 func (s *site) failing() bool    { return s.trouble != nil && s.trouble.failures > 0 }
@@ -49,7 +51,7 @@ func (s *site) lastErr() error {
 
 // failureLocked books a failure that speaks against s: of the connection with
 // this ID, or of a dial that ended after that connection's.
-func (p *Pool) failureLocked(s *site, why error, now instant, id uint64, hollow bool) {
+func (p *Pool) failureLocked(s *site, why error, now clock.Instant, id uint64, hollow bool) {
 	if s.trouble == nil {
 		s.trouble = new(trouble)
 	}
@@ -121,8 +123,8 @@ func (p *Pool) retry(s *site) {
 		t.retry = nil
 		// The pause began with the third connection that was hollow. If the
 		// rest of a burst was, too, it has to be longer.
-		now := p.clock.exactly()
-		if rest := min(2*backoffMax, t.pause()) - now.sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !p.closed {
+		now := p.clock.Exactly()
+		if rest := min(2*backoffMax, t.pause()) - now.Sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !p.closed {
 			t.paused = t.failures
 			t.retry = time.AfterFunc(rest, func() { p.retry(s) })
 		}

@@ -5,6 +5,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // The books: every function that changes them, and the agenda in which a
@@ -212,7 +214,7 @@ func (p *Pool) park(c *conn, u use) bool {
 	if l := c.loan.Load(); l != nil && l.hold != nil {
 		p.unhold(l)
 	}
-	now := p.clock.now()
+	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
 	kept := p.parkLocked(c, u, now, &todo)
@@ -223,7 +225,7 @@ func (p *Pool) park(c *conn, u use) bool {
 	return kept
 }
 
-func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
+func (p *Pool) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool {
 	s := c.site
 	if u != untouched {
 		// Its clock was read before the lock: it may be a moment behind
@@ -233,7 +235,7 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 		}
 		c.since, c.idleFor = now, 0
 	} else {
-		c.since -= instant(c.idleFor)
+		c.since -= clock.Instant(c.idleFor)
 		c.lookedAtLocked(false)
 	}
 	p.countLoanLocked(c)
@@ -287,7 +289,7 @@ func (p *Pool) parkLocked(c *conn, u use, now instant, todo *agenda) bool {
 }
 
 // unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
-func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
+func (p *Pool) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 	s, limit := c.site, p.limitLocked()
 	marked, _ := c.condemned()
 	switch {
@@ -305,7 +307,7 @@ func (p *Pool) unwantedLocked(c *conn, u use, now instant) CloseReason {
 		return ClosedCanceled // who dialled has gone, and it is good for nobody else
 	case c.uses >= p.cfg.MaxUses:
 		return ClosedMaxUses
-	case c.life > 0 && p.clock.age(c.born, now) >= c.life:
+	case c.life > 0 && p.clock.Age(c.born, now) >= c.life:
 		return ClosedLifetime
 	case openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr, openOf(&p.n)-int(p.n[closing]) > limit:
 		return ClosedSurplus
@@ -420,7 +422,7 @@ func (p *Pool) closesSlowly(c *conn) (wanted bool) {
 // detached).
 func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	var todo agenda
-	age := p.clock.now().sub(c.born)
+	age := p.clock.Now().Sub(c.born)
 	p.mu.Lock()
 	s := c.site
 	p.countLoanLocked(c)

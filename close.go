@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // EvictLRU closes the least recently used idle connection of all addresses and
@@ -127,7 +129,7 @@ func (p *Pool) shut() bool {
 	}
 	p.mu.Unlock()
 	p.stop()
-	watcher.close()
+	watcher.Close()
 	todo.run(p)
 	return true
 }
@@ -180,12 +182,12 @@ func (e *cutShort) Unwrap() error { return spent(e.ctx) }
 
 // borrowedBy names the places where the connections of an address that are in use
 // were borrowed, as far as they are known, up to ten of them.
-func (p *Pool) borrowedBy(a Addr, now instant) string {
+func (p *Pool) borrowedBy(a Addr, now clock.Instant) string {
 	known, more := p.out.at(a, 10)
 	var b strings.Builder
 	for i, h := range known {
 		b.WriteString([]string{" borrowed", ", and"}[min(i, 1)])
-		fmt.Fprintf(&b, " %v ago by %s", now.sub(h.since).Round(time.Millisecond), h.place())
+		fmt.Fprintf(&b, " %v ago by %s", now.Sub(h.since).Round(time.Millisecond), h.place())
 	}
 	if more > 0 {
 		fmt.Fprintf(&b, ", and %d more", more)
@@ -195,7 +197,7 @@ func (p *Pool) borrowedBy(a Addr, now instant) string {
 
 // stillOut lists the connections that are in use, by address.
 func (p *Pool) stillOut() string {
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	type out struct {
 		n    int
 		held time.Duration
@@ -212,7 +214,7 @@ func (p *Pool) stillOut() string {
 			order = append(order, c.site.addr)
 		}
 		o.n++
-		o.held = max(o.held, now.sub(c.since))
+		o.held = max(o.held, now.Sub(c.since))
 		byAddr[c.site.addr] = o
 	}
 	dials, closes := p.n[dialing], p.n[closing]

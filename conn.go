@@ -10,6 +10,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // phase is where a connection is in its life. Only Pool.moveLocked changes it.
@@ -40,9 +43,9 @@ type conn struct {
 	word atomic.Uint64 // see below
 
 	// Pool.mu guards these; since is the owner's too.
-	up, down       *conn   // neighbours in the idle stack
-	younger, older *conn   // neighbours in the recency
-	since          instant // given back, or lent, at; see lendAtLocked
+	up, down       *conn         // neighbours in the idle stack
+	younger, older *conn         // neighbours in the recency
+	since          clock.Instant // given back, or lent, at; see lendAtLocked
 	phase          phase
 	round          uint8 // the last walk that met it, see recency
 	uncounted      bool  // the current loan is not in Stats yet; the owner's too
@@ -52,7 +55,7 @@ type conn struct {
 
 	// The owner's.
 	idleFor time.Duration // before this loan
-	checked instant       // when Config.Check last said yes
+	checked clock.Instant // when Config.Check last said yes
 	uses    int           // loans, this one included
 
 	loan atomic.Pointer[lending] // nil while nothing has to be remembered
@@ -63,7 +66,7 @@ type conn struct {
 	probe probe
 	state any // what Setup returned
 	id    uint64
-	born  instant
+	born  clock.Instant
 	life  time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
 	past  *[]pastLoan   // the last ones, in debug mode; dmu
 
@@ -180,7 +183,7 @@ var past = time.Unix(1, 0)
 func (c *conn) adopt(nc net.Conn) {
 	p := c.site.pool
 	c.nc = nc
-	c.born = p.clock.exactly()
+	c.born = p.clock.Exactly()
 	c.since = c.born
 	if m := p.cfg.MaxLifetime; m > 0 {
 		c.life = m - rand.N(m/10+1)
@@ -212,17 +215,17 @@ func (c *conn) link(inOrder bool) {
 //
 // As long as the owner has c, since is when that began, and idleFor how long c had
 // been unused before; parked untouched, c is as old again as if nobody had had it.
-func (c *conn) lendAtLocked(now instant) {
+func (c *conn) lendAtLocked(now clock.Instant) {
 	now = max(now, c.since)
-	c.idleFor, c.since = now.sub(c.since), now
+	c.idleFor, c.since = now.Sub(c.since), now
 }
 
 // unusedSince is when c was given back, for one on the idle stack.
-func (c *conn) unusedSince() instant {
+func (c *conn) unusedSince() clock.Instant {
 	if c.phase == idle {
 		return c.since
 	}
-	return c.since - instant(c.idleFor)
+	return c.since - clock.Instant(c.idleFor)
 }
 
 // linked reports whether c is on the idle stack: if it is idle; and if it is being
@@ -421,7 +424,7 @@ func (c *conn) leave(n int64, err error) error {
 // leaveRead is leave for an operation that read.
 func (c *conn) leaveRead(n int64, err error) error {
 	if sock := c.probe.sock(); sock != nil {
-		sock.record.read.Add(uint32(n))
+		sock.record.Delivered(n)
 	} else if err != nil && c.probe.tls != nil {
 		// A dialer's crypto/tls may have read what it did not hand over,
 		// so it is asked. What the error says depends on moved.
@@ -461,7 +464,7 @@ func (c *conn) note(err error) error {
 	if _, borrow := err.(*Error); borrow {
 		ok = false
 	}
-	late := ok && ne.Timeout() && !errors.Is(err, errTimedOut)
+	late := ok && ne.Timeout() && !errors.Is(err, sock.ErrTimedOut)
 	if late {
 		c.word.Or(timedOut)
 	} else {
@@ -486,7 +489,7 @@ func (c *conn) note(err error) error {
 			if l.ctx.Err() == context.Canceled { // whatever the cause is made of
 				ioe.kind = KindCanceled
 			}
-		case !l.limit.IsZero() && !c.site.pool.clock.read().Before(l.limit):
+		case !l.limit.IsZero() && !c.site.pool.clock.Read().Before(l.limit):
 			// The socket's clock was a moment faster than the ctx's.
 			ioe.cause = context.DeadlineExceeded
 			c.word.Or(cut)

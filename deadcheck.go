@@ -12,6 +12,9 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Prober may be implemented by a net.Conn that has no descriptor, or knows
@@ -28,7 +31,7 @@ type Prober interface{ Probe() error }
 // The caller owns it. Age comes first, because it is cheap; then one look into
 // the socket; then, for one that has long been idle, the protocol's own ping.
 func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
-	unproven := p.clock.age(c.since-instant(c.idleFor), c.since)
+	unproven := p.clock.Age(c.since-clock.Instant(c.idleFor), c.since)
 	idleFor := unproven
 	if e := c.more.Load(); e != nil && e.reserve {
 		idleFor = 0
@@ -43,7 +46,7 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 		return ClosedUnknown, nil
 	}
 	if c.checked != 0 {
-		unproven = min(unproven, p.clock.age(c.checked, c.since))
+		unproven = min(unproven, p.clock.Age(c.checked, c.since))
 	}
 	// c.since may be older than the latest answer of Check: the borrower's clock
 	// was read before the lock. That is no reason to trust a peer where nothing is.
@@ -69,7 +72,7 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 		}
 		return ClosedCheckFailed, err
 	}
-	c.checked = p.clock.exactly()
+	c.checked = p.clock.Exactly()
 	if p.cfg.Push != nil {
 		if unread, err := c.unread(); err != nil {
 			return ClosedCheckFailed, err
@@ -82,11 +85,11 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 
 // aged says whether a connection that has been idle for so long has outlived
 // its time.
-func (p *Pool) aged(c *conn, idleFor time.Duration, now instant) CloseReason {
+func (p *Pool) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
 	switch {
 	case p.cfg.IdleTimeout > 0 && idleFor >= p.cfg.IdleTimeout:
 		return ClosedIdleTimeout
-	case c.life > 0 && p.clock.age(c.born, now) >= c.life:
+	case c.life > 0 && p.clock.Age(c.born, now) >= c.life:
 		return ClosedLifetime
 	}
 	return ClosedUnknown
@@ -96,15 +99,15 @@ func (p *Pool) aged(c *conn, idleFor time.Duration, now instant) CloseReason {
 // Tests put their own in its place.
 type system struct {
 	dial         func(context.Context, Addr) (net.Conn, error)
-	identify     func(fd uintptr) (identity, bool)
-	stillIs      func(fd uintptr, id identity) bool
-	peek         func(fd uintptr) peeked
+	identify     func(fd uintptr) (sock.ID, bool)
+	stillIs      func(fd uintptr, id sock.ID) bool
+	peek         func(fd uintptr) sock.Seen
 	readNow      func(fd uintptr, b []byte) (int, error)
 	handleLimit  func() (int, bool)
 	noHandleFree func() bool
 }
 
-var realSystem = system{dialSocket, identify, stillIs, peek, readNow, handleLimit, noHandleFree}
+var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.ReadNow, sock.FileLimit, sock.NoFileFree}
 
 // probe is how a connection is asked whether it is still itself, lives and is
 // clean.
@@ -127,12 +130,12 @@ type probe struct {
 	raw syscall.RawConn // nil: no descriptor
 	tls *tls.Conn       // nil: no crypto/tls above
 
-	who     identity // of the descriptor's socket, if raw is there
-	number  uint32   // of the descriptor; those of Windows too have 32 bits that count
-	known   bool     // who is
-	plain   bool     // a socket of package net: its close does not block, unless it lingers
-	foreign bool     // the connection is somebody else's code, which may do anything
-	keep    bool     // plaintext that a look takes out is for Config.Push
+	who     sock.ID // of the descriptor's socket, if raw is there
+	number  uint32  // of the descriptor; those of Windows too have 32 bits that count
+	known   bool    // who is
+	plain   bool    // a socket of package net: its close does not block, unless it lingers
+	foreign bool    // the connection is somebody else's code, which may do anything
+	keep    bool    // plaintext that a look takes out is for Config.Push
 }
 
 // look is one visit to a descriptor: what it is to find out, and what it found.
@@ -142,7 +145,7 @@ type look struct {
 	peek    bool          // not only compare the identity
 	visit   func(uintptr) // made once
 	stolen  bool
-	seen    peeked
+	seen    sock.Seen
 	scratch [1]byte // for readThrough
 }
 
@@ -151,7 +154,7 @@ var looks = sync.Pool{New: func() any {
 	l.visit = func(fd uintptr) {
 		p := l.probe
 		l.stolen = p.known && !p.sys.stillIs(fd, p.who)
-		if l.seen = (peeked{}); l.peek && !l.stolen {
+		if l.seen = (sock.Seen{}); l.peek && !l.stolen {
 			l.seen = p.sys.peek(fd)
 		}
 	}
@@ -165,7 +168,7 @@ func newLook(p *probe, peek bool) *look {
 }
 
 func (l *look) done() {
-	l.probe, l.seen = nil, peeked{}
+	l.probe, l.seen = nil, sock.Seen{}
 	looks.Put(l)
 }
 
@@ -217,7 +220,7 @@ func (p *probe) sock() *tlsSocket {
 }
 
 // can reports whether there is a descriptor to ask.
-func (p *probe) can() bool { return p.raw != nil && canPeek }
+func (p *probe) can() bool { return p.raw != nil && sock.CanPeek }
 
 // prober is nc as a Prober, nil if it is none. Only foreign connections are.
 func (p *probe) prober(nc net.Conn) Prober {
@@ -246,14 +249,8 @@ func (p *probe) lingers() (yes bool) {
 	if p.raw == nil {
 		return false
 	}
-	p.raw.Control(func(fd uintptr) { yes = lingers(fd) })
+	p.raw.Control(func(fd uintptr) { yes = sock.Lingers(fd) })
 	return yes
-}
-
-// peeked is what a look into a socket found.
-type peeked struct {
-	bytes bool  // something waits to be read
-	err   error // io.EOF, or why the socket is no good
 }
 
 // ask looks whether the connection may be lent. The caller owns it.
@@ -276,7 +273,7 @@ func (c *conn) ask() (CloseReason, error) {
 }
 
 func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
-	var seen peeked
+	var seen sock.Seen
 	if p.raw != nil && (p.known || !cfg.NoProbe) {
 		l := newLook(p, !cfg.NoProbe)
 		err := p.raw.Control(l.visit)
@@ -304,9 +301,9 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 		}
 	}
 	switch {
-	case seen.err != nil:
-		return ClosedStale, seen.err
-	case !seen.bytes:
+	case seen.Err != nil:
+		return ClosedStale, seen.Err
+	case !seen.Bytes:
 		return ClosedUnknown, nil
 	case p.tls == nil:
 		return ClosedDirty, ErrUnread
@@ -342,7 +339,7 @@ func (p *probe) leftovers(moved bool) (bool, error) {
 		return false, nil
 	case sock == nil && !moved:
 		return false, nil
-	case sock != nil && (sock.record.untouched() || sock.record.drained()):
+	case sock != nil && (sock.record.Untouched() || sock.record.Drained()):
 		return false, nil
 	}
 	reason, err := p.readThrough(sealed, -1)
@@ -430,7 +427,7 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 		return ClosedStale, err
 	case sock != nil && sock.stuck:
 		return ClosedStale, errStuck
-	case sock != nil && sock.record.partial():
+	case sock != nil && sock.record.Partial():
 		return ClosedDirty, errPartial
 	case (sock == nil || sock.renegotiates) && !p.tls.ConnectionState().HandshakeComplete:
 		// This read, or the borrower's last, ran out of time in the middle of
@@ -444,7 +441,7 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 		}
 	}
 	if sock != nil {
-		sock.record.reckon()
+		sock.record.Reset()
 	}
 	return ClosedUnknown, nil
 }

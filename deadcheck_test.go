@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // eachProbed runs f over the transports whose connections can be looked into.
@@ -106,7 +107,7 @@ func stale(p *Pool, addr Addr) (n int) {
 	}
 	for c := s.top; c != nil; c = c.down {
 		c.probe.raw.Control(func(fd uintptr) {
-			if peek(fd) != (peeked{}) {
+			if sock.Peek(fd) != (sock.Seen{}) {
 				n++
 			}
 		})

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // A dial belongs to the pool. It is started for the oldest waiter that has
@@ -57,7 +59,7 @@ type attempt struct {
 	warm         *warming           // for which it was started, if for one
 	giveUp       context.CancelFunc // nil before it runs
 
-	since instant // when it began, 0 before
+	since clock.Instant // when it began, 0 before
 
 	reached atomic.Uint32 // a copy of stage, for who asks meanwhile
 
@@ -125,7 +127,7 @@ func (p *Pool) dial(a *attempt) {
 	p.lookAtHandles()
 	var t *Trace
 	cancel := context.CancelFunc(func() {})
-	c, start := a.c, p.clock.exactly()
+	c, start := a.c, p.clock.Exactly()
 	defer func() {
 		if !a.ended {
 			pan := &PanicError{Where: a.where} // or a runtime.Goexit
@@ -169,7 +171,7 @@ func (p *Pool) dial(a *attempt) {
 }
 
 // dialEnded is deferred by dial, and is the end of it however that came.
-func (p *Pool) dialEnded(a *attempt, start instant, t *Trace, cancel context.CancelFunc) {
+func (p *Pool) dialEnded(a *attempt, start clock.Instant, t *Trace, cancel context.CancelFunc) {
 	defer cancel()
 	if a.err != nil {
 		p.closeSocket(a)
@@ -192,7 +194,7 @@ func (p *Pool) dialEnded(a *attempt, start instant, t *Trace, cancel context.Can
 
 // dialFailed books a dial that came to nothing. If there is a socket already,
 // the slot is free when it is closed.
-func (p *Pool) dialFailed(a *attempt, start instant, t *Trace, err error) {
+func (p *Pool) dialFailed(a *attempt, start clock.Instant, t *Trace, err error) {
 	p.dialed(a, start, t, &dialError{a.stage, err})
 	if a.stage == StageSetup {
 		p.discard(a.c, ClosedSetupFailed, err)
@@ -201,7 +203,7 @@ func (p *Pool) dialFailed(a *attempt, start instant, t *Trace, err error) {
 
 // abandonDial goes on without a dialer, handshake or Setup that has not come
 // back long after its ctx was done. What it returns at last is closed.
-func (p *Pool) abandonDial(a *attempt, adopted bool, start instant, t *Trace) {
+func (p *Pool) abandonDial(a *attempt, adopted bool, start clock.Instant, t *Trace) {
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
 	if !adopted {
 		go p.closeSocket(a)
@@ -384,11 +386,11 @@ func (p *Pool) resolve(addr Addr) (Addr, error) {
 }
 
 // dialed books the outcome of a dial.
-func (p *Pool) dialed(a *attempt, start instant, t *Trace, failure *dialError) {
-	now := p.clock.exactly()
+func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialError) {
+	now := p.clock.Exactly()
 	var todo agenda
 	c, s := a.c, a.c.site
-	info := DialInfo{Addr: s.addr, Took: now.sub(start)}
+	info := DialInfo{Addr: s.addr, Took: now.Sub(start)}
 	p.mu.Lock()
 	a.brokenOff = a.surplus || p.closed
 	if a.displaced {
@@ -493,7 +495,7 @@ func (s *site) dropLocked(a *attempt) {
 	a.newer, a.older = nil, nil
 }
 
-func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now instant) {
+func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now clock.Instant) {
 	c, s := a.c, a.c.site
 	if failure.stage == StageSetup {
 		p.moveLocked(c, closing) // the slot is free when the socket is closed
@@ -560,8 +562,8 @@ func (p *Pool) detached(c *conn) {
 	p.counts.Detached++
 	watcher := p.watcher
 	p.mu.Unlock()
-	watcher.remove(c)
-	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.exactly().sub(c.since)}
+	watcher.Remove(c.probe.raw)
+	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}
 	p.removed(c, ClosedUnknown, nil)
 	if t != nil && t.Detached != nil {
 		p.observe("Trace.Detached", func() { t.Detached(info) })

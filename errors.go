@@ -11,6 +11,9 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Sentinels, for [errors.Is].
@@ -143,7 +146,7 @@ func (e *Error) Error() string {
 	}
 	switch {
 	case e.Err == nil:
-	case errors.Is(e.Err, errAddrNotAvail):
+	case errors.Is(e.Err, sock.ErrAddrNotAvail):
 		b.WriteString(" (no local port is left for this peer: keep connections longer, or raise the range of local ports)")
 	case errors.Is(e.Err, ErrNoneRemovable) && e.elsewhere:
 		b.WriteString(" (raise the process's limit on open files: none of them is the pool's)")
@@ -300,7 +303,7 @@ func KindOf(err error) Kind {
 		return KindInternal
 	case errors.Is(err, ErrExhausted), errors.Is(err, ErrNoneRemovable), errors.As(err, &ful):
 		return KindResource
-	case errors.Is(err, errTimedOut):
+	case errors.Is(err, sock.ErrTimedOut):
 		if inTransfer(err) {
 			return KindBroken
 		}
@@ -314,7 +317,7 @@ func KindOf(err error) Kind {
 		return KindTimeout
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return KindEOF
-	case exhausted(err), errors.Is(err, errAddrNotAvail), errors.Is(err, errNoMem), errors.Is(err, errNoBufs):
+	case sock.OutOfFiles(err), errors.Is(err, sock.ErrAddrNotAvail), errors.Is(err, sock.ErrNoMem), errors.Is(err, sock.ErrNoBufs):
 		return KindResource
 	case errors.As(err, &dns):
 		if dns.IsTimeout {
@@ -324,15 +327,15 @@ func KindOf(err error) Kind {
 	case errors.As(err, &rec), errors.As(err, &ale), errors.As(err, &ver),
 		errors.As(err, &ope) && (ope.Op == "remote error" || ope.Op == "local error"): // a TLS alert over TCP
 		return KindBadMessage
-	case errors.Is(err, errRefused), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, sock.ErrRefused), errors.Is(err, fs.ErrNotExist):
 		return KindRefused // a Unix socket that is not there has nobody listening either
-	case errors.Is(err, errReset), errors.Is(err, errPipe), errors.Is(err, errAborted),
+	case errors.Is(err, sock.ErrReset), errors.Is(err, sock.ErrPipe), errors.Is(err, sock.ErrAborted),
 		errors.Is(err, io.ErrClosedPipe), errors.Is(err, io.ErrShortWrite):
 		return KindBroken
 	case errors.Is(err, fs.ErrPermission):
 		return KindAccess
-	case errors.Is(err, errNetUnreach), errors.Is(err, errHostUnreach), errors.As(err, &ade),
-		errors.Is(err, errAFNoSupport):
+	case errors.Is(err, sock.ErrNetUnreach), errors.Is(err, sock.ErrHostUnreach), errors.As(err, &ade),
+		errors.Is(err, sock.ErrAFNoSupport):
 		return KindAddress
 	case errors.As(err, &ne) && ne.Timeout(), errors.As(err, &dur) && dur.Timeout():
 		return KindTimeout
@@ -395,7 +398,7 @@ func usage(addr Addr, err error) *Error {
 	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
 }
 
-func (p *Pool) failed(addr Addr, stage Stage, err error, start instant) *Error {
+func (p *Pool) failed(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.failedLocked(addr, stage, err, start)
@@ -410,7 +413,7 @@ func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
 }
 
 // failedLocked is the error of a borrow, with the books as they are.
-func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *Error {
+func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	s := p.sites.find(addr)
 	if s == nil {
 		s = &site{addr: addr, queue: &noQueue} // forgotten: nothing is open for it
@@ -418,10 +421,10 @@ func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start instant) *E
 	return p.failedAtLocked(s, stage, err, start)
 }
 
-func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start instant) *Error {
+func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
 	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: spent(err)}
 	if start != 0 {
-		e.Waited = p.clock.exactly().sub(start)
+		e.Waited = p.clock.Exactly().Sub(start)
 	}
 	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
 	if errors.Is(err, ErrNoneRemovable) {

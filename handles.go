@@ -8,6 +8,9 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // The budget of file handles. MaxOpen 0 means the process's limit less a
@@ -62,7 +65,7 @@ func (p *Pool) enroll(c *conn) {
 		return
 	}
 	limit, limited := p.sys.handleLimit()
-	now := p.clock.now()
+	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
 	if old := p.byFD[c.probe.fd()]; old != nil {
@@ -90,8 +93,8 @@ func (p *Pool) enroll(c *conn) {
 // rule the next loan dials, and its descriptor tells how things stand. But dials of
 // connections without one tell nothing, and a pool that makes no others would
 // believe for ever what it was told once.
-func (p *Pool) doubtPressure(now instant) {
-	old := func() bool { return p.pressure > handlesPlenty && now.sub(p.pressedAt) >= p.sweepPeriod() }
+func (p *Pool) doubtPressure(now clock.Instant) {
+	old := func() bool { return p.pressure > handlesPlenty && now.Sub(p.pressedAt) >= p.sweepPeriod() }
 	p.mu.Lock()
 	doubted := old()
 	p.mu.Unlock()
@@ -232,7 +235,7 @@ func connBehind(nc syscall.Conn) *conn {
 	return nil
 }
 
-func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who identity, known bool, err error) {
+func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, err error) {
 	raw, err := nc.SyscallConn()
 	if err != nil {
 		return 0, who, false, err
@@ -250,7 +253,7 @@ func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who identity, known bool, 
 // whatever has the number now. The error is errors.ErrUnsupported where the
 // system does not tell. A *tls.Conn is asked through its NetConn.
 func SameConn(a, b syscall.Conn) (bool, error) {
-	var who [2]identity
+	var who [2]sock.ID
 	for i, nc := range []syscall.Conn{a, b} {
 		if nc == nil {
 			return false, errors.New("connpool: SameConn: a connection is nil")
@@ -260,7 +263,7 @@ func SameConn(a, b syscall.Conn) (bool, error) {
 			return false, err
 		}
 		known := false
-		if err := raw.Control(func(fd uintptr) { who[i], known = identify(fd) }); err != nil {
+		if err := raw.Control(func(fd uintptr) { who[i], known = sock.Identify(fd) }); err != nil {
 			return false, err
 		}
 		if !known {
@@ -315,12 +318,6 @@ func (p *Pool) freedLocked() {
 	}
 }
 
-// exhausted reports whether err says that the process or the system has no
-// file handle left.
-func exhausted(err error) bool {
-	return errors.Is(err, errProcessFiles) || errors.Is(err, errSystemFiles)
-}
-
 // asFromSystem reports whether err is an errno, or package net's error for one:
 // nobody has put it aside, unless as a whole.
 func asFromSystem(err error) bool {
@@ -342,5 +339,5 @@ func asFromSystem(err error) bool {
 // be looked up, and package net says "no such host".
 func (p *Pool) outOfHandles(err error) bool {
 	var dns *net.DNSError
-	return exhausted(err) || errors.As(err, &dns) && p.sys.noHandleFree()
+	return sock.OutOfFiles(err) || errors.As(err, &dns) && p.sys.noHandleFree()
 }

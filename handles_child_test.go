@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // File handles run out only in processes of their own, see inChild; what can be
@@ -36,7 +37,7 @@ func fewHandles(t *testing.T, limit uint64) {
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &r))
 	r.Cur = limit
 	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &r))
-	now, ok := handleLimit()
+	now, ok := sock.FileLimit()
 	require.True(t, ok)
 	require.Equal(t, int(limit), now, "the pool sees the limit of the moment")
 }
@@ -348,7 +349,7 @@ func TestNoneRemovableIsAskedOnceAndItsYesIsOneMoreTry(t *testing.T) {
 // G-05
 func TestATrulyUnknownNameEvictsNothing(t *testing.T) {
 	p, fails, dials := starved(t, Config{})
-	p.sys.noHandleFree = noHandleFree
+	p.sys.noHandleFree = sock.NoFileFree
 	visitAll(t, p, "a", "b")
 	var err error = &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: "nowhere.invalid", IsNotFound: true}}
 	fails.Store(&err)
@@ -673,7 +674,7 @@ func TestATLSDialWithoutAHandleSpoilsNoLaterOne(t *testing.T) {
 	}
 	require.NoError(t, visit("tcp")) // with the watcher
 	p.CloseIdle()
-	before, _ := handleLimit()
+	before, _ := sock.FileLimit()
 	fewHandles(t, 64)
 	var rest hoard
 	require.ErrorIs(t, rest.take(-1), syscall.EMFILE)

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // A hold is the time a connection is out of the pool: a loan, a lease, or all
@@ -29,7 +31,7 @@ type HeldInfo struct {
 type holding struct {
 	addr  Addr
 	id    uint64
-	since instant
+	since clock.Instant
 	stack []uintptr
 	trace *Trace // of the borrow, which has the pool's in it
 
@@ -51,7 +53,7 @@ type holds struct {
 func (p *Pool) hold(c *conn, skip int) {
 	var pcs [64]uintptr
 	n := runtime.Callers(skip+2, pcs[:])
-	h := &holding{addr: c.site.addr, id: c.id, since: p.clock.exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
+	h := &holding{addr: c.site.addr, id: c.id, since: p.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
 	c.remember().hold = h
 	p.out.add(h)
 	if p.cfg.Profile != nil {
@@ -117,12 +119,12 @@ func (l *holds) remove(h *holding) {
 
 // reportHolds tells of each connection that has been out for HoldWarn, once.
 func (p *Pool) reportHolds() {
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	var late []*holding
 	l := p.holds
 	l.mu.Lock()
 	for h := l.oldest; h != nil; h = l.oldest {
-		left := p.cfg.HoldWarn - now.sub(h.since)
+		left := p.cfg.HoldWarn - now.Sub(h.since)
 		if left > 0 {
 			l.timer.Reset(max(left, time.Millisecond))
 			break
@@ -141,8 +143,8 @@ func (p *Pool) reportHolds() {
 	}
 }
 
-func (h *holding) info(now instant) HeldInfo {
-	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.sub(h.since)}
+func (h *holding) info(now clock.Instant) HeldInfo {
+	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.Sub(h.since)}
 	var b strings.Builder
 	frames := runtime.CallersFrames(h.stack)
 	for more := len(h.stack) > 0; more; {
@@ -173,7 +175,7 @@ func (p *Pool) leaked(c *conn) {
 	if h == nil { // nobody wanted to know; only leases are always written down
 		h = &holding{addr: c.site.addr, id: c.id, since: c.since}
 	}
-	info := h.info(p.clock.exactly())
+	info := h.info(p.clock.Exactly())
 	p.mu.Lock()
 	p.counts.Leaked++
 	p.mu.Unlock()

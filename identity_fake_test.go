@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Here the logic of identity is tested on every system, by a pool whose system
@@ -61,26 +62,26 @@ func (f *fakeSystem) pool(t testing.TB, cfg Config) *Pool {
 	t.Cleanup(func() { p.Close() })
 	p.sys = &system{
 		dial: f.dial,
-		identify: func(uintptr) (identity, bool) {
+		identify: func(uintptr) (sock.ID, bool) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.looks++
-			return *new(identity), true
+			return *new(sock.ID), true
 		},
-		stillIs: func(fd uintptr, _ identity) bool {
+		stillIs: func(fd uintptr, _ sock.ID) bool {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.looks++
 			return !f.stolen[fd]
 		},
-		peek: func(fd uintptr) peeked {
+		peek: func(fd uintptr) sock.Seen {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.peeks[fd]++
 			if f.stolen[fd] {
 				panic("a stranger's socket was looked into")
 			}
-			return peeked{}
+			return sock.Seen{}
 		},
 		readNow:      func(uintptr, []byte) (int, error) { return 0, errors.ErrUnsupported },
 		handleLimit:  func() (int, bool) { return 0, false },
@@ -180,7 +181,7 @@ func TestEachStepFindsTheTheftBeforeItTouchesTheDescriptor(t *testing.T) {
 		"make room": func(t *testing.T, w world) { w.p.With(ctx, fakeAddr("other"), func(Conn) error { return nil }) },
 		"sweep":     func(t *testing.T, w world) { sweepAll(w.p) },
 		"expiry": func(t *testing.T, w world) {
-			w.p.clock.read = func() time.Time { return time.Now().Add(time.Hour) }
+			w.p.clock.Read = func() time.Time { return time.Now().Add(time.Hour) }
 			sweepAll(w.p)
 		},
 		"Retire":    func(t *testing.T, w world) { w.p.Retire(home) },
@@ -317,8 +318,8 @@ func TestIdentityIsAskedAtEachLoanUnlessSwitchedOff(t *testing.T) {
 func TestASocketWithoutIdentityIsLentByItsLook(t *testing.T) {
 	f := newFakeSystem(t)
 	p := f.pool(t, Config{})
-	p.sys.identify = func(uintptr) (identity, bool) { return *new(identity), false }
-	p.sys.stillIs = func(uintptr, identity) bool { panic("there is nothing to compare") }
+	p.sys.identify = func(uintptr) (sock.ID, bool) { return *new(sock.ID), false }
+	p.sys.stillIs = func(uintptr, sock.ID) bool { panic("there is nothing to compare") }
 	for range 3 {
 		require.NoError(t, p.With(context.Background(), fakeAddr("home"), func(c Conn) error { return echo(c, "x") }))
 	}
@@ -337,7 +338,7 @@ func TestDisownedBetweenTheLookAndTheLoanIsStillStolen(t *testing.T) {
 	home, other := fakeAddr("home"), fakeAddr("other")
 	require.NoError(t, p.With(ctx, home, func(c Conn) error { return echo(c, "mine") }))
 	look := p.sys.peek
-	p.sys.peek = func(fd uintptr) peeked {
+	p.sys.peek = func(fd uintptr) sock.Seen {
 		seen := look(fd)
 		p.sys.peek = look
 		f.mu.Lock()
@@ -348,7 +349,7 @@ func TestDisownedBetweenTheLookAndTheLoanIsStillStolen(t *testing.T) {
 		return seen
 	}
 	p.With(ctx, home, func(c Conn) error { return echo(c, "mine") })
-	p.sys.stillIs = func(uintptr, identity) bool { return true } // of the second, whose number is the same
+	p.sys.stillIs = func(uintptr, sock.ID) bool { return true } // of the second, whose number is the same
 	closed, wrong := f.sock(0).state()
 	require.Empty(t, wrong)
 	require.False(t, closed)
@@ -379,15 +380,15 @@ func TestAStolenConnectionCannotBeDetached(t *testing.T) {
 
 // BETA-23, BETA-27
 func TestMarkDeadGoesByNumberAndByIdentity(t *testing.T) {
-	var a, b identity
+	var a, b sock.ID
 	if !twoSockets(t, &a, &b) || a == b {
 		t.Skip("this system does not tell two sockets apart")
 	}
 	f := newFakeSystem(t)
 	p := f.pool(t, Config{})
-	who := make(map[uintptr]identity)
-	p.sys.identify = func(fd uintptr) (identity, bool) { return who[fd], true }
-	p.sys.stillIs = func(fd uintptr, id identity) bool { return who[fd] == id }
+	who := make(map[uintptr]sock.ID)
+	p.sys.identify = func(fd uintptr) (sock.ID, bool) { return who[fd], true }
+	p.sys.stillIs = func(fd uintptr, id sock.ID) bool { return who[fd] == id }
 	ctx := context.Background()
 	who[fakeNumber], who[fakeNumber+1] = a, b
 	for _, host := range []string{"one", "two"} {
@@ -446,10 +447,10 @@ type noDescriptor struct{}
 func (noDescriptor) SyscallConn() (syscall.RawConn, error) { return nil, errors.ErrUnsupported }
 
 // twoSockets finds two identities that differ.
-func twoSockets(t *testing.T, a, b *identity) bool {
+func twoSockets(t *testing.T, a, b *sock.ID) bool {
 	t.Helper()
 	ok := true
-	for _, id := range []*identity{a, b} {
+	for _, id := range []*sock.ID{a, b} {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return false
@@ -467,7 +468,7 @@ func twoSockets(t *testing.T, a, b *identity) bool {
 
 // BETA-30, G-02
 func TestSameConnSeesThroughDuplicatesAndWrappers(t *testing.T) {
-	if !twoSockets(t, new(identity), new(identity)) {
+	if !twoSockets(t, new(sock.ID), new(sock.ID)) {
 		t.Skip("this system does not tell what socket a descriptor is")
 	}
 	for _, network := range []string{"tcp", "tls"} {

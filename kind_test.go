@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // unknownName is an address whose host no resolver knows. Names that end in a
@@ -241,7 +242,7 @@ func (g givesUp) Write([]byte) (int, error) {
 // TRY-20: the system's ETIMEDOUT is the end of the connection, as a reset is. No
 // deadline has passed, and Keep forgives nothing.
 func TestTheSystemsTimeoutIsTheEndOfTheConnection(t *testing.T) {
-	for _, errno := range []error{errTimedOut, os.NewSyscallError("read", errTimedOut), os.NewSyscallError("wsarecv", errTimedOut)} {
+	for _, errno := range []error{sock.ErrTimedOut, os.NewSyscallError("read", sock.ErrTimedOut), os.NewSyscallError("wsarecv", sock.ErrTimedOut)} {
 		for how, verdict := range map[string]func(error) error{"Keep": Keep, "nil": func(error) error { return nil }, "wrapped": func(err error) error { return wrapOnce(Keep(err)) }} {
 			for name, op := range map[string]func(Conn) error{
 				"read":    func(c Conn) error { _, err := c.Read(make([]byte, 1)); return err },
@@ -265,7 +266,7 @@ func TestTheSystemsTimeoutIsTheEndOfTheConnection(t *testing.T) {
 						inside = op(c)
 						return verdict(inside)
 					})
-					require.ErrorIs(t, inside, errTimedOut)
+					require.ErrorIs(t, inside, sock.ErrTimedOut)
 					require.Equal(t, KindBroken, KindOf(inside), "%s, %s", name, how)
 					require.NoError(t, p.Close())
 					require.Equal(t, reasons{ClosedBroken: 1}, p.Stats().Closed, "%s, %s", name, how)
@@ -274,10 +275,10 @@ func TestTheSystemsTimeoutIsTheEndOfTheConnection(t *testing.T) {
 		}
 	}
 	for _, dial := range []error{
-		&net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", errTimedOut)}, os.NewSyscallError("connectex", errTimedOut), errTimedOut,
-		&net.OpError{Op: "socks connect", Net: "tcp", Err: errTimedOut},
+		&net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", sock.ErrTimedOut)}, os.NewSyscallError("connectex", sock.ErrTimedOut), sock.ErrTimedOut,
+		&net.OpError{Op: "socks connect", Net: "tcp", Err: sock.ErrTimedOut},
 	} {
 		require.Equal(t, KindTimeout, KindOf(dial), "%v", dial)
 	}
-	require.Equal(t, KindBroken, KindOf(os.NewSyscallError("recvfrom", errTimedOut)))
+	require.Equal(t, KindBroken, KindOf(os.NewSyscallError("recvfrom", sock.ErrTimedOut)))
 }

@@ -144,7 +144,7 @@ func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
 			for _, c := range n.p.every() {
 				n.p.mu.Lock()
 				n.p.takeLocked(c)
-				c.lendAtLocked(n.p.clock.now())
+				c.lendAtLocked(n.p.clock.Now())
 				c.lookedAtLocked(true)
 				n.p.mu.Unlock()
 				looked = append(looked, c)
@@ -250,7 +250,7 @@ func TestALookThatFindsNothingLeavesTheAgeAsItIs(t *testing.T) {
 		// To a waiter, which has gone when it looks.
 		n.p.mu.Lock()
 		n.p.takeLocked(c)
-		c.lendAtLocked(n.p.clock.now())
+		c.lendAtLocked(n.p.clock.Now())
 		s := c.site
 		w := &waiter{seq: 1, ctx: bg, since: c.since, ready: make(chan struct{}, 1)}
 		s.queueLocked().push(w)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // When a dial has worked. That a peer accepts a connection does not say that it
@@ -79,8 +81,8 @@ func (p *Pool) livedLocked(c *conn, inLoan bool) (news bool) {
 }
 
 // stood books that c was found fit in a sweep, if it has stood for long enough.
-func (p *Pool) stood(c *conn, now instant) {
-	if c.word.Load()&lived != lived && now.sub(c.born) >= p.sweepPeriod() {
+func (p *Pool) stood(c *conn, now clock.Instant) {
+	if c.word.Load()&lived != lived && now.Sub(c.born) >= p.sweepPeriod() {
 		p.lives(c, false)
 	}
 }
@@ -99,7 +101,7 @@ func (p *Pool) judge(c *conn, reason CloseReason, err error) {
 // the address is backing off, and if others wait for it or dial, each of whom
 // would go on to the next one as well.
 func (p *Pool) hollow(c *conn, why error) bool {
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := c.site
@@ -114,7 +116,7 @@ func (p *Pool) hollow(c *conn, why error) bool {
 // hollowness is why the end of c speaks against its address, nil if it does not.
 func (c *conn) hollowness(reason CloseReason, err error) error {
 	p, word := c.site.pool, c.word.Load()
-	if c.site.tracked() || reason.innocent() || c.idleFor+p.clock.exactly().sub(c.since) >= youth {
+	if c.site.tracked() || reason.innocent() || c.idleFor+p.clock.Exactly().Sub(c.since) >= youth {
 		return nil
 	}
 	if c.uses == 0 {

@@ -19,6 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // TRY-10, TRY-11: a dial has worked when its connection has lived.
@@ -461,7 +462,7 @@ func TestACertificateThatIsRefusedAfterTheHandshakeIsAFailure(t *testing.T) {
 // TRY-38: the look at the end of Setup may read the alert, and whoever looks next
 // finds no more than the end. The borrower is told of the alert all the same.
 func TestAnAlertThatAnEarlierLookHasReadIsToldOf(t *testing.T) {
-	if !canPeek {
+	if !sock.CanPeek {
 		t.Skip("nobody can look into a socket here")
 	}
 	for name, own := range map[string]bool{"the pool's TLS": false, "a dialer's TLS": true} {
@@ -476,7 +477,7 @@ func TestAnAlertThatAnEarlierLookHasReadIsToldOf(t *testing.T) {
 			cfg := Config{TLS: &tls.Config{RootCAs: ca.Pool()}, Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
 				c := nc.(Conn).c
 				soon(t, "the server's alert", func() (said bool) {
-					c.probe.raw.Control(func(fd uintptr) { said = p.sys.peek(fd).bytes })
+					c.probe.raw.Control(func(fd uintptr) { said = p.sys.peek(fd).Bytes })
 					return said
 				})
 				return nil, nil

@@ -24,6 +24,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // What a connection looks like to the pool when it is alive, dead or dirty,
@@ -327,11 +328,11 @@ func tlArrived(c Conn) error {
 
 func tlSomething(raw syscall.RawConn) error {
 	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); runtime.Gosched() {
-		seen := peeked{}
-		if err := raw.Control(func(fd uintptr) { seen = peek(fd) }); err != nil {
+		seen := sock.Seen{}
+		if err := raw.Control(func(fd uintptr) { seen = sock.Peek(fd) }); err != nil {
 			return err
 		}
-		if seen != (peeked{}) {
+		if seen != (sock.Seen{}) {
 			return nil
 		}
 	}
@@ -755,7 +756,7 @@ func TestFloodOfTicketsIsBounded(t *testing.T) {
 					var taken atomic.Int64
 					sys := *p.sys
 					sys.readNow = func(fd uintptr, b []byte) (int, error) {
-						n, err := readNow(fd, b)
+						n, err := sock.ReadNow(fd, b)
 						taken.Add(int64(n))
 						return n, err
 					}
@@ -1097,13 +1098,13 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			// moment of the look.
 			sys := *p.sys
 			looks := 0
-			sys.peek = func(fd uintptr) peeked {
+			sys.peek = func(fd uintptr) sock.Seen {
 				looks++
 				if files > 0 {
 					require.Equal(t, files+2*(many-1), tlFiles())
 				}
 				require.LessOrEqual(t, tlOwnGoroutines(), goroutines+1, "this one looks")
-				return peek(fd)
+				return sock.Peek(fd)
 			}
 			p.mu.Lock()
 			all := p.recency.all()

@@ -337,7 +337,7 @@ func (h Conn) Reused() bool { return h.Uses() > 1 }
 
 // Age is the time since the connection was opened; 0 after the loan.
 func (h Conn) Age() time.Duration {
-	return about(h, func(c *conn) time.Duration { return c.site.pool.clock.exactly().sub(c.born) })
+	return about(h, func(c *conn) time.Duration { return c.site.pool.clock.Exactly().Sub(c.born) })
 }
 
 // IdleFor is how long the connection had been unused when it was lent, to

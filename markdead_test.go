@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // MarkDead finds a connection wherever it is at that moment.
@@ -38,21 +39,21 @@ func (m *marking) use(ctx context.Context) error {
 }
 
 func newMarking(t *testing.T, cfg Config) *marking {
-	var a, b identity
+	var a, b sock.ID
 	if !twoSockets(t, &a, &b) || a == b {
 		t.Skip("this system does not tell two sockets apart")
 	}
 	f := newFakeSystem(t)
 	m := &marking{fakeSystem: f, t: t, elsewhere: &fakeSock{sys: f, fd: fakeNumber + 100}}
 	m.p = f.pool(t, cfg)
-	m.p.sys.identify = func(fd uintptr) (identity, bool) {
+	m.p.sys.identify = func(fd uintptr) (sock.ID, bool) {
 		if fd == fakeNumber || fd == m.elsewhere.fd {
 			return a, true
 		}
 		return b, true
 	}
 	look := m.p.sys.peek
-	m.p.sys.peek = func(fd uintptr) peeked {
+	m.p.sys.peek = func(fd uintptr) sock.Seen {
 		if f := m.inLook; f != nil {
 			m.inLook = nil
 			f()

@@ -6,7 +6,11 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Pool lends connections. Make one with [New]; the zero Pool is closed. All
@@ -38,7 +42,7 @@ type Pool struct {
 	cfg   Config
 	ctx   context.Context // of every dial
 	stop  context.CancelFunc
-	clock clock
+	clock clock.Clock
 
 	sys *system
 
@@ -48,8 +52,10 @@ type Pool struct {
 
 	sessions *sessionCaches // for TLS
 
-	newWatcher func() (*watcher, error) // but for tests that of the system
-	handles    atomic.Int64             // what the process's handle limit leaves, as of the last look
+	newWatcher func() (*sock.Watcher, error) // but for tests that of the system
+	handles    atomic.Int64                  // what the process's handle limit leaves, as of the last look
+
+	addWatch func(*sock.Watcher, syscall.RawConn, bool) error // Watcher.Add, but for tests
 
 	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
@@ -74,11 +80,11 @@ type Pool struct {
 	counts    Stats              // but for the gauges that are made from n
 	closedBy  [numCloseReasons]uint64
 	pressure  pressure           // on file handles, as of the last dial that told
-	pressedAt instant            // when that was
+	pressedAt clock.Instant      // when that was
 	starving  int                // dials that wait for a handle
 	freed     chan struct{}      // closed and renewed when something may have freed one
 	watching  watching           // how it stands with watcher
-	watcher   *watcher           // nil where there is none, and before the first connection
+	watcher   *sock.Watcher      // nil where there is none, and before the first connection
 	sweeping  bool               // a sweep is under way
 	lookers   int                // goroutines of the pool's that look at idle connections
 	checking  map[*site]bool     // whose connections one of them asks Check; nil before the first
@@ -142,13 +148,14 @@ func New(cfg Config) (*Pool, error) {
 		freed:    make(chan struct{}),
 		checkers: make(chan struct{}, checkers),
 
-		newWatcher: newWatcher,
+		newWatcher: sock.NewWatcher,
+		addWatch:   (*sock.Watcher).Add,
 	}
 	p.recency.init()
 	// Who asks for short times, or watches, gets them exactly.
-	p.clock.read = time.Now
-	p.clock.exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*tick ||
-		cfg.Check != nil && cfg.TrustIdle < 100*tick || cfg.Trace != nil
+	p.clock.Read = time.Now
+	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
+		cfg.Check != nil && cfg.TrustIdle < 100*clock.Tick || cfg.Trace != nil
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	if cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug {
 		p.holds = &holds{}
@@ -256,9 +263,9 @@ func (p *Pool) rescue(c *conn, owner *bool) {
 // borrow makes the caller the owner of a connection that may be lent.
 func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
 	var (
-		start instant // of the wait; a borrow that need not wait has none
-		seq   uint64  // this borrower's place in the queue, once it has one
-		known bool    // addr is canonical
+		start clock.Instant // of the wait; a borrow that need not wait has none
+		seq   uint64        // this borrower's place in the queue, once it has one
+		known bool          // addr is canonical
 
 		unload agenda // the connection found unfit in the last round
 		hollow int    // connections that were opened in vain, see lived.go
@@ -268,9 +275,9 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 	}
 	hash := p.sites.hash(&addr)
 	for {
-		now := p.clock.now()
+		now := p.clock.Now()
 		if t != nil {
-			now = p.clock.exactly()
+			now = p.clock.Exactly()
 		}
 		p.mu.Lock()
 		todo := unload
@@ -318,7 +325,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			seq = w.seq
 			c, err = p.await(ctx, s, w)
 			if t != nil {
-				waited = p.clock.exactly().sub(start)
+				waited = p.clock.Exactly().Sub(start)
 			}
 			if err != nil {
 				stage := StageWait
@@ -373,9 +380,9 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 
 // enqueueLocked puts a borrower into the queue of s and starts what may start,
 // or refuses it. It unlocks mu.
-func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *instant, t *Trace, todo *agenda) (*waiter, error) {
+func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *clock.Instant, t *Trace, todo *agenda) (*waiter, error) {
 	again := seq != 0
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	if *start == 0 {
 		*start = now
 	}
@@ -451,7 +458,7 @@ func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *
 		*owner = false
 		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
 		if p.giveBack(c) && t != nil && t.PutConn != nil {
-			info := PutInfo{Addr: s.addr, ID: id, Held: p.clock.exactly().sub(lentAt)}
+			info := PutInfo{Addr: s.addr, ID: id, Held: p.clock.Exactly().Sub(lentAt)}
 			p.named("Trace.PutConn", func() { t.PutConn(info) })
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // Push: what a peer sends unasked on an idle connection goes to Config.Push.
@@ -21,7 +23,7 @@ import (
 //	                    +---> error, or nil although it read nothing -> closed
 //
 // The looks are those before a loan and in a sweep, and on Linux that of the
-// watcher, which then listens for data too (see watch_linux.go).
+// watcher, which then listens for data too (see hearsData).
 //
 // Under TLS the look takes out what it finds: a look at bytes that are session
 // tickets takes nothing, but plaintext is in the pool's hands then. It is put
@@ -170,7 +172,7 @@ func (p *Pool) giveBack(c *conn) bool {
 	if l := c.loan.Load(); l != nil && l.hold != nil {
 		p.unhold(l)
 	}
-	now := p.clock.now()
+	now := p.clock.Now()
 	p.mu.Lock()
 	p.countLoanLocked(c)
 	c.since, c.idleFor = now, 0
@@ -223,7 +225,7 @@ var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 // Of a TLS record that has arrived in part it waits for the rest, since only then
 // is it known whether it is a message or a ticket.
 func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
-	end := p.clock.exactly() + instant(defaultHookTimeout)
+	end := p.clock.Exactly() + clock.Instant(defaultHookTimeout)
 	for {
 		if reason, err := c.condemned(); reason != ClosedUnknown {
 			return reason, err
@@ -242,7 +244,7 @@ func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
 		switch {
 		case !errors.Is(err, errPartial): // then nothing was taken out
 			return reason, err
-		case p.clock.exactly() > end:
+		case p.clock.Exactly() > end:
 			return ClosedPushFailed, err
 		}
 		pause := time.NewTimer(time.Millisecond)
@@ -261,7 +263,7 @@ func (p *Pool) listen(c *conn) {
 	p.mu.Lock()
 	watcher := p.watcher
 	p.mu.Unlock()
-	watcher.rearm(c)
+	watcher.Rearm(c.probe.raw, c.hearsData())
 }
 
 // readable is told that something waits on the connection with this descriptor.

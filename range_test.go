@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // TRY-49: "for ever" is written in many ways, and the largest duration is one of them.
@@ -128,7 +130,7 @@ func TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock(t *testing.T) {
 		n.use(at("a"))
 		c := n.p.every()[0]
 		for _, behind := range []time.Duration{time.Nanosecond, time.Millisecond, time.Hour} {
-			early := n.p.clock.exactly()
+			early := n.p.clock.Exactly()
 			time.Sleep(behind)
 			n.use(at("a"))
 			before := checks
@@ -142,7 +144,7 @@ func TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock(t *testing.T) {
 			require.Equal(t, ClosedUnknown, reason)
 			require.Equal(t, before+1, checks, "behind by %v", behind)
 			// Not even a clock that is behind the answer of Check.
-			c.checked = c.since + instant(time.Hour)
+			c.checked = c.since + clock.Instant(time.Hour)
 			_, err = n.p.unfit(bg, c)
 			require.NoError(t, err)
 			require.Equal(t, before+2, checks, "behind by %v", behind)

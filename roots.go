@@ -6,6 +6,8 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // crypto/x509 reads the system's certificates from files, once in the life of a
@@ -30,7 +32,7 @@ func (p *Pool) loadRoots(cfg *tls.Config) error {
 		return nil
 	}
 	if p.sys.noHandleFree() {
-		return os.NewSyscallError("open", errProcessFiles)
+		return os.NewSyscallError("open", sock.ErrProcessFiles)
 	}
 	_, _ = x509.SystemCertPool() // who verifies by them hears of an error
 	roots.loaded.Store(true)

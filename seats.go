@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // seats are the connections of a session.
@@ -36,9 +38,9 @@ type seat struct {
 	line []*turn // those who wait for it, oldest first; seats.mu
 	c    *conn   // kept between two uses; nil if there is none
 
-	usedAt instant // when the last use of c ended
-	loan   Conn    // of the use under way
-	marks  int     // how many frames its number is, see underway
+	usedAt clock.Instant // when the last use of c ended
+	loan   Conn          // of the use under way
+	marks  int           // how many frames its number is, see underway
 
 	// What a use nested in the one under way did to the connection.
 	spoiled CloseReason
@@ -150,7 +152,7 @@ func (b *seats) take(ctx context.Context, addr Addr, me uint64) (st *seat, neste
 	w := &turn{by: me, ready: make(chan struct{})}
 	st.line = append(st.line, w)
 	b.mu.Unlock()
-	start := b.p.clock.exactly()
+	start := b.p.clock.Exactly()
 	var err error
 	select {
 	case <-w.ready:

@@ -46,11 +46,11 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 			return err
 		}
 		c.observedBy(t)
-		c.idleFor = p.clock.exactly().sub(st.usedAt)
+		c.idleFor = p.clock.Exactly().Sub(st.usedAt)
 	}
 	c.uses++
 	c.uncounted = true
-	began := p.clock.exactly()
+	began := p.clock.Exactly()
 	st.loan = c.begin(ctx, 0)
 	if t != nil && t.GotConn != nil {
 		info := GotInfo{Addr: st.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
@@ -83,12 +83,12 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	p.countLoanLocked(c)
 	p.mu.Unlock()
 	c.observedBy(b.trace)
-	st.usedAt = p.clock.exactly()
+	st.usedAt = p.clock.Exactly()
 	owner, risen = false, true // from here on c is the next one's in line, or the session's
 	left := b.rise(st, c)
 	if left == nil || b.giveBackOne(left) {
 		if t != nil && t.PutConn != nil {
-			info := PutInfo{Addr: st.addr, ID: id, Held: p.clock.exactly().sub(began)}
+			info := PutInfo{Addr: st.addr, ID: id, Held: p.clock.Exactly().Sub(began)}
 			p.named("Trace.PutConn", func() { t.PutConn(info) })
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // What Setup leaves behind.
@@ -133,7 +134,7 @@ func readHello(nc net.Conn) error {
 // arrived waits until something is in the socket.
 func arrived(nc net.Conn) {
 	p := &nc.(Conn).c.probe
-	for seen := (peeked{}); !seen.bytes; {
+	for seen := (sock.Seen{}); !seen.Bytes; {
 		p.raw.Control(func(fd uintptr) { seen = p.sys.peek(fd) })
 	}
 }
@@ -141,7 +142,7 @@ func arrived(nc net.Conn) {
 // TRY-35: what Setup leaves unread, wherever it is, fails the dial, whoever that
 // was for; nobody ever takes it for a reply.
 func TestWhatSetupLeavesUnreadFailsTheDial(t *testing.T) {
-	if !canPeek {
+	if !sock.CanPeek {
 		t.Skip("nobody can look into a socket here")
 	}
 	type leaving struct {
@@ -234,7 +235,7 @@ func TestAReserveIsSetUpAsEverythingElse(t *testing.T) {
 	p, err := New(g.cfg)
 	require.NoError(t, err)
 	defer p.Close()
-	if !canPeek {
+	if !sock.CanPeek {
 		t.Skip("nobody can look into a socket here")
 	}
 	require.NoError(t, p.With(bg, g.addr, nil2))
@@ -251,7 +252,7 @@ func TestAReserveIsSetUpAsEverythingElse(t *testing.T) {
 // TRY-35: with a Push what waits is Push's, before anybody borrows; what Push does
 // not want fails the dial.
 func TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan(t *testing.T) {
-	if !canPeek {
+	if !sock.CanPeek {
 		t.Skip("nobody can look into a socket here")
 	}
 	for _, transport := range []Transport{TCP, TLS} {

@@ -12,38 +12,34 @@ import (
 	"strings"
 	"syscall"
 	"time"
-)
 
-// capabilities says what the sockets of a system can do. Each sockopt file has
-// the variable socketsCan, which holds those of one.
-type capabilities struct {
-	dscp        bool
-	noDelay     bool // and keep-alive on or off
-	keepAlive   bool // its period
-	userTimeout bool
-	buffers     bool
-	abstract    bool // Unix names that are in no file system
-}
+	"github.com/seed-ecb488c9/connpool/internal/sock"
+)
 
 // dialSocket opens the socket of a canonical TCP, TLS or Unix address, with
 // every field of its QoS set. Under TLS the handshake is still to come.
 func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
-	network, address, err := socketsCan.target(addr)
+	// Both come before the dial, because not every port of package net calls
+	// Dialer.Control.
+	if err := sock.Options(addr.QoS).Supported(); err != nil {
+		return nil, err
+	}
+	network, address, err := target(addr, sock.HasAbstractUnix())
 	if err != nil {
 		return nil, err
 	}
 	d := net.Dialer{Control: addr.QoS.Control}
 	if addr.QoS.KeepAlive != 0 {
-		d.KeepAlive = -1 // it is for applyConnected, which looks at the error
+		d.KeepAlive = -1 // it is for AfterConnect, which looks at the error
 	}
 	nc, err := d.DialContext(ctx, network, address)
-	if network == "unix" && errors.Is(err, syscall.EAGAIN) {
+	if network == "unix" && sock.FullBacklog(err) {
 		nc, err = awaitBacklog(ctx, err, func() (net.Conn, error) { return d.DialContext(ctx, network, address) })
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := addr.QoS.applyConnected(nc); err != nil {
+	if err := sock.Options(addr.QoS).AfterConnect(nc); err != nil {
 		nc.Close()
 		return nil, err
 	}
@@ -66,7 +62,7 @@ func awaitBacklog(ctx context.Context, err error, dial func() (net.Conn, error))
 		}
 		nc, again := dial()
 		switch {
-		case again != nil && errors.Is(again, syscall.EAGAIN):
+		case again != nil && sock.FullBacklog(again):
 			err = again
 		case again != nil && (ctx.Err() != nil || errors.Is(again, context.DeadlineExceeded)):
 			return nil, &backlogFull{err} // what it waited for is worth more than that the time is up
@@ -84,48 +80,19 @@ func (e *backlogFull) Error() string {
 }
 func (e *backlogFull) Unwrap() error { return e.err }
 
-// target translates addr for package net, or says why this system cannot dial
-// it. It comes before the dial because not every port of package net calls
-// Dialer.Control.
-func (can capabilities) target(addr Addr) (network, address string, err error) {
-	if err := can.set(addr.QoS); err != nil {
-		return "", "", err
-	}
+// target translates addr for package net, or says why a system that has abstract
+// Unix sockets, or has none, cannot dial it.
+func target(addr Addr, abstract bool) (network, address string, err error) {
 	switch addr.Transport {
 	case TCP, TLS:
 		return "tcp", net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port))), nil
 	case Unix:
-		if strings.HasPrefix(addr.Host, "@") && !can.abstract {
+		if strings.HasPrefix(addr.Host, "@") && !abstract {
 			return "", "", fmt.Errorf("%s has no abstract Unix sockets: give a path in Host (%w)", runtime.GOOS, errors.ErrUnsupported)
 		}
 		return "unix", addr.Host, nil
 	}
 	return "", "", fmt.Errorf("nobody dials transport %q: add it to Config.Dialers (%w)", addr.Transport, fs.ErrInvalid)
-}
-
-// set reports whether every field of q can be set.
-func (can capabilities) set(q QoS) error {
-	for _, f := range [...]struct {
-		name        string
-		wanted, can bool
-	}{
-		{"DSCP", q.DSCP != 0, can.dscp},
-		{"Delay", q.Delay, can.noDelay},
-		{"KeepAlive", q.KeepAlive > 0, can.keepAlive},
-		{"KeepAlive", q.KeepAlive < 0, can.noDelay},
-		{"UserTimeout", q.UserTimeout != 0, can.userTimeout},
-		{"SendBuffer", q.SendBuffer != 0, can.buffers},
-		{"RecvBuffer", q.RecvBuffer != 0, can.buffers},
-	} {
-		if f.wanted && !f.can {
-			return unsupported(f.name, runtime.GOOS+" cannot set it")
-		}
-	}
-	return nil
-}
-
-func unsupported(field, why string) error {
-	return fmt.Errorf("QoS.%s: %s, leave it at zero (%w)", field, why, errors.ErrUnsupported)
 }
 
 // Control sets, on a socket that is not connected yet, what must be there from
@@ -142,92 +109,12 @@ func unsupported(field, why string) error {
 // error that names it, [errors.ErrUnsupported] if the system or the network
 // has no such thing.
 func (q QoS) Control(network, address string, c syscall.RawConn) error {
-	early := QoS{DSCP: q.DSCP, UserTimeout: q.UserTimeout, SendBuffer: q.SendBuffer, RecvBuffer: q.RecvBuffer}
-	if early == (QoS{}) {
+	early := sock.Options(q).Early()
+	if early == (sock.Options{}) {
 		return nil
 	}
-	if err := early.validate(); err != nil {
+	if err := QoS(early).validate(); err != nil {
 		return err
 	}
-	if err := socketsCan.set(early); err != nil {
-		return err
-	}
-	var err error
-	if cerr := c.Control(func(fd uintptr) { err = early.setEarly(fd, network) }); cerr != nil {
-		return cerr
-	}
-	return err
-}
-
-func (q QoS) setEarly(fd uintptr, network string) error {
-	if q.DSCP != 0 {
-		ipv6 := strings.HasSuffix(network, "6")
-		if !ipv6 && !strings.HasSuffix(network, "4") {
-			return unsupported("DSCP", "network "+strconv.Quote(network)+" is neither IPv4 nor IPv6")
-		}
-		// The lower two bits of the byte are ECN, and the kernel's.
-		if err := setTrafficClass(fd, ipv6, int(q.DSCP)<<2); err != nil {
-			return fmt.Errorf("QoS.DSCP: %w", err)
-		}
-	}
-	if q.UserTimeout != 0 {
-		if !strings.HasPrefix(network, "tcp") {
-			return unsupported("UserTimeout", "network "+strconv.Quote(network)+" is not TCP")
-		}
-		if err := setUserTimeout(fd, int(q.UserTimeout.Milliseconds())); err != nil {
-			return fmt.Errorf("QoS.UserTimeout: %w", err)
-		}
-	}
-	if q.SendBuffer != 0 {
-		if err := setSendBuffer(fd, q.SendBuffer); err != nil {
-			return fmt.Errorf("QoS.SendBuffer: %w", err)
-		}
-	}
-	if q.RecvBuffer != 0 {
-		if err := setRecvBuffer(fd, q.RecvBuffer); err != nil {
-			return fmt.Errorf("QoS.RecvBuffer: %w", err)
-		}
-	}
-	return nil
-}
-
-// tooSmall is the error for a buffer that the system did not make as large as
-// it was told to, which systems do without a word.
-func tooSmall(asked, got int, advice string) error {
-	return fmt.Errorf("%d bytes asked for, %d granted: %s, or ask for less", asked, got, advice)
-}
-
-// applyConnected sets what package net would overwrite if it were set earlier.
-// net does the default of both on its own, and ignores whether it worked.
-func (q QoS) applyConnected(nc net.Conn) error {
-	if !q.Delay && q.KeepAlive == 0 {
-		return nil
-	}
-	tcp, ok := nc.(interface {
-		SetNoDelay(bool) error
-		SetKeepAliveConfig(net.KeepAliveConfig) error
-	})
-	if q.Delay {
-		if !ok {
-			return unsupported("Delay", fmt.Sprintf("a %T is not TCP", nc))
-		}
-		if err := tcp.SetNoDelay(false); err != nil {
-			return fmt.Errorf("QoS.Delay: %w", err)
-		}
-	}
-	if q.KeepAlive != 0 {
-		if !ok {
-			return unsupported("KeepAlive", fmt.Sprintf("a %T is not TCP", nc))
-		}
-		// A negative number leaves the value of the system as it is, and asks
-		// nothing of one that has no such option.
-		ka := net.KeepAliveConfig{Enable: false, Idle: -1, Interval: -1, Count: -1}
-		if q.KeepAlive > 0 {
-			ka = net.KeepAliveConfig{Enable: true, Idle: q.KeepAlive, Interval: q.KeepAlive}
-		}
-		if err := tcp.SetKeepAliveConfig(ka); err != nil {
-			return fmt.Errorf("QoS.KeepAlive: %w", err)
-		}
-	}
-	return nil
+	return early.BeforeConnect(network, c)
 }

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"net"
 	"reflect"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -54,27 +53,22 @@ var qosOf = map[string]QoS{
 	"RecvBuffer":  {RecvBuffer: 50000},
 }
 
-func TestWhatTheSystemLacksIsRefusedByName(t *testing.T) {
-	none := capabilities{}
+func TestAbstractUnixSocketsAreRefusedWhereThereAreNone(t *testing.T) {
+	_, _, err := target(Addr{Transport: Unix, Host: "@x"}, false)
+	assert.ErrorIs(t, err, errors.ErrUnsupported)
+	assert.ErrorContains(t, err, "has no abstract Unix sockets: give a path in Host")
+	network, address, err := target(Addr{Transport: Unix, Host: "./@x"}, false)
+	require.NoError(t, err)
+	assert.Equal(t, []string{"unix", "./@x"}, []string{network, address})
+}
+
+// Every field of QoS has an entry in qosOf, which sets no other.
+func TestQoSOfSetsEachFieldAlone(t *testing.T) {
 	for _, field := range qosFields("") {
 		q, ok := qosOf[field]
 		require.True(t, ok, "%s needs an entry in qosOf", field)
 		require.False(t, reflect.ValueOf(q).FieldByName(field).IsZero())
-		_, _, err := none.target(Addr{Transport: TCP, Host: "h", Port: 1, QoS: q})
-		if assert.ErrorIs(t, err, errors.ErrUnsupported, field) {
-			assert.True(t, strings.HasPrefix(err.Error(), "QoS."+field+": "), err.Error())
-		}
 	}
-	assert.ErrorContains(t, none.set(QoS{KeepAlive: -1}), "QoS.KeepAlive: ")
-	assert.NoError(t, capabilities{noDelay: true}.set(QoS{KeepAlive: -1}), "OpenBSD can switch it off")
-	assert.NoError(t, none.set(QoS{}))
-
-	_, _, err := none.target(Addr{Transport: Unix, Host: "@x"})
-	assert.ErrorIs(t, err, errors.ErrUnsupported)
-	assert.ErrorContains(t, err, "has no abstract Unix sockets: give a path in Host")
-	network, address, err := none.target(Addr{Transport: Unix, Host: "./@x"})
-	require.NoError(t, err)
-	assert.Equal(t, []string{"unix", "./@x"}, []string{network, address})
 }
 
 func TestTCPAndTLSAddrsAreTCPSockets(t *testing.T) {
@@ -83,7 +77,7 @@ func TestTCPAndTLSAddrsAreTCPSockets(t *testing.T) {
 		{"tls://db:5432?server-name=x", "db:5432"},
 		{"tcp://[fe80::1%25eth0]:502", "[fe80::1%eth0]:502"},
 	} {
-		network, address, err := capabilities{}.target(MustParseAddr(tc.text))
+		network, address, err := target(MustParseAddr(tc.text), false)
 		require.NoError(t, err)
 		assert.Equal(t, []string{"tcp", tc.want}, []string{network, address})
 	}
@@ -140,27 +134,4 @@ func TestControlReportsASocketThatIsGone(t *testing.T) {
 	c := countingRawConn{err: net.ErrClosed}
 	assert.ErrorIs(t, QoS{SendBuffer: 4096}.Control("tcp4", "127.0.0.1:1", &c), net.ErrClosed)
 	assert.Equal(t, 1, c.calls)
-}
-
-// A net.Pipe stands for whatever a dialer of ones own may return.
-func TestOptionsOfTCPAreRefusedByWhatIsNotTCP(t *testing.T) {
-	a, b := net.Pipe()
-	defer a.Close()
-	defer b.Close()
-	err := QoS{Delay: true}.applyConnected(a)
-	assert.ErrorIs(t, err, errors.ErrUnsupported)
-	assert.ErrorContains(t, err, "QoS.Delay: a *net.pipe is not TCP")
-	err = QoS{KeepAlive: -1}.applyConnected(a)
-	assert.ErrorIs(t, err, errors.ErrUnsupported)
-	assert.ErrorContains(t, err, "QoS.KeepAlive: a *net.pipe is not TCP")
-	assert.NoError(t, QoS{DSCP: 1}.applyConnected(a))
-}
-
-func TestOptionsOfAClosedConnectionFailByName(t *testing.T) {
-	nc := dialed(t, tcpAddrOf(listenOn(t, "tcp4", "127.0.0.1:0")))
-	nc.Close()
-	assert.ErrorContains(t, QoS{Delay: true}.applyConnected(nc), "QoS.Delay: ")
-	err := QoS{KeepAlive: time.Second}.applyConnected(nc)
-	assert.ErrorContains(t, err, "QoS.KeepAlive: ")
-	assert.ErrorIs(t, err, net.ErrClosed)
 }

@@ -3,6 +3,8 @@ package connpool
 import (
 	"context"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // What Warm and the reserves want is opened here, and this is when an address
@@ -110,7 +112,7 @@ func (p *Pool) reserveMemory() time.Duration {
 
 // lentLocked books, if there is a MinSpare, that a connection of s goes to a
 // borrower or comes from one.
-func (p *Pool) lentLocked(s *site, now instant) {
+func (p *Pool) lentLocked(s *site, now clock.Instant) {
 	if s.tracked() || p.closed {
 		return
 	}
@@ -119,7 +121,7 @@ func (p *Pool) lentLocked(s *site, now instant) {
 }
 
 // takenLocked books, if there is a MinSpare, that a borrower took c off the stack.
-func (p *Pool) takenLocked(c *conn, now instant) {
+func (p *Pool) takenLocked(c *conn, now clock.Instant) {
 	c.fromReserveLocked(p.reservedLocked(c.site, c.site.n[idle]+1, now))
 	p.lentLocked(c.site, now)
 }
@@ -152,18 +154,18 @@ func (c *conn) lookedAtLocked(yes bool) {
 
 // reservedLocked reports whether the idle connections of s, if there are no more
 // than so many, are its reserve, which IdleTimeout does not concern.
-func (p *Pool) reservedLocked(s *site, n int32, now instant) bool {
+func (p *Pool) reservedLocked(s *site, n int32, now clock.Instant) bool {
 	x := s.special
-	return x.reserved() && int(n) <= p.cfg.MinSpare && p.clock.age(x.usedAt, now) < p.reserveMemory()
+	return x.reserved() && int(n) <= p.cfg.MinSpare && p.clock.Age(x.usedAt, now) < p.reserveMemory()
 }
 
 // sweepReserveLocked is the sweep's part.
-func (p *Pool) sweepReserveLocked(s *site, now instant) {
+func (p *Pool) sweepReserveLocked(s *site, now clock.Instant) {
 	x := s.special
 	if int(s.n[borrowed]) > x.looked || s.queue.len > 0 { // a loan may take longer
 		x.usedAt = now
 	}
-	if p.clock.age(x.usedAt, now) >= p.reserveMemory() {
+	if p.clock.Age(x.usedAt, now) >= p.reserveMemory() {
 		x.reserve = false
 		p.refreshLocked(s)
 		p.forgetLocked(s)

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // The sweep visits every idle connection each CheckInterval: what expired or
@@ -68,7 +71,7 @@ type sighting struct {
 }
 
 func (p *Pool) sweep() {
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	p.doubtPressure(now)
 	p.mu.Lock()
 	if p.closed {
@@ -80,7 +83,7 @@ func (p *Pool) sweep() {
 		if p.closed {
 			return
 		}
-		if t := s.trouble; t != nil && t.failures > 0 && s.queue.len == 0 && now.sub(t.failedAt) >= failureMemory {
+		if t := s.trouble; t != nil && t.failures > 0 && s.queue.len == 0 && now.Sub(t.failedAt) >= failureMemory {
 			p.stopRetryLocked(s)
 			s.trouble = nil
 			if s.special != nil {
@@ -148,12 +151,12 @@ type sightings struct {
 	todo agenda // the expired ones
 }
 
-func (p *Pool) sightLocked(met []*conn, now instant) (found sightings) {
+func (p *Pool) sightLocked(met []*conn, now clock.Instant) (found sightings) {
 	for _, c := range met {
 		if c.phase != idle {
 			continue
 		}
-		idleFor := p.clock.age(c.since, now)
+		idleFor := p.clock.Age(c.since, now)
 		if p.reservedLocked(c.site, c.site.n[idle], now) {
 			idleFor = 0
 		}
@@ -237,7 +240,7 @@ func (p *Pool) glance(at sighting) impression {
 		taken := l.stolen
 		seen := l.seen
 		l.done()
-		if err != nil || taken || seen != (peeked{}) {
+		if err != nil || taken || seen != (sock.Seen{}) {
 			if pr.foreign {
 				return looksAskable // whose examination may wait for it
 			}
@@ -260,7 +263,7 @@ func (p *Pool) examine(at sighting, ping bool) error {
 		return nil
 	}
 	p.moveLocked(c, borrowed) // it keeps its place on the stack, see linked
-	c.lendAtLocked(p.clock.now())
+	c.lendAtLocked(p.clock.Now())
 	c.lookedAtLocked(true)
 	p.mu.Unlock()
 	reason, err := c.ask()
@@ -276,7 +279,7 @@ func (p *Pool) examine(at sighting, ping bool) error {
 		return err
 	}
 	if ping {
-		p.stood(c, p.clock.exactly())
+		p.stood(c, p.clock.Exactly())
 	}
 	p.park(c, untouched)
 	return nil

@@ -240,7 +240,7 @@ func TestASweepBeginsWithTheOldest(t *testing.T) {
 	require.NoError(t, err)
 	defer p.Close()
 	var offset atomic.Int64
-	p.clock.read = func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
+	p.clock.Read = func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
 	addrs := []Addr{
 		{Transport: TCP, Host: srv.Host(), Port: srv.Port(), Scope: "1"},
 		{Transport: TCP, Host: srv.Host(), Port: srv.Port(), Scope: "2"},
@@ -310,7 +310,7 @@ func TestLifetimeJitterIsDrawnOncePerConnection(t *testing.T) {
 func TestAJumpOfTheWallClockAloneAgesConnections(t *testing.T) {
 	n := open(t, Config{IdleTimeout: time.Minute})
 	var jump atomic.Int64
-	n.p.clock.read = func() time.Time { return onTheWall(time.Now(), time.Duration(jump.Load())) }
+	n.p.clock.Read = func() time.Time { return onTheWall(time.Now(), time.Duration(jump.Load())) }
 	now := time.Now()
 	slept := onTheWall(now, time.Hour)
 	require.Zero(t, slept.Sub(now), "the monotonic clock stands still")
@@ -318,17 +318,17 @@ func TestAJumpOfTheWallClockAloneAgesConnections(t *testing.T) {
 
 	require.Equal(t, "a#1", n.use(at("a")))
 	jump.Store(int64(50 * time.Second))
-	n.p.clock.beat()
+	n.p.clock.Exactly()
 	require.Equal(t, "a#1", n.use(at("a")))
 	jump.Add(int64(time.Hour))
-	n.p.clock.beat()
+	n.p.clock.Exactly()
 	require.Equal(t, "a#2", n.use(at("a")))
 	jump.Add(int64(time.Hour))
 	sweepAll(n.p)
 	n.gauges(0, 0, 0)
 	require.Equal(t, "a#3", n.use(at("a")))
 	jump.Add(-int64(24 * time.Hour)) // set back, it makes nothing older and nothing immortal
-	n.p.clock.beat()
+	n.p.clock.Exactly()
 	require.Equal(t, "a#3", n.use(at("a")))
 	n.check()
 }
@@ -339,15 +339,6 @@ func TestAJumpOfTheWallClockAloneAgesConnections(t *testing.T) {
 func onTheWall(t time.Time, d time.Duration) time.Time {
 	wall := (*uint64)(unsafe.Pointer(&t))
 	*wall += uint64(int64(d/time.Second) << 30)
-	return t
-}
-
-// onTheWallBy is onTheWall for less than a second, which must not be carried.
-func onTheWallBy(t time.Time, d time.Duration) time.Time {
-	wall := (*uint64)(unsafe.Pointer(&t))
-	if uint64(*wall&(1<<30-1))+uint64(d) < uint64(time.Second) {
-		*wall += uint64(d)
-	}
 	return t
 }
 

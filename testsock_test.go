@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // What the tests over real sockets stand on: a server that tags its replies,
@@ -126,7 +127,7 @@ func eachSockNet(t *testing.T, o faultnet.Options, f func(t *testing.T, n *sockN
 func startSock(t *testing.T, name string, o faultnet.Options) *sockNet {
 	t.Helper()
 	nothingLeaks(t)
-	n := &sockNet{name: name, probed: canPeek}
+	n := &sockNet{name: name, probed: sock.CanPeek}
 	n.addr.Transport = TCP
 	switch o.Network = name; name {
 	case "tcp6":
@@ -306,9 +307,9 @@ func stirs(t *testing.T, p *Pool, addr Addr) {
 		if s == nil || s.top == nil {
 			return true
 		}
-		seen := peeked{}
-		s.top.probe.raw.Control(func(fd uintptr) { seen = peek(fd) })
-		return seen != peeked{}
+		seen := sock.Seen{}
+		s.top.probe.raw.Control(func(fd uintptr) { seen = sock.Peek(fd) })
+		return seen != sock.Seen{}
 	})
 }
 

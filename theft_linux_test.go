@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // The tests of this file close descriptors behind Go's back. A mistake in one
@@ -263,13 +264,13 @@ func dialRaw(to Addr) (rawSock, error) {
 type stranger struct {
 	rwc    io.ReadWriteCloser
 	fd     int
-	who    identity
+	who    sock.ID
 	serial int // 0: not known yet
 	lines  int
 }
 
 func newStranger(rwc io.ReadWriteCloser, fd int) *stranger {
-	who, _ := identify(uintptr(fd))
+	who, _ := sock.Identify(uintptr(fd))
 	return &stranger{rwc: rwc, fd: fd, who: who}
 }
 
@@ -297,7 +298,7 @@ func (s *stranger) check() error {
 	if nc, ok := s.rwc.(net.Conn); ok {
 		nc.SetDeadline(time.Now().Add(10 * time.Second))
 	}
-	if !stillIs(uintptr(s.fd), s.who) {
+	if !sock.Still(uintptr(s.fd), s.who) {
 		return fmt.Errorf("the stranger's descriptor %d was closed", s.fd)
 	}
 	token := strconv.FormatUint(rand.Uint64(), 36)
@@ -403,11 +404,11 @@ var thefts = map[string]func(to Addr, fd int, company bool) (*stranger, error){
 		return newStranger(rawSock(fd), fd), nil
 	},
 	"collected": func(to Addr, fd int, company bool) (*stranger, error) {
-		who, _ := identify(uintptr(fd))
+		who, _ := sock.Identify(uintptr(fd))
 		func() { runtime.KeepAlive(os.NewFile(uintptr(fd), "a slip")) }()
 		for range 1000 {
 			runtime.GC()
-			if !stillIs(uintptr(fd), who) {
+			if !sock.Still(uintptr(fd), who) {
 				return takeNumber(to, fd, company)
 			}
 			runtime.Gosched()

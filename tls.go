@@ -15,6 +15,9 @@ import (
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
+
+	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tlsrecord"
 )
 
 // handshake makes a TLS connection of nc, under the identity and trust that
@@ -26,34 +29,34 @@ func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn
 		return nil, err
 	}
 	a.where = "SyscallConn of the connection"
-	sock := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
-	if !a.wrap(sock) {
+	under := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
+	if !a.wrap(under) {
 		return nil, context.DeadlineExceeded
 	}
-	if sc, ok := nc.(syscall.Conn); ok && canPeek {
+	if sc, ok := nc.(syscall.Conn); ok && sock.CanPeek {
 		raw, _ := sc.SyscallConn()
-		sock.raw = trusted(raw)
+		under.raw = trusted(raw)
 	}
-	if sock.raw != nil {
+	if under.raw != nil {
 		// A TLS server does not speak first. What is there before the
 		// handshake would be taken as if it had come inside.
-		early := peeked{}
-		sock.raw.Control(func(fd uintptr) { early = p.sys.peek(fd) })
-		if early.bytes {
+		early := false
+		under.raw.Control(func(fd uintptr) { early = p.sys.peek(fd).Bytes })
+		if early {
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
 		}
 	}
 	a.where = "a callback of tls.Config or the connection below"
-	tc := tls.Client(sock, cfg)
+	tc := tls.Client(under, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
 	// Of what came with the handshake it is not known what is left, so the
 	// first loan is followed by a question.
 	state := tc.ConnectionState()
-	sock.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
-	if sock.record.odd = true; !sock.renegotiates {
-		sock.record.spent = overhead(state)
+	under.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
+	if under.record.Lost(); !under.renegotiates {
+		under.record.Start(state)
 	}
 	return tc, nil
 }
@@ -127,11 +130,11 @@ type tlsSocket struct {
 	net.Conn
 	raw          syscall.RawConn // nil: a foreign connection, on which noWait is not to be used
 	readNow      func(fd uintptr, b []byte) (int, error)
-	record       records // how far crypto/tls has read
-	budget       int     // bytes that noWait may still read
-	mode         tlsMode // the owner's, and only between loans
-	stuck        bool    // an answer to a key update could not be written
-	renegotiates bool    // the peer may ask for another handshake, and so for another cipher
+	record       tlsrecord.Tracker // how far crypto/tls has read
+	budget       int               // bytes that noWait may still read
+	mode         tlsMode           // the owner's, and only between loans
+	stuck        bool              // an answer to a key update could not be written
+	renegotiates bool              // the peer may ask for another handshake, and so for another cipher
 	leaving      atomic.Bool
 	closed       atomic.Bool
 }
@@ -182,9 +185,9 @@ func (s *tlsSocket) Read(b []byte) (int, error) {
 		return s.readNoWait(b) // whose closure allocates
 	}
 	n, err := s.Conn.Read(b)
-	s.record.advance(b[:n])
+	s.record.Saw(b[:n])
 	if err != nil {
-		s.record.odd = true
+		s.record.Lost()
 	}
 	return n, err
 }
@@ -200,101 +203,8 @@ func (s *tlsSocket) readNoWait(b []byte) (n int, err error) {
 		return 0, cerr
 	}
 	s.budget -= n
-	s.record.advance(b[:n])
+	s.record.Saw(b[:n])
 	return n, err
-}
-
-// records follows the framing of TLS records (a header of 5 bytes: the type, two
-// of the version, two that count the bytes of the body), because crypto/tls tells
-// neither whether it has read a part of one nor whether plaintext is left over.
-// The former is data that the next borrower would get. The latter can be asked,
-// by a read that costs more than the rest of a loan; but mostly the sum proves it:
-// a record of application data holds at most its body less the cipher's overhead.
-// So if the borrower read as much as all records together can hold, there is
-// nothing left in crypto/tls, and there was no record of another kind. The
-// overhead is that of the cipher: TLS 1.3 keeps it for life, also over key
-// updates, but a renegotiation of TLS 1.2 may change it. Its records tell, so
-// from the first of them on nothing is proven by the sum any more.
-type records struct {
-	header  [5]byte
-	have    int8  // bytes of the header
-	odd     bool  // since the last reckoning there was something that is no such record
-	touched bool  // since the last reckoning something was read
-	spent   int16 // overhead of a record under the cipher; 0: not known, nothing can be proven
-	body    int32 // bytes of the body still to come
-
-	// Both count modulo 2^32: crypto/tls holds no more than a record or two.
-	held uint32        // what the records since the last reckoning can hold
-	read atomic.Uint32 // what was read of it
-}
-
-func (r *records) advance(b []byte) {
-	r.touched = r.touched || len(b) > 0
-	for len(b) > 0 {
-		if int(r.have) < len(r.header) {
-			n := copy(r.header[r.have:], b)
-			r.have += int8(n)
-			b = b[n:]
-			if int(r.have) == len(r.header) {
-				r.body = int32(r.header[3])<<8 | int32(r.header[4])
-				room := r.body - int32(r.spent)
-				r.held += uint32(room)
-				r.odd = r.odd || r.header[0] != applicationData || room < 0
-				if r.header[0] == handshakeRecord || r.header[0] == changeCipherSpec {
-					r.spent = 0 // which the end of the first handshake sets
-				}
-			}
-		} else {
-			n := min(int(r.body), len(b))
-			r.body -= int32(n)
-			b = b[n:]
-		}
-		if int(r.have) == len(r.header) && r.body == 0 {
-			r.have = 0
-		}
-	}
-}
-
-// The type of a record; in TLS 1.3 all that are encrypted are of the last.
-const (
-	changeCipherSpec = 20
-	handshakeRecord  = 22
-	applicationData  = 23
-)
-
-func (r *records) partial() bool { return r.have > 0 }
-
-// drained reports whether it is certain that crypto/tls holds nothing.
-func (r *records) drained() bool {
-	return r.spent > 0 && !r.odd && r.have == 0 && r.held == r.read.Load()
-}
-
-// untouched reports whether crypto/tls has neither read anything nor tried to in
-// vain since it was asked last.
-func (r *records) untouched() bool { return !r.touched && !r.odd }
-
-// reckon begins anew, when crypto/tls was asked and holds nothing.
-func (r *records) reckon() {
-	r.odd, r.touched, r.held = false, false, 0
-	r.read.Store(0)
-}
-
-// overhead is what a record spends on its nonce, its tag and, in TLS 1.3, its
-// inner type; 0 if that depends on the record.
-func overhead(s tls.ConnectionState) int16 {
-	const tag, nonce, innerType = 16, 8, 1
-	if s.Version == tls.VersionTLS13 {
-		return innerType + tag
-	}
-	switch s.CipherSuite {
-	case tls.TLS_RSA_WITH_AES_128_GCM_SHA256, tls.TLS_RSA_WITH_AES_256_GCM_SHA384,
-		tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-		tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384:
-		return nonce + tag
-	case tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256:
-		return tag
-	}
-	return 0
 }
 
 func (s *tlsSocket) sayGoodbye() { s.leaving.Store(true) }

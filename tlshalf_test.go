@@ -137,7 +137,7 @@ func TestHalfARecordIsSeenAfterALoanThatOnlyRead(t *testing.T) {
 					err := poll(p, h.addr, func(c Conn) (err error) {
 						require.Equal(t, id, c.ID())
 						close(h.begin) // what comes before is the business of the look
-						for end := time.Now().Add(bounded); !c.c.probe.sock().record.partial(); {
+						for end := time.Now().Add(bounded); !c.c.probe.sock().record.Partial(); {
 							require.True(t, time.Now().Before(end))
 							require.NoError(t, c.SetReadDeadline(time.Now().Add(time.Millisecond)))
 							n, e := c.Read(make([]byte, 64))
@@ -177,44 +177,19 @@ func TestALoanThatReadNothingAsksNothing(t *testing.T) {
 				loan(t, p, n.addr)
 				require.NoError(t, p.With(bg, n.addr, func(Conn) error { return nil }))
 				sock := p.every()[0].probe.sock()
-				require.True(t, sock.record.untouched())
+				require.True(t, sock.record.Untouched())
 				// In vain, and it says so: it is asked again.
 				require.ErrorIs(t, p.With(bg, n.addr, func(c Conn) error {
 					c.SetReadDeadline(past)
 					_, err := c.Read(make([]byte, 1))
-					require.False(t, sock.record.untouched())
+					require.False(t, sock.record.Untouched())
 					return Keep(err)
 				}), os.ErrDeadlineExceeded)
-				require.True(t, sock.record.untouched())
+				require.True(t, sock.record.Untouched())
 				require.Empty(t, p.Stats().Closed)
 			})
 		}
 	}
-}
-
-// A renegotiation may change the cipher, and so what a record can hold.
-//
-// TRY-46
-func TestAfterAnotherHandshakeTheSumOfTheRecordsProvesNothing(t *testing.T) {
-	for _, kind := range []byte{handshakeRecord, changeCipherSpec} {
-		r := records{spent: 24} // AES-GCM, by the first handshake
-		r.advance([]byte{kind, 3, 3, 0, 1, 0})
-		require.False(t, r.untouched())
-		r.reckon()
-		require.True(t, r.untouched())
-		// ChaCha20-Poly1305: 16 bytes of overhead, 100 of plaintext.
-		r.advance(append([]byte{applicationData, 3, 3, 0, 116}, make([]byte, 116)...))
-		r.read.Add(92)
-		require.False(t, r.drained(), "8 bytes are left")
-	}
-	// A ticket, or a key update, of TLS 1.3 is no such record and changes nothing.
-	r := records{spent: 17}
-	r.advance(append([]byte{applicationData, 3, 3, 0, 217}, make([]byte, 217)...))
-	require.False(t, r.drained())
-	r.reckon()
-	r.advance(append([]byte{applicationData, 3, 3, 0, 117}, make([]byte, 117)...))
-	r.read.Add(100)
-	require.True(t, r.drained())
 }
 
 // severed lets no answer through to what was written while it was armed: the
@@ -264,7 +239,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 			require.NoError(t, err)
 			defer p.Close()
 			require.NoError(t, p.With(bg, s.addr, func(c Conn) error {
-				require.Zero(t, c.c.probe.sock().record.spent, "nothing is proven where the cipher may change")
+				require.False(t, c.c.probe.sock().record.CanProve(), "nothing is proven where the cipher may change")
 				_, err := c.Write([]byte("one\n"))
 				return errors.Join(err, s.said("one"))
 			}))
@@ -273,7 +248,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 			if idle {
 				renegotiate()
 				soon(t, "the request for a handshake", func() bool {
-					c.probe.raw.Control(func(fd uintptr) { idle = p.sys.peek(fd).bytes })
+					c.probe.raw.Control(func(fd uintptr) { idle = p.sys.peek(fd).Bytes })
 					return idle || p.Stats().Idle == 0
 				})
 			} else {

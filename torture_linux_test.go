@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // The other half of the torture: the same over real sockets, with the k-th
@@ -42,31 +43,31 @@ func (x *tortureSystem) system() *system {
 				return nil, worse
 			}
 			if x.fails("dial, without a handle") {
-				return nil, os.NewSyscallError("socket", errProcessFiles)
+				return nil, os.NewSyscallError("socket", sock.ErrProcessFiles)
 			}
 			return dialSocket(ctx, a)
 		},
-		identify: func(fd uintptr) (identity, bool) {
+		identify: func(fd uintptr) (sock.ID, bool) {
 			if x.fails("identify") {
-				return identity(0), false
+				return sock.ID(0), false
 			}
-			return identify(fd)
+			return sock.Identify(fd)
 		},
-		stillIs: func(fd uintptr, id identity) bool { return !x.fails("stillIs") && stillIs(fd, id) },
-		peek: func(fd uintptr) peeked {
+		stillIs: func(fd uintptr, id sock.ID) bool { return !x.fails("stillIs") && sock.Still(fd, id) },
+		peek: func(fd uintptr) sock.Seen {
 			if x.fails("peek: error") {
-				return peeked{err: worse}
+				return sock.Seen{Err: worse}
 			}
 			if x.fails("peek: bytes") {
-				return peeked{bytes: true}
+				return sock.Seen{Bytes: true}
 			}
-			return peek(fd)
+			return sock.Peek(fd)
 		},
 		readNow: func(fd uintptr, b []byte) (int, error) {
 			if x.fails("readNow") {
 				return 0, worse
 			}
-			return readNow(fd, b)
+			return sock.ReadNow(fd, b)
 		},
 		handleLimit: func() (int, bool) {
 			if x.fails("handleLimit: none") {
@@ -75,9 +76,9 @@ func (x *tortureSystem) system() *system {
 			if x.fails("handleLimit: tiny") {
 				return 1, true
 			}
-			return handleLimit()
+			return sock.FileLimit()
 		},
-		noHandleFree: func() bool { return x.fails("noHandleFree") || noHandleFree() },
+		noHandleFree: func() bool { return x.fails("noHandleFree") || sock.NoFileFree() },
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // Torture: a scenario that touches everything the pool does is run again and
@@ -303,7 +304,7 @@ func (x *torture) run() error {
 		MaxOpen: 3, MaxPerAddr: 2, CheckInterval: 10 * time.Second, TrustIdle: 15 * time.Second, IdleTimeout: time.Minute,
 		DialTimeout: time.Second, HookTimeout: time.Second, HoldWarn: 5 * time.Millisecond,
 		Dialers: map[Transport]DialFunc{"mem": dial, TCP: dial, none.Transport: func(context.Context, Addr) (net.Conn, error) {
-			return nil, os.NewSyscallError("socket", errProcessFiles)
+			return nil, os.NewSyscallError("socket", sock.ErrProcessFiles)
 		}},
 		TLSFor: func(Addr) (*tls.Config, error) {
 			if err := x.call(context.Background(), "TLSFor"); err != nil {

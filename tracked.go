@@ -69,7 +69,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 	if err != nil {
 		return nil, err
 	}
-	start := p.clock.exactly()
+	start := p.clock.Exactly()
 	if ctx.Err() != nil {
 		return nil, p.tooLate(ctx, addr)
 	}

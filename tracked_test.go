@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // target is what package net calls the server.
@@ -442,7 +443,7 @@ func TestATrackedConnectionInUseIsNotTakenForDropped(t *testing.T) {
 
 // MarkDead and the check of identity know these connections, too.
 func TestAStolenTrackedConnectionIsNotClosed(t *testing.T) {
-	if !canPeek || runtime.GOOS == "windows" {
+	if !sock.CanPeek || runtime.GOOS == "windows" {
 		t.Skip("no theft here")
 	}
 	n := startSock(t, "tcp", faultnet.Options{})

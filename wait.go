@@ -3,6 +3,8 @@ package connpool
 import (
 	"container/heap"
 	"context"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // waiter is a borrower in the queue of an address. There are two ways out, and
@@ -12,7 +14,7 @@ import (
 type waiter struct {
 	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again
 	ctx   context.Context // its values, for a dial made on its behalf
-	since instant
+	since clock.Instant
 
 	prev, next *waiter
 	queued     bool
@@ -149,7 +151,7 @@ func (p *Pool) deliverLocked(s *site, c *conn, fresh bool, err error) {
 
 // waitedLocked books the end of a wait.
 func (p *Pool) waitedLocked(w *waiter, failed bool) {
-	p.counts.WaitDuration += p.clock.exactly().sub(w.since)
+	p.counts.WaitDuration += p.clock.Exactly().Sub(w.since)
 	if failed {
 		p.counts.WaitsFailed++
 	}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // Connections that are opened before a borrower wants them: because Warm was
@@ -25,11 +27,11 @@ type special struct {
 	inShort *list.Element // in Pool.short, nil if not
 	asked   bool          // ... in its first part, for a Warm
 
-	reserve bool    // a reserve is kept, see below
-	shaky   bool    // ... which was seen to die unused
-	probe   bool    // ... and the sweep allows one attempt
-	looked  int     // idle ones that are being looked at
-	usedAt  instant // the last loan began or ended; with MinSpare only
+	reserve bool          // a reserve is kept, see below
+	shaky   bool          // ... which was seen to die unused
+	probe   bool          // ... and the sweep allows one attempt
+	looked  int           // idle ones that are being looked at
+	usedAt  clock.Instant // the last loan began or ended; with MinSpare only
 }
 
 // keeps reports whether there is a reason to keep the books, empty as they are.
@@ -49,7 +51,7 @@ func (s *site) specialLocked() *special {
 type warming struct {
 	ctx   context.Context // its values, for the dials
 	n     int             // connections wanted
-	since instant         // when it began
+	since clock.Instant   // when it began
 	own   int             // dials that were started for it and have not ended
 	lost  int             // connections opened since that were lost before anybody used them
 	err   *Error          // of the first of those that failed; no more are started
@@ -85,7 +87,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	if err != nil {
 		return usage(addr, err)
 	}
-	start := p.clock.exactly()
+	start := p.clock.Exactly()
 	if ctx.Err() != nil {
 		return p.tooLate(ctx, addr)
 	}
@@ -130,7 +132,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	if w.err == nil {
 		return nil
 	}
-	w.err.Waited = p.clock.exactly().sub(start)
+	w.err.Waited = p.clock.Exactly().Sub(start)
 	return w.err
 }
 

@@ -3,6 +3,9 @@ package connpool
 import (
 	"log/slog"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // When a pool has a watcher: from its first connection with a descriptor to the
@@ -23,7 +26,7 @@ const (
 type watching struct {
 	off      bool               // there shall be none
 	starting bool               // somebody is making it
-	failedAt instant            // when it could not be made; 0: it could, or was not tried
+	failedAt clock.Instant      // when it could not be made; 0: it could, or was not tried
 	pause    time.Duration      // from then to the next try
 	retry    *time.Timer        // running while that shall be tried again
 	missed   map[*conn]struct{} // those that the watcher could not take; nil as a rule
@@ -42,8 +45,8 @@ func (p *Pool) listenTo(c *conn) {
 	p.addTo(w, c)
 }
 
-func (p *Pool) addTo(w *watcher, c *conn) {
-	err := w.add(c)
+func (p *Pool) addTo(w *sock.Watcher, c *conn) {
+	err := p.addWatch(w, c.probe.raw, c.hearsData())
 	if err == nil {
 		return
 	}
@@ -64,12 +67,12 @@ func (p *Pool) addTo(w *watcher, c *conn) {
 // startWatcher makes the pool's watcher, if there is none and may be one, and has it
 // watch what there is.
 func (p *Pool) startWatcher() {
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	p.mu.Lock()
 	ws := &p.watching
 	failedBefore := ws.failedAt != 0
-	if !canWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
-		len(p.byFD) == 0 || failedBefore && now.sub(ws.failedAt) < ws.pause {
+	if !sock.CanWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
+		len(p.byFD) == 0 || failedBefore && now.Sub(ws.failedAt) < ws.pause {
 		p.mu.Unlock()
 		return
 	}
@@ -103,7 +106,7 @@ func (p *Pool) startWatcher() {
 			p.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
 		}
 	case !began:
-		w.close()
+		w.Close()
 	default:
 		go p.watch(w)
 		for _, c := range all {
@@ -143,7 +146,7 @@ func (p *Pool) rewatch() {
 	case w == nil:
 		p.startWatcher()
 	case idle:
-		w.close()
+		w.Close()
 	default:
 		for _, c := range missed {
 			p.addTo(w, c)
@@ -151,8 +154,25 @@ func (p *Pool) rewatch() {
 	}
 }
 
+// hearsData reports whether the watcher is to hear of data on c as well. With a Push
+// it listens for data, and once: what arrives during a loan would wake it for nothing.
+// Every time c is parked it is armed anew.
+func (c *conn) hearsData() bool { return c.site.pool.cfg.Push != nil && !c.site.tracked() }
+
+// watch passes on what the watcher hears, until it is closed.
+func (p *Pool) watch(w *sock.Watcher) {
+	w.Run(func(fd uintptr, hungUp bool) {
+		if hungUp {
+			p.hangUp(fd)
+		} else {
+			p.readable(fd)
+		}
+	})
+	p.unwatched(w)
+}
+
 // unwatched is told that the goroutine of a watcher ends.
-func (p *Pool) unwatched(w *watcher) {
+func (p *Pool) unwatched(w *sock.Watcher) {
 	p.mu.Lock()
 	p.watching.running--
 	if p.watcher == w {

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // loggerFunc is a slog.Handler.
@@ -23,13 +25,13 @@ func (f loggerFunc) Handle(_ context.Context, r slog.Record) error { f(r); retur
 func (f loggerFunc) WithAttrs([]slog.Attr) slog.Handler            { return f }
 func (f loggerFunc) WithGroup(string) slog.Handler                 { return f }
 func (p *Pool) isWatching() bool                                   { p.mu.Lock(); defer p.mu.Unlock(); return p.watcher != nil }
-func (p *Pool) setWatcher(make func() (*watcher, error))           { p.newWatcher = make }
-func failing(while *atomic.Bool, err error) func() (*watcher, error) {
-	return func() (*watcher, error) {
+func (p *Pool) setWatcher(make func() (*sock.Watcher, error))      { p.newWatcher = make }
+func failing(while *atomic.Bool, err error) func() (*sock.Watcher, error) {
+	return func() (*sock.Watcher, error) {
 		if while.Load() {
 			return nil, err
 		}
-		return newWatcher()
+		return sock.NewWatcher()
 	}
 }
 
@@ -83,7 +85,7 @@ func TestAWatcherIsNotTriedAtEachDial(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
 	p := n.pool(t, nil)
 	var tries atomic.Int64
-	p.setWatcher(func() (*watcher, error) { tries.Add(1); return nil, unix.EMFILE })
+	p.setWatcher(func() (*sock.Watcher, error) { tries.Add(1); return nil, unix.EMFILE })
 	start := time.Now()
 	fillIdle(t, p, n.addr, 20)
 	most := int64(0) // the pauses are 50, 100, 200, 400, 800 ms, and then a second
@@ -100,18 +102,12 @@ func TestAConnectionThatCouldNotBeWatchedIsTriedAgain(t *testing.T) {
 	p := n.pool(t, func(c *Config) { c.CheckInterval = time.Hour })
 	var full atomic.Bool
 	full.Store(true)
-	p.setWatcher(func() (*watcher, error) {
-		w, err := newWatcher()
-		if err == nil {
-			w.ctl = func(epfd, op, fd int, event *unix.EpollEvent) error {
-				if op == unix.EPOLL_CTL_ADD && full.Load() {
-					return unix.ENOSPC
-				}
-				return unix.EpollCtl(epfd, op, fd, event)
-			}
+	p.addWatch = func(w *sock.Watcher, raw syscall.RawConn, data bool) error {
+		if full.Load() {
+			return unix.ENOSPC
 		}
-		return w, err
-	})
+		return w.Add(raw, data)
+	}
 	fillIdle(t, p, n.addr, 3)
 	loan(t, p, scoped(n.addr, "gone"))
 	require.Equal(t, 4, len(p.watching.missed))

@@ -14,9 +14,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // In this file the sweep is off: what is noticed is noticed by the watcher.
@@ -269,7 +269,7 @@ func TestADetachedConnectionIsNotWatched(t *testing.T) {
 }
 
 // stillWatched asks the kernel, and leaves things as they were.
-func stillWatched(t *testing.T, p *Pool, nc net.Conn) (watched bool) {
+func stillWatched(t *testing.T, p *Pool, nc net.Conn) bool {
 	t.Helper()
 	p.mu.Lock()
 	w := p.watcher
@@ -277,13 +277,7 @@ func stillWatched(t *testing.T, p *Pool, nc net.Conn) (watched bool) {
 	require.NotNil(t, w)
 	raw, err := nc.(syscall.Conn).SyscallConn()
 	require.NoError(t, err)
-	require.NoError(t, w.raw.Control(func(epfd uintptr) {
-		raw.Control(func(fd uintptr) {
-			event := unix.EpollEvent{Events: unix.EPOLLRDHUP | unix.EPOLLET, Fd: int32(fd)}
-			watched = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_MOD, int(fd), &event) == nil
-		})
-	}))
-	return watched
+	return w.Rearm(raw, false) == nil
 }
 
 func TestAHangUpDuringALoanClosesTheConnectionOnItsReturn(t *testing.T) {
@@ -319,9 +313,9 @@ func TestAHangUpBetweenTheLookAndTheLoanIsNotForgotten(t *testing.T) {
 	sys := realSystem
 	p.sys = &sys
 	var inner *conn
-	sys.peek = func(fd uintptr) peeked {
-		seen := peek(fd)
-		if inner != nil && seen == (peeked{}) && s.CutIdle(-1, faultnet.HalfClose) == 1 {
+	sys.peek = func(fd uintptr) sock.Seen {
+		seen := sock.Peek(fd)
+		if inner != nil && seen == (sock.Seen{}) && s.CutIdle(-1, faultnet.HalfClose) == 1 {
 			comesTrue(t, "the hang-up is heard", func() bool { return inner.word.Load()&hungUp != 0 })
 		}
 		return seen
@@ -362,7 +356,7 @@ func TestAHangUpOfAnEarlierOwnerOfTheNumberHurtsNobody(t *testing.T) {
 	for range 20 {
 		p := watchPool(t, Config{}, nil)
 		sys, looks := realSystem, new(atomic.Int64)
-		sys.peek = func(fd uintptr) peeked { looks.Add(1); return peek(fd) }
+		sys.peek = func(fd uintptr) sock.Seen { looks.Add(1); return sock.Peek(fd) }
 		p.sys = &sys
 		var copied *os.File
 		number := -1

@@ -78,13 +78,13 @@ func times(n int, what string) string {
 // stands for a Warm.
 func (p *Pool) whyLocked(s *site, w *waiter) *inVain {
 	e := new(inVain)
-	now := p.clock.exactly()
+	now := p.clock.Exactly()
 	if s.trouble != nil && s.trouble.lastErr != nil {
 		e.last, e.failures, e.pause = s.trouble.lastErr, s.trouble.failures, s.retrying()
 	}
 	for a := s.dial; a != nil; a = a.older {
 		if a.since != 0 {
-			e.stage, e.since = Stage(a.reached.Load()), now.sub(a.since)
+			e.stage, e.since = Stage(a.reached.Load()), now.Sub(a.since)
 		}
 	}
 	if e.full = p.fullLocked(s, 0, 0); e.full == "" && !e.pause {
@@ -103,7 +103,7 @@ func (p *Pool) whyLocked(s *site, w *waiter) *inVain {
 	n := 0
 	for c := p.recency.ends.younger; c != &p.recency.ends && n < farEnough; c = c.younger {
 		if n++; c.site != nil && c.phase == borrowed && e.counts(c.site.addr, s.addr) {
-			e.held = max(e.held, now.sub(c.since))
+			e.held = max(e.held, now.Sub(c.since))
 		}
 	}
 	return e
@@ -129,7 +129,7 @@ func (p *Pool) gaveUp(s *site, w *waiter, ctx error) error {
 	}
 	e.holder = p.out.find(func(h *holding) bool { return e.counts(h.addr, s.addr) })
 	if e.holder != nil {
-		e.held = max(e.held, p.clock.exactly().sub(e.holder.since))
+		e.held = max(e.held, p.clock.Exactly().Sub(e.holder.since))
 	}
 	e.nested = e.here && insideWith()
 	return e

@@ -177,8 +177,8 @@ var gatewayMutants = []mutant{
 	// --- devices ---
 	{
 		name:  "broadcasts-end-soon",
-		old:   `end = earlier(end, time.Now().Add(broadcast))`,
-		new:   `_ = broadcast`,
+		old:   `end = earlier(end, time.Now().Add(cfg.BroadcastWait))`,
+		new:   ``,
 		tests: `TestARequestWithoutAReply`,
 	},
 	{

@@ -9,7 +9,8 @@
 //
 // A mutant is a piece of the source, which must occur exactly once, and what is
 // put in its place (see table.go). Each is compiled into the tests of the
-// package, of which the named ones must fail. A test that passes without the
+// package, of which the named ones must fail. The piece may be in a package below,
+// and so may the tests. A test that passes without the
 // defence it is there for proves nothing; a mutant whose text is not found, that
 // does not compile, or for which there is no test, is a fault of the table. The
 // exit status is 1 if there was any of these.
@@ -19,6 +20,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,6 +30,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -42,7 +45,8 @@ import (
 // mutant is one defence removed.
 type mutant struct {
 	name  string
-	file  string // where old is; "": wherever in the package, as long as it is once
+	file  string // where old is, with its folder if that is another; "": wherever in the package, as long as it is once
+	in    string // the folder of the package whose tests must fail; "": that of the table
 	old   string
 	new   string
 	tests string // the pattern of the tests that must fail
@@ -149,9 +153,10 @@ func partOf(all []mutant, part string) ([]mutant, error) {
 
 // lab is the copy of the module in which everything happens.
 type lab struct {
+	module  string            // the copy
 	dir     string            // of the package, in the copy
 	scratch string            // of what is built
-	source  map[string]string // of the package, by file
+	source  map[string]string // of the package, and what mutants name beside it, by file
 	verbose bool
 	timeout time.Duration
 }
@@ -167,15 +172,27 @@ func run(ctx context.Context, in string, chosen []mutant, jobs int, timeout time
 	}
 	defer os.RemoveAll(tmp)
 	module := filepath.Join(tmp, "module")
-	l := &lab{dir: filepath.Join(module, in), scratch: tmp, verbose: verbose, timeout: timeout}
 	if err := copyModule(root, module); err != nil {
 		return 0, err
 	}
-	if l.source, err = readSource(l.dir); err != nil {
-		return 0, err
-	}
-	if err := l.sound(ctx, chosen); err != nil {
-		return 0, err
+	labs := make(map[string]*lab) // by the folder whose tests are run
+	for _, m := range chosen {
+		dir := cmp.Or(m.in, in)
+		if labs[dir] != nil {
+			continue
+		}
+		l := &lab{module: module, dir: filepath.Join(module, dir), scratch: tmp, verbose: verbose, timeout: timeout}
+		those := slices.DeleteFunc(slices.Clone(chosen), func(m mutant) bool { return cmp.Or(m.in, in) != dir })
+		if l.source, err = readSource(l.dir); err != nil {
+			return 0, err
+		}
+		if err := l.readBeside(those); err != nil {
+			return 0, err
+		}
+		if err := l.sound(ctx, those); err != nil {
+			return 0, err
+		}
+		labs[dir] = l
 	}
 
 	fmt.Printf("%-28s %-9s %6s  %s\n", "without", "", "", "noticed by")
@@ -185,7 +202,7 @@ func run(ctx context.Context, in string, chosen []mutant, jobs int, timeout time
 	for range jobs {
 		group.Go(func() {
 			for m := range next {
-				o := l.try(ctx, m)
+				o := labs[cmp.Or(m.in, in)].try(ctx, m)
 				mu.Lock()
 				verdict := "noticed"
 				if o.err != nil {
@@ -271,6 +288,29 @@ func readSource(dir string) (map[string]string, error) {
 	return source, nil
 }
 
+// readBeside reads the files of other packages that mutants name.
+func (l *lab) readBeside(chosen []mutant) error {
+	for _, m := range chosen {
+		if path.Dir(m.file) == "." {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(l.module, m.file))
+		if err != nil {
+			return fmt.Errorf("%s: %w", m.name, err)
+		}
+		l.source[m.file] = string(b)
+	}
+	return nil
+}
+
+// where is the place of a file in the copy.
+func (l *lab) where(file string) string {
+	if path.Dir(file) == "." {
+		return filepath.Join(l.dir, file)
+	}
+	return filepath.Join(l.module, file)
+}
+
 // sound runs all the tests that will be used on the source as it is. If one of
 // them failed there, its failure would prove nothing.
 func (l *lab) sound(ctx context.Context, chosen []mutant) error {
@@ -328,8 +368,8 @@ func (l *lab) try(ctx context.Context, m mutant) (o outcome) {
 		return outcome{err: err}
 	}
 	defer os.RemoveAll(work)
-	replacement := filepath.Join(work, file)
-	overlay, err := json.Marshal(map[string]map[string]string{"Replace": {filepath.Join(l.dir, file): replacement}})
+	replacement := filepath.Join(work, path.Base(file))
+	overlay, err := json.Marshal(map[string]map[string]string{"Replace": {l.where(file): replacement}})
 	if err != nil {
 		return outcome{err: err}
 	}
@@ -366,7 +406,7 @@ func (l *lab) try(ctx context.Context, m mutant) (o outcome) {
 func (m *mutant) apply(source map[string]string) (file, mutated string, err error) {
 	total := 0
 	for name, text := range source {
-		if m.file != "" && m.file != name {
+		if m.file != "" && m.file != name || m.file == "" && path.Dir(name) != "." {
 			continue
 		}
 		if n := strings.Count(text, m.old); n > 0 {

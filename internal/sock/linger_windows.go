@@ -1,4 +1,4 @@
-package connpool
+package sock
 
 import (
 	"unsafe"
@@ -6,9 +6,9 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// lingers reports whether the close of a socket waits until what was written has
+// Lingers reports whether the close of a socket waits until what was written has
 // arrived. One that lingers for no time at all does not wait, but resets.
-func lingers(fd uintptr) bool {
+func Lingers(fd uintptr) bool {
 	var l struct{ onoff, seconds uint16 }
 	size := int32(unsafe.Sizeof(l))
 	err := windows.Getsockopt(windows.Handle(fd), windows.SOL_SOCKET, windows.SO_LINGER, (*byte)(unsafe.Pointer(&l)), &size)

@@ -1,4 +1,4 @@
-package connpool
+package sock
 
 import (
 	"io"
@@ -9,47 +9,50 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const canPeek = true
+// CanPeek says whether this system lets anybody look into a socket.
+const CanPeek = true
 
-// identity is the socket's cookie: 64 bits that the kernel gives to one socket
+// ID is the socket's cookie: 64 bits that the kernel gives to one socket
 // and never to another. It follows the socket through dup, and does not depend
 // on the number of the descriptor.
-type identity uint64
+type ID uint64
 
-func identify(fd uintptr) (identity, bool) {
+// Identify asks the system which socket fd is. false: fd is no open socket, or the
+// system does not tell.
+func Identify(fd uintptr) (ID, bool) {
 	var cookie uint64
 	size := uint32(unsafe.Sizeof(cookie))
 	_, _, errno := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_COOKIE,
 		uintptr(unsafe.Pointer(&cookie)), uintptr(unsafe.Pointer(&size)), 0)
-	return identity(cookie), errno == 0
+	return ID(cookie), errno == 0
 }
 
-// stillIs reports whether fd is the socket id. A descriptor that is closed, or
+// Still reports whether fd is the socket id. A descriptor that is closed, or
 // no socket at all, is not.
-func stillIs(fd uintptr, id identity) bool {
-	now, ok := identify(fd)
+func Still(fd uintptr, id ID) bool {
+	now, ok := Identify(fd)
 	return ok && now == id
 }
 
-// peek looks into a socket without taking anything out of it or waiting. The
+// Peek looks into a socket without taking anything out of it or waiting. The
 // raw system call is right, since MSG_DONTWAIT never blocks, and it spares the
 // scheduler's part of an ordinary one.
-func peek(fd uintptr) peeked {
+func Peek(fd uintptr) Seen {
 	var b [1]byte
 	n, errno := recv(fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 	switch {
 	case errno == unix.EAGAIN:
-		return peeked{}
+		return Seen{}
 	case errno != 0:
-		return peeked{err: os.NewSyscallError("recvfrom", errno)}
+		return Seen{Err: os.NewSyscallError("recvfrom", errno)}
 	case n == 0:
-		return peeked{err: io.EOF}
+		return Seen{Err: io.EOF}
 	}
-	return peeked{bytes: true}
+	return Seen{Bytes: true}
 }
 
-// readNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
-func readNow(fd uintptr, b []byte) (int, error) {
+// ReadNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
+func ReadNow(fd uintptr, b []byte) (int, error) {
 	n, errno := recv(fd, b, unix.MSG_DONTWAIT)
 	switch {
 	case errno == unix.EAGAIN:

@@ -1,4 +1,4 @@
-package connpool
+package sock
 
 import (
 	"fmt"
@@ -9,27 +9,30 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-const canPeek = true
+// CanPeek says whether this system lets anybody look into a socket.
+const CanPeek = true
 
-// identity is the pair of addresses, all that this system tells of a socket.
-type identity struct{ local, remote string }
+// ID is the pair of addresses, all that this system tells of a socket.
+type ID struct{ local, remote string }
 
-func identify(fd uintptr) (identity, bool) {
+// Identify asks the system which socket fd is. false: fd is no open socket, or the
+// system does not tell.
+func Identify(fd uintptr) (ID, bool) {
 	local, err := windows.Getsockname(windows.Handle(fd))
 	if err != nil {
-		return identity{}, false
+		return ID{}, false
 	}
-	id := identity{local: fmt.Sprint(local)}
+	id := ID{local: fmt.Sprint(local)}
 	if remote, err := windows.Getpeername(windows.Handle(fd)); err == nil {
 		id.remote = fmt.Sprint(remote)
 	}
 	return id, true
 }
 
-// stillIs reports whether fd is the socket id. The system forgets the remote
+// Still reports whether fd is the socket id. The system forgets the remote
 // address of a connection that was reset, so a missing one is no difference.
-func stillIs(fd uintptr, id identity) bool {
-	now, ok := identify(fd)
+func Still(fd uintptr, id ID) bool {
+	now, ok := Identify(fd)
 	if now.remote == "" {
 		now.remote = id.remote
 	}
@@ -66,26 +69,26 @@ func recv(fd uintptr, b []byte, flags uint32) (int, error) {
 	return int(n), nil
 }
 
-// peek looks into a socket without taking anything out of it or waiting.
-func peek(fd uintptr) peeked {
+// Peek looks into a socket without taking anything out of it or waiting.
+func Peek(fd uintptr) Seen {
 	switch ready, err := readable(fd); {
 	case err != nil:
-		return peeked{err: err}
+		return Seen{Err: err}
 	case !ready:
-		return peeked{}
+		return Seen{}
 	}
 	var b [1]byte
 	switch n, err := recv(fd, b[:], msgPeek); {
 	case err != nil:
-		return peeked{err: err}
+		return Seen{Err: err}
 	case n == 0:
-		return peeked{err: io.EOF}
+		return Seen{Err: io.EOF}
 	}
-	return peeked{bytes: true}
+	return Seen{Bytes: true}
 }
 
-// readNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
-func readNow(fd uintptr, b []byte) (int, error) {
+// ReadNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
+func ReadNow(fd uintptr, b []byte) (int, error) {
 	switch ready, err := readable(fd); {
 	case err != nil:
 		return 0, err

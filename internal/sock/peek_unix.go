@@ -1,6 +1,6 @@
 //go:build unix && !linux
 
-package connpool
+package sock
 
 import (
 	"fmt"
@@ -10,27 +10,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const canPeek = true
+// CanPeek says whether this system lets anybody look into a socket.
+const CanPeek = true
 
-// identity is what these systems tell of a socket: device and inode, which say
+// ID is what these systems tell of a socket: device and inode, which say
 // something about Unix sockets only, and the two addresses, which say something
 // about TCP. Two Unix connections to one path can look alike where the system
 // gives sockets no inode; then a theft among them goes unnoticed.
-type identity struct {
+type ID struct {
 	dev, ino      uint64
 	local, remote string
 }
 
-func identify(fd uintptr) (identity, bool) {
-	var id identity
+// Identify asks the system which socket fd is. false: fd is no open socket, or the
+// system does not tell.
+func Identify(fd uintptr) (ID, bool) {
+	var id ID
 	var st unix.Stat_t
 	if err := unix.Fstat(int(fd), &st); err != nil || uint32(st.Mode)&unix.S_IFMT != unix.S_IFSOCK {
-		return identity{}, false
+		return ID{}, false
 	}
 	id.dev, id.ino = uint64(st.Dev), uint64(st.Ino)
 	local, err := unix.Getsockname(int(fd))
 	if err != nil {
-		return identity{}, false
+		return ID{}, false
 	}
 	id.local = fmt.Sprint(local)
 	if remote, err := unix.Getpeername(int(fd)); err == nil {
@@ -39,33 +42,33 @@ func identify(fd uintptr) (identity, bool) {
 	return id, true
 }
 
-// stillIs reports whether fd is the socket id. The system forgets the remote
+// Still reports whether fd is the socket id. The system forgets the remote
 // address of a connection that was reset, so a missing one is no difference.
-func stillIs(fd uintptr, id identity) bool {
-	now, ok := identify(fd)
+func Still(fd uintptr, id ID) bool {
+	now, ok := Identify(fd)
 	if now.remote == "" {
 		now.remote = id.remote
 	}
 	return ok && now == id
 }
 
-// peek looks into a socket without taking anything out of it or waiting.
-func peek(fd uintptr) peeked {
+// Peek looks into a socket without taking anything out of it or waiting.
+func Peek(fd uintptr) Seen {
 	var b [1]byte
 	n, err := recv(fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 	switch {
 	case err == unix.EAGAIN:
-		return peeked{}
+		return Seen{}
 	case err != nil:
-		return peeked{err: os.NewSyscallError("recvfrom", err)}
+		return Seen{Err: os.NewSyscallError("recvfrom", err)}
 	case n == 0:
-		return peeked{err: io.EOF}
+		return Seen{Err: io.EOF}
 	}
-	return peeked{bytes: true}
+	return Seen{Bytes: true}
 }
 
-// readNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
-func readNow(fd uintptr, b []byte) (int, error) {
+// ReadNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
+func ReadNow(fd uintptr, b []byte) (int, error) {
 	n, err := recv(fd, b, unix.MSG_DONTWAIT)
 	switch {
 	case err == unix.EAGAIN:

@@ -1,6 +1,6 @@
 //go:build unix
 
-package connpool
+package sock
 
 import (
 	"math"
@@ -9,7 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func handleLimit() (int, bool) {
+// FileLimit is how many files this process may have open, as of now. false: there is no
+// limit, or none that 31 bits can hold.
+func FileLimit() (int, bool) {
 	var r unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) != nil || uint64(r.Cur) > math.MaxInt32 {
 		return 0, false
@@ -17,13 +19,14 @@ func handleLimit() (int, bool) {
 	return int(r.Cur), true
 }
 
-// noHandleFree finds out by trying to get one.
-func noHandleFree() bool {
+// NoFileFree reports whether the process, or the system, can open no more files. It
+// finds out by trying.
+func NoFileFree() bool {
 	syscall.ForkLock.RLock() // no child may inherit it
 	defer syscall.ForkLock.RUnlock()
 	var p [2]int
 	if err := unix.Pipe(p[:]); err != nil {
-		return exhausted(err)
+		return OutOfFiles(err)
 	}
 	unix.Close(p[0])
 	unix.Close(p[1])

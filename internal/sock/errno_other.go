@@ -1,0 +1,23 @@
+//go:build !windows
+
+package sock
+
+import "syscall"
+
+// The system's numbers for what connpool.KindOf tells apart, to be asked for with
+// errors.Is.
+const (
+	ErrRefused      = syscall.ECONNREFUSED
+	ErrTimedOut     = syscall.ETIMEDOUT
+	ErrReset        = syscall.ECONNRESET
+	ErrAborted      = syscall.ECONNABORTED
+	ErrPipe         = syscall.EPIPE
+	ErrNetUnreach   = syscall.ENETUNREACH
+	ErrHostUnreach  = syscall.EHOSTUNREACH
+	ErrAFNoSupport  = syscall.EAFNOSUPPORT
+	ErrAddrNotAvail = syscall.EADDRNOTAVAIL
+	ErrNoMem        = syscall.ENOMEM
+	ErrNoBufs       = syscall.ENOBUFS
+	ErrProcessFiles = syscall.EMFILE
+	ErrSystemFiles  = syscall.ENFILE
+)

@@ -1,0 +1,6 @@
+//go:build !unix && !windows
+
+package sock
+
+// Lingers says no: there is no socket option to ask here.
+func Lingers(uintptr) bool { return false }
