@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // What bit other pools and clients, one test for each, named after the
@@ -538,7 +539,7 @@ func TestNoReplyEverReachesAForeignBorrower(t *testing.T) {
 			tlBaseline(t)
 			s := how.serve(t)
 			p := tlPool(t, true, how.config, func(cfg *Config) { cfg.MaxPerAddr = 4 })
-			exchanges := 2_000
+			exchanges := short.Of(2_000, 400)
 			if raceEnabled && how.version != 0 {
 				exchanges = 300 // every second one costs a handshake
 			}

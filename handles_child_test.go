@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // File handles run out only in processes of their own, see inChild; what can be
@@ -489,12 +490,9 @@ func TestAThousandAddressesUnderSixtyFourHandlesNeverFailACaller(t *testing.T) {
 	if !child {
 		return
 	}
-	span := 3 * time.Second
-	switch {
-	case stress() > 1:
+	span := short.Of(3*time.Second, 500*time.Millisecond)
+	if stress() > 1 {
 		span = time.Minute
-	case testing.Short():
-		span = time.Second
 	}
 	fewHandles(t, 64)
 	for _, hoarded := range []int{0, 30} {

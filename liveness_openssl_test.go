@@ -207,7 +207,7 @@ var opensslWays = []struct {
 func TestUnfitConnectionToOpenSSLIsNeverLentAgain(t *testing.T) {
 	for _, way := range opensslWays[:4] {
 		loans := []int{1, 2, 100}
-		if raceEnabled || !way.cache {
+		if raceEnabled || !way.cache || testing.Short() {
 			loans = loans[1:2] // each is a process
 		}
 		for _, f := range opensslFaults {

@@ -24,6 +24,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // What a connection looks like to the pool when it is alive, dead or dirty,
@@ -386,7 +387,7 @@ func (s tlSecure) config(cfg *Config) { cfg.TLS.SessionTicketsDisabled = !s.tick
 func tlEach(t *testing.T, transports []tlSecure, test func(t *testing.T, how tlSecure, nth int)) {
 	t.Helper()
 	for _, how := range transports {
-		for _, nth := range []int{1, 2, 100} {
+		for _, nth := range []int{1, 2, short.Of(100, 3)} {
 			t.Run(fmt.Sprintf("%s/loan%d", how.name, nth), func(t *testing.T) { test(t, how, nth) })
 		}
 	}
@@ -897,9 +898,9 @@ func TestTenThousandFailedChecksLeaveNoDescriptorBehind(t *testing.T) {
 	tlBaseline(t)
 	// Or the garbage collector would close what the pool forgets.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
-	rounds := 10_000
+	rounds := short.Of(10_000, 1_000)
 	if raceEnabled {
-		rounds = 2_000 * stress()
+		rounds = short.Of(2_000, 500) * stress()
 	}
 	s, err := faultnet.Start(faultnet.Options{Network: "unix"})
 	require.NoError(t, err)

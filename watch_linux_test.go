@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // In this file the sweep is off: what is noticed is noticed by the watcher.
@@ -416,7 +417,7 @@ func TestHangUpsRaceWithLoansAndNothingIsLost(t *testing.T) {
 	})
 	for range 8 {
 		workers.Go(func() {
-			for range 300 * stress() {
+			for range short.Of(300, 100) * stress() {
 				// A connection that is cut in the middle of a loan is the
 				// borrower's problem, as a Keep cannot make it good.
 				p.With(context.Background(), addr, func(c Conn) error {
