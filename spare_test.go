@@ -602,7 +602,7 @@ func TestAnAddressNobodyUsesLosesItsReserve(t *testing.T) {
 // idleTooMany is what IdleTimeout has not taken, because it is off.
 func (n *testnet) idleTooMany(cfg Config) int {
 	if cfg.IdleTimeout < 0 {
-		return n.p.Stats().Idle - 1000*cfg.MinSpare
+		return n.p.Stats().Idle - n.p.Stats().Addrs*cfg.MinSpare
 	}
 	return 0
 }

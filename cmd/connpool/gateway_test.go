@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"io"
 	"math/big"
@@ -40,6 +41,8 @@ func TestMain(m *testing.M) {
 	case "clients":
 		os.Exit(beClients(os.Args[1], os.Args[2]))
 	default:
+		// The parallel ones among these tests wait for processes and for time-outs.
+		flag.Set("test.parallel", "8")
 		os.Exit(m.Run())
 	}
 }
@@ -147,6 +150,7 @@ func (c *child) ended() int {
 // a gateway in a process of its own, and a server that sees no more connections
 // than the gateway may open.
 func TestClientsAndGatewayAreSeparateProcesses(t *testing.T) {
+	t.Parallel()
 	srv, err := faultnet.Start(faultnet.Options{})
 	require.NoError(t, err)
 	defer srv.Close()
@@ -247,6 +251,7 @@ func TestGatewayHelpTeaches(t *testing.T) {
 
 // PLT-18
 func TestGatewayCheckSaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
 	srv, err := faultnet.Start(faultnet.Options{})
 	require.NoError(t, err)
 	defer srv.Close()

@@ -39,11 +39,13 @@ func endsInTime(t *testing.T, cmd *exec.Cmd) {
 
 // TRY-09
 func TestTheReaderOfItsWordsMayLeaveOrStandStill(t *testing.T) {
+	t.Parallel()
 	srv, err := faultnet.Start(faultnet.Options{})
 	require.NoError(t, err)
-	defer srv.Close()
+	t.Cleanup(srv.Close)
 	for _, how := range []string{"stderr's reader leaves", "stdout's reader leaves", "nobody reads"} {
 		t.Run(how, func(t *testing.T) {
+			t.Parallel()
 			dir := shortDirOf(t)
 			cmd := exec.Command(os.Args[0], "gateway", "-framing", "line", "-listen", "unix:"+dir+"/s", "-drain", "1s", "-verbose", "-dial-timeout", "1s",
 				"-to", fmt.Sprintf("tcp://127.0.0.1:%d", srv.Port()))
@@ -147,6 +149,7 @@ func TestSIGTERMEndsAStartThatHangs(t *testing.T) {
 
 // TRY-09: with a file that does not open any more, also while it serves.
 func TestSIGTERMEndsAGatewayWhoseCertificateDoesNotOpen(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	cert, key := writeKeys(t, dir, time.Now().Add(time.Hour))
 	g := startGateway(t, "-framing", "line", "-listen", "tls://127.0.0.1:0", "-cert", cert, "-key", key, "-reload-every", "10ms", "-drain", "1s", "-to", "tcp://127.0.0.1:1")

@@ -409,6 +409,7 @@ func greets(after time.Duration, greeting string) func(net.Conn) {
 
 // TRY-05
 func TestAServerThatSpeaksFirstIsNotMeasured(t *testing.T) {
+	t.Parallel()
 	for name, serve := range map[string]func(net.Conn){
 		"at once":                  greets(0, "220 mail.example ESMTP\n"),
 		"a little later":           greets(60*time.Millisecond, "220 mail.example ESMTP\n"),

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // longPipeline is what a client writes before it reads, in bytes.
@@ -21,7 +22,7 @@ func longPipeline() int {
 	if stress {
 		return 64 << 20
 	}
-	return 24 << 20
+	return short.Of(24<<20, 8<<20)
 }
 
 // TRY-33
@@ -111,6 +112,7 @@ func nonZero(m map[string]uint64) (list []string) {
 // TRY-33, TRY-39: what there is no room for is refused in words, which the
 // client reads when it has written all that it had to.
 func TestAPipelineForWhichThereIsNoRoomIsRefusedInWords(t *testing.T) {
+	t.Parallel()
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) { io.Copy(p, p) }})
 	g := begin(t, Config{Framing: "line", To: to, MaxMemory: 1 << 20, MaxFrame: 64 << 10, ErrorReply: "ERR\n"})
 	c := g.call()

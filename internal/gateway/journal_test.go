@@ -160,6 +160,7 @@ func told(t *testing.T, log *logged, words ...string) int {
 
 // TRY-38
 func TestTheLogTellsThatTheServerIsDownAndCameBack(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
 	g, log := atDefault(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 2})
 	g.call().token("a")
@@ -181,6 +182,7 @@ func TestTheLogTellsThatTheServerIsDownAndCameBack(t *testing.T) {
 
 // TRY-38
 func TestTheLogTellsWhichLimitIsInTheWay(t *testing.T) {
+	t.Parallel()
 	_, to := serve(t, faultnet.Options{})
 	g, log := atDefault(t, Config{Framing: "resp", To: to, MaxClients: 1})
 	g.call()
@@ -212,6 +214,7 @@ func TestTheLogTellsWhichLimitIsInTheWay(t *testing.T) {
 
 // TRY-38
 func TestTheLogTellsThatPinsAreFullByTheirFlag(t *testing.T) {
+	t.Parallel()
 	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 3, 1, 200*time.Millisecond })
 	a, b := g.call(), g.call()
 	a.say("MULTI\r\n")
