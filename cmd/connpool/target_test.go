@@ -61,7 +61,7 @@ func TestPeerBehindAUnixSocketIsMeasured(t *testing.T) {
 	defer s.Close()
 	var out, errs bytes.Buffer
 	require.Equal(t, exitOK, run(t.Context(), []string{"load", "-n", "20", "-rounds", "2", "-to", "unix:" + s.Host()}, &out, &errs), errs.String())
-	assert.True(t, eventually(leakGrace, func() bool { return s.Open() == 0 }))
+	assert.True(t, eventually(time.Minute, func() bool { return s.Open() == 0 }))
 }
 
 // Ctrl-C in the middle of a run that would take an hour: a report, and nothing
@@ -93,7 +93,7 @@ func TestInterruptEndsEveryCommandAndLeavesNothing(t *testing.T) {
 			} else {
 				assert.Contains(t, errs.String(), "interrupted")
 			}
-			assert.True(t, eventually(leakGrace, func() bool {
+			assert.True(t, eventually(time.Minute, func() bool {
 				left := footprintNow().beyond(before)
 				return left.goroutines == 0 && left.descriptors <= 0
 			}), "%+v", footprintNow().beyond(before))
