@@ -47,8 +47,11 @@ func TestAPipelineThatIsWrittenBeforeAnyReplyIsReadIsServed(t *testing.T) {
 		"line over unix": {cfg: Config{Framing: "line"}, handler: echo, one: value + "\n", reply: value + "\n", network: "unix"},
 		"length":         {cfg: Config{Framing: "length", Length: LengthField{Size: 2}}, handler: echo, one: "\x03\xe8" + value, reply: "\x03\xe8" + value},
 		"resp":           {cfg: Config{Framing: "resp"}, one: command("ECHO", value), reply: bulk(value)},
+		// Not over TCP: many small replies fill the memory of the client's receive
+		// buffer before its window, and Linux then drops what arrives, with the
+		// news in it that the gateway reads again. Both kernels wait for good.
 		"resp, a transaction": {cfg: Config{Framing: "resp"}, first: command("MULTI"), answer: "+OK\r\n",
-			one: command("PING"), reply: "+QUEUED\r\n"},
+			one: command("PING"), reply: "+QUEUED\r\n", network: "unix"},
 		"resp, with tracking": {cfg: Config{Framing: "resp"}, first: command("CLIENT", "NO-EVICT", "ON"), answer: "+OK\r\n",
 			one: command("ECHO", value), reply: bulk(value)},
 		"resp, and nothing counted": {cfg: Config{Framing: "resp"}, first: command("WATCH", "k") + command("SELECT", "1"), answer: "+OK\r\n+OK\r\n",
