@@ -213,7 +213,7 @@ func TestTheLogTellsWhichLimitIsInTheWay(t *testing.T) {
 // TRY-38
 func TestTheLogTellsThatPinsAreFullByTheirFlag(t *testing.T) {
 	t.Parallel()
-	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 3, 1, 200*time.Millisecond })
+	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 3, 1, time.Second })
 	a, b := g.call(), g.call()
 	a.say("MULTI\r\n")
 	require.Equal(t, "+OK", strings.TrimSpace(a.hear()))

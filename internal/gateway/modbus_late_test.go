@@ -111,7 +111,7 @@ func TestALateModbusReplyIsDroppedAndCostsNoConnection(t *testing.T) {
 				}
 				p.Write(b)
 			})})
-			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
+			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: time.Second})
 			for i := range rounds {
 				c := g.call()
 				c.Write(writeRegister(i, 1, 99))
@@ -140,7 +140,7 @@ func TestADeviceThatIsSilentForGoodIsDialledAnew(t *testing.T) {
 			p.Write(b)
 		}
 	})})
-	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 100 * time.Millisecond})
+	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
 	c := g.call()
 	for range maxSilent {
 		c.Write(writeRegister(1, 1, 5))
@@ -195,7 +195,7 @@ func TestADeviceThatSaysZeroIsBelievedUntilItIsLate(t *testing.T) {
 			p.Write(b)
 		}
 	})})
-	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
+	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 2 * time.Second})
 	c := g.call()
 	for i := range uint16(5) {
 		c.Write(writeRegister(i, 1, 5))

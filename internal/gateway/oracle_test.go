@@ -407,7 +407,7 @@ func TestDesyncNoClientReadsAnothersReplyBeforeAServerThatSpeaksFirstNowAndThen(
 		}
 		faultnet.Tokens(p)
 	}})
-	g := begin(t, Config{Framing: "line", To: to, MaxOpen: 4, MaxUses: 50, GreetingWait: 90 * time.Millisecond,
+	g := begin(t, Config{Framing: "line", To: to, MaxOpen: 8, MaxUses: 50, GreetingWait: 300 * time.Millisecond, // for busy machines
 		RequestTimeout: 5 * time.Second, ErrorReply: "ERR\n", IdleTimeout: forever})
 	var foreign atomic.Pointer[string]
 	var whole, partial, failed, done atomic.Int64

@@ -147,7 +147,7 @@ func TestAServerThatDoesNotAnswerCostsOneRequestAndItsConnection(t *testing.T) {
 		}
 		return 0
 	}})
-	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
+	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 1, RequestTimeout: 2 * time.Second})
 	c := g.call()
 	c.say("late\n")
 	require.Equal(t, "ERR", c.hear())
@@ -439,7 +439,7 @@ func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
 		<-hold
 	}})
 	t.Cleanup(func() { close(hold) })
-	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: time.Second})
+	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 4 * time.Second}) // within which all of it must come
 	c := g.call()
 	go io.WriteString(c, strings.Repeat("x", 12<<20)+"\n")
 	require.Equal(t, "early", c.hear())
