@@ -401,7 +401,7 @@ func TestSizeMeasuresARealPeerAndPlotsIt(t *testing.T) {
 	echo := startEcho(t)
 	plot := filepath.Join(t.TempDir(), "size.svg")
 	var out, errs bytes.Buffer
-	status := run(t.Context(), []string{"size", "-to", "tcp://" + echo, "-probe", "line:hello", "-max-clients", "4", "-step", "30ms",
+	status := run(t.Context(), []string{"size", "-to", "tcp://" + echo, "-probe", "line:hello", "-max-clients", "4", "-step", "300ms",
 		"-limit", "1s", "-svg", plot, "-json", "-processes", "2"}, &out, &errs)
 	require.Equal(t, exitOK, status, errs.String())
 	assert.Contains(t, errs.String(), "4 clients:")
