@@ -230,8 +230,8 @@ func TestNothingIsLostWhicheverForeignCallFails(t *testing.T) {
 	for mode := range numFailures {
 		t.Run(mode.String(), func(t *testing.T) {
 			hits := make(map[string]int)
-			// The brief run tortures one call in eight, in each way others.
-			for k := 1 + short.Of(0, int64(mode)*2); ; k += short.Of[int64](1, 8) {
+			// The brief run tortures one call in sixteen, in each way others.
+			for k := 1 + short.Of(0, int64(mode)*4); ; k += short.Of[int64](1, 16) {
 				x := &torture{mode: mode}
 				x.target.Store(k)
 				var err error
