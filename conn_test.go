@@ -405,7 +405,7 @@ func slack(t *testing.T) time.Duration {
 	if strings.Contains(t.Name(), "bubble") {
 		return 0
 	}
-	return 5 * time.Second
+	return bounded / 2
 }
 
 // TDBC-06, G-03

@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // The end of a lease, wished for at each moment of a Do.
@@ -126,10 +127,7 @@ func TestALeaseEndsAsItWasToldAtAnyMomentOfADo(t *testing.T) {
 
 // TRY-44
 func TestOfALeaseThatWasDiscardedBesideADoNothingIsKept(t *testing.T) {
-	rounds, until := 60000, time.Now().Add(20*time.Second)
-	if testing.Short() {
-		rounds, until = 4000, time.Now().Add(5*time.Second)
-	}
+	rounds, until := short.Of(60000, 4000), time.Now().Add(short.Of(20*time.Second, 5*time.Second))
 	n := newTestnet(t)
 	p, err := New(Config{Dialers: map[Transport]DialFunc{memory: n.dial}})
 	require.NoError(t, err)

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // change is SetLimits of what is in force, changed.
@@ -351,7 +352,7 @@ func TestStressLimitsMoveUnderTraffic(t *testing.T) {
 	}
 	for w := range 8 {
 		workers.Go(func() {
-			for i := range 200 * stress() {
+			for i := range short.Of(200, 40) * stress() {
 				ctx, cancel := context.WithTimeout(bg, bounded)
 				err := p.With(ctx, scoped(addr, (w+i)%3), func(c Conn) error {
 					_, err := ask(c, newToken())

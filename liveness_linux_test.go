@@ -76,7 +76,7 @@ func TestPeerThatAsksForKeyUpdatesAndDoesNotReadHoldsUpNobody(t *testing.T) {
 					done <- nil
 					return
 				}
-				ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+				ctx, cancel := context.WithTimeout(context.Background(), bounded/2)
 				defer cancel()
 				done <- p.With(ctx, s.addr(), tlNothing)
 			}()
@@ -84,7 +84,7 @@ func TestPeerThatAsksForKeyUpdatesAndDoesNotReadHoldsUpNobody(t *testing.T) {
 			case err := <-done:
 				require.NoError(t, err, "there was time enough to open another one")
 				peer.reset() // or the goodbye of a foreign tls.Conn takes its five seconds
-			case <-time.After(10 * time.Second):
+			case <-time.After(bounded):
 				t.Error("the look hangs in a write")
 				peer.reset()
 				<-done

@@ -20,6 +20,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // The state-machine test: a program of random bytes drives a whole pool over a
@@ -30,10 +31,10 @@ import (
 // One interpreter serves the long seeded runs, rapid (which shrinks what it
 // finds) and the native fuzzer.
 
-// TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps
+// TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps, 4 with -short
 // (CONNPOOL_STRESS=n: n times as many seeds).
 func TestModelHoldsOverLongHistories(t *testing.T) {
-	seeds, steps := 64*stress(), 10_000
+	seeds, steps := short.Of(64, 4)*stress(), 10_000
 	if raceEnabled {
 		seeds = 4 * stress() // a tenth of the speed
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 func TestFailRefusesAtOnce(t *testing.T) {
@@ -168,7 +169,7 @@ func TestConnectionsFollowLoansNotGoroutines(t *testing.T) {
 // APR-X12, PLT-12: random dial delays, failures and ends of loans; the server
 // itself counts.
 func TestStressTheLimitIsNeverExceeded(t *testing.T) {
-	ops := 20_000
+	ops := short.Of(20_000, 5_000)
 	if stress() > 1 {
 		ops = 1_000_000
 	}

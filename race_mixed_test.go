@@ -12,11 +12,13 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // TDBC-01, BETA-X15, APR-13
 func TestRaceOfSixtyFourGoroutinesAndEveryOperation(t *testing.T) {
-	steps := 200
+	steps := short.Of(200, 100)
 	if os.Getenv("CONNPOOL_STRESS") != "" {
 		steps = 5000
 	}

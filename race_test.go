@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // Each pair of operations that may meet is made to meet, over and over, with a
@@ -380,9 +382,9 @@ func rounds() int {
 	case os.Getenv("CONNPOOL_STRESS") != "":
 		return 100_000
 	case raceEnabled:
-		return 1000
+		return short.Of(1000, 200)
 	}
-	return 2000
+	return short.Of(2000, 300)
 }
 
 // BETA-21

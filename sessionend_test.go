@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // The end of a session beside the end of a use: whichever comes first, and
@@ -135,10 +137,7 @@ func TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection(t *testing.T) {
 
 // TRY-41
 func TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut(t *testing.T) {
-	rounds, until := 60000, time.Now().Add(30*time.Second)
-	if testing.Short() {
-		rounds, until = 4000, time.Now().Add(5*time.Second)
-	}
+	rounds, until := short.Of(60000, 4000), time.Now().Add(short.Of(30*time.Second, 5*time.Second))
 	n := newTestnet(t)
 	p, err := New(Config{Dialers: map[Transport]DialFunc{memory: n.dial}})
 	require.NoError(t, err)

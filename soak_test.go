@@ -19,6 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // The soak: a small pool, more borrowers than it has room for, servers on real
@@ -27,7 +28,7 @@ import (
 // and all at once. Whatever goes wrong for a borrower, no reply may be another's,
 // the books must agree at every moment, and at the end nothing may be left.
 //
-// It runs for 2 seconds, or for CONNPOOL_SOAK (a duration). With -v a line is
+// It runs for 2 seconds, 0.7 with -short, or for CONNPOOL_SOAK (a duration). With -v a line is
 // printed each 10 seconds.
 
 const soakSeed = 20 // of everything that is random but the scheduler
@@ -293,7 +294,7 @@ func (s *soak) onClosed(i CloseInfo) {
 func soakLength(t *testing.T) time.Duration {
 	text := os.Getenv("CONNPOOL_SOAK")
 	if text == "" {
-		return 2 * time.Second
+		return short.Of(2*time.Second, 700*time.Millisecond)
 	}
 	length, err := time.ParseDuration(text)
 	require.NoError(t, err, "CONNPOOL_SOAK")

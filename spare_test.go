@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // TDBC-11
@@ -204,7 +205,7 @@ func TestAReserveThatDiesUnusedIsTriedOncePerSweep(t *testing.T) {
 			soon(t, "some deaths", func() bool {
 				sweepAll(p)
 				sweeps++
-				return p.Stats().Closed[ClosedStale] >= 10
+				return p.Stats().Closed[ClosedStale] >= short.Of[uint64](10, 4)
 			})
 			dials := p.Stats().Dials
 			require.LessOrEqual(t, dials, 2+sweeps, "the first, its spare, and one for each sweep")
@@ -556,7 +557,7 @@ func TestAnAddressNobodyUsesLosesItsReserve(t *testing.T) {
 				return n.Mem.Dial(bg, addr.Host[len(addr.Host)-1:])
 			}}
 			n.open(cfg)
-			const visits = 1000
+			visits := short.Of(1000, 100)
 			for i := range visits {
 				n.p.With(bg, at(fmt.Sprint("host-", i)), func(Conn) error { return nil })
 			}
@@ -601,7 +602,7 @@ func TestAnAddressNobodyUsesLosesItsReserve(t *testing.T) {
 // idleTooMany is what IdleTimeout has not taken, because it is off.
 func (n *testnet) idleTooMany(cfg Config) int {
 	if cfg.IdleTimeout < 0 {
-		return n.p.Stats().Idle - 1000*cfg.MinSpare
+		return n.p.Stats().Idle - n.p.Stats().Addrs*cfg.MinSpare
 	}
 	return 0
 }
@@ -629,7 +630,7 @@ func TestStressReservesUnderTraffic(t *testing.T) {
 	var workers sync.WaitGroup
 	for w := range 6 {
 		workers.Go(func() {
-			for i := range 200 * stress() {
+			for i := range short.Of(200, 40) * stress() {
 				if i%50 == 7 {
 					s.CutIdle(2, faultnet.FIN)
 				}

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // TDBC-09
@@ -344,7 +345,7 @@ func onTheWall(t time.Time, d time.Duration) time.Time {
 
 // PLT-03
 func TestTenThousandAddressesVisitedOnceLeaveNothing(t *testing.T) {
-	visits := 10_000
+	visits := short.Of(10_000, 2_000)
 	if raceEnabled {
 		visits = 1000 // a goroutine costs the race detector much memory, and these close all at once
 	}

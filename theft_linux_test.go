@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -633,7 +634,7 @@ func theftRounds() int {
 	if stress() > 1 {
 		return 100_000
 	}
-	return 300
+	return short.Of(300, 100)
 }
 
 // stealAll runs rounds of every kind. The strangers stay for a while, through
@@ -1005,12 +1006,9 @@ func TestNobodyIsAnsweredByAWrongPeerInARestlessTopology(t *testing.T) {
 	if !child {
 		return
 	}
-	span := 5 * time.Second
-	switch {
-	case stress() > 1:
+	span := short.Of(5*time.Second, 500*time.Millisecond)
+	if stress() > 1 {
 		span = time.Minute
-	case testing.Short():
-		span = time.Second
 	}
 	p := newWatched(t, Config{MaxOpen: 100, MaxPerAddr: 3, CheckInterval: 50 * time.Millisecond, DialTimeout: 2 * time.Second})
 	var (

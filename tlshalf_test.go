@@ -267,8 +267,9 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 				require.NotEqual(t, uint64(1), h.ID(), "it can never be used again")
 				return nil
 			})
-			soon(t, "one closed", func() bool { // a goodbye may take its time
-				return p.Stats().Closed[ClosedStale]+p.Stats().Closed[ClosedDirty] == 1
+			soon(t, "it is counted, also by a watcher that still looks", func() bool {
+				st := p.Stats()
+				return st.Closed[ClosedStale]+st.Closed[ClosedDirty] == 1
 			})
 		})
 	}

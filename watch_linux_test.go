@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -410,7 +411,7 @@ func TestHangUpsRaceWithLoansAndNothingIsLost(t *testing.T) {
 	})
 	for range 8 {
 		workers.Go(func() {
-			for range 300 * stress() {
+			for range short.Of(300, 100) * stress() {
 				// A connection that is cut in the middle of a loan is the
 				// borrower's problem, as a Keep cannot make it good.
 				p.With(context.Background(), addr, func(c Conn) error {

@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"io"
 	"math/big"
@@ -40,6 +41,8 @@ func TestMain(m *testing.M) {
 	case "clients":
 		os.Exit(beClients(os.Args[1], os.Args[2]))
 	default:
+		// The parallel ones among these tests wait for processes and for time-outs.
+		flag.Set("test.parallel", "8")
 		os.Exit(m.Run())
 	}
 }
@@ -53,7 +56,7 @@ func beClients(network, addr string) int {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		nc.SetDeadline(time.Now().Add(time.Minute))
 		r := bufio.NewReader(nc)
 		for j := range 5 {
 			token := fmt.Sprintf("p%d.%d.%d", os.Getpid(), i, j)
@@ -125,7 +128,7 @@ func startGateway(t *testing.T, args ...string) *child {
 			at = strings.TrimPrefix(at, scheme)
 		}
 		c.at = at
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("it does not listen:\n%s", c.said())
 	}
 	return c
@@ -137,7 +140,7 @@ func (c *child) ended() int {
 	select {
 	case <-c.left:
 		return c.ProcessState.ExitCode()
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		c.t.Fatalf("it does not end:\n%s", c.said())
 		return 0
 	}
@@ -147,6 +150,7 @@ func (c *child) ended() int {
 // a gateway in a process of its own, and a server that sees no more connections
 // than the gateway may open.
 func TestClientsAndGatewayAreSeparateProcesses(t *testing.T) {
+	t.Parallel()
 	srv, err := faultnet.Start(faultnet.Options{})
 	require.NoError(t, err)
 	defer srv.Close()
@@ -185,11 +189,11 @@ func TestCtrlCLeavesNoSocketBehind(t *testing.T) {
 		if signals == 2 { // something is under way, and nobody waits for it
 			before := srv.Accepts()
 			io.WriteString(nc, "slow\n")
-			require.True(t, eventually(20*time.Second, func() bool { return srv.Accepts() > before }))
+			require.True(t, eventually(time.Minute, func() bool { return srv.Accepts() > before }))
 		}
 		g.Process.Signal(os.Interrupt)
 		if signals == 2 {
-			require.True(t, eventually(20*time.Second, func() bool { return strings.Contains(g.said(), "draining") }))
+			require.True(t, eventually(time.Minute, func() bool { return strings.Contains(g.said(), "draining") }))
 			g.Process.Signal(os.Interrupt)
 			require.Equal(t, exitBroken, g.ended(), "it says that it cut something off")
 			require.Contains(t, g.said(), "1 clients were cut off")
@@ -223,7 +227,7 @@ func (l *lockedBuffer) String() string {
 // gatewayRun is the command in this process; only for what ends by itself.
 func gatewayRun(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	var out bytes.Buffer
 	var errs lockedBuffer // the log writes to it, too
@@ -247,6 +251,7 @@ func TestGatewayHelpTeaches(t *testing.T) {
 
 // PLT-18
 func TestGatewayCheckSaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
 	srv, err := faultnet.Start(faultnet.Options{})
 	require.NoError(t, err)
 	defer srv.Close()
@@ -259,7 +264,7 @@ func TestGatewayCheckSaysWhatIsWrong(t *testing.T) {
 	status, out, errs = gatewayRun(t, append(good, "-reach")...)
 	require.Equal(t, exitOK, status, errs)
 	require.Contains(t, out, "the server was reached")
-	require.True(t, eventually(20*time.Second, func() bool { return srv.Accepts() == 1 }))
+	require.True(t, eventually(time.Minute, func() bool { return srv.Accepts() == 1 }))
 	srv.Stop()
 	status, _, errs = gatewayRun(t, append(good, "-reach")...)
 	require.Equal(t, exitUsage, status)

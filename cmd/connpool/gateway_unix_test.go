@@ -30,7 +30,7 @@ func endsInTime(t *testing.T, cmd *exec.Cmd) {
 	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
 	select {
 	case <-left:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		cmd.Process.Kill()
 		<-left
 		t.Fatal("SIGTERM does not end it")
@@ -39,11 +39,13 @@ func endsInTime(t *testing.T, cmd *exec.Cmd) {
 
 // TRY-09
 func TestTheReaderOfItsWordsMayLeaveOrStandStill(t *testing.T) {
+	t.Parallel()
 	srv, err := faultnet.Start(faultnet.Options{})
 	require.NoError(t, err)
-	defer srv.Close()
+	t.Cleanup(srv.Close)
 	for _, how := range []string{"stderr's reader leaves", "stdout's reader leaves", "nobody reads"} {
 		t.Run(how, func(t *testing.T) {
+			t.Parallel()
 			dir := shortDirOf(t)
 			cmd := exec.Command(os.Args[0], "gateway", "-framing", "line", "-listen", "unix:"+dir+"/s", "-drain", "1s", "-verbose", "-dial-timeout", "1s",
 				"-to", fmt.Sprintf("tcp://127.0.0.1:%d", srv.Port()))
@@ -64,7 +66,7 @@ func TestTheReaderOfItsWordsMayLeaveOrStandStill(t *testing.T) {
 			defer outs.Close()
 			defer cmd.Process.Kill()
 			var nc net.Conn
-			require.True(t, eventually(20*time.Second, func() bool {
+			require.True(t, eventually(time.Minute, func() bool {
 				nc, err = net.Dial("unix", dir+"/s")
 				return err == nil
 			}), "it listens")
@@ -81,7 +83,7 @@ func TestTheReaderOfItsWordsMayLeaveOrStandStill(t *testing.T) {
 				fmt.Fprintf(bad, "x\n")
 				bad.Close()
 			}
-			nc.SetDeadline(time.Now().Add(20 * time.Second))
+			nc.SetDeadline(time.Now().Add(time.Minute))
 			fmt.Fprintf(nc, "token\n")
 			line, err := bufio.NewReader(nc).ReadString('\n')
 			require.NoError(t, err)
@@ -139,7 +141,7 @@ func TestSIGTERMEndsAStartThatHangs(t *testing.T) {
 			defer cmd.Process.Kill()
 			// It has begun to wait when it has been told to end in vain: the
 			// signals of a process that has just been born may end it anyhow.
-			require.True(t, eventually(20*time.Second, func() bool { return handlesSIGTERM(cmd.Process.Pid) }))
+			require.True(t, eventually(time.Minute, func() bool { return handlesSIGTERM(cmd.Process.Pid) }))
 			endsInTime(t, cmd)
 		})
 	}
@@ -147,13 +149,14 @@ func TestSIGTERMEndsAStartThatHangs(t *testing.T) {
 
 // TRY-09: with a file that does not open any more, also while it serves.
 func TestSIGTERMEndsAGatewayWhoseCertificateDoesNotOpen(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	cert, key := writeKeys(t, dir, time.Now().Add(time.Hour))
 	g := startGateway(t, "-framing", "line", "-listen", "tls://127.0.0.1:0", "-cert", cert, "-key", key, "-reload-every", "10ms", "-drain", "1s", "-to", "tcp://127.0.0.1:1")
 	require.NoError(t, os.Remove(cert))
 	require.NoError(t, syscall.Mkfifo(cert, 0o600))
 	require.NoError(t, g.Process.Signal(syscall.SIGHUP))
-	require.True(t, eventually(20*time.Second, func() bool { return strings.Contains(g.said(), "does not open") }), g.said())
+	require.True(t, eventually(time.Minute, func() bool { return strings.Contains(g.said(), "does not open") }), g.said())
 	require.NoError(t, g.Process.Signal(syscall.SIGTERM))
 	require.Equal(t, exitOK, g.ended(), g.said())
 }
@@ -205,7 +208,7 @@ func TestFewDescriptorsAreSharedOutBeforeClientsTakeThem(t *testing.T) {
 	}
 	answered := 0
 	for _, nc := range in {
-		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		nc.SetDeadline(time.Now().Add(time.Minute))
 		io.WriteString(nc, ping)
 		line, err := bufio.NewReader(nc).ReadString('\n')
 		require.NoError(t, err)

@@ -64,7 +64,7 @@ func TestLoadNeedsNoArguments(t *testing.T) {
 	for _, part := range []string{"an echo server of its own", "requests/s", "p99", "opened", "held", "ratio", "what to do with it"} {
 		assert.Contains(t, out.String(), part)
 	}
-	assert.True(t, eventually(leakGrace, func() bool {
+	assert.True(t, eventually(time.Minute, func() bool {
 		left := footprintNow().beyond(before)
 		return left.goroutines == 0 && left.descriptors <= 0
 	}), "nothing is left over: %+v", footprintNow().beyond(before))

@@ -83,7 +83,7 @@ func launch(t *testing.T, as *syscall.Credential, stop syscall.Signal, dir, port
 			t.Logf("the server said:\n%s", log.String())
 		}
 	})
-	up := eventually(30*time.Second, func() bool {
+	up := eventually(time.Minute, func() bool {
 		nc, err := net.Dial("tcp4", "127.0.0.1:"+port)
 		if err == nil {
 			nc.Close()
@@ -175,7 +175,7 @@ func TestPostgresProbeLogsInEveryWayItSays(t *testing.T) {
 	t.Setenv("PGUSER", "postgres")
 	t.Setenv("PGPASSWORD", "p'w ord")
 	var o *own
-	require.True(t, eventually(30*time.Second, func() bool {
+	require.True(t, eventually(time.Minute, func() bool {
 		o, err = ownTo(t, "127.0.0.1:"+port, "postgres")
 		return err == nil || !strings.Contains(err.Error(), "57P03") // starting up
 	}))

@@ -409,6 +409,7 @@ func greets(after time.Duration, greeting string) func(net.Conn) {
 
 // TRY-05
 func TestAServerThatSpeaksFirstIsNotMeasured(t *testing.T) {
+	t.Parallel()
 	for name, serve := range map[string]func(net.Conn){
 		"at once":                  greets(0, "220 mail.example ESMTP\n"),
 		"a little later":           greets(60*time.Millisecond, "220 mail.example ESMTP\n"),
@@ -557,10 +558,8 @@ func TestDialGivesUpOnALogInThatNeverEnds(t *testing.T) {
 	p, err := parseProbe("postgres")
 	require.NoError(t, err)
 	tgt := &target{addr: connpool.MustParseAddr("tcp://" + address), probe: p, timeout: 30 * time.Millisecond}
-	began := time.Now()
-	_, err = tgt.dial(t.Context(), nil)
+	_, err = tgt.dial(t.Context(), nil) // or it would wait for good
 	require.ErrorIs(t, err, context.DeadlineExceeded)
-	require.Less(t, time.Since(began), 5*time.Second)
 }
 
 func TestTimesAreWrittenWithThreeDigits(t *testing.T) {

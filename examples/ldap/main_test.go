@@ -65,7 +65,7 @@ func TestRefusedBindFailsTheBorrowAndLeavesNothing(t *testing.T) {
 		var pe *connpool.Error
 		require.ErrorAs(t, err, &pe)
 		require.Equal(t, connpool.StageSetup, pe.Stage)
-		require.Eventually(t, func() bool { return d.pool.Stats().Open == 0 }, 20*time.Second, time.Millisecond)
+		require.Eventually(t, func() bool { return d.pool.Stats().Open == 0 }, time.Minute, time.Millisecond)
 	}
 }
 
@@ -106,7 +106,7 @@ func TestNoticeBeforeTheAnswerFailsTheSearch(t *testing.T) {
 	}, "secret")
 	_, err := d.mail(t.Context(), s.Addr(), "bob")
 	require.ErrorContains(t, err, "disconnects")
-	require.Eventually(t, func() bool { return d.pool.Stats().Open == 0 }, 20*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return d.pool.Stats().Open == 0 }, time.Minute, time.Millisecond)
 }
 
 // talkative adds something to one of its writes.

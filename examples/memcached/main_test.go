@@ -101,7 +101,7 @@ func TestWithARealMemcached(t *testing.T) {
 	m, err := newCache(connpool.MustParseAddr("tcp://127.0.0.1:" + port))
 	require.NoError(t, err)
 	defer m.pool.Close()
-	require.Eventually(t, func() bool { return m.set(t.Context(), "k", "v") == nil }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return m.set(t.Context(), "k", "v") == nil }, time.Minute, 10*time.Millisecond)
 	dials := m.pool.Stats().Dials
 	_, err = m.get(t.Context(), "none")
 	require.ErrorIs(t, err, errMiss)

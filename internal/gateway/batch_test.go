@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // longPipeline is what a client writes before it reads, in bytes.
@@ -21,7 +22,7 @@ func longPipeline() int {
 	if stress {
 		return 64 << 20
 	}
-	return 24 << 20
+	return short.Of(24<<20, 8<<20)
 }
 
 // TRY-33
@@ -46,8 +47,11 @@ func TestAPipelineThatIsWrittenBeforeAnyReplyIsReadIsServed(t *testing.T) {
 		"line over unix": {cfg: Config{Framing: "line"}, handler: echo, one: value + "\n", reply: value + "\n", network: "unix"},
 		"length":         {cfg: Config{Framing: "length", Length: LengthField{Size: 2}}, handler: echo, one: "\x03\xe8" + value, reply: "\x03\xe8" + value},
 		"resp":           {cfg: Config{Framing: "resp"}, one: command("ECHO", value), reply: bulk(value)},
+		// Not over TCP: many small replies fill the memory of the client's receive
+		// buffer before its window, and Linux then drops what arrives, with the
+		// news in it that the gateway reads again. Both kernels wait for good.
 		"resp, a transaction": {cfg: Config{Framing: "resp"}, first: command("MULTI"), answer: "+OK\r\n",
-			one: command("PING"), reply: "+QUEUED\r\n"},
+			one: command("PING"), reply: "+QUEUED\r\n", network: "unix"},
 		"resp, with tracking": {cfg: Config{Framing: "resp"}, first: command("CLIENT", "NO-EVICT", "ON"), answer: "+OK\r\n",
 			one: command("ECHO", value), reply: bulk(value)},
 		"resp, and nothing counted": {cfg: Config{Framing: "resp"}, first: command("WATCH", "k") + command("SELECT", "1"), answer: "+OK\r\n+OK\r\n",
@@ -111,6 +115,7 @@ func nonZero(m map[string]uint64) (list []string) {
 // TRY-33, TRY-39: what there is no room for is refused in words, which the
 // client reads when it has written all that it had to.
 func TestAPipelineForWhichThereIsNoRoomIsRefusedInWords(t *testing.T) {
+	t.Parallel()
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) { io.Copy(p, p) }})
 	g := begin(t, Config{Framing: "line", To: to, MaxMemory: 1 << 20, MaxFrame: 64 << 10, ErrorReply: "ERR\n"})
 	c := g.call()

@@ -38,13 +38,13 @@ func TestClientsGetTheDescriptorsThatTheServerSideCannotUse(t *testing.T) {
 	}
 }
 
-// short is a listener that has no descriptor left at first.
-type short struct {
+// starved is a listener that has no descriptor left at first.
+type starved struct {
 	net.Listener
 	fails atomic.Int32
 }
 
-func (s *short) Accept() (net.Conn, error) {
+func (s *starved) Accept() (net.Conn, error) {
 	if s.fails.Add(-1) >= 0 {
 		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
 	}
@@ -57,7 +57,7 @@ func TestAClientForWhomThereIsNoDescriptorIsToldSo(t *testing.T) {
 	g, err := New(Config{Framing: "resp", To: to, Listen: "127.0.0.1:0"})
 	require.NoError(t, err)
 	require.NoError(t, g.Listen())
-	lack := &short{Listener: g.listener.Listener}
+	lack := &starved{Listener: g.listener.Listener}
 	lack.fails.Store(1)
 	g.listener.Listener = lack
 	r := &running{t: t, Gateway: g, log: new(logged), ended: make(chan error, 1)}
@@ -77,6 +77,7 @@ func TestAClientForWhomThereIsNoDescriptorIsToldSo(t *testing.T) {
 
 // TRY-17
 func TestOneClientTooManyIsToldSoUnderTLSToo(t *testing.T) {
+	t.Parallel()
 	ca := faultnet.NewCA()
 	k := writeKeys(t, t.TempDir(), "k", ca.Server("127.0.0.1"))
 	_, to := serve(t, faultnet.Options{})

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,10 +27,15 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The parallel ones among these tests wait, for time-outs and for what does
+	// not come; their number need not be that of the processors.
+	flag.Set("test.parallel", "16")
+	goleak.VerifyTestMain(m)
+}
 
 // forever is longer than anything here takes; who waits for so long hangs.
-const forever = 20 * time.Second
+const forever = time.Minute
 
 var stress = os.Getenv("CONNPOOL_STRESS") != ""
 

@@ -49,10 +49,8 @@ func TestNobodyWaitsForALogThatStandsStill(t *testing.T) {
 	c.say("y\n")
 	require.Equal(t, "ERR", c.hear(), "a server that is gone is told of, and logged")
 	require.Positive(t, g.Status().LogDropped)
-	began := time.Now()
 	g.end()
-	require.NoError(t, g.wait())
-	require.Less(t, time.Since(began), 15*time.Second)
+	require.NoError(t, g.wait(), "it does not wait for the log, which stands still as long as nobody lets it go on")
 	close(log.let)
 	require.True(t, g.journal.flush(forever))
 	require.Contains(t, log.text.String(), "log lines were dropped")
@@ -160,6 +158,7 @@ func told(t *testing.T, log *logged, words ...string) int {
 
 // TRY-38
 func TestTheLogTellsThatTheServerIsDownAndCameBack(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
 	g, log := atDefault(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 2})
 	g.call().token("a")
@@ -181,6 +180,7 @@ func TestTheLogTellsThatTheServerIsDownAndCameBack(t *testing.T) {
 
 // TRY-38
 func TestTheLogTellsWhichLimitIsInTheWay(t *testing.T) {
+	t.Parallel()
 	_, to := serve(t, faultnet.Options{})
 	g, log := atDefault(t, Config{Framing: "resp", To: to, MaxClients: 1})
 	g.call()
@@ -212,7 +212,8 @@ func TestTheLogTellsWhichLimitIsInTheWay(t *testing.T) {
 
 // TRY-38
 func TestTheLogTellsThatPinsAreFullByTheirFlag(t *testing.T) {
-	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 3, 1, 200*time.Millisecond })
+	t.Parallel()
+	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 3, 1, time.Second })
 	a, b := g.call(), g.call()
 	a.say("MULTI\r\n")
 	require.Equal(t, "+OK", strings.TrimSpace(a.hear()))

@@ -11,6 +11,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // units is a device that gives each request, as it came, to answer, which may
@@ -40,6 +41,7 @@ func writeRegister(tid uint16, unit byte, register byte) []byte {
 
 // TRY-32
 func TestARequestWithoutAReplyHoldsTheLineForTheBroadcastWaitOnly(t *testing.T) {
+	t.Parallel()
 	several := []byte{0, 7, 0, 0, 0, 11, 0, 16, 0, 5, 0, 2, 4, 1, 2, 3, 4}
 	for name, c := range map[string]struct {
 		mute, told []byte
@@ -104,8 +106,11 @@ func TestADeviceThatAnswersABroadcastIsHeard(t *testing.T) {
 
 // TRY-32
 func TestALateModbusReplyIsDroppedAndCostsNoConnection(t *testing.T) {
+	t.Parallel()
+	rounds := short.Of[uint16](5, 2)
 	for _, when := range []string{"while the next request waits", "while nobody asks"} {
 		t.Run(when, func(t *testing.T) {
+			t.Parallel()
 			late := make(chan []byte, 1)
 			var peer atomic.Pointer[faultnet.Peer]
 			srv, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
@@ -121,8 +126,8 @@ func TestALateModbusReplyIsDroppedAndCostsNoConnection(t *testing.T) {
 				}
 				p.Write(b)
 			})})
-			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 200 * time.Millisecond})
-			for i := range uint16(5) {
+			g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: time.Second})
+			for i := range rounds {
 				c := g.call()
 				c.Write(writeRegister(i, 1, 99))
 				reply := c.hearFrame()
@@ -137,19 +142,20 @@ func TestALateModbusReplyIsDroppedAndCostsNoConnection(t *testing.T) {
 			}
 			require.Equal(t, 1, srv.Accepts())
 			require.Empty(t, g.Status().Pool.Closed)
-			require.EqualValues(t, 5, g.Status().Failures["late"])
+			require.EqualValues(t, rounds, g.Status().Failures["late"])
 		})
 	}
 }
 
 // TRY-32: a device that is silent for good is dialled anew.
 func TestADeviceThatIsSilentForGoodIsDialledAnew(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
 		if p.Serial() > 1 {
 			p.Write(b)
 		}
 	})})
-	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 100 * time.Millisecond})
+	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
 	c := g.call()
 	for range maxSilent {
 		c.Write(writeRegister(1, 1, 5))
@@ -161,6 +167,7 @@ func TestADeviceThatIsSilentForGoodIsDialledAnew(t *testing.T) {
 
 // TRY-32: what was not asked for, or not of this connection, stays nobody's.
 func TestAReplyThatIsNotOwedCostsTheConnection(t *testing.T) {
+	t.Parallel()
 	for name, spoil := range map[string]func(b []byte){
 		"another number":   func(b []byte) { b[0] ^= 0x80 },
 		"another unit":     func(b []byte) { b[6]++ },
@@ -196,13 +203,14 @@ func TestAReplyThatIsNotOwedCostsTheConnection(t *testing.T) {
 // TRY-32: devices that never say the number of a request are served as long as
 // they answer in time.
 func TestADeviceThatSaysZeroIsBelievedUntilItIsLate(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
 		if b[9] != 99 {
 			b[0], b[1] = 0, 0
 			p.Write(b)
 		}
 	})})
-	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
+	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, RequestTimeout: 2 * time.Second})
 	c := g.call()
 	for i := range uint16(5) {
 		c.Write(writeRegister(i, 1, 5))
@@ -218,6 +226,7 @@ func TestADeviceThatSaysZeroIsBelievedUntilItIsLate(t *testing.T) {
 
 // TRY-32
 func TestSlowDevicesAreGivenTheirTime(t *testing.T) {
+	t.Parallel()
 	t.Run("-connect-delay", func(t *testing.T) {
 		const pause = 100 * time.Millisecond
 		_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {

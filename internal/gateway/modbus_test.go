@@ -89,6 +89,7 @@ func TestModbusMastersShareADeviceAndEachGetsItsOwnRegisters(t *testing.T) {
 }
 
 func TestModbusFailuresAreExceptionsWithTheClientsTransactionID(t *testing.T) {
+	t.Parallel()
 	exception := func(code byte) []byte { return []byte{0x12, 0x34, 0, 0, 0, 3, 7, 0x83, code} }
 	for name, c := range map[string]struct {
 		spoil func([]byte) []byte

@@ -65,6 +65,7 @@ func TestAFileThatDoesNotOpenHoldsUpNeitherStartNorEnd(t *testing.T) {
 
 // TRY-09
 func TestALockOnTheDirectoryIsWaitedForWithinBounds(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	unlock, err := lockDirectoryOf(t.Context(), filepath.Join(dir, "s"), func(string) {})
 	require.NoError(t, err)

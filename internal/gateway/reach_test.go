@@ -35,6 +35,7 @@ func answering(words string) func(*faultnet.Peer) {
 
 // TRY-29
 func TestReachSaysYesOnlyIfARequestWouldWork(t *testing.T) {
+	t.Parallel()
 	require.NotContains(t, tlsHello, "\n", "it is no line")
 	require.Len(t, tlsHello, 5+0x45)
 	dir, ca := t.TempDir(), faultnet.NewCA()
@@ -103,6 +104,7 @@ func TestReachSaysYesOnlyIfARequestWouldWork(t *testing.T) {
 
 // TRY-29: PostgreSQL speaks both at one address.
 func TestReachBelievesAServerThatSpeaksPlainTooWithItsQuestion(t *testing.T) {
+	t.Parallel()
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
 		b := make([]byte, 100)
 		n, _ := p.Read(b)

@@ -125,6 +125,7 @@ func TestADeadServerIsToldInTheChosenWordsAndNothingIsSentTwice(t *testing.T) {
 }
 
 func TestAServerThatIsNotThereIsAFailureOfEachRequest(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
 	srv.Stop()
 	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n"})
@@ -139,13 +140,14 @@ func TestAServerThatIsNotThereIsAFailureOfEachRequest(t *testing.T) {
 }
 
 func TestAServerThatDoesNotAnswerCostsOneRequestAndItsConnection(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{ReplyDelay: func(serial, seq int) time.Duration {
 		if serial == 1 {
 			return forever
 		}
 		return 0
 	}})
-	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 1, RequestTimeout: 500 * time.Millisecond})
+	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxOpen: 1, RequestTimeout: 2 * time.Second})
 	c := g.call()
 	c.say("late\n")
 	require.Equal(t, "ERR", c.hear())
@@ -224,6 +226,7 @@ func TestMemoryIsBoundedForAllClientsTogether(t *testing.T) {
 }
 
 func TestFramesThatAreTooLongCostTheirSender(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
 	g := begin(t, Config{Framing: "line", To: to, MaxFrame: 64})
 	c := g.call()
@@ -242,6 +245,7 @@ func TestFramesThatAreTooLongCostTheirSender(t *testing.T) {
 }
 
 func TestAHalfRequestIsClosedAfterAWhileAndNeverSent(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
 	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 500 * time.Millisecond, IdleTimeout: -1})
 	c := g.call()
@@ -389,6 +393,7 @@ func TestLengthFramesOfEveryShape(t *testing.T) {
 }
 
 func TestALengthThatCannotBeIsRefusedBeforeItIsSent(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) { io.Copy(p, p) }})
 	for _, bad := range []string{"\xff\xff\xff\xff", "\x00\x00\x00\x03"} { // too long; shorter than its own header
 		g := begin(t, Config{Framing: "length", Length: LengthField{Size: 4, WithHead: true}, To: to, MaxMemory: 1 << 20})
@@ -426,6 +431,7 @@ func TestALargeRequestToAServerThatAnswersAsItReads(t *testing.T) {
 // A reply that is complete before its request is out leaves a connection that
 // still carries the rest of a request.
 func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
+	t.Parallel()
 	hold := make(chan bool)
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
 		p.Read(make([]byte, 10)) // and no more
@@ -433,7 +439,7 @@ func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
 		<-hold
 	}})
 	t.Cleanup(func() { close(hold) })
-	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: time.Second})
+	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 4 * time.Second}) // within which all of it must come
 	c := g.call()
 	go io.WriteString(c, strings.Repeat("x", 12<<20)+"\n")
 	require.Equal(t, "early", c.hear())

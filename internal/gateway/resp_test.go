@@ -288,6 +288,7 @@ func TestSubscribersHaveAConnectionUntilTheLastSubscriptionEnds(t *testing.T) {
 }
 
 func TestABlockedCommandHoldsAConnectionAndNobodyUp(t *testing.T) {
+	t.Parallel()
 	g, r := redisGateway(t, func(c *Config) { c.MaxOpen, c.RequestTimeout = 2, 200*time.Millisecond })
 	a, b := g.call(), g.call()
 	a.send("BLPOP", "list", "0")
@@ -309,6 +310,7 @@ func TestABlockedCommandHoldsAConnectionAndNobodyUp(t *testing.T) {
 }
 
 func TestWhatCannotBeTakenBackKeepsItsConnectionToTheEnd(t *testing.T) {
+	t.Parallel()
 	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 3, 2, time.Second })
 	a, b := g.call(), g.call()
 	a.do("HELLO", "3")

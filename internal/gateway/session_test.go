@@ -74,6 +74,7 @@ func TestAnEagerSessionLetsTheServerSpeakFirst(t *testing.T) {
 }
 
 func TestASessionEndsWhenEitherSideFailsOrBothAreSilent(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
 	g := begin(t, Config{Framing: "session", To: to})
 	c := g.call()

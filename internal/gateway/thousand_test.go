@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // PLT-07, PLT-10, PLT-11: 1,000 clients on 8 connections, each with data of its
@@ -24,6 +26,7 @@ func TestAThousandRedisClientsOnEightConnections(t *testing.T) {
 	var ready, wg sync.WaitGroup
 	start := make(chan bool)
 	const clients = 1000
+	exchanges := short.Of(20, 5)
 	ready.Add(clients)
 	for i := range clients {
 		wg.Go(func() {
@@ -39,7 +42,7 @@ func TestAThousandRedisClientsOnEightConnections(t *testing.T) {
 			nc.SetDeadline(time.Now().Add(2 * forever))
 			c := &caller{nc, t, bufio.NewReader(nc)}
 			key := fmt.Sprintf("key%d", i)
-			for j := range 20 {
+			for j := range exchanges {
 				value := fmt.Sprintf("value%d.%d", i, j)
 				for _, x := range []struct{ want, got string }{
 					{"+OK\r\n", c.do("SET", key, value)},
@@ -62,7 +65,7 @@ func TestAThousandRedisClientsOnEightConnections(t *testing.T) {
 	if what := wrong.Load(); what != nil {
 		t.Fatal(*what)
 	}
-	require.EqualValues(t, 40*clients, replies.Load())
+	require.EqualValues(t, 2*exchanges*clients, replies.Load())
 	require.LessOrEqual(t, g.Status().Pool.PeakOpen, 8)
 	require.LessOrEqual(t, received(t, r), 8, "the server agrees")
 }
@@ -92,12 +95,13 @@ func run(t *testing.T, name string, args ...string) string {
 func TestRedisBenchmarkRunsThroughItUnchanged(t *testing.T) {
 	g, r := redisGateway(t, func(c *Config) { c.MaxOpen = 8 })
 	_, port, _ := net.SplitHostPort(g.Addr().String())
+	n := func(full int) string { return strconv.Itoa(full / short.Of(1, 5)) }
 	for _, args := range [][]string{
-		{"-t", "set,get,incr,lpush,rpop,sadd,hset,zadd,lrange_100,mset", "-n", "2000", "-c", "50"},
-		{"-t", "set,get", "-n", "20000", "-c", "1000"},
-		{"-t", "set,get", "-n", "20000", "-c", "50", "-P", "16"},
-		{"-t", "get", "-n", "2000", "-c", "20", "-d", "100000", "--threads", "2"},
-		{"-t", "set", "-n", "2000", "-c", "20", "-3"},
+		{"-t", "set,get,incr,lpush,rpop,sadd,hset,zadd,lrange_100,mset", "-n", n(2000), "-c", "50"},
+		{"-t", "set,get", "-n", n(20_000), "-c", "1000"},
+		{"-t", "set,get", "-n", n(20_000), "-c", "50", "-P", "16"},
+		{"-t", "get", "-n", n(2000), "-c", "20", "-d", "100000", "--threads", "2"},
+		{"-t", "set", "-n", n(2000), "-c", "20", "-3"},
 	} {
 		out := run(t, "redis-benchmark", append([]string{"-h", "127.0.0.1", "-p", port, "-q"}, args...)...)
 		require.NotContains(t, out, "Error")
@@ -105,7 +109,7 @@ func TestRedisBenchmarkRunsThroughItUnchanged(t *testing.T) {
 	}
 	st := g.Status()
 	require.LessOrEqual(t, st.Pool.PeakOpen, 8)
-	require.Greater(t, st.Requests, uint64(80_000))
+	require.Greater(t, st.Requests, short.Of[uint64](80_000, 16_000))
 	for why, n := range st.Failures {
 		require.Zero(t, n, why)
 	}

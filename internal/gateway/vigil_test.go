@@ -124,6 +124,7 @@ func TestTheEndOfAClientsDirectionIsNoWayToLeaveAPlainRequest(t *testing.T) {
 
 // TRY-27
 func TestABlockingCommandWhoseClientLeftWhileItWaitedTakesNothing(t *testing.T) {
+	t.Parallel()
 	if !canWatch {
 		t.Skip("this system does not tell of clients that nobody reads from")
 	}
