@@ -462,7 +462,8 @@ func (c *conn) note(err error) error {
 		ok = false
 	}
 	late := ok && ne.Timeout() && !errors.Is(err, errTimedOut)
-	if late {
+	_, left := err.(*lateError) // the operation still runs, and may yet read what is for others
+	if late && !left {
 		c.word.Or(timedOut)
 	} else {
 		c.word.Or(broken)

@@ -684,3 +684,29 @@ func TestACtxThatPanicsLosesNoConnection(t *testing.T) {
 		})
 	}
 }
+
+// TRY-07: a copy between two loans ends with the ctx of either. The end that lives on
+// is not lent again: what was left behind still reads from it.
+func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newDeafNet(t, deafnesses[4], nil, Config{})
+		n.Host("from").Serve(echoLines)
+		var id uint64
+		require.ErrorContains(t, n.p.With(bg, at("from"), func(from Conn) error {
+			id = from.ID()
+			ctx, cancel := context.WithTimeout(bg, time.Second)
+			defer cancel()
+			var copied error
+			n.p.With(ctx, at("to"), func(to Conn) error {
+				_, copied = from.WriteTo(to)
+				return copied
+			})
+			return Keep(copied)
+		}), "did not return")
+		require.NoError(t, n.p.With(bg, at("from"), func(c Conn) error {
+			require.NotEqual(t, id, c.ID())
+			_, err := askLine(c, "mine")
+			return err
+		}))
+	})
+}

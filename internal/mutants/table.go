@@ -1555,4 +1555,12 @@ var mutants = []mutant{
 		new:   "",
 		tests: `TestTheWatcherComesAndGoes`,
 	},
+
+	// --- foreign code that is asked in passing ---
+	{
+		name:  "a-copy-left-behind-is-forgiven",
+		old:   `if late && !left {`,
+		new:   `if late && (left || !left) {`,
+		tests: `TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower`,
+	},
 }
