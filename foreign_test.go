@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -709,4 +710,36 @@ func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {
 			return err
 		}))
 	})
+}
+
+// uselessRaw is a RawConn that shows no descriptor.
+type uselessRaw struct{ err error }
+
+func (r uselessRaw) Control(func(uintptr)) error    { return r.err }
+func (r uselessRaw) Read(func(uintptr) bool) error  { return r.err }
+func (r uselessRaw) Write(func(uintptr) bool) error { return r.err }
+
+type uselessSys struct {
+	*faultnet.Conn
+	err error
+}
+
+func (s *uselessSys) SyscallConn() (syscall.RawConn, error) { return uselessRaw{s.err}, nil }
+
+// TDBC-20, BETA-25: a connection whose RawConn shows no descriptor has none: it is not
+// taken for another with the number 0, nor for dead.
+func TestARawConnWithoutADescriptorIsNone(t *testing.T) {
+	for _, err := range []error{nil, errors.ErrUnsupported} {
+		bubble(t, func(t *testing.T) {
+			n := newTestnet(t)
+			n.open(Config{Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return &uselessSys{c, err} })})
+			n.idle(at("a"), 2)
+			n.use(at("a"))
+			time.Sleep(time.Minute) // sweeps
+			synctest.Wait()
+			n.use(at("a"))
+			n.gauges(0, 2, 0)
+			n.closed(reasons{})
+		})
+	}
 }

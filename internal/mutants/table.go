@@ -1563,4 +1563,10 @@ var mutants = []mutant{
 		new:   `if late && (left || !left) {`,
 		tests: `TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower`,
 	},
+	{
+		name:  "a-raw-conn-without-a-descriptor-has-number-0",
+		old:   `if !shown && p.foreign {`,
+		new:   `if false {`,
+		tests: `TestARawConnWithoutADescriptorIsNone`,
+	},
 }
