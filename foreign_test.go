@@ -686,6 +686,64 @@ func TestACtxThatPanicsLosesNoConnection(t *testing.T) {
 	}
 }
 
+// TRY-07, TRY-45: nor does one whose Done panics cost the place in a queue that it
+// waits in, of the pool or of a session, and what is served there; nor one whose Err
+// panics while its borrower has a connection that died.
+func TestACtxThatPanicsWhereItWaitsLosesNoPlace(t *testing.T) {
+	t.Run("queue", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			n := open(t, Config{MaxPerAddr: 1})
+			require.PanicsWithValue(t, errBoom, func() { n.p.With(doneless{bg}, at("a"), discard) })
+			synctest.Wait()
+			n.gauges(0, 1, 0)
+			n.use(at("a"))
+		})
+	})
+	t.Run("session", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			n := open(t, Config{MaxPerAddr: 1})
+			inSession, end := n.p.Session(bg)
+			first := n.borrow(inSession, at("a"))
+			first.conn()
+			require.PanicsWithValue(t, errBoom, func() { n.p.With(doneless{inSession}, at("a"), discard) })
+			require.NoError(t, first.giveBack())
+			end()
+			synctest.Wait()
+			n.gauges(0, 1, 0)
+		})
+	})
+	t.Run("beside a dead connection", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			var fails atomic.Bool
+			n := newTestnet(t)
+			n.open(Config{MaxPerAddr: 1, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
+				return &probed{c, func() error {
+					fails.Store(true)
+					return io.EOF
+				}}
+			})})
+			n.use(at("a"))
+			require.PanicsWithValue(t, errBoom, func() { n.p.With(failingCtx{bg, &fails}, at("a"), discard) })
+			synctest.Wait()
+			n.gauges(0, 0, 0)
+			n.use(at("a"))
+		})
+	})
+}
+
+// doneless is a ctx whose Done panics.
+type doneless struct{ context.Context }
+
+func (doneless) Done() <-chan struct{} { panic(errBoom) }
+
+// probed is a connection whose Probe is the test's.
+type probed struct {
+	*faultnet.Conn
+	probe func() error
+}
+
+func (p *probed) Probe() error { return p.probe() }
+
 // TRY-07: a copy between two loans ends with the ctx of either. The end that lives on
 // is not lent again: what was left behind still reads from it.
 func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {

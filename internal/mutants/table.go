@@ -1569,4 +1569,22 @@ var mutants = []mutant{
 		new:   `if false {`,
 		tests: `TestARawConnWithoutADescriptorIsNone`,
 	},
+	{
+		name:  "a-panic-in-the-queue-leaves-the-waiter",
+		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tp.leave(s, w)",
+		new:   "case !served: // a ctx of the borrower's making panicked",
+		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
+	},
+	{
+		name:  "a-panic-in-the-line-of-a-session-leaves-the-turn",
+		old:   "if !stays { // also",
+		new:   "if !stays && recover() == nil { // also",
+		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
+	},
+	{
+		name:  "a-panic-beside-a-dead-connection-keeps-it",
+		old:   "if !asked {\n\t\t\tp.discard(c, reason, err)",
+		new:   "if false {\n\t\t\tp.discard(c, reason, err)",
+		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
+	},
 }
