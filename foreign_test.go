@@ -744,6 +744,126 @@ type probed struct {
 
 func (p *probed) Probe() error { return p.probe() }
 
+// stuckCtx is a ctx whose Value, from a moment on, does not return.
+type stuckCtx struct {
+	context.Context
+	stuck *atomic.Bool
+	thaw  chan struct{}
+}
+
+func (c stuckCtx) Value(key any) any {
+	if c.stuck.Load() {
+		<-c.thaw
+	}
+	return c.Context.Value(key)
+}
+
+// TRY-07: a dial asks the ctx of its borrower for values. One that does not answer
+// costs DialTimeout, as a dialer does that does not return.
+func TestACtxThatDoesNotAnswerItsDialKeepsNoSlot(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		stuck := stuckCtx{bg, new(atomic.Bool), make(chan struct{})}
+		n := open(t, Config{MaxPerAddr: 1, DialTimeout: time.Second, Trace: &Trace{
+			GetConn: func(Addr) { stuck.stuck.Store(true) }, // With itself has asked by now
+		}})
+		impatient, cancel := context.WithTimeout(stuck, time.Minute)
+		defer cancel()
+		require.ErrorIs(t, n.p.With(impatient, at("a"), discard), context.DeadlineExceeded)
+		require.Zero(t, n.p.Stats().Open)
+		require.EqualValues(t, 1, n.p.Stats().Abandoned)
+		close(stuck.thaw)
+		synctest.Wait()
+		require.Zero(t, n.Host("a").Accepts(), "it was given up before anything was dialled")
+		n.use(at("a"))
+	})
+}
+
+// wicked is an error one method of which panics.
+type wicked struct{ method string }
+
+func (e *wicked) does(method string) {
+	if e.method == method {
+		panic(method + " of an error")
+	}
+}
+func (e *wicked) Error() string { e.does("Error"); return "wicked" }
+func (e *wicked) Is(error) bool { e.does("Is"); return false }
+func (e *wicked) As(any) bool   { e.does("As"); return false }
+func (e *wicked) Unwrap() error { e.does("Unwrap"); return nil }
+func (e *wicked) Timeout() bool { e.does("Timeout"); return false }
+
+// TRY-45: the methods of an error are foreign code as well. Wherever it comes from, one
+// that panics costs no slot, no lock and not the process.
+func TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother(t *testing.T) {
+	for _, method := range []string{"Error", "Is", "As", "Unwrap", "Timeout"} {
+		evil := &wicked{method}
+		hook := func(context.Context, Conn) error { return evil }
+		for _, c := range []struct {
+			from string
+			cfg  func(n *testnet) Config
+		}{
+			{"the dialer", func(*testnet) Config {
+				return Config{Dialers: map[Transport]DialFunc{memory: func(context.Context, Addr) (net.Conn, error) { return nil, evil }}}
+			}},
+			{"a panic of the dialer", func(*testnet) Config {
+				return Config{Dialers: map[Transport]DialFunc{memory: func(context.Context, Addr) (net.Conn, error) { panic(evil) }}}
+			}},
+			{"Setup", func(*testnet) Config {
+				return Config{Setup: func(context.Context, Addr, net.Conn) (any, error) { return nil, evil }}
+			}},
+			{"Reset", func(*testnet) Config { return Config{Reset: hook} }},
+			{"a panic of Reset", func(*testnet) Config { return Config{Reset: func(context.Context, Conn) error { panic(evil) }} }},
+			{"Check", func(*testnet) Config { return Config{Check: hook} }},
+			{"Probe", func(n *testnet) Config {
+				return Config{Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return &probed{c, func() error { return evil }} })}
+			}},
+			{"Read", func(n *testnet) Config {
+				return Config{Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return &badReader{c, evil} })}
+			}},
+		} {
+			t.Run(c.from+"/"+method, func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					n := newTestnet(t)
+					n.open(c.cfg(n))
+					n.Host("a").Serve(echoLines)
+					for range 5 { // so many that the address is backing off
+						go func() {
+							defer func() { _ = recover() }()
+							n.p.With(bg, at("a"), func(c Conn) error {
+								if _, err := askLine(c, "x"); err != nil {
+									return errBoom
+								}
+								return nil
+							})
+						}()
+					}
+					go func() {
+						defer func() { _ = recover() }()
+						n.p.Warm(bg, at("a"), 2)
+					}()
+					go func() {
+						defer func() { _ = recover() }()
+						n.p.With(bg, at("a"), func(Conn) error { return nil })
+					}()
+					time.Sleep(time.Minute) // sweeps look at what is idle
+					synctest.Wait()
+					require.True(t, n.p.mu.TryLock())
+					n.p.mu.Unlock()
+					require.Zero(t, n.p.Stats().InUse)
+				})
+			})
+		}
+	}
+}
+
+// badReader is a connection from which nothing can be read.
+type badReader struct {
+	*faultnet.Conn
+	err error
+}
+
+func (b *badReader) Read([]byte) (int, error) { return 0, b.err }
+
 // TRY-07: a copy between two loans ends with the ctx of either. The end that lives on
 // is not lent again: what was left behind still reads from it.
 func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {

@@ -535,7 +535,7 @@ func (e *ctxError) Unwrap() []error { return []error{e.err, spent(e.cause)} }
 // causeOf is why ctx is done: its error, with the cause if that says more.
 func causeOf(ctx context.Context) error {
 	err := ctx.Err()
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, err) {
+	if cause := tame(context.Cause(ctx)); cause != nil && !errors.Is(cause, err) {
 		return &ctxError{err, cause}
 	}
 	return err

@@ -1085,7 +1085,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-mark-in-a-dials-error",
-		old:   `a.err = spent(p.open(ctx, a))`,
+		old:   `a.err = tame(p.open(ctx, a))`,
 		new:   `a.err = p.open(ctx, a)`,
 		tests: `TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody`,
 	},
@@ -1564,10 +1564,16 @@ var mutants = []mutant{
 		tests: `TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower`,
 	},
 	{
-		name:  "a-raw-conn-without-a-descriptor-has-number-0",
-		old:   `if !shown && p.foreign {`,
-		new:   `if false {`,
-		tests: `TestARawConnWithoutADescriptorIsNone`,
+		name:  "an-error-is-not-tried",
+		old:   "\tKindOf(err)\n\t_ = err.Error()\n\treturn spent(err)",
+		new:   "\treturn spent(err)",
+		tests: `TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother`,
+	},
+	{
+		name:  "the-value-of-a-panic-is-not-tried",
+		old:   `e.cause = tame(err)`,
+		new:   `e.cause = err`,
+		tests: `TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother`,
 	},
 	{
 		name:  "a-panic-in-the-queue-leaves-the-waiter",
@@ -1577,14 +1583,32 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-panic-in-the-line-of-a-session-leaves-the-turn",
-		old:   "if !stays { // also",
-		new:   "if !stays && recover() == nil { // also",
+		old:   "case !w.served:\n\t\tst.leave(w)",
+		new:   "case !w.served:",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
 	},
 	{
 		name:  "a-panic-beside-a-dead-connection-keeps-it",
 		old:   "if !asked {\n\t\t\tp.discard(c, reason, err)",
-		new:   "if false {\n\t\t\tp.discard(c, reason, err)",
+		new:   "if false && !asked {\n\t\t\tp.discard(c, reason, err)",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
+	},
+	{
+		name:  "a-ctx-that-hangs-keeps-the-slot",
+		old:   "if a.isSettled() { // the borrower's ctx took too long",
+		new:   "if false { // the borrower's ctx took too long",
+		tests: `TestACtxThatDoesNotAnswerItsDialKeepsNoSlot`,
+	},
+	{
+		name:  "a-raw-conn-without-a-descriptor-has-number-0",
+		old:   `if !shown && p.foreign {`,
+		new:   `if false && !shown {`,
+		tests: `TestARawConnWithoutADescriptorIsNone`,
+	},
+	{
+		name:  "only-readers-and-writers-hold-buffers",
+		old:   `if b.Implements(t) { // what is in it`,
+		new:   `if b.Implements(t) && t.NumMethod() == 1 && t.Method(0).Name != "Flush" { // what is in it`,
+		tests: `TestWhatWasNotFlushedNeverGoesOutInAnotherLoan`,
 	},
 }
