@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -193,11 +192,7 @@ func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 		if returned {
 			return
 		}
-		pan := &PanicError{Where: what}
-		if v := recover(); v != nil {
-			pan.Value, pan.Stack = v, debug.Stack()
-		}
-		c.site.pool.outlived(pan, c.site.addr)
+		c.site.pool.outlived(panicOf(what, recover()), c.site.addr)
 	}()
 	f()
 	returned = true

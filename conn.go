@@ -3,6 +3,7 @@ package connpool
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -454,6 +455,9 @@ func (c *conn) leaveWrite(n int64, err error) error {
 
 // note remembers that an operation failed, and says whose time ran out.
 func (c *conn) note(err error) error {
+	if _, known := err.(*net.OpError); !known && err != io.EOF {
+		err = tame(err) // it is a foreign connection's, or of the other end of a copy
+	}
 	if errors.Is(err, net.ErrClosed) && c.word.Load()&(gone|cut) == gone {
 		return err
 	}
@@ -465,7 +469,8 @@ func (c *conn) note(err error) error {
 		ok = false
 	}
 	late := ok && ne.Timeout() && !errors.Is(err, sock.ErrTimedOut)
-	if late {
+	_, left := err.(*lateError) // the operation still runs, and may yet read what is for others
+	if late && !left {
 		c.word.Or(timedOut)
 	} else {
 		c.word.Or(broken)

@@ -198,12 +198,16 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 		return
 	}
 	p.raw = trusted(p.raw)
+	shown := false
 	p.raw.Control(func(fd uintptr) {
-		p.number = uint32(fd)
+		p.number, shown = uint32(fd), true
 		if !cfg.NoIdentity {
 			p.who, p.known = sys.identify(fd)
 		}
 	})
+	if !shown && p.foreign {
+		p.raw = nil // there is none, whatever SyscallConn says
+	}
 }
 
 // wrappings is how many connections may be wrapped in each other before the pool

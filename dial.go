@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -121,31 +120,52 @@ func (a *attempt) settle() (mine, adopted bool) {
 	return mine, a.adopted
 }
 
+func (a *attempt) isSettled() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.settled
+}
+
 // dial opens c for the pool and books the outcome, whatever the dialer and the
 // hooks do: return, panic, end their goroutine, or never come back.
 func (p *Pool) dial(a *attempt) {
 	p.lookAtHandles()
-	var t *Trace
+	t := p.cfg.Trace
 	cancel := context.CancelFunc(func() {})
 	c, start := a.c, p.clock.Exactly()
-	defer func() {
-		if !a.ended {
-			pan := &PanicError{Where: a.where} // or a runtime.Goexit
-			if v := recover(); v != nil {
-				pan.Value, pan.Stack = v, debug.Stack()
+	var traced atomic.Pointer[Trace] // t, for who books the outcome meanwhile
+	traced.Store(t)
+	var late *time.Timer
+	if p.cfg.DialTimeout > 0 {
+		late = time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
+			if mine, adopted := a.settle(); mine {
+				p.abandoned("a dial", c.site.addr)
+				p.abandonDial(a, adopted, start, traced.Load())
 			}
-			a.err = pan
+		})
+	}
+	defer func() {
+		if late != nil {
+			late.Stop()
+		}
+		if !a.ended {
+			a.err = panicOf(a.where, recover()) // or a runtime.Goexit
 		}
 		p.dialEnded(a, start, t, cancel)
 	}()
 	a.stage, a.where = StageDial, "a method of the borrower's ctx"
 	t = p.trace(a.ctx)
+	traced.Store(t)
 	ctx := a.ctx
 	if !c.site.tracked() { // else it can serve nobody but the caller
 		ctx = context.WithoutCancel(ctx)
 	}
 	ctx, cancel = p.within(ctx, p.cfg.DialTimeout)
 	a.enter(StageDial)
+	if a.isSettled() { // the borrower's ctx took too long
+		a.err, a.ended = ctx.Err(), true
+		return
+	}
 	p.mu.Lock()
 	a.giveUp, a.since = cancel, start
 	surplus, answers := a.surplus, c.site.queue.answers
@@ -156,17 +176,7 @@ func (p *Pool) dial(a *attempt) {
 	hush := time.AfterFunc(silence, func() { p.hush(a, answers) })
 	defer hush.Stop()
 
-	if p.cfg.DialTimeout > 0 {
-		t := t
-		late := time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
-			if mine, adopted := a.settle(); mine {
-				p.abandoned("a dial", c.site.addr)
-				p.abandonDial(a, adopted, start, t)
-			}
-		})
-		defer late.Stop()
-	}
-	a.err = spent(p.open(ctx, a))
+	a.err = tame(p.open(ctx, a))
 	a.ended = true
 }
 

@@ -213,6 +213,8 @@ type PanicError struct {
 	Where string // "Config.Setup", "Config.Dialers[tcp]", ...
 	Value any
 	Stack []byte
+
+	cause error // Value, if it is an error, as far as its methods can be called
 }
 
 func (e *PanicError) Error() string {
@@ -223,7 +225,10 @@ func (e *PanicError) Error() string {
 }
 
 func (e *PanicError) Unwrap() error {
-	err, _ := e.Value.(error)
+	if e.cause != nil {
+		return e.cause
+	}
+	err, _ := e.Value.(error) // of one that was made elsewhere
 	return spent(err)
 }
 

@@ -4,13 +4,13 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"reflect"
 	"runtime"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -58,6 +58,26 @@ func isLate(err error) bool {
 	return errors.As(err, &late)
 }
 
+// tame is err as foreign code has returned it, less the marks of Keep that are in it.
+// The pool asks errors for more than their text, later, with its books locked and
+// on goroutines of its own, where a method that panics would end the process. So
+// each is asked here first, and one that cannot be asked is replaced.
+//
+// A method that does not return holds up its caller, who has a bound for that.
+func tame(err error) (tamed error) {
+	if err == nil {
+		return nil
+	}
+	defer func() {
+		if v := recover(); v != nil {
+			tamed = &brokenContract{fmt.Sprintf("an error of type %T, a method of which panicked: %s", err, panicText(v))}
+		}
+	}()
+	KindOf(err)
+	_ = err.Error()
+	return spent(err)
+}
+
 // briefly runs f, which is foreign code that must not block, for patience at most.
 // The error is f's, a *hookPanic if f panicked, a *PanicError if it ended its
 // goroutine, or a *lateError if f is still running: then what f refers to is f's for good.
@@ -102,10 +122,9 @@ func (k *call) run() {
 	var err error
 	defer func() {
 		if !whole {
-			pan := &PanicError{Where: cmp.Or(k.step, k.what)}
-			err = pan // of a runtime.Goexit
-			if v := recover(); v != nil {
-				pan.Value, pan.Stack = v, debug.Stack()
+			v := recover()
+			pan := panicOf(cmp.Or(k.step, k.what), v)
+			if err = pan; v != nil { // else a runtime.Goexit
 				err = &hookPanic{pan}
 			}
 		}
@@ -122,7 +141,7 @@ func (k *call) run() {
 	} else {
 		err = k.f()
 	}
-	err = spent(returned(err))
+	err = tame(returned(err))
 	whole = true
 }
 

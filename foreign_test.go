@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -681,6 +682,242 @@ func TestACtxThatPanicsLosesNoConnection(t *testing.T) {
 			synctest.Wait()
 			require.Zero(t, n.p.Stats().InUse)
 			n.use(at("a"))
+		})
+	}
+}
+
+// TRY-07, TRY-45: nor does one whose Done panics cost the place in a queue that it
+// waits in, of the pool or of a session, and what is served there; nor one whose Err
+// panics while its borrower has a connection that died.
+func TestACtxThatPanicsWhereItWaitsLosesNoPlace(t *testing.T) {
+	t.Run("queue", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			n := open(t, Config{MaxPerAddr: 1})
+			require.PanicsWithValue(t, errBoom, func() { n.p.With(doneless{bg}, at("a"), discard) })
+			synctest.Wait()
+			n.gauges(0, 1, 0)
+			n.use(at("a"))
+		})
+	})
+	t.Run("session", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			n := open(t, Config{MaxPerAddr: 1})
+			inSession, end := n.p.Session(bg)
+			first := n.borrow(inSession, at("a"))
+			first.conn()
+			require.PanicsWithValue(t, errBoom, func() { n.p.With(doneless{inSession}, at("a"), discard) })
+			require.NoError(t, first.giveBack())
+			end()
+			synctest.Wait()
+			n.gauges(0, 1, 0)
+		})
+	})
+	t.Run("beside a dead connection", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			var fails atomic.Bool
+			n := newTestnet(t)
+			n.open(Config{MaxPerAddr: 1, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
+				return &probed{c, func() error {
+					fails.Store(true)
+					return io.EOF
+				}}
+			})})
+			n.use(at("a"))
+			require.PanicsWithValue(t, errBoom, func() { n.p.With(failingCtx{bg, &fails}, at("a"), discard) })
+			synctest.Wait()
+			n.gauges(0, 0, 0)
+			n.use(at("a"))
+		})
+	})
+}
+
+// doneless is a ctx whose Done panics.
+type doneless struct{ context.Context }
+
+func (doneless) Done() <-chan struct{} { panic(errBoom) }
+
+// probed is a connection whose Probe is the test's.
+type probed struct {
+	*faultnet.Conn
+	probe func() error
+}
+
+func (p *probed) Probe() error { return p.probe() }
+
+// stuckCtx is a ctx whose Value, from a moment on, does not return.
+type stuckCtx struct {
+	context.Context
+	stuck *atomic.Bool
+	thaw  chan struct{}
+}
+
+func (c stuckCtx) Value(key any) any {
+	if c.stuck.Load() {
+		<-c.thaw
+	}
+	return c.Context.Value(key)
+}
+
+// TRY-07: a dial asks the ctx of its borrower for values. One that does not answer
+// costs DialTimeout, as a dialer does that does not return.
+func TestACtxThatDoesNotAnswerItsDialKeepsNoSlot(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		stuck := stuckCtx{bg, new(atomic.Bool), make(chan struct{})}
+		n := open(t, Config{MaxPerAddr: 1, DialTimeout: time.Second, Trace: &Trace{
+			GetConn: func(Addr) { stuck.stuck.Store(true) }, // With itself has asked by now
+		}})
+		impatient, cancel := context.WithTimeout(stuck, time.Minute)
+		defer cancel()
+		require.ErrorIs(t, n.p.With(impatient, at("a"), discard), context.DeadlineExceeded)
+		require.Zero(t, n.p.Stats().Open)
+		require.EqualValues(t, 1, n.p.Stats().Abandoned)
+		close(stuck.thaw)
+		synctest.Wait()
+		require.Zero(t, n.Host("a").Accepts(), "it was given up before anything was dialled")
+		n.use(at("a"))
+	})
+}
+
+// wicked is an error one method of which panics.
+type wicked struct{ method string }
+
+func (e *wicked) does(method string) {
+	if e.method == method {
+		panic(method + " of an error")
+	}
+}
+func (e *wicked) Error() string { e.does("Error"); return "wicked" }
+func (e *wicked) Is(error) bool { e.does("Is"); return false }
+func (e *wicked) As(any) bool   { e.does("As"); return false }
+func (e *wicked) Unwrap() error { e.does("Unwrap"); return nil }
+func (e *wicked) Timeout() bool { e.does("Timeout"); return false }
+
+// TRY-45: the methods of an error are foreign code as well. Wherever it comes from, one
+// that panics costs no slot, no lock and not the process.
+func TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother(t *testing.T) {
+	for _, method := range []string{"Error", "Is", "As", "Unwrap", "Timeout"} {
+		evil := &wicked{method}
+		hook := func(context.Context, Conn) error { return evil }
+		for _, c := range []struct {
+			from string
+			cfg  func(n *testnet) Config
+		}{
+			{"the dialer", func(*testnet) Config {
+				return Config{Dialers: map[Transport]DialFunc{memory: func(context.Context, Addr) (net.Conn, error) { return nil, evil }}}
+			}},
+			{"a panic of the dialer", func(*testnet) Config {
+				return Config{Dialers: map[Transport]DialFunc{memory: func(context.Context, Addr) (net.Conn, error) { panic(evil) }}}
+			}},
+			{"Setup", func(*testnet) Config {
+				return Config{Setup: func(context.Context, Addr, net.Conn) (any, error) { return nil, evil }}
+			}},
+			{"Reset", func(*testnet) Config { return Config{Reset: hook} }},
+			{"a panic of Reset", func(*testnet) Config { return Config{Reset: func(context.Context, Conn) error { panic(evil) }} }},
+			{"Check", func(*testnet) Config { return Config{Check: hook} }},
+			{"Probe", func(n *testnet) Config {
+				return Config{Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return &probed{c, func() error { return evil }} })}
+			}},
+			{"Read", func(n *testnet) Config {
+				return Config{Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return &badReader{c, evil} })}
+			}},
+		} {
+			t.Run(c.from+"/"+method, func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					n := newTestnet(t)
+					n.open(c.cfg(n))
+					n.Host("a").Serve(echoLines)
+					for range 5 { // so many that the address is backing off
+						go func() {
+							defer func() { _ = recover() }()
+							n.p.With(bg, at("a"), func(c Conn) error {
+								if _, err := askLine(c, "x"); err != nil {
+									return errBoom
+								}
+								return nil
+							})
+						}()
+					}
+					go func() {
+						defer func() { _ = recover() }()
+						n.p.Warm(bg, at("a"), 2)
+					}()
+					go func() {
+						defer func() { _ = recover() }()
+						n.p.With(bg, at("a"), func(Conn) error { return nil })
+					}()
+					time.Sleep(time.Minute) // sweeps look at what is idle
+					synctest.Wait()
+					require.True(t, n.p.mu.TryLock())
+					n.p.mu.Unlock()
+					require.Zero(t, n.p.Stats().InUse)
+				})
+			})
+		}
+	}
+}
+
+// badReader is a connection from which nothing can be read.
+type badReader struct {
+	*faultnet.Conn
+	err error
+}
+
+func (b *badReader) Read([]byte) (int, error) { return 0, b.err }
+
+// TRY-07: a copy between two loans ends with the ctx of either. The end that lives on
+// is not lent again: what was left behind still reads from it.
+func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newDeafNet(t, deafnesses[4], nil, Config{})
+		n.Host("from").Serve(echoLines)
+		var id uint64
+		require.ErrorContains(t, n.p.With(bg, at("from"), func(from Conn) error {
+			id = from.ID()
+			ctx, cancel := context.WithTimeout(bg, time.Second)
+			defer cancel()
+			var copied error
+			n.p.With(ctx, at("to"), func(to Conn) error {
+				_, copied = from.WriteTo(to)
+				return copied
+			})
+			return Keep(copied)
+		}), "did not return")
+		require.NoError(t, n.p.With(bg, at("from"), func(c Conn) error {
+			require.NotEqual(t, id, c.ID())
+			_, err := askLine(c, "mine")
+			return err
+		}))
+	})
+}
+
+// uselessRaw is a RawConn that shows no descriptor.
+type uselessRaw struct{ err error }
+
+func (r uselessRaw) Control(func(uintptr)) error    { return r.err }
+func (r uselessRaw) Read(func(uintptr) bool) error  { return r.err }
+func (r uselessRaw) Write(func(uintptr) bool) error { return r.err }
+
+type uselessSys struct {
+	*faultnet.Conn
+	err error
+}
+
+func (s *uselessSys) SyscallConn() (syscall.RawConn, error) { return uselessRaw{s.err}, nil }
+
+// TDBC-20, BETA-25: a connection whose RawConn shows no descriptor has none: it is not
+// taken for another with the number 0, nor for dead.
+func TestARawConnWithoutADescriptorIsNone(t *testing.T) {
+	for _, err := range []error{nil, errors.ErrUnsupported} {
+		bubble(t, func(t *testing.T) {
+			n := newTestnet(t)
+			n.open(Config{Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return &uselessSys{c, err} })})
+			n.idle(at("a"), 2)
+			n.use(at("a"))
+			time.Sleep(time.Minute) // sweeps
+			synctest.Wait()
+			n.use(at("a"))
+			n.gauges(0, 2, 0)
+			n.closed(reasons{})
 		})
 	}
 }

@@ -20,7 +20,7 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 		var err error = &PanicError{Where: where} // stays if the hook calls runtime.Goexit
 		defer func() { answer <- err }()
 		defer recoverInto(&err, where)
-		err = returned(hook(ctx, loan))
+		err = tame(returned(hook(ctx, loan)))
 	}()
 	late := false
 	select {
@@ -55,7 +55,7 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 	case nil, *hookPanic: // which says where it happened
 		return err
 	}
-	return &hookError{where, spent(err)}
+	return &hookError{where, tame(err)}
 }
 
 // hookError is what a hook returned, or did wrong.
@@ -106,10 +106,23 @@ func returned(err error) error {
 	return err
 }
 
+// panicOf is the panic of foreign code with v, which was just recovered; if v is nil,
+// its runtime.Goexit.
+func panicOf(where string, v any) *PanicError {
+	e := &PanicError{Where: where}
+	if v != nil {
+		e.Value, e.Stack = v, debug.Stack()
+	}
+	if err, ok := v.(error); ok {
+		e.cause = tame(err)
+	}
+	return e
+}
+
 // recoverInto turns a panic of foreign code into an error. It must be deferred.
 func recoverInto(err *error, where string) {
 	if v := recover(); v != nil {
-		*err = &hookPanic{&PanicError{Where: where, Value: v, Stack: debug.Stack()}}
+		*err = &hookPanic{panicOf(where, v)}
 	}
 }
 

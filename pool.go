@@ -363,7 +363,7 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			}
 			continue
 		}
-		if ctx.Err() != nil || isPanic(err) {
+		if p.isDone(ctx, c, reason, err) || isPanic(err) {
 			p.discard(c, reason, err)
 			passOn(err)
 			return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
@@ -376,6 +376,20 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 		// the queue again, or a younger one would get it.
 		unload.close(c, reason, err)
 	}
+}
+
+// isDone asks a ctx while its borrower has c, which is closed for reason if the ctx
+// panics.
+func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err error) bool {
+	asked := false
+	defer func() {
+		if !asked {
+			p.discard(c, reason, err)
+		}
+	}()
+	done := ctx.Err() != nil
+	asked = true
+	return done
 }
 
 // enqueueLocked puts a borrower into the queue of s and starts what may start,
@@ -528,7 +542,7 @@ func (e *ctxError) Unwrap() []error { return []error{e.err, spent(e.cause)} }
 // causeOf is why ctx is done: its error, with the cause if that says more.
 func causeOf(ctx context.Context) error {
 	err := ctx.Err()
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, err) {
+	if cause := tame(context.Cause(ctx)); cause != nil && !errors.Is(cause, err) {
 		return &ctxError{err, cause}
 	}
 	return err

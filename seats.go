@@ -153,19 +153,38 @@ func (b *seats) take(ctx context.Context, addr Addr, me uint64) (st *seat, neste
 	st.line = append(st.line, w)
 	b.mu.Unlock()
 	start := b.p.clock.Exactly()
+	stays, line := false, st
+	defer func() {
+		if !stays { // also if a ctx of the caller's making panicked
+			b.withdraw(line, w)
+		}
+	}()
 	var err error
 	select {
 	case <-w.ready:
+		stays = true
 	case <-ctx.Done():
 		err = fmt.Errorf("%w; another use of the session's connection was still under way (one that waits for this one should leave the session out of its ctx)", causeOf(ctx))
 	case <-b.p.ctx.Done():
 		err = ErrClosed
 	}
+	if err != nil {
+		return nil, false, b.p.failed(addr, StageSession, err, start)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if st.by != me {
+		st = nil // the session has ended
+	}
+	return st, false, nil
+}
+
+// withdraw is for a use that waits no longer.
+func (b *seats) withdraw(st *seat, w *turn) {
 	var left *conn
 	b.mu.Lock()
-	mine := st.by == me
 	switch {
-	case mine && err != nil: // served at the last moment
+	case st.by == w.by: // served at the last moment
 		left = b.riseLocked(st, st.c)
 	case !w.served:
 		st.leave(w)
@@ -174,13 +193,6 @@ func (b *seats) take(ctx context.Context, addr Addr, me uint64) (st *seat, neste
 	if left != nil {
 		go b.giveBackQuietly(left) // the caller's ctx is done: it does not wait for Reset
 	}
-	switch {
-	case err != nil:
-		return nil, false, b.p.failed(addr, StageSession, err, start)
-	case mine:
-		return st, false, nil
-	}
-	return nil, false, nil // the session has ended
 }
 
 // leave needs seats.mu.

@@ -3,9 +3,7 @@ package connpool
 import (
 	"bufio"
 	"fmt"
-	"io"
 	"reflect"
-	"runtime/debug"
 	"sync"
 	"unsafe"
 )
@@ -57,9 +55,9 @@ func (c *conn) held() (h holdings) {
 		if looked {
 			return
 		}
-		pan := &PanicError{Where: "Buffered of the state"}
-		if v := recover(); v != nil { // it goes on to the borrower, who is told whose it is
-			pan.Value, pan.Stack = v, debug.Stack()
+		v := recover()
+		pan := panicOf("Buffered of the state", v)
+		if v != nil { // it goes on to the borrower, who is told whose it is
 			panic(pan)
 		}
 		c.site.pool.outlived(pan, c.site.addr)
@@ -129,6 +127,12 @@ func shapeOf(t reflect.Type) *shape {
 	return known.(*shape)
 }
 
+// buffers are what an interface of a state may hold, be it an io.Reader, one of the
+// state's own making, or any.
+var buffers = [...]reflect.Type{
+	reflect.TypeFor[*bufio.Reader](), reflect.TypeFor[*bufio.Writer](), reflect.TypeFor[*bufio.ReadWriter](),
+}
+
 // explore finds the buffers in a value of type t, to which at leads. outer are the
 // structs that t is inside.
 func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
@@ -139,8 +143,11 @@ func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 		return
 	}
 	if t.Kind() == reflect.Interface {
-		if t.Implements(reflect.TypeFor[io.Reader]()) || t.Implements(reflect.TypeFor[io.Writer]()) {
-			s.paths = append(s.paths, append(path{}, at...)) // what is in it is seen when it is looked at
+		for _, b := range buffers {
+			if b.Implements(t) { // what is in it is seen when it is looked at
+				s.paths = append(s.paths, append(path{}, at...))
+				break
+			}
 		}
 		return
 	}

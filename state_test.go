@@ -46,6 +46,8 @@ type throughInterfaces struct {
 	out io.Writer
 	err error
 	any any
+
+	flushes interface{ Flush() error }
 }
 
 type wholeWriter struct{ w bufio.Writer }
@@ -120,6 +122,10 @@ var codecs = map[string]func(nc net.Conn) (any, *bufio.Reader, *bufio.Writer){
 	"behind interfaces": func(nc net.Conn) (any, *bufio.Reader, *bufio.Writer) {
 		a := newApart(nc)
 		return &throughInterfaces{in: a.in, out: a.out}, a.in, a.out
+	},
+	"behind interfaces of other kinds": func(nc net.Conn) (any, *bufio.Reader, *bufio.Writer) {
+		a := newApart(nc)
+		return &throughInterfaces{any: a.in, flushes: a.out}, a.in, a.out
 	},
 	"both behind one interface": func(nc net.Conn) (any, *bufio.Reader, *bufio.Writer) {
 		a := newApart(nc)

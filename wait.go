@@ -161,22 +161,28 @@ func (p *Pool) waitedLocked(w *waiter, failed bool) {
 // exactly one of the connection and the error is set, and with a connection
 // the caller has become its owner.
 func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
+	served, over := false, false
+	defer func() {
+		switch {
+		case over:
+		case !served: // a ctx of the borrower's making panicked
+			p.leave(s, w)
+		case w.err == nil:
+			p.declined(w)
+		}
+	}()
 	select {
 	case <-w.ready:
-		asked := false
-		defer func() {
-			if !asked && w.err == nil { // a ctx of the borrower's making panicked
-				p.declined(w)
-			}
-		}()
+		served = true
 		canceled := ctx.Err() != nil
-		asked = true
+		over = true
 		if canceled && w.err == nil {
 			p.declined(w)
 			return nil, causeOf(ctx)
 		}
 		return w.c, w.err
 	case <-ctx.Done():
+		over = true
 		if err := p.leave(s, w); err != nil {
 			return nil, err
 		}

@@ -1092,7 +1092,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-mark-in-a-dials-error",
-		old:   `a.err = spent(p.open(ctx, a))`,
+		old:   `a.err = tame(p.open(ctx, a))`,
 		new:   `a.err = p.open(ctx, a)`,
 		tests: `TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody`,
 	},
@@ -1571,5 +1571,61 @@ var mutants = []mutant{
 		old:   "p.armSweepLocked() // which ends it",
 		new:   "",
 		tests: `TestTheWatcherComesAndGoes`,
+	},
+
+	// --- foreign code that is asked in passing ---
+	{
+		name:  "a-copy-left-behind-is-forgiven",
+		old:   `if late && !left {`,
+		new:   `if late && (left || !left) {`,
+		tests: `TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower`,
+	},
+	{
+		name:  "an-error-is-not-tried",
+		old:   "\tKindOf(err)\n\t_ = err.Error()\n\treturn spent(err)",
+		new:   "\treturn spent(err)",
+		tests: `TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother`,
+	},
+	{
+		name:  "the-value-of-a-panic-is-not-tried",
+		old:   `e.cause = tame(err)`,
+		new:   `e.cause = err`,
+		tests: `TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother`,
+	},
+	{
+		name:  "a-panic-in-the-queue-leaves-the-waiter",
+		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tp.leave(s, w)",
+		new:   "case !served: // a ctx of the borrower's making panicked",
+		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
+	},
+	{
+		name:  "a-panic-in-the-line-of-a-session-leaves-the-turn",
+		old:   "case !w.served:\n\t\tst.leave(w)",
+		new:   "case !w.served:",
+		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
+	},
+	{
+		name:  "a-panic-beside-a-dead-connection-keeps-it",
+		old:   "if !asked {\n\t\t\tp.discard(c, reason, err)",
+		new:   "if false && !asked {\n\t\t\tp.discard(c, reason, err)",
+		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
+	},
+	{
+		name:  "a-ctx-that-hangs-keeps-the-slot",
+		old:   "if a.isSettled() { // the borrower's ctx took too long",
+		new:   "if false { // the borrower's ctx took too long",
+		tests: `TestACtxThatDoesNotAnswerItsDialKeepsNoSlot`,
+	},
+	{
+		name:  "a-raw-conn-without-a-descriptor-has-number-0",
+		old:   `if !shown && p.foreign {`,
+		new:   `if false && !shown {`,
+		tests: `TestARawConnWithoutADescriptorIsNone`,
+	},
+	{
+		name:  "only-readers-and-writers-hold-buffers",
+		old:   `if b.Implements(t) { // what is in it`,
+		new:   `if b.Implements(t) && t.NumMethod() == 1 && t.Method(0).Name != "Flush" { // what is in it`,
+		tests: `TestWhatWasNotFlushedNeverGoesOutInAnotherLoan`,
 	},
 }
