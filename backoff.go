@@ -111,7 +111,7 @@ func (p *Pool) giveUpLocked(s *site) {
 		w := s.queue.tail
 		p.waitedLocked(w, true)
 		s.queue.remove(w)
-		w.serve(nil, false, &dialError{StageBackoff, s.lastErr()})
+		w.serve(nil, false, &dialError{stage: StageBackoff, err: s.lastErr()})
 	}
 }
 

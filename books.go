@@ -422,6 +422,10 @@ func (p *Pool) closesSlowly(c *conn) (wanted bool) {
 // detached).
 func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	var todo agenda
+	var lost error
+	if c.uses == 0 && !reason.innocent() {
+		lost = unborn(reason, err)
+	}
 	age := p.clock.Now().Sub(c.born)
 	p.mu.Lock()
 	s := c.site
@@ -443,7 +447,7 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 		p.closedBy[reason]++
 	}
 	if s.special != nil {
-		p.reserveLostLocked(c, reason, err, age)
+		p.reserveLostLocked(c, reason, lost, age)
 	}
 	p.giveUpLocked(s)
 	p.refreshLocked(s)

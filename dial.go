@@ -25,15 +25,26 @@ import (
 type dialError struct {
 	stage Stage
 	err   error
+
+	local    bool // see isLocal
+	noHandle bool // it is ErrNoneRemovable
+}
+
+// failedDial makes a dialError. It asks the error all that is to be known of it under
+// Pool.mu, where nobody may call its methods.
+func failedDial(stage Stage, err error) *dialError {
+	e := &dialError{stage: stage, err: err, noHandle: errors.Is(err, ErrNoneRemovable)}
+	e.local = e.isLocal()
+	return e
 }
 
 func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
-// local reports whether the dial failed for want of something local, which says
+// isLocal reports whether the dial failed for want of something local, which says
 // nothing about the peer. What Setup returned may be the want of somebody else: of
 // another pool, whose address this one is not, or of a server's it has asked.
-func (e *dialError) local() bool {
+func (e *dialError) isLocal() bool {
 	var other *Error
 	if e.stage == StageSetup || errors.As(e.err, &other) {
 		return false
@@ -205,7 +216,7 @@ func (p *Pool) dialEnded(a *attempt, start clock.Instant, t *Trace, cancel conte
 // dialFailed books a dial that came to nothing. If there is a socket already,
 // the slot is free when it is closed.
 func (p *Pool) dialFailed(a *attempt, start clock.Instant, t *Trace, err error) {
-	p.dialed(a, start, t, &dialError{a.stage, err})
+	p.dialed(a, start, t, failedDial(a.stage, err))
 	if a.stage == StageSetup {
 		p.discard(a.c, ClosedSetupFailed, err)
 	}
@@ -217,12 +228,12 @@ func (p *Pool) abandonDial(a *attempt, adopted bool, start clock.Instant, t *Tra
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
 	if !adopted {
 		go p.closeSocket(a)
-		p.dialed(a, start, t, &dialError{StageDial, fmt.Errorf("dialer: %w", late)})
+		p.dialed(a, start, t, failedDial(StageDial, fmt.Errorf("dialer: %w", late)))
 		return
 	}
 	a.c.word.And(^uint64(lent)) // shuts the guard
 	late = fmt.Errorf("Config.Setup: %w", late)
-	p.dialed(a, start, t, &dialError{StageSetup, late})
+	p.dialed(a, start, t, failedDial(StageSetup, late))
 	p.discard(a.c, ClosedSetupFailed, late)
 }
 
@@ -512,7 +523,7 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now clock.Instan
 	} else {
 		p.moveLocked(c, none)
 		p.counts.DialErrors++
-		if !errors.Is(failure.err, ErrNoneRemovable) { // which had no handle to give back
+		if !failure.noHandle { // which had no handle to give back
 			p.freedLocked()
 		}
 	}
@@ -520,7 +531,7 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now clock.Instan
 	if a.brokenOff {
 		return
 	}
-	if !s.tracked() && !failure.local() {
+	if !s.tracked() && !failure.local {
 		p.failureLocked(s, failure.err, now, p.lastID, false)
 	} else {
 		if s.trouble == nil {

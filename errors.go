@@ -405,8 +405,20 @@ func usage(addr Addr, err error) *Error {
 
 func (p *Pool) failed(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.failedLocked(addr, stage, err, start)
+	e := p.failedLocked(addr, stage, err, start)
+	p.mu.Unlock()
+	return e.classify()
+}
+
+// classify completes an error that was made under Pool.mu. The methods of an error
+// are foreign code, which may use the pool, so they are called with no lock held.
+func (e *Error) classify() *Error {
+	if e.Stage == StageUsage {
+		return e
+	}
+	e.Kind, e.Err = KindOf(e.Err), spent(e.Err)
+	e.elsewhere = e.elsewhere && errors.Is(e.Err, ErrNoneRemovable)
+	return e
 }
 
 // tooLate is the error of a borrow whose ctx was done before it began. It has
@@ -417,7 +429,8 @@ func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
 	return e
 }
 
-// failedLocked is the error of a borrow, with the books as they are.
+// failedLocked is the error of a borrow, with the books as they are. The caller
+// calls classify after the unlock.
 func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	s := p.sites.find(addr)
 	if s == nil {
@@ -427,14 +440,11 @@ func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start clock.Insta
 }
 
 func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
-	e := &Error{Addr: s.addr, Stage: stage, Kind: KindOf(err), Err: spent(err)}
+	e := &Error{Addr: s.addr, Stage: stage, Err: err, elsewhere: p.n[idle]+p.n[borrowed] == 0}
 	if start != 0 {
 		e.Waited = p.clock.Exactly().Sub(start)
 	}
 	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
-	if errors.Is(err, ErrNoneRemovable) {
-		e.elsewhere = p.n[idle]+p.n[borrowed] == 0
-	}
 	if stage != StageWait || p.closed {
 		return e
 	}

@@ -1,8 +1,10 @@
 package connpool
 
 import (
+	"go/ast"
 	"go/build"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -42,4 +44,41 @@ func TestOnlyTheGroundFloorKnowsTheSystem(t *testing.T) {
 			}
 		}
 	}
+}
+
+// The methods of an error are foreign code, which may use the pool. So no function
+// that needs the lock asks an error anything; see Error.classify and failedDial.
+func TestNoErrorIsAskedUnderTheLock(t *testing.T) {
+	asks := []string{"errors.Is", "errors.As", "KindOf", "unborn", "failedDial", "classify", "isLate"}
+	locked := 0
+	for _, f := range source(t, ".") {
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok || !strings.HasSuffix(fn.Name.Name, "Locked") || fn.Name.Name == "enqueueLocked" { // which unlocks
+				continue
+			}
+			locked++
+			ast.Inspect(fn, func(n ast.Node) bool {
+				call, ok := n.(*ast.CallExpr)
+				if !ok {
+					return true
+				}
+				name := ""
+				switch f := call.Fun.(type) {
+				case *ast.Ident:
+					name = f.Name
+				case *ast.SelectorExpr:
+					name = f.Sel.Name
+					if x, ok := f.X.(*ast.Ident); ok && x.Name == "errors" {
+						name = "errors." + name
+					}
+				}
+				if slices.Contains(asks, name) {
+					t.Errorf("%s calls %s", fn.Name.Name, name)
+				}
+				return true
+			})
+		}
+	}
+	require.Greater(t, locked, 40)
 }

@@ -795,8 +795,12 @@ func (e *wicked) Timeout() bool { e.does("Timeout"); return false }
 // TRY-45: the methods of an error are foreign code as well. Wherever it comes from, one
 // that panics costs no slot, no lock and not the process.
 func TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother(t *testing.T) {
-	for _, method := range []string{"Error", "Is", "As", "Unwrap", "Timeout"} {
-		evil := &wicked{method}
+	for _, method := range []string{"Error", "Is", "As", "Unwrap", "Timeout", "all, which use the pool"} {
+		var p *Pool
+		evil := error(&wicked{method})
+		if method[0] == 'a' {
+			evil = asking{func() { p.Stats() }}
+		}
 		hook := func(context.Context, Conn) error { return evil }
 		for _, c := range []struct {
 			from string
@@ -825,6 +829,7 @@ func TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother(t *testing.T) {
 				bubble(t, func(t *testing.T) {
 					n := newTestnet(t)
 					n.open(c.cfg(n))
+					p = n.p
 					n.Host("a").Serve(echoLines)
 					for range 5 { // so many that the address is backing off
 						go func() {
@@ -855,6 +860,14 @@ func TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother(t *testing.T) {
 		}
 	}
 }
+
+// asking is an error whose methods use the pool.
+type asking struct{ use func() }
+
+func (e asking) Error() string { e.use(); return "asking" }
+func (e asking) Is(error) bool { e.use(); return false }
+func (e asking) As(any) bool   { e.use(); return false }
+func (e asking) Unwrap() error { e.use(); return nil }
 
 // badReader is a connection from which nothing can be read.
 type badReader struct {

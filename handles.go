@@ -68,6 +68,10 @@ func (p *Pool) enroll(c *conn) {
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
+	if c.phase == none { // given up in this very moment, see abandonDial
+		p.mu.Unlock()
+		return
+	}
 	if old := p.byFD[c.probe.fd()]; old != nil {
 		p.disownLocked(old, &todo)
 	}

@@ -235,7 +235,8 @@ func stageOf(err error) Stage {
 
 // What borrowers do themselves never counts against a peer that is well.
 func TestAPeerIsNotSparedForWhatItsBorrowersDo(t *testing.T) {
-	silent := func(c *faultnet.Conn) { io.Copy(io.Discard, c) } // until the client goes
+	silent := func(c *faultnet.Conn) { io.Copy(io.Discard, c) }   // until the client goes
+	oneByte := func(c *faultnet.Conn) { c.Read(make([]byte, 1)) } // and then it hangs up
 	for name, tc := range map[string]struct {
 		serve  func(*faultnet.Conn)
 		borrow func(n *testnet)
@@ -264,8 +265,13 @@ func TestAPeerIsNotSparedForWhatItsBorrowersDo(t *testing.T) {
 		"an end that it asked for": {func(c *faultnet.Conn) { io.Copy(io.Discard, c) }, func(n *testnet) {
 			n.p.With(bg, at("a"), func(c Conn) error { c.Write([]byte("x")); c.CloseWrite(); return question(c) })
 		}},
-		"an end that is no news": {hangsUp, func(n *testnet) {
-			n.p.With(bg, at("a"), func(c Conn) error { io.ReadAll(c); c.Read(make([]byte, 1)); return nil })
+		"an end that is no news": {oneByte, func(n *testnet) {
+			n.p.With(bg, at("a"), func(c Conn) error {
+				c.Write([]byte("x"))
+				io.ReadAll(c)
+				c.Read(make([]byte, 1))
+				return nil
+			})
 		}},
 		"an end long after": {func(*faultnet.Conn) { time.Sleep(youth) }, func(n *testnet) {
 			l, _ := n.p.Lease(bg, at("a"))
@@ -282,8 +288,10 @@ func TestAPeerIsNotSparedForWhatItsBorrowersDo(t *testing.T) {
 		"a reply that is an error": {func(c *faultnet.Conn) { c.Read(make([]byte, 1)); io.WriteString(c, "no\n") }, func(n *testnet) {
 			n.p.With(bg, at("a"), func(c Conn) error { return errors.Join(question(c), question(c)) })
 		}},
-		"Detach": {hangsUp, func(n *testnet) {
+		"Detach": {oneByte, func(n *testnet) {
 			n.p.With(bg, at("a"), func(c Conn) error {
+				c.Write([]byte("x"))
+				c.Read(make([]byte, 1))
 				nc, err := c.Detach()
 				if err == nil {
 					nc.Close()

@@ -406,7 +406,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *cl
 		err := p.failedAtLocked(s, StageBackoff, s.lastErr(), *start)
 		p.mu.Unlock()
 		todo.run(p)
-		return nil, err
+		return nil, err.classify()
 	}
 	if !again {
 		p.lastSeq++
@@ -416,7 +416,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *cl
 	s.queueLocked().push(w)
 	p.refreshLocked(s)
 	p.admitLocked(todo)
-	var refused error
+	var refused *Error
 	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
 		here := s.queue.len - s.queue.dials // without a dial, w included
 		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-int(s.want)+here-1) != ""
@@ -440,7 +440,7 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *cl
 	p.mu.Unlock()
 	if refused != nil {
 		todo.run(p)
-		return nil, refused
+		return nil, refused.classify()
 	}
 	here := false
 	defer func() {

@@ -180,18 +180,19 @@ func (p *Pool) sweepReserveLocked(s *site, now clock.Instant) {
 
 // reserveLostLocked books what the close of c means for what was opened before
 // it was needed, before that is opened again.
-func (p *Pool) reserveLostLocked(c *conn, reason CloseReason, err error, age time.Duration) {
+// lost says so, if nobody had used it.
+func (p *Pool) reserveLostLocked(c *conn, reason CloseReason, lost error, age time.Duration) {
 	c.lookedAtLocked(false)
 	x := c.site.special
 	switch reason {
 	case ClosedEvicted, ClosedOnRequest, ClosedLowHandles:
 		x.reserve = false // it was to make room, or to save handles
 	}
-	if c.uses > 0 || reason.innocent() {
+	if lost == nil {
 		return
 	}
 	if age < p.sweepPeriod() {
 		x.shaky = true
 	}
-	p.warmLostLocked(c, reason, err)
+	p.warmLostLocked(c, lost)
 }

@@ -78,8 +78,8 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
-		defer p.mu.Unlock()
-		return nil, p.failedLocked(addr, StageWait, ErrClosed, start)
+		p.mu.Unlock()
+		return nil, p.failed(addr, StageWait, ErrClosed, start)
 	}
 	if p.tracked == nil {
 		p.tracked = make(map[*site]struct{})
@@ -103,8 +103,9 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 			stage, err = de.stage, de.err
 		}
 		p.mu.Lock()
-		defer p.mu.Unlock()
-		return nil, p.failedAtLocked(s, stage, err, start)
+		failed := p.failedAtLocked(s, stage, err, start)
+		p.mu.Unlock()
+		return nil, failed.classify()
 	}
 	p.mu.Lock()
 	p.counts.Tracked++

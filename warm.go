@@ -54,8 +54,9 @@ type warming struct {
 	since clock.Instant   // when it began
 	own   int             // dials that were started for it and have not ended
 	lost  int             // connections opened since that were lost before anybody used them
-	err   *Error          // of the first of those that failed; no more are started
+	err   *Error          // of the first of those that failed, to be classified; no more are started
 	ended bool
+	open  int           // connections when it ended
 	ready chan struct{} // closed when it has ended
 }
 
@@ -95,8 +96,8 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
-		defer p.mu.Unlock()
-		return p.failedLocked(addr, StageWait, ErrClosed, start)
+		p.mu.Unlock()
+		return p.failed(addr, StageWait, ErrClosed, start)
 	}
 	if err := p.warmableLocked(n); err != nil {
 		p.mu.Unlock()
@@ -133,16 +134,14 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 		return nil
 	}
 	w.err.Waited = p.clock.Exactly().Sub(start)
+	w.err.classify()
+	w.err.Err = fmt.Errorf("%d of %d are open: %w", w.open, w.n, w.err.Err)
 	return w.err
 }
 
-// endWarmingLocked ends w, with the error that it has, and puts the number of
-// connections that there are into that.
+// endWarmingLocked ends w, with the error that it has.
 func (p *Pool) endWarmingLocked(s *site, w *warming) {
-	w.ended = true
-	if w.err != nil {
-		w.err.Err = fmt.Errorf("%d of %d are open: %w", s.here(), w.n, w.err.Err)
-	}
+	w.ended, w.open = true, s.here()
 	x := s.special
 	if x.warm = slices.DeleteFunc(x.warm, func(o *warming) bool { return o == w }); len(x.warm) == 0 {
 		x.warm = nil
@@ -217,13 +216,13 @@ func (p *Pool) warmFailedLocked(s *site, err error) *Error {
 
 // warmLostLocked books that a connection was lost that nobody had used. One may
 // be lost by chance; of several more would come to the same end.
-func (p *Pool) warmLostLocked(c *conn, reason CloseReason, err error) {
+func (p *Pool) warmLostLocked(c *conn, lost error) {
 	for _, w := range c.site.special.warm {
 		if w.err != nil || c.born < w.since {
 			continue
 		}
 		if w.lost++; w.lost >= maxHollow {
-			w.err = p.failedLocked(c.site.addr, StageDial, unborn(reason, err), 0)
+			w.err = p.failedLocked(c.site.addr, StageDial, lost, 0)
 		}
 	}
 }
