@@ -31,8 +31,8 @@ func (cl *client) serveExchanges() {
 			err = cl.exchange(cl.g.ctx, cl.g.to, cl.in.store.b[cl.in.start-size:cl.in.start])
 		}
 		if err != nil {
+			cl.parted(err) // it is counted before the client can see its end
 			cl.bidFarewell(err)
-			cl.parted(err)
 			return
 		}
 	}

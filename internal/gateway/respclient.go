@@ -27,8 +27,8 @@ func (cl *client) serveRESP() {
 			err = cl.respStep(frame)
 		}
 	}
+	cl.parted(err) // it is counted before the client can see its end
 	cl.bidFarewell(err)
-	cl.parted(err)
 }
 
 // errQuit is the end of a client that said so.
