@@ -526,14 +526,15 @@ func stormHandles(t *testing.T, peers map[string]Addr, span time.Duration, hoard
 	for name := range peers {
 		names = append(names, name)
 	}
+	const least = 200 // loans, however busy the machine
 	for range 200 {
 		all.Go(func() {
-			for ctx.Err() == nil {
+			for ctx.Err() == nil || served.Load() <= least && len(failed) == 0 {
 				i := rand.N(1000)
 				name := names[i%len(names)]
 				addr := peers[name]
 				addr.Scope = strconv.Itoa(i)
-				one, done := context.WithTimeout(context.Background(), 30*time.Second)
+				one, done := context.WithTimeout(context.Background(), bounded)
 				err := p.With(one, addr, func(c Conn) error {
 					for range 2 {
 						if err := askNamed(c, name); err != nil {
@@ -588,7 +589,7 @@ func stormHandles(t *testing.T, peers map[string]Addr, span time.Duration, hoard
 	t.Logf("%d loans, %d opened elsewhere, peak %d of %d, closed %v", served.Load(), opened.Load(), st.PeakOpen, st.Limit, st.Closed)
 	require.Equal(t, 48, st.Limit)
 	require.LessOrEqual(t, st.PeakOpen, 48)
-	require.Greater(t, served.Load(), int64(200))
+	require.Greater(t, served.Load(), int64(least))
 	require.Greater(t, st.Closed[ClosedEvicted]+st.Closed[ClosedLowHandles], uint64(100), "there was pressure")
 	for reason := range st.Closed {
 		require.Contains(t, []CloseReason{ClosedEvicted, ClosedLowHandles}, reason)
