@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -38,7 +39,10 @@ type desyncer struct {
 	exchanges, complete       atomic.Int64 // of complete ones the reply was read to its end
 	late, canceled, cut, none atomic.Int64 // time-outs and cancels inside fn, replies cut short; fn never ran
 	unflushed                 atomic.Int64 // requests that never went out
+	refused, greeted          atomic.Int64 // the peer hung up, or spoke, when it should not have
 	foreign                   atomic.Pointer[string]
+
+	rude bool // the peer hangs up, and speaks unasked
 }
 
 // history is the state of a connection: what a borrower may expect of it, and the
@@ -119,6 +123,152 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 	}
 }
 
+// TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf is the same over peers that greet, greet
+// twice or late, and hang up when they have accepted; and over a transport that takes
+// deadlines and does not keep them, so that a borrower can only be let go. ORA-75, TRY-06, TRY-35
+func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
+	total := short.Of(4_000, 400)
+	if stress() > 1 {
+		total = 100_000
+	}
+	for _, c := range []struct {
+		name, network string
+		greets, deaf  bool
+	}{
+		{"greets, tcp", "tcp", true, false}, {"greets, tls13", "tls13", true, false}, {"greets, unix", "unix", true, false},
+		{"deaf, tcp", "tcp", false, true}, {"greets and is deaf", "tcp", true, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			total := total
+			if c.deaf { // whoever is let go waits for a quarter of a second
+				total /= 8
+			}
+			options := faultnet.Options{ReplyDelay: func(serial, seq int) time.Duration {
+				if seq%8 == 3 {
+					return time.Duration(300+37*serial%400) * time.Microsecond
+				}
+				return 0
+			}}
+			if c.greets {
+				options.Handler = greetsThenTokens
+			}
+			n := startSock(t, c.network, options)
+			d := &desyncer{n: n, rude: c.greets}
+			d.p = n.pool(t, func(cfg *Config) {
+				cfg.MaxPerAddr = 4
+				cfg.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+					if c.greets {
+						if err := readGreeting(nc); err != nil {
+							return nil, err
+						}
+					}
+					return &history{out: bufio.NewWriter(nc)}, nil
+				}
+				if c.deaf {
+					cfg.Dialers = map[Transport]DialFunc{TCP: func(ctx context.Context, a Addr) (net.Conn, error) {
+						nc, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(a.Host, fmt.Sprint(a.Port)))
+						if err != nil {
+							return nil, err
+						}
+						return deafSock{nc}, nil
+					}}
+				}
+			})
+			var wg sync.WaitGroup
+			for w := range 8 {
+				wg.Go(func() {
+					rng := rand.New(rand.NewPCG(uint64(w), uint64(total)))
+					for d.exchanges.Add(1) <= int64(total) && d.foreign.Load() == nil {
+						d.exchange(rng)
+						if err := d.p.inconsistency(); err != nil {
+							d.accuse("%v", err)
+						}
+					}
+				})
+			}
+			wg.Wait()
+			if what := d.foreign.Load(); what != nil {
+				t.Fatal(*what)
+			}
+			st := settled(t, d.p)
+			t.Logf("%d exchanges, %d complete, %d refused, %d greeted, %d never ran; %v", d.exchanges.Load(), d.complete.Load(),
+				d.refused.Load(), d.greeted.Load(), d.none.Load(), st.Closed)
+			require.Greater(t, d.complete.Load(), int64(total/8))
+			require.Greater(t, st.Reused, uint64(total/50))
+			require.NotZero(t, st.Closed[ClosedCanceled])
+			if c.greets {
+				require.NotZero(t, st.Closed[ClosedSetupFailed], "of those that hung up, or greeted twice")
+			}
+			require.Zero(t, st.InUse+st.Waiting)
+		})
+	}
+}
+
+const greeting = "* hello\n"
+
+// greetsThenTokens hangs up on one peer in seven, and greets of the others some
+// twice, at once or a moment later.
+func greetsThenTokens(p *faultnet.Peer) {
+	if p.Serial()%7 == 3 {
+		return
+	}
+	switch p.Serial() % 5 {
+	case 2:
+		io.WriteString(p, greeting+greeting)
+	case 4:
+		io.WriteString(p, greeting)
+		time.Sleep(time.Duration(p.Serial()%400) * time.Microsecond)
+		io.WriteString(p, greeting)
+	default:
+		io.WriteString(p, greeting)
+	}
+	faultnet.Tokens(p)
+}
+
+// readGreeting reads one greeting and no byte more.
+func readGreeting(nc net.Conn) error {
+	b := make([]byte, len(greeting))
+	if _, err := io.ReadFull(nc, b); err != nil {
+		return err
+	}
+	if string(b) != greeting {
+		return fmt.Errorf("%q is no greeting", b)
+	}
+	return nil
+}
+
+// deafSock is a socket of somebody else's type, whose deadlines have no effect.
+type deafSock struct{ net.Conn }
+
+func (deafSock) SetDeadline(time.Time) error      { return nil }
+func (deafSock) SetReadDeadline(time.Time) error  { return nil }
+func (deafSock) SetWriteDeadline(time.Time) error { return nil }
+
+func (s deafSock) SyscallConn() (syscall.RawConn, error) {
+	return s.Conn.(syscall.Conn).SyscallConn()
+}
+
+// excused reports whether err is what a rude peer does to its borrowers.
+func (d *desyncer) excused(err error) bool {
+	var pe *Error
+	switch {
+	case !d.rude || err == nil:
+	case strings.Contains(err.Error(), "* h") || errors.Is(err, errGreeted):
+		d.greeted.Add(1)
+		return true
+	case errors.As(err, &pe) && (pe.Stage == StageSetup || pe.Stage == StageBackoff || pe.Stage == StageDial):
+		d.refused.Add(1)
+		if pe.Stage == StageBackoff { // does not count, and comes at once
+			d.exchanges.Add(-1)
+			time.Sleep(time.Millisecond)
+		}
+		return true
+	}
+	return false
+}
+
+var errGreeted = errors.New("greeted in the place of a reply")
+
 // exchange is one use of the pool, in one of the ways in which people use one.
 func (d *desyncer) exchange(rng *rand.Rand) {
 	ctx, cancel := context.Background(), context.CancelFunc(func() {})
@@ -162,6 +312,9 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 			defer time.AfterFunc(moment, inside).Stop()
 		}
 		err := d.talk(c, token, readAll, rng)
+		if d.excused(err) {
+			return err // not in step: it can only be given up
+		}
 		switch KindOf(err) {
 		case KindTimeout, KindTimeoutInTransfer:
 			d.late.Add(1)
@@ -181,7 +334,7 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 	case KindTimeout, KindTimeoutInTransfer, KindCanceled:
 		err = nil
 	}
-	if err != nil {
+	if err != nil && !d.excused(err) {
 		d.accuse("%v", err) // nothing else may happen to anybody
 	}
 	if !ran {
@@ -206,7 +359,7 @@ func (d *desyncer) forget(rng *rand.Rand) {
 		d.unflushed.Add(1)
 		_, err := io.WriteString(State[*history](c).out, newToken()+"\n")
 		return err
-	}); err != nil {
+	}); err != nil && !d.excused(err) {
 		d.accuse("%v", err)
 	}
 }
@@ -245,7 +398,7 @@ func (d *desyncer) abandon(rng *rand.Rand) {
 		}
 		return wrap(within(depth))
 	})
-	if !errors.Is(err, errAbsent) {
+	if !errors.Is(err, errAbsent) && !d.excused(err) {
 		d.accuse("%v", err)
 	}
 }
@@ -268,6 +421,9 @@ func (d *desyncer) talk(c Conn, token string, readAll bool, rng *rand.Rand) erro
 		b := make([]byte, 1+rng.IntN(len(want)-1))
 		if _, err := io.ReadFull(c, b); err != nil {
 			return err
+		}
+		if d.rude && b[0] == greeting[0] {
+			return errGreeted
 		}
 		if d.cut.Add(1); !strings.HasPrefix(want, string(b)) {
 			d.accuse("%q is not how the reply begins that was to be %q", b, want)
