@@ -297,7 +297,7 @@ func TestADialWithoutAHandleTakesThatOfTheNextReturn(t *testing.T) {
 		return echo(c, "a")
 	}))
 	require.NoError(t, <-got)
-	require.Equal(t, map[CloseReason]uint64{ClosedEvicted: 1}, p.Stats().Closed)
+	closedSoon(t, p, map[CloseReason]uint64{ClosedEvicted: 1})
 	p.check(t)
 }
 
@@ -441,7 +441,7 @@ func TestOutOfHandlesTheLeastRecentlyUsedMakeRoomInExactOrder(t *testing.T) {
 			return strings.HasSuffix(reply, " "+strings.Join(want, ","))
 		})
 	}
-	require.Equal(t, map[CloseReason]uint64{ClosedEvicted: room}, p.Stats().Closed)
+	closedSoon(t, p, map[CloseReason]uint64{ClosedEvicted: room})
 }
 
 // G-05: without a free handle the name cannot even be looked up, and package net

@@ -80,5 +80,5 @@ func TestAPeerThatTakesNothingIsGivenUp(t *testing.T) {
 	})
 	require.ErrorIs(t, err, syscall.ETIMEDOUT)
 	require.Equal(t, KindBroken, KindOf(inside))
-	require.Equal(t, reasons{ClosedBroken: 1}, p.Stats().Closed)
+	closedSoon(t, p, reasons{ClosedBroken: 1})
 }

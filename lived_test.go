@@ -195,7 +195,7 @@ func TestALoanThatMeetsTheEndBeforeAByteSpeaksAgainstTheAddress(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				n := heeding(t, Config{}, 0)
-				n.Host("a").Serve(hangsUp)
+				n.Host("a").Serve(func(*faultnet.Conn) { time.Sleep(time.Millisecond / 2) }) // later than the look after Setup
 				for i := range backoffAfter {
 					require.False(t, n.stats(at("a")).BackingOff, "after %d", i)
 					if err := borrow(n); name != "nothing done" {

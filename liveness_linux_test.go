@@ -125,7 +125,7 @@ func TestLooksWorkWithoutAFreeDescriptor(t *testing.T) {
 			_, err = tlWith(t, p, s.addr(), tlChat)
 			require.ErrorIs(t, err, syscall.EMFILE)
 			require.Equal(t, KindResource, KindOf(err))
-			require.Equal(t, map[CloseReason]uint64{ClosedStale: 1}, p.Stats().Closed)
+			closedSoon(t, p, map[CloseReason]uint64{ClosedStale: 1})
 
 			restore()
 			_, err = tlWith(t, p, s.addr(), tlChat)

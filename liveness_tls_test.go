@@ -675,7 +675,7 @@ func TestPastDeadlineDoesNotHideAnEnd(t *testing.T) {
 		id, err := tlWith(t, p, s.addr(), tlChat)
 		require.NoError(t, err)
 		require.EqualValues(t, 2, id)
-		require.Equal(t, map[CloseReason]uint64{ClosedStale: 1}, p.Stats().Closed)
+		closedSoon(t, p, map[CloseReason]uint64{ClosedStale: 1})
 	})
 }
 
@@ -731,7 +731,7 @@ func TestDeathOfAllParkedConnectionsCostsNobodyAnError(t *testing.T) {
 					}
 					together()
 					require.Equal(t, 2*parked, s.accepts())
-					require.Equal(t, map[CloseReason]uint64{ClosedStale: parked}, p.Stats().Closed)
+					closedSoon(t, p, map[CloseReason]uint64{ClosedStale: parked})
 				})
 			}
 		}
@@ -830,7 +830,7 @@ func TestFloodOfDataIsBounded(t *testing.T) {
 		id, err := tlWith(t, p, s.addr(), tlChat)
 		require.NoError(t, err)
 		require.EqualValues(t, 2, id)
-		require.Equal(t, map[CloseReason]uint64{ClosedDirty: 1}, p.Stats().Closed)
+		closedSoon(t, p, map[CloseReason]uint64{ClosedDirty: 1})
 		<-stopped
 	})
 }
@@ -859,7 +859,7 @@ func TestSilentPeerIsDroppedWithinTheTimeOfTheCheck(t *testing.T) {
 		require.EqualValues(t, 2, id)
 		require.GreaterOrEqual(t, took, 200*time.Millisecond)
 		require.Less(t, took, bounded/2)
-		require.Equal(t, map[CloseReason]uint64{ClosedCheckFailed: 1}, p.Stats().Closed)
+		closedSoon(t, p, map[CloseReason]uint64{ClosedCheckFailed: 1})
 		require.Equal(t, 2, s.accepts())
 	})
 }

@@ -472,7 +472,7 @@ func TestAMessageBeforeAnEndIsPushed(t *testing.T) {
 		require.Equal(t, 1, n.srv.CutIdle(-1, faultnet.FIN))
 		require.Equal(t, "push farewell", inTime(t, a.got))
 		soon(t, "gone", func() bool { return p.Stats().Open == 0 })
-		require.Equal(t, map[CloseReason]uint64{ClosedStale: 1}, p.Stats().Closed)
+		closedSoon(t, p, map[CloseReason]uint64{ClosedStale: 1})
 		p.check(t)
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"runtime"
@@ -341,4 +342,11 @@ func (p *Pool) hearing() bool {
 		}
 	}
 	return false
+}
+
+// closedSoon waits until the pool has counted these closes and no others: a watcher, or
+// a goodbye of TLS, may still be at one when its borrower goes on.
+func closedSoon(t *testing.T, p *Pool, want map[CloseReason]uint64) {
+	t.Helper()
+	soon(t, fmt.Sprintf("closes %v", want), func() bool { return maps.Equal(want, p.Stats().Closed) })
 }

@@ -768,7 +768,7 @@ func TestThePoolsOwnNextDialProvesTheOlderEntryDead(t *testing.T) {
 					return askNamed(c, "other")
 				}))
 				require.Equal(t, fd, next)
-				require.Equal(t, map[CloseReason]uint64{Quarantined: 1}, p.Stats().Closed)
+				closedSoon(t, p.Pool, map[CloseReason]uint64{Quarantined: 1})
 				require.NoError(t, p.quarantined())
 				p.check(t)
 
