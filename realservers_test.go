@@ -24,9 +24,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/seed-ecb488c9/connpool/internal/short"
-
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // What servers do to idle connections, shown with real ones: each is the
