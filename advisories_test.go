@@ -897,7 +897,8 @@ func TestWithoutPoolingEachLoanIsOneAcceptAndOneClose(t *testing.T) {
 				tlBaseline(t)
 				s := how.serve(t)
 				p := tlPool(t, true, how.config, off, func(cfg *Config) { cfg.MaxPerAddr = 2 })
-				const loans, each = 20, 3
+				const each = 3
+				loans := short.Of(20, 5)
 				for n := range loans {
 					id, err := tlWith(t, p, s.addr(), func(c Conn) error {
 						require.False(t, c.Reused())
@@ -923,7 +924,7 @@ func TestWithoutPoolingEachLoanIsOneAcceptAndOneClose(t *testing.T) {
 					})
 				}
 				wg.Wait()
-				const total = loans + loans*each
+				total := loans + loans*each
 				require.Eventually(t, func() bool { return p.Stats().Open == 0 }, time.Minute, time.Millisecond)
 				require.Equal(t, total, s.accepts())
 				var closed uint64

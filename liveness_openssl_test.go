@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // The same against the other implementation of TLS that everybody runs: its
@@ -205,7 +207,7 @@ var opensslWays = []struct {
 
 // BETA-24, TDBC-X06, ORA-75, G-04
 func TestUnfitConnectionToOpenSSLIsNeverLentAgain(t *testing.T) {
-	for _, way := range opensslWays[:4] {
+	for _, way := range opensslWays[:short.Of(4, 2)] {
 		loans := []int{1, 2, 100}
 		if raceEnabled || !way.cache || testing.Short() {
 			loans = loans[1:2] // each is a process
@@ -257,7 +259,7 @@ func TestUnfitConnectionToOpenSSLIsNeverLentAgain(t *testing.T) {
 //
 // G-04
 func TestHealthyConnectionToOpenSSLServesAHundredLoans(t *testing.T) {
-	for _, way := range opensslWays {
+	for _, way := range opensslWays[:short.Of(len(opensslWays), 2)] {
 		for _, idle := range []string{"", "k\n", "K\n"} {
 			if idle != "" && strings.HasPrefix(way.name, "tls12") {
 				continue

@@ -1087,7 +1087,7 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			open(1)
 			require.Eventually(t, func() bool { return tlOwnGoroutines() <= 1 }, time.Minute, time.Millisecond)
 			files, goroutines := tlFiles(), tlOwnGoroutines()
-			const many = 40
+			many := short.Of(40, 10)
 			open(many)
 			require.Equal(t, many, p.Stats().Idle)
 			require.Eventually(t, func() bool { return tlOwnGoroutines() == goroutines }, time.Minute, time.Millisecond)

@@ -24,9 +24,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/seed-ecb488c9/connpool/internal/short"
-
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // What servers do to idle connections, shown with real ones: each is the
@@ -519,6 +518,9 @@ func TestARestartOfARealServerCostsNoBorrower(t *testing.T) {
 //
 // BETA-24, TDBC-X06
 func TestTheIdleTimeOutOfARealServerCostsNoBorrower(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a server counts its idle time-out in seconds, and some need several to notice")
+	}
 	onRealServers(t, time.Second, func(t *testing.T, s *realServer, addr connpool.Addr) {
 		if s.kind.unixNeverIdle && addr.Transport == connpool.Unix {
 			t.Skip("memcached's idle_timeout is for TCP only")

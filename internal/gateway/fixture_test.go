@@ -30,7 +30,7 @@ import (
 func TestMain(m *testing.M) {
 	// The parallel ones among these tests wait, for time-outs and for what does
 	// not come; their number need not be that of the processors.
-	flag.Set("test.parallel", "16")
+	flag.Set("test.parallel", "32")
 	goleak.VerifyTestMain(m)
 }
 

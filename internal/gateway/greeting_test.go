@@ -259,7 +259,7 @@ func TestAServerThatSpeaksFirstIsNeverTakenToHaveAnswered(t *testing.T) {
 					// Far longer than what is to be noticed, for busy machines.
 					cfg.To, cfg.MaxOpen, cfg.GreetingWait, cfg.RequestTimeout = to, 2, short.Of(3*time.Second, 2*time.Second), 5*time.Second
 					if name == "modbus" { // half a greeting makes each reply late, and nothing waits for a greeting
-						cfg.RequestTimeout = short.Of(5*time.Second, 2*time.Second)
+						cfg.RequestTimeout = short.Of(5*time.Second, 700*time.Millisecond)
 					}
 					g := begin(t, cfg)
 					right := p.ask(t, g, 6, 300)
