@@ -140,6 +140,9 @@ func (e *experiment) why() string {
 	case endedByResponse:
 		return fmt.Sprintf("with more, the %s response exceeds %s", e.Judge, seconds(e.Limit))
 	case endedByErrors:
+		if e.lastErr == nil { // nothing failed, but see level.sound
+			return "with more, some clients get no answer within a step: a longer -step may serve them"
+		}
 		return fmt.Sprintf("with more, exchanges fail: %v", e.lastErr)
 	case endedByHandles:
 		return fmt.Sprintf("this machine cannot open more, whatever the peer could do: %v", e.lastErr)

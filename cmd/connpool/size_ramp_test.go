@@ -253,6 +253,14 @@ func TestRampEndsWhereThePeerRefuses(t *testing.T) {
 	})
 }
 
+// Where clients are starved and nothing fails, no error is told.
+func TestStarvedClientsAreNoFailedExchanges(t *testing.T) {
+	e := &experiment{Ended: endedByErrors}
+	assert.Contains(t, e.why(), "no answer within a step")
+	e.lastErr = errors.New("too many connections")
+	assert.Equal(t, "with more, exchanges fail: too many connections", e.why())
+}
+
 func TestPeerThatNeverAnswersIsAnErrorAndNoSize(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorkshop(t, 1, time.Hour)
