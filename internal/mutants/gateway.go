@@ -669,6 +669,18 @@ var gatewayMutants = []mutant{
 		tests: `TestWhatAClientIsClosedFor`,
 	},
 	{
+		name:  "pins-tell-blocked-commands-before-the-end",
+		old:   "p.tellBefore(err)\n\treturn err",
+		new:   "return err",
+		tests: `TestWhatAClientIsClosedForIsNotTheReply`,
+	},
+	{
+		name:  "proofs-watch-the-client",
+		old:   "if watch.sendable() != nil {\n\t\tif err != nil {",
+		new:   "if false {\n\t\tif err != nil {",
+		tests: `TestAClientThatLeavesWhileItsPinIsProven`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
