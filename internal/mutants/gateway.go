@@ -681,6 +681,18 @@ var gatewayMutants = []mutant{
 		tests: `TestAClientThatLeavesWhileItsPinIsProven`,
 	},
 	{
+		name:  "the-log-ends-with-that-the-server-answers",
+		old:   `if told && !since.IsZero() {`,
+		new:   `if _, due := g.notices.due("up"); due && told && !since.IsZero() {`,
+		tests: `TestTheLogsLastWord`,
+	},
+	{
+		name:  "demotions-are-told-once-a-minute",
+		old:   `g.notice(slog.LevelWarn, "demoted", `,
+		new:   `g.Logger.Warn(`,
+		tests: `TestAServerThatSaysItIsNot`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
