@@ -252,3 +252,28 @@ func TestAnOldCertificateThatStaysIsNotToldOfAtEveryLook(t *testing.T) {
 	require.EqualValues(t, 10, g.Status().ReloadsFailed)
 	require.False(t, bytes.Contains([]byte(log.String()), []byte("PRIVATE")))
 }
+
+// TRY-38: whoever reads the log is not left with the word that the server cannot
+// be reached, however soon after the last time it comes back.
+func TestTheLogsLastWordOnAServerThatCameBackIsThatItAnswers(t *testing.T) {
+	_, to := serve(t, faultnet.Options{})
+	g, log := atDefault(t, Config{Framing: "line", To: to})
+	for i := range 2 {
+		g.serverDown(io.EOF)
+		g.answered()
+		g.journal.flush(forever)
+		require.Equal(t, 1+i, told(t, log, "the server cannot be reached"))
+		require.Equal(t, 1+i, strings.Count(log.String(), "the server answers again"))
+		g.notices.mu.Lock()
+		g.notices.seen["down"].last = time.Now().Add(-noticeEvery) // as a minute later
+		g.notices.mu.Unlock()
+	}
+	g.serverDown(io.EOF)
+	for range 5 { // one that comes and goes is told of once a minute
+		g.answered()
+		g.serverDown(io.EOF)
+	}
+	g.answered()
+	g.journal.flush(forever)
+	require.Equal(t, 3, told(t, log, "the server answers again"))
+}

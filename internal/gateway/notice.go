@@ -23,6 +23,7 @@ type notices struct {
 	mu    sync.Mutex // guards seen; nothing is logged under it
 	seen  map[string]*noticed
 	since time.Time // when the server was found to be down; zero: it was not
+	down  bool      // the log's last word on that is that it cannot be reached
 }
 
 type noticed struct {
@@ -52,14 +53,16 @@ func (n *notices) due(cause string) (times int, due bool) {
 	return times, true
 }
 
-// notice tells of cause, once a minute at most.
-func (g *Gateway) notice(level slog.Level, cause, msg string, args ...any) {
-	if times, due := g.notices.due(cause); due {
+// notice tells of cause, once a minute at most, and reports whether it did.
+func (g *Gateway) notice(level slog.Level, cause, msg string, args ...any) bool {
+	times, due := g.notices.due(cause)
+	if due {
 		if times > 1 {
 			args = append(args, "times", times)
 		}
 		g.Logger.Log(context.Background(), level, msg, args...)
 	}
+	return due
 }
 
 // unanswered tells why requests get no answer, with what may be changed.
@@ -146,21 +149,26 @@ func (g *Gateway) serverDown(err error) {
 	case errors.As(err, &alert) && alert.Op == "remote error":
 		advice = ", since it ends the TLS handshake: it may want a certificate (-upstream-cert) or the name of a protocol (-alpn)"
 	}
-	g.notice(slog.LevelError, "down", "the server cannot be reached"+advice, "server", g.to, "error", err)
+	if g.notice(slog.LevelError, "down", "the server cannot be reached"+advice, "server", g.to, "error", err) {
+		g.notices.mu.Lock()
+		g.notices.down = true
+		g.notices.mu.Unlock()
+	}
 }
 
 // answered is told of each success; only the first after a failure costs
-// anything.
+// anything. That the server answers is told if the log's last word is that it
+// cannot be reached, which is said once a minute at most.
 func (g *Gateway) answered() {
 	if !g.down.Load() || !g.down.CompareAndSwap(true, false) {
 		return
 	}
 	g.notices.mu.Lock()
-	since := g.notices.since
-	g.notices.since = time.Time{}
+	since, told := g.notices.since, g.notices.down
+	g.notices.since, g.notices.down = time.Time{}, false
 	g.notices.mu.Unlock()
-	if !since.IsZero() {
-		g.notice(slog.LevelInfo, "up", "the server answers again", "server", g.to, "after", time.Since(since).Round(time.Millisecond))
+	if told && !since.IsZero() {
+		g.Logger.Info("the server answers again", "server", g.to, "after", time.Since(since).Round(time.Millisecond))
 	}
 }
 

@@ -182,15 +182,19 @@ func (p *pin) run(command []byte, m meaning) error {
 		// What the server did wrong is not to be told as the client's fault.
 		return fmt.Errorf("its own connection: %v", err)
 	}
+	p.tellBefore(err)
 	return err
 }
 
 // prove finds out, before anybody else gets the connection, that what its client
 // was told were the replies to its commands, and that none of them is left. What
 // cannot be proven costs the connection, and a word too many the client as well:
-// it has read what was no reply.
+// it has read what was no reply. Nobody reads from the client meanwhile: one that
+// leaves ends the proof, and nothing that it has sent is carried out any more.
 func (p *pin) prove() error {
 	g, u := p.cl.g, p.u
+	watch := p.cl.watchOver(false, func() { p.c.Close() })
+	defer watch.stop()
 	now := time.Now()
 	latest := now.Add(g.RequestTimeout)
 	var err error
@@ -201,6 +205,12 @@ func (p *pin) prove() error {
 		if _, err = p.c.Write(proof); err == nil {
 			err = g.greet.marked(p.c, u, now, latest)
 		}
+	}
+	if watch.sendable() != nil {
+		if err != nil {
+			p.c.Close()
+		}
+		return u.kept(errLeft)
 	}
 	if err == nil {
 		return u.kept(nil)
@@ -235,6 +245,19 @@ func (p *pin) tell() {
 	}
 	if cl.flush() == nil {
 		cl.farewell()
+	}
+}
+
+// tellBefore puts a word for each command that was not answered before the one
+// that the client is closed with because of what it sent (see bidFarewell), which
+// would stand in the place of the first one's reply otherwise: a command that is
+// blocked is not waited for, and may have been carried out.
+func (p *pin) tellBefore(err error) {
+	if !errors.As(err, new(*malformed)) && !errors.Is(err, errTooLong) && !errors.Is(err, errNoMemory) || len(p.ready.b) > 0 {
+		return
+	}
+	for range p.pending {
+		p.cl.out.b = p.cl.failed(p.cl.out.b, nil, errBehind, true)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -351,5 +352,65 @@ func TestAGroupMayHaveTheNameOfAWordOfTheCommand(t *testing.T) {
 			args = append(args, []byte(w))
 		}
 		require.Equal(t, want, classify(appendCommand(nil, args...)).class, command)
+	}
+}
+
+// TRY-27: the proof of a pin's words may take as long as the server likes.
+func TestAClientThatLeavesWhileItsPinIsProvenHasNothingCarriedOut(t *testing.T) {
+	if !canWatch {
+		t.Skip("this system does not tell of clients that nobody reads from")
+	}
+	var marks, incr atomic.Int64
+	asked, stop := make(chan bool), make(chan bool)
+	defer close(stop)
+	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
+		r := bufio.NewReader(peer)
+		for {
+			_, all, err := protocols["resp"].next(r)
+			if err != nil {
+				return
+			}
+			reply := "+OK\r\n"
+			switch args := words(all); {
+			case is(all[8:12], "PING") && len(args) == 0:
+				reply = "+PONG\r\n"
+			case is(all[8:12], "PING"):
+				if peer.Serial() == 1 && marks.Add(1) == 2 {
+					close(asked)
+					<-stop
+				}
+				reply = bulk(string(args[0]))
+			case is(all[8:12], "INCR"):
+				incr.Add(1)
+			}
+			io.WriteString(peer, reply)
+		}
+	}})
+	g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, MaxPinned: 1, GreetingWait: forever, RequestTimeout: 10 * forever})
+	c := g.call()
+	require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
+	require.Equal(t, "+OK\r\n", c.do("UNWATCH"))
+	<-asked
+	c.send("INCR", "x")
+	c.leave(true)
+	soon(t, "its place is free", func() bool { return g.Status().Pinned == 0 && g.Status().Clients == 0 })
+	require.Zero(t, incr.Load())
+}
+
+// TRY-27: a command that is blocked was sent, whatever comes behind it.
+func TestWhatAClientIsClosedForIsNotTheReplyToItsBlockedCommand(t *testing.T) {
+	stop := make(chan bool)
+	defer close(stop)
+	for _, bad := range []string{"GET 'a\r\n", "*1\r\n$4\r\nSYNC\r\n", "*x\r\n", "*2\r\n$3\r\nGET\r\n$9999999\r\n"} {
+		to := scripted(t, func(_ *faultnet.Peer, command string) string {
+			<-stop
+			return ""
+		})
+		g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, MaxFrame: 1 << 20})
+		c := g.call()
+		c.Write(append(appendCommand(nil, []byte("BLPOP"), []byte("a"), []byte("0")), bad...))
+		require.Contains(t, c.frame(), "may have been carried out", "%q", bad)
+		require.Contains(t, c.frame(), "-ERR Protocol error", "%q", bad)
+		c.hearEnd()
 	}
 }

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"log/slog"
 	"sync"
 	"time"
 )
@@ -72,7 +73,7 @@ func (g *Gateway) demoted(reply []byte) {
 	if i := bytes.IndexByte(word, '\r'); i > 0 {
 		word = word[:i]
 	}
-	g.Logger.Warn("the server says that it is not the one to ask: its connections are replaced", "said", string(word))
+	g.notice(slog.LevelWarn, "demoted", "the server says that it is not the one to ask: its connections are replaced", "said", string(word))
 	g.retireAll()
 }
 

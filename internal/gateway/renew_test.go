@@ -90,6 +90,15 @@ func TestAServerThatSaysItIsNotTheOneToAskIsLeft(t *testing.T) {
 					require.Equal(t, word, c.do("SET", "k", "v"))
 				}
 				require.LessOrEqual(t, srv.Accepts()-before, 3+2*int(time.Since(begun)/renewEvery))
+
+				// TRY-38: and the operator is told once a minute.
+				g.renewal.mu.Lock()
+				g.renewal.last = time.Now().Add(-2 * renewEvery)
+				g.renewal.mu.Unlock()
+				retired := g.Status().Pool.Closed[connpool.ClosedRetired]
+				require.Equal(t, word, c.do("SET", "k", "v"))
+				soon(t, "it is left once more", func() bool { return g.Status().Pool.Closed[connpool.ClosedRetired] > retired })
+				require.LessOrEqual(t, strings.Count(g.log.String(), "not the one to ask"), 1+int(time.Since(begun)/noticeEvery))
 			})
 		}
 	}

@@ -669,6 +669,30 @@ var gatewayMutants = []mutant{
 		tests: `TestWhatAClientIsClosedFor`,
 	},
 	{
+		name:  "pins-tell-blocked-commands-before-the-end",
+		old:   "p.tellBefore(err)\n\treturn err",
+		new:   "return err",
+		tests: `TestWhatAClientIsClosedForIsNotTheReply`,
+	},
+	{
+		name:  "proofs-watch-the-client",
+		old:   "if watch.sendable() != nil {\n\t\tif err != nil {",
+		new:   "if false {\n\t\tif err != nil {",
+		tests: `TestAClientThatLeavesWhileItsPinIsProven`,
+	},
+	{
+		name:  "the-log-ends-with-that-the-server-answers",
+		old:   `if told && !since.IsZero() {`,
+		new:   `if _, due := g.notices.due("up"); due && told && !since.IsZero() {`,
+		tests: `TestTheLogsLastWord`,
+	},
+	{
+		name:  "demotions-are-told-once-a-minute",
+		old:   `g.notice(slog.LevelWarn, "demoted", `,
+		new:   `g.Logger.Warn(`,
+		tests: `TestAServerThatSaysItIsNot`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
