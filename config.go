@@ -301,7 +301,20 @@ func (cfg *Config) meant() error {
 		return fmt.Errorf("connpool: Config.TLS.ServerName is %q, but each address has its own: leave it empty, and write the name into Addr.ServerName (?server-name= in its text)",
 			cfg.TLS.ServerName)
 	}
+	if cfg.Profile != nil && !takesEntries(cfg.Profile) {
+		return fmt.Errorf("connpool: Config.Profile, %q, is one of the runtime's own or was not made: use pprof.NewProfile", cfg.Profile.Name())
+	}
 	return nil
+}
+
+// takesEntries reports whether an entry can be added to a profile: package pprof
+// panics where none can.
+func takesEntries(to *pprof.Profile) (yes bool) {
+	defer func() { yes = recover() == nil }()
+	entry := new(byte)
+	to.Add(entry, 0)
+	to.Remove(entry)
+	return true
 }
 
 // resolved is cfg with every default filled in: a limit that is off is

@@ -10,6 +10,7 @@ import (
 	"math"
 	"net"
 	"reflect"
+	"runtime/pprof"
 	"testing"
 	"time"
 
@@ -255,4 +256,13 @@ func TestAStateOfAnotherTypeSaysWhichTypesTheyAre(t *testing.T) {
 			return nil
 		}))
 	})
+}
+
+// TRY-37
+func TestAProfileThatTakesNoEntriesIsRefused(t *testing.T) {
+	for _, p := range []*pprof.Profile{pprof.Lookup("heap"), pprof.Lookup("goroutine"), new(pprof.Profile)} {
+		_, err := New(Config{Profile: p})
+		require.ErrorIs(t, err, fs.ErrInvalid)
+		require.ErrorContains(t, err, "pprof.NewProfile")
+	}
 }

@@ -450,8 +450,8 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 	return ClosedUnknown, nil
 }
 
-// isNil reports whether a dialer returned a nil pointer in an interface.
-func isNil(nc net.Conn) bool {
+// isNil reports whether nc is nil, or a nil pointer in an interface.
+func isNil(nc any) bool {
 	if nc == nil {
 		return true
 	}

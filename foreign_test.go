@@ -934,3 +934,35 @@ func TestARawConnWithoutADescriptorIsNone(t *testing.T) {
 		})
 	}
 }
+
+type uselessPipe struct {
+	net.Conn
+	err error
+}
+
+func (s *uselessPipe) SyscallConn() (syscall.RawConn, error) { return uselessRaw{s.err}, nil }
+
+// TDBC-20, BETA-25: nor is it read without waiting by a number that it has not, under the
+// pool's TLS.
+func TestARawConnWithoutADescriptorIsNoneUnderTLS(t *testing.T) {
+	for _, useless := range []error{errors.ErrUnsupported, nil} {
+		bubble(t, func(t *testing.T) {
+			client, dial := tlsPipes(t, func(nc net.Conn) net.Conn { return &uselessPipe{nc, useless} }, func(tc *tls.Conn) { io.Copy(tc, tc) })
+			p, err := New(Config{
+				TLS: client, Dialers: map[Transport]DialFunc{TCP: dial},
+				Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) { return nil, echo(nc, "hello") },
+				Push:  func(_ context.Context, c Conn) error { return errBoom },
+			})
+			require.NoError(t, err)
+			defer p.Close()
+			for range 3 {
+				require.NoError(t, p.With(bg, MustParseAddr("tls://localhost:1"), func(c Conn) error { return echo(c, "mine") }))
+				synctest.Wait()
+			}
+			s := p.Stats()
+			require.EqualValues(t, 1, s.Dials)
+			require.Zero(t, s.Abandoned)
+			require.Equal(t, 1, s.Idle)
+		})
+	}
+}

@@ -187,7 +187,7 @@ func (c *conn) failureOf(word uint64, what string) error {
 // harmed by being nc. The pool finds such connections by itself when it is about
 // to lend or close them, or when it dials; MarkDead is quicker.
 func (p *Pool) MarkDead(nc syscall.Conn) int {
-	if p.stop == nil || nc == nil {
+	if p.stop == nil || isNil(nc) {
 		return 0
 	}
 	fd, who, known, err := p.socketOf(nc)
@@ -244,10 +244,17 @@ func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, e
 	if err != nil {
 		return 0, who, false, err
 	}
+	if raw == nil {
+		return 0, who, false, errors.ErrUnsupported
+	}
+	shown := false
 	err = raw.Control(func(n uintptr) {
-		fd = n
+		fd, shown = n, true
 		who, known = p.sys.identify(n)
 	})
+	if err == nil && !shown { // it has none, and not the number 0
+		err = errors.ErrUnsupported
+	}
 	return fd, who, known, err
 }
 
@@ -259,12 +266,15 @@ func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, e
 func SameConn(a, b syscall.Conn) (bool, error) {
 	var who [2]sock.ID
 	for i, nc := range []syscall.Conn{a, b} {
-		if nc == nil {
+		if isNil(nc) {
 			return false, errors.New("connpool: SameConn: a connection is nil")
 		}
 		raw, err := nc.SyscallConn()
 		if err != nil {
 			return false, err
+		}
+		if raw == nil {
+			return false, errors.ErrUnsupported
 		}
 		known := false
 		if err := raw.Control(func(fd uintptr) { who[i], known = sock.Identify(fd) }); err != nil {

@@ -97,7 +97,7 @@ func (p *Pool) unhold(lent *lending) {
 	if h.listed {
 		l.remove(h)
 	}
-	if l.oldest == nil {
+	if l.oldest == nil && l.timer != nil { // else the Profile has panicked, and h never came so far
 		l.timer.Stop()
 	}
 }

@@ -234,3 +234,21 @@ func holdOf(c *conn) *holding {
 	}
 	return nil
 }
+
+// BETA-16: package pprof panics over an entry that it cannot take. That ends the borrow,
+// and costs no slot.
+func TestAProfileThatPanicsCostsNoSlot(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{MaxPerAddr: 1, HoldWarn: time.Hour})
+		n.p.cfg.Profile = pprof.Lookup("heap") // which New refuses
+		require.Panics(t, func() { n.p.With(bg, at("a"), func(Conn) error { return nil }) })
+		require.Panics(t, func() { n.p.Lease(bg, at("a")) })
+		ctx, end := n.p.Session(bg)
+		require.Panics(t, func() { n.p.With(ctx, at("a"), func(Conn) error { return nil }) })
+		end()
+		n.gauges(0, 0, 0)
+		n.p.cfg.Profile = nil
+		n.use(at("a"))
+		n.gauges(0, 1, 0)
+	})
+}

@@ -351,3 +351,28 @@ func TestMarkDeadOfThePoolsOwnHandleHarmsNothing(t *testing.T) {
 		})
 	}
 }
+
+// BETA-23, TDBC-20: MarkDead is 0, and SameConn an error, for what has no descriptor,
+// however that shows; the connection under the number 0 is left alone.
+func TestMarkDeadOfWhatHasNoDescriptorHarmsNothing(t *testing.T) {
+	f := newFakeSystem(t)
+	f.next = 0 // the number that nothing shown could be taken for
+	p := f.pool(t, Config{})
+	require.NoError(t, p.With(bg, fakeAddr("a"), func(c Conn) error { return echo(c, "mine") }))
+	for name, nc := range map[string]syscall.Conn{
+		"a RawConn that shows nothing": &uselessPipe{},
+		"one that says so":             &uselessPipe{err: errors.ErrUnsupported},
+		"no RawConn":                   noRaw{},
+		"a nil connection":             (*net.TCPConn)(nil),
+	} {
+		require.Zero(t, p.MarkDead(nc), name)
+		_, err := SameConn(nc, nc)
+		require.Error(t, err, name)
+	}
+	require.NoError(t, p.With(bg, fakeAddr("a"), func(c Conn) error { return echo(c, "mine") }))
+	require.EqualValues(t, 1, p.Stats().Dials)
+}
+
+type noRaw struct{}
+
+func (noRaw) SyscallConn() (syscall.RawConn, error) { return nil, nil }

@@ -41,9 +41,13 @@ func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn
 		// A TLS server does not speak first. What is there before the
 		// handshake would be taken as if it had come inside.
 		early := false
-		under.raw.Control(func(fd uintptr) { early = p.sys.peek(fd).Bytes })
-		if early {
+		shown := false
+		under.raw.Control(func(fd uintptr) { early, shown = p.sys.peek(fd).Bytes, true })
+		switch {
+		case early:
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
+		case !shown: // there is none, whatever SyscallConn says
+			under.raw = nil
 		}
 	}
 	a.where = "a callback of tls.Config or the connection below"

@@ -1628,4 +1628,28 @@ var mutants = []mutant{
 		new:   `if b.Implements(t) && t.NumMethod() == 1 && t.Method(0).Name != "Flush" { // what is in it`,
 		tests: `TestWhatWasNotFlushedNeverGoesOutInAnotherLoan`,
 	},
+	{
+		name:  "tls-over-a-raw-conn-without-a-descriptor-has-one",
+		old:   `case !shown: // there is none, whatever SyscallConn says`,
+		new:   `case !shown && false:`,
+		tests: `TestARawConnWithoutADescriptorIsNoneUnderTLS`,
+	},
+	{
+		name:  "mark-dead-of-no-descriptor-means-number-0",
+		old:   `if err == nil && !shown { // it has none`,
+		new:   `if false && !shown { // it has none`,
+		tests: `TestMarkDeadOfWhatHasNoDescriptorHarmsNothing`,
+	},
+	{
+		name:  "a-profile-of-the-runtime-is-taken",
+		old:   `if cfg.Profile != nil && !takesEntries(cfg.Profile) {`,
+		new:   `if false && !takesEntries(cfg.Profile) {`,
+		tests: `TestAProfileThatTakesNoEntriesIsRefused`,
+	},
+	{
+		name:  "a-profile-that-panics-keeps-the-slot",
+		old:   `if l.oldest == nil && l.timer != nil {`,
+		new:   `if l.oldest == nil {`,
+		tests: `TestAProfileThatPanicsCostsNoSlot`,
+	},
 }
