@@ -209,7 +209,7 @@ var mutants = []mutant{
 	{
 		name:  "bytes-before-the-handshake",
 		old:   `case early:`,
-		new:   `case false:`,
+		new:   `case early && false:`,
 		tests: `TestBytesBeforeTheHandshakeFailTheDial`,
 	},
 	{
