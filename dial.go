@@ -173,11 +173,12 @@ func (p *Pool) dial(a *attempt) {
 	}
 	ctx, cancel = p.within(ctx, p.cfg.DialTimeout)
 	a.enter(StageDial)
-	if a.isSettled() { // the borrower's ctx took too long
+	p.mu.Lock()
+	if a.isSettled() { // the borrower's ctx took too long, and the outcome is booked, or about to be
+		p.mu.Unlock()
 		a.err, a.ended = ctx.Err(), true
 		return
 	}
-	p.mu.Lock()
 	a.giveUp, a.since = cancel, start
 	surplus, answers := a.surplus, c.site.queue.answers
 	p.mu.Unlock()
