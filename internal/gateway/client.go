@@ -51,10 +51,17 @@ func (cl *client) serve() {
 	}()
 	defer cl.raw.Close()
 	if g.listen.tls {
-		tc := tls.Server(cl.raw, g.certs.forClients.Load())
+		below := cl.raw
+		if g.framing.newRequests != nil { // a session has no frames, and goes on without the goodbye
+			below = whole{cl.raw}
+		}
+		tc := tls.Server(below, g.certs.forClients.Load())
 		ctx, cancel := context.WithTimeout(g.ctx, g.RequestTimeout)
 		err := tc.HandshakeContext(ctx)
 		cancel()
+		if err != nil && g.draining.Load() && (errors.Is(err, os.ErrDeadlineExceeded) || g.ctx.Err() != nil) {
+			return // it was the gateway that did not wait
+		}
 		if err != nil {
 			g.count.handshakesFailed.Add(1)
 			g.notice(slog.LevelWarn, "handshake", "TLS handshakes of clients fail", "client", cl.raw.RemoteAddr(), "error", err)
@@ -154,7 +161,7 @@ func (cl *client) parted(err error) {
 	var bad *malformed
 	count := &cl.g.count
 	switch {
-	case errors.Is(err, io.EOF), errors.Is(err, errDraining), errors.Is(err, net.ErrClosed), errors.Is(err, errLeft):
+	case errors.Is(err, io.EOF), err == errCutOff, errors.Is(err, errDraining), errors.Is(err, net.ErrClosed), errors.Is(err, errLeft):
 		return
 	case errors.Is(err, errIdle):
 		count.idleClients.Add(1)

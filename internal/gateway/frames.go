@@ -191,7 +191,7 @@ func (f *frames) more() error {
 			return s.append([]byte(e.end()))
 		}
 		return errHalf
-	case err == io.ErrUnexpectedEOF && f.partial(): // of TLS: it was cut off
+	case errors.Is(err, io.ErrUnexpectedEOF) && f.partial(): // of TLS: it was cut off
 		return errHalf
 	case err == nil:
 		return io.ErrNoProgress

@@ -416,6 +416,9 @@ func (g *Gateway) drain(hurry context.Context, late <-chan time.Time) (cut, stuc
 	g.mu.Lock()
 	cut = len(g.clients)
 	for cl := range g.clients {
+		if g.framing.name == "session" {
+			resets(cl.raw)
+		}
 		cl.raw.Close()
 	}
 	g.mu.Unlock()

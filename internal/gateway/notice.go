@@ -139,7 +139,6 @@ func (g *Gateway) serverDown(err error) {
 		g.notices.since = time.Now()
 	}
 	g.notices.mu.Unlock()
-	g.down.Store(true)
 	advice := ""
 	var unknown *tls.CertificateVerificationError
 	var alert *net.OpError
@@ -154,6 +153,7 @@ func (g *Gateway) serverDown(err error) {
 		g.notices.down = true
 		g.notices.mu.Unlock()
 	}
+	g.down.Store(true) // the last, or whoever is answered meanwhile would say nothing
 }
 
 // answered is told of each success; only the first after a failure costs

@@ -444,9 +444,9 @@ func (p *pin) next() ([]byte, error) {
 		case err == nil:
 			p.patient()
 		case errors.Is(err, os.ErrDeadlineExceeded): // whose it was is for rearmLocked to say
-		case err == io.EOF, err == errHalf, err == errNoMemory:
+		case err == io.EOF, err == errCutOff, err == errHalf, err == errNoMemory:
 			p.lastReplies()
-			if err == io.EOF {
+			if err == io.EOF || err == errCutOff {
 				err = errGone
 			}
 			return nil, err

@@ -130,7 +130,7 @@ func (cl *client) ownUnder(ctx context.Context, addr connpool.Addr, fn func(cont
 }
 
 // relay carries bytes both ways until both directions have ended, or one has
-// failed. The end of one direction is passed on as such.
+// failed. The end of one direction is passed on as such, and a break as a break.
 func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 	g := cl.g
 	var q quiet
@@ -169,6 +169,9 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 		}
 		if err != nil { // the other direction has nothing to live for
 			failed.CompareAndSwap(nil, &err)
+			if g.broke(*failed.Load()) {
+				resets(cl.raw)
+			}
 			cl.raw.Close()
 		}
 		q.serverDone.Store(true)
@@ -181,7 +184,11 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 	}
 	if err != nil {
 		failed.CompareAndSwap(nil, &err)
-		c.Close()
+		if why := *failed.Load(); why == errIdle {
+			c.Close()
+		} else {
+			sever(c, g.to.Transport == connpool.TLS, g.broke(why))
+		}
 	}
 	<-down
 	if why := failed.Load(); why != nil && g.ctx.Err() == nil {

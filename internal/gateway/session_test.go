@@ -141,3 +141,83 @@ func TestTheSilenceOfASessionIsMeasuredByAClockThatNobodySets(t *testing.T) {
 	require.Contains(t, q.since().Add(time.Hour).String(), " m=")
 	require.WithinDuration(t, time.Now(), q.since(), forever)
 }
+
+// TRY-30: what is as long as its direction must not look whole when it is not.
+func TestASessionThatBreaksDoesNotLookLikeOneThatEnded(t *testing.T) {
+	part := []byte("the first half\n")
+	ca := faultnet.NewCA()
+	cert := ca.Server("127.0.0.1")
+	k := writeKeys(t, t.TempDir(), "server", cert)
+	for _, network := range []string{"tcp", "tls"} {
+		for _, how := range []string{"the server resets", "the client is reset", "it is cut"} {
+			t.Run(network+", "+how, func(t *testing.T) {
+				l, err := net.Listen("tcp", "127.0.0.1:0")
+				require.NoError(t, err)
+				defer l.Close()
+				heard, end := make(chan bool), make(chan error, 1)
+				go func() {
+					nc, err := l.Accept()
+					if err != nil {
+						return
+					}
+					defer nc.Close()
+					p := net.Conn(nc)
+					if network == "tls" {
+						p = tls.Server(whole{nc}, &tls.Config{Certificates: []tls.Certificate{cert}})
+					}
+					p.Write(part)
+					if how == "the server resets" {
+						<-heard
+						nc.(*net.TCPConn).SetLinger(0)
+						return
+					}
+					_, err = io.ReadAll(p)
+					end <- err
+				}()
+				cfg := Config{Framing: "session", Eager: true, To: network + "://" + l.Addr().String()}
+				if network == "tls" {
+					cfg.Upstream.CA = k.ca
+				}
+				g := begin(t, cfg)
+				c := g.call()
+				require.Equal(t, "the first half", c.hear())
+				switch how {
+				case "the server resets":
+					close(heard)
+				case "the client is reset":
+					c.leave(true)
+				default:
+					g.end()
+					g.hasten()
+				}
+				if how != "the client is reset" {
+					_, err := io.ReadAll(c.r)
+					require.Error(t, err, "the client must not take it for the end")
+				}
+				if how != "the server resets" {
+					require.Error(t, <-end, "the server must not take it for the end")
+				}
+			})
+		}
+	}
+}
+
+// TRY-33: what TLS did not say goodbye to may have been cut off in the middle.
+func TestALineThatWasCutOffIsNotCarriedOut(t *testing.T) {
+	ca := faultnet.NewCA()
+	k := writeKeys(t, t.TempDir(), "server", ca.Server("127.0.0.1"))
+	srv, to := serve(t, faultnet.Options{})
+	g := begin(t, Config{Framing: "line", To: to, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}})
+	g.clientCA = ca.Pool()
+	c := g.call()
+	c.say("pay 1") // of 100
+	c.Conn.(*tls.Conn).NetConn().(*net.TCPConn).CloseWrite()
+	c.hearEnd()
+	soon(t, "it is counted", func() bool { return g.Status().BadFrames == 1 })
+	require.Zero(t, srv.Accepts())
+
+	d := g.call()
+	d.say("whole")
+	require.NoError(t, d.Conn.(*tls.Conn).CloseWrite())
+	require.Contains(t, d.hear(), "whole")
+}

@@ -693,6 +693,24 @@ var gatewayMutants = []mutant{
 		tests: `TestAServerThatSaysItIsNot`,
 	},
 	{
+		name:  "sessions-pass-breaks-on-to-clients",
+		old:   "if g.broke(*failed.Load()) {",
+		new:   "if false {",
+		tests: `TestASessionThatBreaks`,
+	},
+	{
+		name:  "sessions-pass-breaks-on-to-servers",
+		old:   "sever(c, g.to.Transport == connpool.TLS, g.broke(why))",
+		new:   "c.Close()",
+		tests: `TestASessionThatBreaks`,
+	},
+	{
+		name:  "lines-that-were-cut-off-are-no-lines",
+		old:   "below = whole{cl.raw}",
+		new:   "_ = whole{cl.raw}",
+		tests: `TestALineThatWasCutOff`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
