@@ -57,10 +57,10 @@ func (p *Pool) CloseIdle() {
 	todo.run(p)
 }
 
-func (p *Pool) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
+func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
 	for c := s.topLocked(); c != nil; c = s.topLocked() {
-		p.takeLocked(c)
-		p.moveLocked(c, closing)
+		b.takeLocked(c)
+		b.moveLocked(c, closing)
 		todo.close(c, reason, nil)
 	}
 }
@@ -134,22 +134,22 @@ func (p *Pool) shut() bool {
 	return true
 }
 
-func (p *Pool) shutSiteLocked(s *site, todo *agenda) {
-	p.dropIdleLocked(s, ClosedWithPool, todo)
-	p.stopRetryLocked(s)
+func (b *books) shutSiteLocked(s *site, todo *agenda) {
+	b.dropIdleLocked(s, ClosedWithPool, todo)
+	b.stopRetryLocked(s)
 	s.trouble = nil
 	for s.queue.head != nil {
-		p.deliverLocked(s, nil, false, ErrClosed)
+		b.deliverLocked(s, nil, false, ErrClosed)
 	}
-	p.refreshLocked(s)
-	p.forgetLocked(s)
+	b.refreshLocked(s)
+	b.forgetLocked(s)
 }
 
 // leftLocked wakes who waits in awaitLeft.
-func (p *Pool) leftLocked() {
-	if p.closed {
-		close(p.left)
-		p.left = make(chan struct{})
+func (b *books) leftLocked() {
+	if b.closed {
+		close(b.left)
+		b.left = make(chan struct{})
 	}
 }
 

@@ -76,7 +76,7 @@ func (p *Pool) enroll(c *conn) {
 		p.disownLocked(old, &todo)
 	}
 	p.byFD[c.probe.fd()] = c
-	if limited && p.cfg.MaxOpen < math.MaxInt {
+	if limited && p.limits.MaxOpen < math.MaxInt {
 		p.pressure, p.pressedAt = pressureAt(c.probe.fd(), limit), now
 		if p.pressure == handlesCritical {
 			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
@@ -115,13 +115,13 @@ func (p *Pool) doubtPressure(now clock.Instant) {
 // disownLocked books that the descriptor of c is another socket's, and reports
 // whether that is news. An idle connection goes into quarantine now, any other
 // when its owner is done with it.
-func (p *Pool) disownLocked(c *conn, todo *agenda) bool {
+func (b *books) disownLocked(c *conn, todo *agenda) bool {
 	if !c.mark(stolen) {
 		return false
 	}
 	if c.phase == idle {
-		p.takeLocked(c)
-		p.moveLocked(c, closing)
+		b.takeLocked(c)
+		b.moveLocked(c, closing)
 		todo.close(c, Quarantined, errStolen)
 	}
 	return true
@@ -315,10 +315,10 @@ func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 }
 
 // freedLocked tells the dials that lack a handle that there may be one.
-func (p *Pool) freedLocked() {
-	if p.starving > 0 {
-		close(p.freed)
-		p.freed = make(chan struct{})
+func (b *books) freedLocked() {
+	if b.starving > 0 {
+		close(b.freed)
+		b.freed = make(chan struct{})
 	}
 }
 

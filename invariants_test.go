@@ -83,8 +83,8 @@ func (p *Pool) inconsistency() error {
 			}
 			n[ph] += s.n[ph]
 		}
-		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.cfg.MaxPerAddr && (!lowered || s.n[idle] > 0 && openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr) {
-			return fmt.Errorf("3: %d of %d open for %v", openOf(&s.n), p.cfg.MaxPerAddr, addr)
+		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.limits.MaxPerAddr && (!lowered || s.n[idle] > 0 && openOf(&s.n)-int(s.n[closing]) > p.limits.MaxPerAddr) {
+			return fmt.Errorf("3: %d of %d open for %v", openOf(&s.n), p.limits.MaxPerAddr, addr)
 		}
 		q := s.queue
 		dials := 0
@@ -142,14 +142,14 @@ func (p *Pool) inconsistency() error {
 		own += openOf(&s.n)
 	}
 	switch {
-	case p.cfg.MaxOpen > 0 && !lowered && own-limit > p.reserve():
+	case p.limits.MaxOpen > 0 && !lowered && own-limit > p.reserve():
 		return fmt.Errorf("3: DialContext has %d connections of %d", own, limit)
 	case own != len(p.tracked)-len(p.readyOwn):
 		return fmt.Errorf("4: DialContext has %d connections, %d in its books, and %d want to dial", own, len(p.tracked), len(p.readyOwn))
-	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit+p.reserve() && (!lowered || p.n[idle] > 0 && openOf(&p.n)-int(p.n[closing]) > limit):
+	case p.cfg.WhenFull != Overflow && p.limits.MaxOpen > 0 && openOf(&p.n) > limit+p.reserve() && (!lowered || p.n[idle] > 0 && openOf(&p.n)-int(p.n[closing]) > limit):
 		return fmt.Errorf("3: %d of %d open", openOf(&p.n), limit)
-	case int(p.n[dialing]) > p.cfg.MaxDialing && !lowered:
-		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
+	case int(p.n[dialing]) > p.limits.MaxDialing && !lowered:
+		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.limits.MaxDialing)
 	case want != p.want || waiting != p.counts.Waiting:
 		return fmt.Errorf("4: the pool wants %d dials and has %d waiting, its sites %d and %d", p.want, p.counts.Waiting, want, waiting)
 	case eager != p.eager:
@@ -158,15 +158,15 @@ func (p *Pool) inconsistency() error {
 		return fmt.Errorf("%d dials are broken off for others, of %d", p.displaced, p.n[dialing])
 	case p.recency.len < int(p.n[idle]+p.n[borrowed]), p.recency.len > openOf(&p.n)-int(p.n[dialing]), len(p.recency.all()) != p.recency.len:
 		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), openOf(&p.n)-int(p.n[dialing]), p.n[closing])
-	case p.cfg.MaxIdle < math.MaxInt && int(p.n[idle]) > p.cfg.MaxIdle:
-		return fmt.Errorf("%d idle of %d", p.n[idle], p.cfg.MaxIdle)
+	case p.limits.MaxIdle < math.MaxInt && int(p.n[idle]) > p.limits.MaxIdle:
+		return fmt.Errorf("%d idle of %d", p.n[idle], p.limits.MaxIdle)
 	case p.counts.Tracked < 0 || p.counts.Tracked > int(p.n[borrowed]) || p.counts.Tracked > len(p.tracked):
 		return fmt.Errorf("3: %d tracked, %d in use, %d in the books", p.counts.Tracked, p.n[borrowed], len(p.tracked))
 	case p.closed && (p.n[idle] > 0 || waiting > 0):
 		return fmt.Errorf("closed with %d idle and %d waiting", p.n[idle], waiting)
 	}
 	// Nobody waits for something that could be given now.
-	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.cfg.MaxDialing && int(p.n[closing])+p.displaced == 0 {
+	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.limits.MaxDialing && int(p.n[closing])+p.displaced == 0 {
 		if openOf(&p.n) < limit {
 			return fmt.Errorf("4: %d dials could start", p.want)
 		}

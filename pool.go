@@ -1,7 +1,6 @@
 package connpool
 
 import (
-	"container/list"
 	"context"
 	"errors"
 	"sync"
@@ -39,7 +38,7 @@ import (
 //     keeps its site for life.
 //  8. Nothing of one loan is visible in the next; see conn.
 type Pool struct {
-	cfg   Config
+	cfg   Config          // never changes; of its limits those in force are in the books
 	ctx   context.Context // of every dial
 	stop  context.CancelFunc
 	clock clock.Clock
@@ -60,48 +59,23 @@ type Pool struct {
 	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
 
-	// mu guards everything below, and the fields of site, conn and waiter
-	// that say so. See invariant 1 for what must not happen under it.
-	mu        sync.Mutex
-	closed    bool
-	sites     siteTable
-	recency   recency
-	byFD      map[uintptr]*conn  // by descriptor, from the dial to the removal
-	n         tally              // connections by phase
-	ready     siteHeap           // sites with want > 0, but for those of DialContext
-	readyOwn  siteHeap           // those of DialContext, which may not exceed MaxOpen under any policy
-	want      int                // dials that could start if there was room: the sum of site.want
-	eager     int                // ... and for which idle connections make room: the sum of site.eager
-	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
-	displaced int                // dials that were broken off for others and have not ended
-	overtook  int                // hand-overs to a younger waiter since a slot was last given away
-	lastSeq   uint64             // of waiters
-	lastID    uint64             // of connections
-	counts    Stats              // but for the gauges that are made from n
-	closedBy  [numCloseReasons]uint64
-	pressure  pressure           // on file handles, as of the last dial that told
-	pressedAt clock.Instant      // when that was
-	starving  int                // dials that wait for a handle
-	freed     chan struct{}      // closed and renewed when something may have freed one
-	watching  watching           // how it stands with watcher
-	watcher   *sock.Watcher      // nil where there is none, and before the first connection
-	sweeping  bool               // a sweep is under way
-	lookers   int                // goroutines of the pool's that look at idle connections
-	checking  map[*site]bool     // whose connections one of them asks Check; nil before the first
-	slow      int                // closes that take longer than closePatience
-	looked    int                // idle connections of addresses with a reserve that are being looked at
-	sweeper   *time.Timer        // nil until there is something to sweep
-	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
-	given     Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far
-	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
-	reserves  int                // calls under way of what DialReserve returned
-	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
+	// mu guards the books, the fields of site, conn and waiter that say so, and
+	// what follows. See invariant 1 for what must not happen under it.
+	mu sync.Mutex
+	books
+
+	watching watching       // how it stands with watcher
+	watcher  *sock.Watcher  // nil where there is none, and before the first connection
+	sweeping bool           // a sweep is under way
+	lookers  int            // goroutines of the pool's that look at idle connections
+	checking map[*site]bool // whose connections one of them asks Check; nil before the first
+	sweeper  *time.Timer    // nil until there is something to sweep
 }
 
 // site is the books of one address. It exists while there is a connection, a
 // dial, a waiter, or a recent failure to remember. Its fields need Pool.mu.
 type site struct {
-	pool      *Pool
+	pool      *Pool // for those who are not the books: no method of books uses it
 	addr      Addr  // canonical
 	top       *conn // of the idle stack: the one given back last
 	n         tally
@@ -119,6 +93,11 @@ type site struct {
 	special   *special // nil but for Warm, MinSpare and DialContext
 
 	loans, dials, dialErrors uint64
+}
+
+// newSite makes the books of an address, in which there is nothing.
+func (p *Pool) newSite(addr Addr) *site {
+	return &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1}
 }
 
 // tally counts connections by phase.
@@ -139,19 +118,14 @@ func New(cfg Config) (*Pool, error) {
 	}
 	p := &Pool{
 		cfg:      cfg,
-		given:    given,
 		sys:      &realSystem,
-		sites:    newSiteTable(),
-		byFD:     make(map[uintptr]*conn),
 		sessions: newSessionCaches(),
-		left:     make(chan struct{}),
-		freed:    make(chan struct{}),
 		checkers: make(chan struct{}, checkers),
 
 		newWatcher: sock.NewWatcher,
 		addWatch:   (*sock.Watcher).Add,
 	}
-	p.recency.init()
+	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())
 	// Who asks for short times, or watches, gets them exactly.
 	p.clock.Read = time.Now
 	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
@@ -302,13 +276,14 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 				known, hash = true, p.sites.hash(&addr)
 				continue
 			}
-			s = p.newSiteLocked(addr)
+			s = p.newSite(addr)
+			p.addSiteLocked(s, &todo)
 		}
 		c, dead := s.topLocked(), false
 		if c != nil {
 			p.takeLocked(c)
 			c.lendAtLocked(now)
-			if p.cfg.MinSpare > 0 {
+			if p.limits.MinSpare > 0 {
 				p.takenLocked(c, now)
 				p.refreshLocked(s)
 				p.admitLocked(&todo)
@@ -420,13 +395,13 @@ func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *cl
 	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
 		here := s.queue.len - s.queue.dials // without a dial, w included
 		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-int(s.want)+here-1) != ""
-		crowded := here > p.cfg.MaxWaiters
+		crowded := here > p.limits.MaxWaiters
 		if full || crowded {
 			s.queue.remove(w)
 			p.refreshLocked(s)
 			err := p.failedAtLocked(s, StageWait, ErrExhausted, *start)
 			if !full {
-				err.Limit, err.LimitName = p.cfg.MaxWaiters, "MaxWaiters"
+				err.Limit, err.LimitName = p.limits.MaxWaiters, "MaxWaiters"
 			}
 			refused = err
 			p.forgetLocked(s)

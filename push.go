@@ -142,8 +142,8 @@ func (p *Pool) pushes(reason CloseReason) bool { return reason == ClosedDirty &&
 // nothing is left. The caller was its owner, and is not any more.
 func (p *Pool) push(c *conn) {
 	p.mu.Lock()
-	if p.cfg.MinSpare > 0 {
-		c.lookedAtLocked(true) // a reserve is complete with what Push has
+	if p.limits.MinSpare > 0 {
+		p.lookedAtLocked(c, true) // a reserve is complete with what Push has
 	}
 	p.mu.Unlock()
 	go func() {

@@ -69,6 +69,9 @@ type AddrStats struct {
 // Stats returns a snapshot. It may be called at any time, also on a closed
 // pool; it allocates a map.
 func (p *Pool) Stats() Stats {
+	if p.stop == nil {
+		return Stats{Closed: make(map[CloseReason]uint64)}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.counts

@@ -74,7 +74,9 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		return nil, p.tooLate(ctx, addr)
 	}
 	// Its books are its own: nothing that is opened here may serve another.
-	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network), absolute: absolute(network, address), reserve: uint8(max(0, min(reserve, math.MaxUint8)))}
+	s := p.newSite(addr)
+	s.family, s.absolute = familyOf(network), absolute(network, address)
+	s.reserve = uint8(max(0, min(reserve, math.MaxUint8)))
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -244,14 +246,14 @@ func (p *Pool) noReserve() {
 }
 
 // stalledLocked is the oldest dial that may take of its reserve; nil if there is none.
-func (p *Pool) stalledLocked() *site {
+func (b *books) stalledLocked() *site {
 	var oldest *site
-	if p.reserves == 0 {
+	if b.reserves == 0 {
 		return nil
 	}
-	for _, s := range p.readyOwn {
+	for _, s := range b.readyOwn {
 		w := s.queue.bare
-		if w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
+		if w.stalled && openOf(&b.n)-b.limitLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
 			oldest = s
 		}
 	}

@@ -144,16 +144,16 @@ func (w *waiter) serve(c *conn, fresh bool, err error) {
 	w.ready <- struct{}{}
 }
 
-func (p *Pool) deliverLocked(s *site, c *conn, fresh bool, err error) {
-	p.waitedLocked(s.queue.head, err != nil)
+func (b *books) deliverLocked(s *site, c *conn, fresh bool, err error) {
+	b.waitedLocked(s.queue.head, err != nil)
 	s.queue.deliver(c, fresh, err)
 }
 
 // waitedLocked books the end of a wait.
-func (p *Pool) waitedLocked(w *waiter, failed bool) {
-	p.counts.WaitDuration += p.clock.Exactly().Sub(w.since)
+func (b *books) waitedLocked(w *waiter, failed bool) {
+	b.counts.WaitDuration += b.clock.Exactly().Sub(w.since)
 	if failed {
-		p.counts.WaitsFailed++
+		b.counts.WaitsFailed++
 	}
 }
 
