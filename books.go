@@ -94,7 +94,7 @@ func (b *books) addSiteLocked(s *site, todo *agenda) {
 
 // forgetLocked drops the books of s if they say nothing.
 func (b *books) forgetLocked(s *site) {
-	if openOf(&s.n) > 0 || s.queue.len > 0 || s.failing() || s.special.keeps() {
+	if s.n.open() > 0 || s.queue.len > 0 || s.failing() || s.special.keeps() {
 		return
 	}
 	if s.tracked() {
@@ -112,14 +112,21 @@ func (b *books) limitLocked() int {
 	return int(b.handles.Load())
 }
 
+// roomLocked is how many connections may still be opened, in all; less than 0 while
+// more are open than MaxOpen allows.
+func (b *books) roomLocked() int { return b.limitLocked() - b.n.open() }
+
+// roomAtLocked is the same for the connections to s, and MaxPerAddr.
+func (b *books) roomAtLocked(s *site) int { return b.limits.MaxPerAddr - s.n.open() }
+
 // fullLocked names the limit that forbids a dial to s; "" if none does. What is
 // being closed, or could be evicted, is room; those who are ahead in the queue
 // of s, and in all queues, will take it.
 func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
-	case openOf(&s.n)-int(s.n[closing])+aheadHere >= b.limits.MaxPerAddr:
+	case s.n.kept()+aheadHere >= b.limits.MaxPerAddr:
 		return "MaxPerAddr"
-	case openOf(&b.n)-int(b.n[closing]+b.n[idle])+ahead >= b.limitLocked():
+	case b.n.kept()-int(b.n[idle])+ahead >= b.limitLocked():
 		return "MaxOpen"
 	}
 	return ""
@@ -140,7 +147,7 @@ func (b *books) refreshLocked(s *site) {
 		}
 		want = int32(min(int(want), b.limits.MaxDialingPerAddr-int(s.n[dialing])))
 		if b.whenFull != Overflow {
-			want = int32(min(int(want), b.limits.MaxPerAddr-openOf(&s.n)))
+			want = int32(min(int(want), b.roomAtLocked(s)))
 		}
 		want = max(want, 0)
 	}
@@ -185,7 +192,7 @@ func (b *books) admitLocked(todo *agenda) {
 			return
 		}
 		s := b.nextLocked()
-		if openOf(&b.n) >= b.limitLocked() {
+		if b.roomLocked() <= 0 {
 			want := b.want
 			if b.eager > 0 {
 				want = b.eager
@@ -199,9 +206,7 @@ func (b *books) admitLocked(todo *agenda) {
 				continue
 			}
 			if v := b.recency.oldestIdle(int(b.n[idle])); v != nil && b.eager > 0 {
-				b.takeLocked(v)
-				b.moveLocked(v, closing)
-				todo.close(v, ClosedEvicted, nil)
+				b.evictLocked(v, ClosedEvicted, nil, todo)
 				continue
 			}
 			switch own := b.stalledLocked(); {
@@ -248,7 +253,7 @@ func (b *books) moveLocked(c *conn, to phase) {
 		c.unlink() // it was looked at
 	}
 	if from == none {
-		b.counts.PeakOpen = max(b.counts.PeakOpen, openOf(&b.n))
+		b.counts.PeakOpen = max(b.counts.PeakOpen, b.n.open())
 	}
 }
 
@@ -269,6 +274,14 @@ func (b *books) countLoanLocked(c *conn) {
 func (b *books) takeLocked(c *conn) {
 	c.unlink()
 	b.moveLocked(c, borrowed)
+}
+
+// evictLocked closes an idle connection: nobody owns it, so from now on the agenda
+// does.
+func (b *books) evictLocked(c *conn, reason CloseReason, err error, todo *agenda) {
+	c.unlink()
+	b.moveLocked(c, closing)
+	todo.close(c, reason, err)
 }
 
 // use says what lies behind a connection that is parked.
@@ -382,7 +395,7 @@ func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 		return ClosedMaxUses
 	case c.life > 0 && b.clock.Age(c.born, now) >= c.life:
 		return ClosedLifetime
-	case openOf(&s.n)-int(s.n[closing]) > b.limits.MaxPerAddr, openOf(&b.n)-int(b.n[closing]) > limit:
+	case s.n.kept() > b.limits.MaxPerAddr, b.n.kept() > limit:
 		return ClosedSurplus
 	case b.limits.MaxIdle == 0 && c.uses > 0, b.limits.MaxIdlePerAddr == 0 && c.uses > 0:
 		return ClosedSurplus
@@ -399,7 +412,7 @@ func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 	// A busy address could keep its connections for ever while older
 	// waiters of other addresses need the slot. They are overtaken at most
 	// as often as there are slots.
-	if b.eager > 0 && openOf(&b.n) >= limit && b.nextLocked().queue.bare.seq < s.queue.head.seq {
+	if b.eager > 0 && b.n.open() >= limit && b.nextLocked().queue.bare.seq < s.queue.head.seq {
 		if b.overtook++; b.overtook > limit {
 			b.overtook = 0
 			return ClosedEvicted

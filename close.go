@@ -59,9 +59,7 @@ func (p *Pool) CloseIdle() {
 
 func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
 	for c := s.topLocked(); c != nil; c = s.topLocked() {
-		b.takeLocked(c)
-		b.moveLocked(c, closing)
-		todo.close(c, reason, nil)
+		b.evictLocked(c, reason, nil, todo)
 	}
 }
 
@@ -99,7 +97,7 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 		return usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
 	p.shut()
-	if p.awaitLeft(ctx, func() bool { return openOf(&p.n) == 0 && !p.sweeping && p.lookers == 0 }) {
+	if p.awaitLeft(ctx, func() bool { return p.n.open() == 0 && !p.sweeping && p.lookers == 0 }) {
 		return nil
 	}
 	return &cutShort{causeOf(ctx), p.stillOut()}

@@ -444,7 +444,7 @@ func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Inst
 	if start != 0 {
 		e.Waited = b.clock.Exactly().Sub(start)
 	}
-	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
+	e.Open, e.InUse, e.Idle, e.Waiting = s.n.open(), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
 	if stage != StageWait || b.closed {
 		return e
 	}
@@ -462,7 +462,7 @@ func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Inst
 		e.Limit = b.limits.MaxDialing
 	case "MaxOpen":
 		e.Limit = b.limitLocked()
-		e.Open, e.InUse, e.Idle = openOf(&b.n), int(b.n[borrowed]), int(b.n[idle])
+		e.Open, e.InUse, e.Idle = b.n.open(), int(b.n[borrowed]), int(b.n[idle])
 	}
 	return e
 }

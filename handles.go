@@ -80,9 +80,7 @@ func (p *Pool) enroll(c *conn) {
 		p.pressure, p.pressedAt = pressureAt(c.probe.fd(), limit), now
 		if p.pressure == handlesCritical {
 			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
-				p.takeLocked(v)
-				p.moveLocked(v, closing)
-				todo.close(v, ClosedLowHandles, nil)
+				p.evictLocked(v, ClosedLowHandles, nil, &todo)
 			}
 		}
 	} else {
@@ -120,9 +118,7 @@ func (b *books) disownLocked(c *conn, todo *agenda) bool {
 		return false
 	}
 	if c.phase == idle {
-		b.takeLocked(c)
-		b.moveLocked(c, closing)
-		todo.close(c, Quarantined, errStolen)
+		b.evictLocked(c, Quarantined, errStolen, todo)
 	}
 	return true
 }
@@ -210,9 +206,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 		case same && c.mark(broken):
 			marked++
 			if c.phase == idle {
-				p.takeLocked(c)
-				p.moveLocked(c, closing)
-				todo.close(c, ClosedMarkedDead, nil)
+				p.evictLocked(c, ClosedMarkedDead, nil, &todo)
 			}
 		}
 	}
@@ -292,7 +286,7 @@ func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 		p.mu.Unlock()
 		return true
 	}
-	if openOf(&p.n) <= 1 { // this dial
+	if p.n.open() <= 1 { // this dial
 		p.mu.Unlock()
 		return false
 	}

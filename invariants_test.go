@@ -31,8 +31,8 @@ func (p *Pool) inconsistency() error {
 		sites = append(sites, s)
 	}
 	for s := range p.tracked {
-		if openOf(&s.n) > 1 || s.queue.len > 1 || openOf(&s.n)+s.queue.len == 0 {
-			return fmt.Errorf("%d connections and %d waiters in the books of one DialContext", openOf(&s.n), s.queue.len)
+		if s.n.open() > 1 || s.queue.len > 1 || s.n.open()+s.queue.len == 0 {
+			return fmt.Errorf("%d connections and %d waiters in the books of one DialContext", s.n.open(), s.queue.len)
 		}
 		sites = append(sites, s)
 	}
@@ -51,7 +51,7 @@ func (p *Pool) inconsistency() error {
 		if canon, err := addr.canonical(); err != nil || canon != addr {
 			return fmt.Errorf("7: key %v is not canonical: %v", addr, err)
 		}
-		if openOf(&s.n) == 0 && s.queue.len == 0 && !s.failing() && !s.special.keeps() {
+		if s.n.open() == 0 && s.queue.len == 0 && !s.failing() && !s.special.keeps() {
 			return fmt.Errorf("%v: empty books were kept", addr)
 		}
 		stack := 0
@@ -83,8 +83,8 @@ func (p *Pool) inconsistency() error {
 			}
 			n[ph] += s.n[ph]
 		}
-		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.limits.MaxPerAddr && (!lowered || s.n[idle] > 0 && openOf(&s.n)-int(s.n[closing]) > p.limits.MaxPerAddr) {
-			return fmt.Errorf("3: %d of %d open for %v", openOf(&s.n), p.limits.MaxPerAddr, addr)
+		if p.cfg.WhenFull != Overflow && s.n.open() > p.limits.MaxPerAddr && (!lowered || s.n[idle] > 0 && s.n.kept() > p.limits.MaxPerAddr) {
+			return fmt.Errorf("3: %d of %d open for %v", s.n.open(), p.limits.MaxPerAddr, addr)
 		}
 		q := s.queue
 		dials := 0
@@ -139,15 +139,15 @@ func (p *Pool) inconsistency() error {
 	}
 	limit, own := p.limitLocked(), 0 // connections of DialContext's
 	for s := range p.tracked {
-		own += openOf(&s.n)
+		own += s.n.open()
 	}
 	switch {
 	case p.limits.MaxOpen > 0 && !lowered && own-limit > p.reserve():
 		return fmt.Errorf("3: DialContext has %d connections of %d", own, limit)
 	case own != len(p.tracked)-len(p.readyOwn):
 		return fmt.Errorf("4: DialContext has %d connections, %d in its books, and %d want to dial", own, len(p.tracked), len(p.readyOwn))
-	case p.cfg.WhenFull != Overflow && p.limits.MaxOpen > 0 && openOf(&p.n) > limit+p.reserve() && (!lowered || p.n[idle] > 0 && openOf(&p.n)-int(p.n[closing]) > limit):
-		return fmt.Errorf("3: %d of %d open", openOf(&p.n), limit)
+	case p.cfg.WhenFull != Overflow && p.limits.MaxOpen > 0 && p.n.open() > limit+p.reserve() && (!lowered || p.n[idle] > 0 && p.n.kept() > limit):
+		return fmt.Errorf("3: %d of %d open", p.n.open(), limit)
 	case int(p.n[dialing]) > p.limits.MaxDialing && !lowered:
 		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.limits.MaxDialing)
 	case want != p.want || waiting != p.counts.Waiting:
@@ -156,8 +156,8 @@ func (p *Pool) inconsistency() error {
 		return fmt.Errorf("%d wanted by addresses that answer, the pool counts %d", eager, p.eager)
 	case p.displaced < 0 || p.displaced > int(p.n[dialing]):
 		return fmt.Errorf("%d dials are broken off for others, of %d", p.displaced, p.n[dialing])
-	case p.recency.len < int(p.n[idle]+p.n[borrowed]), p.recency.len > openOf(&p.n)-int(p.n[dialing]), len(p.recency.all()) != p.recency.len:
-		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), openOf(&p.n)-int(p.n[dialing]), p.n[closing])
+	case p.recency.len < int(p.n[idle]+p.n[borrowed]), p.recency.len > p.n.open()-int(p.n[dialing]), len(p.recency.all()) != p.recency.len:
+		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), p.n.open()-int(p.n[dialing]), p.n[closing])
 	case p.limits.MaxIdle < math.MaxInt && int(p.n[idle]) > p.limits.MaxIdle:
 		return fmt.Errorf("%d idle of %d", p.n[idle], p.limits.MaxIdle)
 	case p.counts.Tracked < 0 || p.counts.Tracked > int(p.n[borrowed]) || p.counts.Tracked > len(p.tracked):
@@ -167,7 +167,7 @@ func (p *Pool) inconsistency() error {
 	}
 	// Nobody waits for something that could be given now.
 	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.limits.MaxDialing && int(p.n[closing])+p.displaced == 0 {
-		if openOf(&p.n) < limit {
+		if p.n.open() < limit {
 			return fmt.Errorf("4: %d dials could start", p.want)
 		}
 		if p.n[idle] > 0 && p.eager > 0 {

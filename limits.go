@@ -80,19 +80,17 @@ func (p *Pool) Limits() Limits {
 func (b *books) dropSurplusLocked(todo *agenda) {
 	tooMany := []func(*site) bool{
 		func(s *site) bool {
-			return int(s.n[idle]) > b.limits.MaxIdlePerAddr || openOf(&s.n)-int(s.n[closing]) > b.limits.MaxPerAddr
+			return int(s.n[idle]) > b.limits.MaxIdlePerAddr || s.n.kept() > b.limits.MaxPerAddr
 		},
 		func(*site) bool {
-			return int(b.n[idle]) > b.limits.MaxIdle || openOf(&b.n)-int(b.n[closing]) > b.limitLocked()
+			return int(b.n[idle]) > b.limits.MaxIdle || b.n.kept() > b.limitLocked()
 		},
 	}
 	all := b.recency.all()
 	for _, surplus := range tooMany {
 		for _, c := range all {
 			if c.phase == idle && surplus(c.site) {
-				b.takeLocked(c)
-				b.moveLocked(c, closing)
-				todo.close(c, ClosedSurplus, nil)
+				b.evictLocked(c, ClosedSurplus, nil, todo)
 			}
 		}
 	}

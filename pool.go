@@ -103,7 +103,11 @@ func (p *Pool) newSite(addr Addr) *site {
 // tally counts connections by phase.
 type tally [numPhases]int32
 
-func openOf(n *tally) int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
+// open counts those that hold a slot.
+func (n *tally) open() int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
+
+// kept counts those of them that are not being given up.
+func (n *tally) kept() int { return int(n[dialing] + n[idle] + n[borrowed]) }
 
 // New makes a pool. It starts no goroutine and opens nothing. The error names
 // both fields of a combination that makes no sense, and is fs.ErrInvalid.

@@ -84,7 +84,7 @@ func (p *Pool) hush(a *attempt, answers int) {
 // another address that has not answered either.
 func (b *books) shareLocked(todo *agenda) (shared bool) {
 	need := b.nextLocked()
-	if b.whenFull == Overflow && openOf(&b.n) >= b.limitLocked() {
+	if b.whenFull == Overflow && b.roomLocked() <= 0 {
 		if len(b.ready) == 0 {
 			return false // DialContext may not exceed MaxOpen: a dial less is no help
 		}

@@ -55,14 +55,14 @@ func (b *books) spareLocked(s *site) int {
 	if s.backingOff() {
 		want = min(want, 1)
 	}
-	return max(0, min(want, b.limits.MaxDialingPerAddr-int(s.n[dialing]), b.limits.MaxPerAddr-openOf(&s.n)))
+	return max(0, min(want, b.limits.MaxDialingPerAddr-int(s.n[dialing]), b.roomAtLocked(s)))
 }
 
 // openSparesLocked starts what nobody waits for. It is the last part of
 // admitLocked, which comes to it when no waiter wants a slot.
 func (b *books) openSparesLocked(todo *agenda) {
 	for b.short.Len() > 0 && !b.closed {
-		if openOf(&b.n) >= b.limitLocked() || int(b.n[dialing]) >= b.limits.MaxDialing {
+		if b.roomLocked() <= 0 || int(b.n[dialing]) >= b.limits.MaxDialing {
 			return
 		}
 		s := b.short.Front().Value.(*site)

@@ -92,7 +92,7 @@ func (p *Pool) shortInconsistency() error {
 		}
 		reserve = reserve || s.warming() == nil
 	}
-	if p.short.Len() == 0 || p.closed || p.want > 0 || openOf(&p.n) >= p.limitLocked() || int(p.n[dialing]) >= p.limits.MaxDialing {
+	if p.short.Len() == 0 || p.closed || p.want > 0 || p.n.open() >= p.limitLocked() || int(p.n[dialing]) >= p.limits.MaxDialing {
 		return nil
 	}
 	if p.short.Front().Value.(*site).warming() != nil || p.spareableLocked() {

@@ -172,9 +172,7 @@ func (b *books) sightLocked(met []*conn, now clock.Instant) (found sightings) {
 			idleFor = 0
 		}
 		if reason := b.aged(c, idleFor, now); reason != ClosedUnknown {
-			b.takeLocked(c)
-			b.moveLocked(c, closing)
-			found.todo.close(c, reason, nil)
+			b.evictLocked(c, reason, nil, &found.todo)
 		} else {
 			found.seen = append(found.seen, sighting{c, c.generation()})
 		}

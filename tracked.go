@@ -253,7 +253,7 @@ func (b *books) stalledLocked() *site {
 	}
 	for _, s := range b.readyOwn {
 		w := s.queue.bare
-		if w.stalled && openOf(&b.n)-b.limitLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
+		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
 			oldest = s
 		}
 	}

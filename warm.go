@@ -207,7 +207,7 @@ func (b *books) warmFailedLocked(s *site, err error) *Error {
 	e := b.failedLocked(s.addr, StageWait, err, 0)
 	switch {
 	case b.closed || e.LimitName != "":
-	case openOf(&b.n) >= b.limitLocked():
+	case b.roomLocked() <= 0:
 		e.LimitName, e.Limit = "MaxOpen", b.limitLocked()
 	case int(b.n[idle]) >= b.limits.MaxIdle:
 		e.LimitName, e.Limit = "MaxIdle", b.limits.MaxIdle
@@ -235,7 +235,7 @@ func (s *site) live() int { return s.here() + int(s.n[dialing]) }
 // fullForSpareLocked reports whether a limit leaves no room for a connection to
 // s, unless something is closed for it.
 func (b *books) fullForSpareLocked(s *site) bool {
-	return openOf(&b.n)-int(b.n[closing]) >= b.limitLocked() || openOf(&s.n)-int(s.n[closing]) >= b.limits.MaxPerAddr
+	return b.n.kept() >= b.limitLocked() || s.n.kept() >= b.limits.MaxPerAddr
 }
 
 // warming is the oldest Warm of s for which another dial may start.

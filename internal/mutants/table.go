@@ -652,7 +652,7 @@ var mutants = []mutant{
 	// --- what nobody waits for ---
 	{
 		name:  "spares-respect-no-limit",
-		old:   `if openOf(&b.n) >= b.limitLocked() || int(b.n[dialing]) >= b.limits.MaxDialing {`,
+		old:   `if b.roomLocked() <= 0 || int(b.n[dialing]) >= b.limits.MaxDialing {`,
 		new:   `if int(b.n[dialing]) >= b.limits.MaxDialing {`,
 		tests: `TestAReserveEvictsNobody|TestWarmEvictsNobody`,
 	},
@@ -792,13 +792,13 @@ var mutants = []mutant{
 	// --- limits ---
 	{
 		name:  "max-open",
-		old:   `if openOf(&b.n) >= b.limitLocked() {`,
+		old:   `if b.roomLocked() <= 0 {`,
 		new:   `if false {`,
 		tests: `TestAFullPoolMakesRoomByItself`,
 	},
 	{
 		name:  "max-per-addr",
-		old:   `want = int32(min(int(want), b.limits.MaxPerAddr-openOf(&s.n)))`,
+		old:   `want = int32(min(int(want), b.roomAtLocked(s)))`,
 		new:   `_ = want`,
 		tests: `TestFewConnectionsServeMany`,
 	},
@@ -1318,13 +1318,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-of-dials-waits",
-		old:   `w.stalled && openOf(&b.n)-b.limitLocked() < int(s.reserve)`,
-		new:   `openOf(&b.n)-b.limitLocked() < int(s.reserve)`,
+		old:   `w.stalled && -b.roomLocked() < int(s.reserve)`,
+		new:   `-b.roomLocked() < int(s.reserve)`,
 		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
 	},
 	{
 		name:  "reserve-of-dials-is-bounded",
-		old:   `w.stalled && openOf(&b.n)-b.limitLocked() < int(s.reserve)`,
+		old:   `w.stalled && -b.roomLocked() < int(s.reserve)`,
 		new:   `w.stalled && s.reserve > 0`,
 		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
 	},
