@@ -3,7 +3,6 @@ package connpool
 import (
 	"container/list"
 	"context"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -119,9 +118,10 @@ func (b *books) roomLocked() int { return b.limitLocked() - b.n.open() }
 // roomAtLocked is the same for the connections to s, and MaxPerAddr.
 func (b *books) roomAtLocked(s *site) int { return b.limits.MaxPerAddr - s.n.open() }
 
-// fullLocked names the limit that forbids a dial to s; "" if none does. What is
-// being closed, or could be evicted, is room; those who are ahead in the queue
-// of s, and in all queues, will take it.
+// fullLocked names the limit that forbids a dial to s; "" if none does. Connections
+// that are being closed, and idle ones that could be evicted, count as free.
+// aheadHere and ahead are the waiters that will take that room first: in the queue
+// of s, and in all queues.
 func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
 	case s.n.kept()+aheadHere >= b.limits.MaxPerAddr:
@@ -293,24 +293,8 @@ const (
 	justBorn             // its dial ended
 )
 
-// park is what an owner does who has no more use for a connection: it goes to
-// the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
-// It reports whether the connection was kept.
-func (p *Pool) park(c *conn, u use) bool {
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	now := p.clock.Now()
-	var todo agenda
-	p.mu.Lock()
-	kept := p.parkLocked(c, u, now, &todo)
-	at := sighting{c, c.generation()}
-	p.mu.Unlock()
-	todo.run(p)
-	p.hearAgain(at)
-	return kept
-}
-
+// parkLocked is the part of park that concerns the books. It reports whether the
+// connection was kept.
 func (b *books) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool {
 	s := c.site
 	if u != untouched {
@@ -421,139 +405,6 @@ func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 	return ClosedUnknown
 }
 
-// discard closes a connection that its owner gives up, and frees the slot. The
-// channel is closed when the socket is; it is nil if that has happened already.
-func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
-	p.judge(c, reason, err)
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	first, own := c.seal()
-	if !own {
-		p.removed(c, Quarantined, errStolen)
-		c.wake()
-		return nil
-	}
-	if c.closesAtOnce(reason) {
-		if first {
-			c.closeAbruptly()
-		} else {
-			c.awaitStrike()
-		}
-		p.removed(c, reason, err)
-		return nil
-	}
-	p.mu.Lock()
-	p.countLoanLocked(c)
-	if c.phase != closing {
-		p.moveLocked(c, closing)
-	}
-	p.mu.Unlock()
-	done := make(chan struct{})
-	var once sync.Once
-	free := func() {
-		once.Do(func() {
-			p.removed(c, reason, err)
-			close(done)
-		})
-	}
-	var at atomic.Value // what runs
-	at.Store("Close")
-	var ended atomic.Bool
-	late := time.AfterFunc(closeTimeout, func() {
-		if ended.Load() {
-			return // closesSlowly wound it up at the last moment
-		}
-		p.abandoned(at.Load().(string), c.site.addr)
-		go c.closeBelow()
-		free()
-	})
-	slow := time.AfterFunc(closePatience, func() {
-		if p.closesSlowly(c) && reason == ClosedEvicted && late.Stop() {
-			late.Reset(evictionPatience)
-		}
-	})
-	go func() {
-		defer func() { // also after a runtime.Goexit
-			ended.Store(true)
-			late.Stop()
-			slow.Stop()
-			free()
-		}()
-		c.closeFully(reason, first, &at)
-	}()
-	return done
-}
-
-// closesSlowly books that the slot of c, which is being closed, cannot be counted on:
-// if something idle can make room, waiters need not wait for it. It reports whether
-// somebody waits for a slot.
-func (p *Pool) closesSlowly(c *conn) (wanted bool) {
-	var todo agenda
-	e := c.extra()
-	p.mu.Lock()
-	if c.phase == closing {
-		e.slow = true
-		p.slow++
-		wanted = p.want > 0
-		p.admitLocked(&todo)
-	}
-	p.mu.Unlock()
-	todo.run(p)
-	return wanted
-}
-
-// removed is the one place where a slot becomes free: the socket of c is closed,
-// or is no longer the pool's (Quarantined; ClosedUnknown for one that was
-// detached).
-func (p *Pool) removed(c *conn, reason CloseReason, err error) {
-	var todo agenda
-	var lost error
-	if c.uses == 0 && !reason.innocent() {
-		lost = unborn(reason, err)
-	}
-	age := p.clock.Now().Sub(c.born)
-	p.mu.Lock()
-	s := c.site
-	p.countLoanLocked(c)
-	p.moveLocked(c, none)
-	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
-		delete(p.byFD, c.probe.fd())
-		p.unwatchLocked(c, &todo)
-	}
-	if e := c.more.Load(); e != nil && e.slow {
-		e.slow = false
-		p.slow--
-	}
-	p.freedLocked()
-	if p.recency.remove(c) && c.unprobed() {
-		p.counts.Unprobed--
-	}
-	if reason != ClosedUnknown {
-		p.closedBy[reason]++
-	}
-	if s.special != nil {
-		p.reserveLostLocked(c, reason, lost, age)
-	}
-	p.giveUpLocked(s)
-	p.refreshLocked(s)
-	p.admitLocked(&todo)
-	p.forgetLocked(s)
-	p.leftLocked()
-	p.mu.Unlock()
-	c.endLife(reason)
-	todo.run(p)
-	if reason == ClosedUnknown {
-		return
-	}
-	if t := c.trace(); t != nil && t.Closed != nil {
-		p.observe("Trace.Closed", func() {
-			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
-		})
-	}
-	p.logClosed(c, reason, err)
-}
-
 // agenda is what a critical section decided and its caller does after the
 // unlock. The connections in it are the caller's.
 type agenda struct {
@@ -605,45 +456,4 @@ func (a *agenda) reasonOf(c *conn) CloseReason {
 		}
 	}
 	return ClosedUnknown
-}
-
-// run is inlined: on the agenda of most loans there is nothing.
-func (a *agenda) run(p *Pool) {
-	if a.dials != nil || a.closes != nil || a.cancels != nil || a.timers != nil {
-		a.runAll(p)
-	}
-}
-
-func (p *Pool) startTimer(t timerOrder) {
-	switch {
-	case t.pause != nil:
-		p.startPause(t.site, t.pause, t.after)
-	case t.doubt != nil:
-		time.AfterFunc(t.after, func() { p.doubtDials(t.site, t.doubt) })
-	default:
-		p.startSweeper(t.after)
-	}
-}
-
-func (a *agenda) runAll(p *Pool) {
-	for _, d := range a.dials {
-		go p.dial(d)
-	}
-	for _, t := range a.timers {
-		p.startTimer(t)
-	}
-	for _, cancel := range a.cancels {
-		cancel()
-	}
-	defer func() {
-		if len(a.closes) > 0 { // a Trace function called runtime.Goexit
-			rest := agenda{closes: a.closes}
-			go rest.run(p)
-		}
-	}()
-	for len(a.closes) > 0 {
-		o := a.closes[0]
-		a.closes = a.closes[1:]
-		p.discard(o.c, o.reason, o.err)
-	}
 }

@@ -578,20 +578,3 @@ func (p *Pool) evictFor(ctx context.Context, patience time.Duration) (Addr, bool
 	}
 	return c.site.addr, true
 }
-
-// detached books that a borrower took c away.
-func (p *Pool) detached(c *conn) {
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	p.mu.Lock()
-	p.counts.Detached++
-	watcher := p.watcher
-	p.mu.Unlock()
-	watcher.Remove(c.probe.raw)
-	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}
-	p.removed(c, ClosedUnknown, nil)
-	if t != nil && t.Detached != nil {
-		p.observe("Trace.Detached", func() { t.Detached(info) })
-	}
-}

@@ -238,85 +238,103 @@ func (p *Pool) rescue(c *conn, owner *bool) {
 	}
 }
 
+// request is a borrow under way.
+type request struct {
+	ctx   context.Context
+	addr  Addr
+	hash  uint64        // of addr
+	known bool          // addr is canonical
+	start clock.Instant // of the wait; a borrow that need not wait has none
+	seq   uint64        // this borrower's place in the queue, once it has one
+}
+
+// claim is what a borrower got in its critical section: a connection, of which the
+// borrower is the owner now; or a place in the queue; or an error, still to be
+// classified. It is none of these if the pool is closed, and if the address is not
+// known and has to be checked first.
+type claim struct {
+	c       *conn
+	s       *site
+	w       *waiter
+	waiting int // in the queue of s, w included
+	refused *Error
+	closed  bool
+}
+
+// claim is the critical section of a borrow: looking for an idle connection, for
+// room, and queueing are one, or a waiter could sit beside an idle connection
+// (invariant 4). todo has the connection that was found unfit in the last round. Its
+// slot must not be free before the borrower has its place in the queue again, or a
+// younger borrower would get the slot.
+func (p *Pool) claim(r *request, now clock.Instant, todo *agenda) claim {
+	p.mu.Lock()
+	for _, o := range todo.closes {
+		p.moveLocked(o.c, closing)
+	}
+	s := p.sites.get(r.hash, &r.addr)
+	if s == nil && r.known && !p.closed {
+		s = p.newSite(r.addr)
+		p.addSiteLocked(s, todo)
+	}
+	got := p.claimLocked(s, r, now, todo)
+	p.mu.Unlock()
+	return got
+}
+
 // borrow makes the caller the owner of a connection that may be lent.
 func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
 	var (
-		start clock.Instant // of the wait; a borrow that need not wait has none
-		seq   uint64        // this borrower's place in the queue, once it has one
-		known bool          // addr is canonical
-
 		unload agenda // the connection found unfit in the last round
 		hollow int    // connections that were opened in vain, see lived.go
 	)
 	if ctx.Err() != nil {
 		return nil, 0, p.tooLate(ctx, addr)
 	}
-	hash := p.sites.hash(&addr)
+	r := request{ctx: ctx, addr: addr, hash: p.sites.hash(&addr)}
 	for {
 		now := p.clock.Now()
 		if t != nil {
 			now = p.clock.Exactly()
 		}
-		p.mu.Lock()
 		todo := unload
 		unload = agenda{}
-		for _, o := range todo.closes {
-			p.moveLocked(o.c, closing)
-		}
-		if p.closed {
-			p.mu.Unlock()
+		got := p.claim(&r, now, &todo)
+		c, dead := got.c, false
+		switch {
+		case c != nil:
 			todo.run(p)
-			return nil, 0, p.failed(addr, StageWait, ErrClosed, start)
-		}
-		// The keys are canonical, so an addr that is found needs no checking.
-		s := p.sites.get(hash, &addr)
-		if s == nil {
-			if !known {
-				p.mu.Unlock()
-				var err error
-				if addr, err = p.resolve(addr); err != nil {
-					return nil, 0, usage(addr, err)
-				}
-				known, hash = true, p.sites.hash(&addr)
-				continue
-			}
-			s = p.newSite(addr)
-			p.addSiteLocked(s, &todo)
-		}
-		c, dead := s.topLocked(), false
-		if c != nil {
-			p.takeLocked(c)
-			c.lendAtLocked(now)
-			if p.limits.MinSpare > 0 {
-				p.takenLocked(c, now)
-				p.refreshLocked(s)
-				p.admitLocked(&todo)
-			} else {
-				c.fromReserveLocked(false)
-			}
-			p.mu.Unlock()
-			todo.run(p)
-		} else {
-			w, err := p.enqueueLocked(ctx, s, seq, &start, t, &todo) // unlocks
-			if err != nil {
-				return nil, 0, err
-			}
-			seq = w.seq
-			c, err = p.await(ctx, s, w)
+		case got.w != nil:
+			r.seq = got.w.seq
+			p.announce(got, t, &todo)
+			var err error
+			c, err = p.await(ctx, got.s, got.w)
 			if t != nil {
-				waited = p.clock.Exactly().Sub(start)
+				waited = p.clock.Exactly().Sub(r.start)
 			}
 			if err != nil {
-				stage := StageWait
-				if de, ok := err.(*dialError); ok {
-					stage, err = de.stage, de.err
-				}
-				return nil, 0, p.failed(addr, stage, err, start)
+				stage, err := stageAndCause(err)
+				return nil, 0, p.failed(r.addr, stage, err, r.start)
 			}
-			dead = w.fresh || c.uses == 0 && c.word.Load()&hungUp != 0
-			if w.fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() { // Setup may have taken its time
+			fresh := got.w.fresh
+			dead = fresh || c.uses == 0 && c.word.Load()&hungUp != 0
+			if fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() { // Setup may have taken its time
 				return c, waited, nil
 			}
+		case got.refused != nil:
+			todo.run(p)
+			return nil, 0, got.refused.classify()
+		case got.closed:
+			todo.run(p)
+			return nil, 0, p.failed(r.addr, StageWait, ErrClosed, r.start)
+		default:
+			// Keys are canonical, so an addr that is found needs no checking. This one
+			// was not found, so nothing of it is in the books, and todo is empty.
+			canonical, err := p.resolve(r.addr)
+			if err != nil {
+				return nil, 0, usage(canonical, err)
+			}
+			r.addr, r.known, r.hash = canonical, true, p.sites.hash(&canonical)
+			continue
 		}
 		reason, err := p.unfit(ctx, c)
 		if reason == ClosedUnknown {
@@ -336,23 +354,21 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			p.push(c)
 			switch {
 			case ctx.Err() != nil:
-				return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+				return nil, 0, p.failed(r.addr, StageWait, causeOf(ctx), r.start)
 			case vain != nil:
-				return nil, 0, p.failed(addr, StageDial, vain, start)
+				return nil, 0, p.failed(r.addr, StageDial, vain, r.start)
 			}
 			continue
 		}
 		if p.isDone(ctx, c, reason, err) || isPanic(err) {
 			p.discard(c, reason, err)
 			passOn(err)
-			return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+			return nil, 0, p.failed(r.addr, StageWait, causeOf(ctx), r.start)
 		}
 		if vain != nil {
 			p.discard(c, reason, err)
-			return nil, 0, p.failed(addr, StageDial, vain, start)
+			return nil, 0, p.failed(r.addr, StageDial, vain, r.start)
 		}
-		// Its slot must not be free before this borrower has its place in
-		// the queue again, or a younger one would get it.
 		unload.close(c, reason, err)
 	}
 }
@@ -371,145 +387,20 @@ func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err erro
 	return done
 }
 
-// enqueueLocked puts a borrower into the queue of s and starts what may start,
-// or refuses it. It unlocks mu.
-func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *clock.Instant, t *Trace, todo *agenda) (*waiter, error) {
-	again := seq != 0
-	now := p.clock.Exactly()
-	if *start == 0 {
-		*start = now
-	}
-	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
-		// Nothing will be given back, and one borrower is there already to
-		// probe the address.
-		err := p.failedAtLocked(s, StageBackoff, s.lastErr(), *start)
-		p.mu.Unlock()
-		todo.run(p)
-		return nil, err.classify()
-	}
-	if !again {
-		p.lastSeq++
-		seq = p.lastSeq
-	}
-	w := &waiter{seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1), stalled: p.cfg.WhenFull == Fail}
-	s.queueLocked().push(w)
-	p.refreshLocked(s)
-	p.admitLocked(todo)
-	var refused *Error
-	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
-		here := s.queue.len - s.queue.dials // without a dial, w included
-		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-int(s.want)+here-1) != ""
-		crowded := here > p.limits.MaxWaiters
-		if full || crowded {
-			s.queue.remove(w)
-			p.refreshLocked(s)
-			err := p.failedAtLocked(s, StageWait, ErrExhausted, *start)
-			if !full {
-				err.Limit, err.LimitName = p.limits.MaxWaiters, "MaxWaiters"
-			}
-			refused = err
-			p.forgetLocked(s)
-			p.counts.Exhausted++
-		}
-	}
-	waiting := s.queue.len
-	if refused == nil && !again {
-		p.counts.Waits++
-	}
-	p.mu.Unlock()
-	if refused != nil {
-		todo.run(p)
-		return nil, refused.classify()
-	}
-	here := false
+// announce runs the agenda of a borrower that was queued, and tells Trace.Wait. If
+// either ends the borrower's goroutine, the borrower leaves the queue.
+func (p *Pool) announce(q claim, t *Trace, todo *agenda) {
+	told := false
 	defer func() {
-		if !here { // a Trace function called runtime.Goexit
-			p.leave(s, w)
+		if !told { // a Trace function called runtime.Goexit
+			p.leave(q.s, q.w)
 		}
 	}()
 	todo.run(p)
 	if t != nil && t.Wait != nil {
-		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: s.addr, Waiting: waiting}) })
+		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: q.s.addr, Waiting: q.waiting}) })
 	}
-	here = true
-	return w, nil
-}
-
-// settle is the end of a loan that ended by return: the verdict, and the give-back.
-func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *bool) error {
-	word := c.end()
-	if word&gone != 0 {
-		*owner = false
-		return unkeep(err)
-	}
-	reason, why := c.verdict(ctx, word, err)
-	if reason == ClosedUnknown && c.leftovers(word) {
-		reason, why = ClosedDirty, c.held().clean("the borrower")
-	}
-	p.putBack(ctx, c, reason, why, owner)
-	if *owner {
-		*owner = false
-		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
-		if p.giveBack(c) && t != nil && t.PutConn != nil {
-			info := PutInfo{Addr: s.addr, ID: id, Held: p.clock.Exactly().Sub(lentAt)}
-			p.named("Trace.PutConn", func() { t.PutConn(info) })
-		}
-	}
-	return unkeep(err)
-}
-
-// verdict says why a connection may not be used again after a loan that left
-// word and err behind, ClosedUnknown if it may.
-func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason, error) {
-	forgiven := err != nil && isKept(err)
-	switch {
-	case word&stolen != 0:
-		return Quarantined, errStolen
-	case word&cut != 0 || ctx.Err() != nil:
-		return ClosedCanceled, causeOf(ctx)
-	case err != nil && !forgiven:
-		return ClosedFnError, err
-	case word&inFlight != 0:
-		return ClosedInFlight, nil
-	case word&broken != 0:
-		return ClosedBroken, c.failure()
-	case word&halfClosed != 0:
-		return ClosedHalfClosed, nil
-	case word&timedOut != 0 && !forgiven:
-		return ClosedTimeout, c.failure()
-	}
-	return ClosedUnknown, nil
-}
-
-// putBack puts a connection in order for the next borrower, if it is not to be
-// closed for reason. If it is, or cannot be put in order, the caller is no
-// longer its owner.
-func (p *Pool) putBack(ctx context.Context, c *conn, reason CloseReason, why error, owner *bool) {
-	own := false // why is of Reset, which ran for this borrower
-	if reason == ClosedUnknown {
-		reason, why = c.condemned()
-	}
-	if reason == ClosedUnknown && c.word.Load()&hungUp != 0 {
-		if reason, why = c.ask(); p.pushes(reason) {
-			reason = ClosedUnknown
-			c.extra().unread = true
-		}
-	}
-	if reason == ClosedUnknown && p.cfg.Reset != nil {
-		if c.probe.isStolen() {
-			reason, why = Quarantined, errStolen
-		} else if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
-			reason, own = ClosedResetFailed, true
-		}
-	}
-	if reason == ClosedUnknown {
-		return
-	}
-	*owner = false
-	p.discard(c, reason, why)
-	if own {
-		passOn(why)
-	}
+	told = true
 }
 
 // ctxError is the end of a ctx for which somebody gave a cause.

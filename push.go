@@ -156,33 +156,6 @@ func (p *Pool) push(c *conn) {
 	}()
 }
 
-// giveBack is park for a loan that ended in good order: what it left to read goes
-// to Push.
-func (p *Pool) giveBack(c *conn) bool {
-	if p.cfg.Push == nil {
-		return p.park(c, used)
-	}
-	switch unread, err := c.unread(); {
-	case err != nil:
-		p.discard(c, ClosedDirty, err)
-		return false
-	case !unread:
-		return p.park(c, used)
-	}
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	now := p.clock.Now()
-	p.mu.Lock()
-	p.countLoanLocked(c)
-	c.since, c.idleFor = now, 0
-	c.forget()
-	p.recency.touch(c)
-	p.mu.Unlock()
-	p.push(c)
-	return true
-}
-
 // pushAll calls Push as long as there is something for it, and says why c has to
 // be closed then, ClosedUnknown if it has not.
 func (p *Pool) pushAll(c *conn) (CloseReason, error) {

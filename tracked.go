@@ -77,6 +77,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
 	s.reserve = uint8(max(0, min(reserve, math.MaxUint8)))
+	t := p.trace(ctx) // a method of ctx, which is foreign: not under the lock
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -91,19 +92,19 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		p.reserves++
 		defer p.noReserve()
 	}
-	w, err := p.enqueueLocked(ctx, s, 0, &start, p.trace(ctx), &todo) // unlocks
-	if err != nil {
-		return nil, err
+	got := p.enqueueLocked(s, &request{ctx: ctx, start: start}, &todo)
+	p.mu.Unlock()
+	if got.refused != nil {
+		todo.run(p)
+		return nil, got.refused.classify()
 	}
+	p.announce(got, t, &todo)
 	if s.reserve > 0 {
-		defer time.AfterFunc(ownPatience, func() { p.stalled(w) }).Stop()
+		defer time.AfterFunc(ownPatience, func() { p.stalled(got.w) }).Stop()
 	}
-	c, err := p.await(ctx, s, w)
+	c, err := p.await(ctx, s, got.w)
 	if err != nil {
-		stage := StageWait
-		if de, ok := err.(*dialError); ok {
-			stage, err = de.stage, de.err
-		}
+		stage, err := stageAndCause(err)
 		p.mu.Lock()
 		failed := p.failedAtLocked(s, stage, err, start)
 		p.mu.Unlock()

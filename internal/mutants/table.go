@@ -18,8 +18,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "identity-after-setup",
-		old:   `if w.fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() {`,
-		new:   `if w.fresh {`,
+		old:   `if fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() {`,
+		new:   `if fresh {`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
@@ -510,8 +510,8 @@ var mutants = []mutant{
 	// --- which address ---
 	{
 		name:  "canonical-key",
-		old:   `if addr, err = p.resolve(addr); err != nil {`,
-		new:   `if _, err = p.resolve(addr); err != nil {`,
+		old:   `r.addr, r.known, r.hash = canonical, true, p.sites.hash(&canonical)`,
+		new:   `r.known = true`,
 		tests: `TestEqualAddressesMeetOnOneConnection|TestHostsAreFolded`,
 	},
 	{
@@ -946,8 +946,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "dead-on-arrival-keeps-the-place",
-		old:   "if !again {\n\t\tp.lastSeq++",
-		new:   "if true {\n\t\tp.lastSeq++",
+		old:   "if !again {\n\t\tb.lastSeq++",
+		new:   "if true {\n\t\tb.lastSeq++",
 		tests: `TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly`,
 	},
 	{
@@ -1199,7 +1199,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-mark-ends",
-		old:   "} else {\n\t\t\t\tc.fromReserveLocked(false)\n\t\t\t}",
+		old:   "} else {\n\t\tc.fromReserveLocked(false)\n\t}",
 		new:   "}",
 		tests: `TestAConnectionIsNoReserveAnyMoreWhenThereIsNone`,
 	},
