@@ -38,7 +38,7 @@ const (
 //
 // Nothing of one loan is visible in the next: end clears the deadlines, stops
 // the watch on ctx and revokes the handles; what cannot be cleared (unread
-// bytes, operations in flight, a socket that failed) makes settle discard it.
+// bytes, operations in flight, a socket that failed) makes checkout.finish discard it.
 type conn struct {
 	site *site         // for life
 	word atomic.Uint64 // see below

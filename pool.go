@@ -192,50 +192,22 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 			return err
 		}
 	}
-	t := p.trace(ctx)
-	if t != nil && t.GetConn != nil {
-		p.named("Trace.GetConn", func() { t.GetConn(addr) })
-	}
-	c, waited, err := p.borrow(ctx, addr, t)
-	if err != nil {
+	k := checkout{p: p, trace: p.trace(ctx)}
+	k.get(addr)
+	if err := k.borrow(ctx, addr); err != nil {
 		return err
 	}
-	owner := true // until the connection is closed, given back or gone
-	defer p.rescue(c, &owner)
-	c.uses++
-	c.uncounted = true
-	c.observedBy(t)
+	defer k.rescue()
 	if p.holds != nil {
-		p.hold(c, 1)
+		k.hold(1)
 	}
-	loan := c.begin(ctx, 0)
-	if t != nil && t.GotConn != nil {
-		info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
-		p.named("Trace.GotConn", func() { t.GotConn(info) })
-	}
-	err = fn(loan)
+	loan := k.start(ctx)
+	k.got()
+	err := fn(loan)
 	if err == nil {
-		c.content()
+		k.c.content()
 	}
-	return p.settle(ctx, c, err, t, &owner)
-}
-
-// rescue is deferred by an owner that runs foreign code: fn, or what settle
-// calls. If that did not return, the connection is closed; a panic goes on.
-func (p *Pool) rescue(c *conn, owner *bool) {
-	if !*owner {
-		return
-	}
-	reason, v := ClosedGoexit, recover()
-	if v != nil {
-		reason = ClosedPanic
-	}
-	if c.abort() {
-		p.discard(c, reason, nil)
-	}
-	if v != nil {
-		panic(v)
-	}
+	return k.finish(ctx, err)
 }
 
 // request is a borrow under way.

@@ -1,7 +1,6 @@
 package connpool
 
 import (
-	"context"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -11,8 +10,7 @@ import (
 // of a connection, with no lock held but for the time in which the books are
 // changed:
 //
-//	settle    a loan has ended: verdict, Config.Reset, then giveBack or discard
-//	giveBack  the loan ended in good order: to Push if something is left to read, else park
+//	giveBack  a loan ended in good order: to Push if something is left to read, else park
 //	park      to the oldest waiter, onto the idle stack, or out
 //	discard   closed; the slot is free when the socket is closed (removed)
 //	detached  the borrower took the connection away
@@ -20,83 +18,6 @@ import (
 // What the books decide (parkLocked, unwantedLocked) is in books.go. What they write
 // to the agenda is done here (run): dials and timers start, dials that are broken
 // off hear of it, connections are closed.
-
-// settle is the end of a loan that ended by return: the verdict, and the give-back.
-func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *bool) error {
-	word := c.end()
-	if word&gone != 0 {
-		*owner = false
-		return unkeep(err)
-	}
-	reason, why := c.verdict(ctx, word, err)
-	if reason == ClosedUnknown && c.leftovers(word) {
-		reason, why = ClosedDirty, c.held().clean("the borrower")
-	}
-	p.putBack(ctx, c, reason, why, owner)
-	if *owner {
-		*owner = false
-		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
-		if p.giveBack(c) && t != nil && t.PutConn != nil {
-			info := PutInfo{Addr: s.addr, ID: id, Held: p.clock.Exactly().Sub(lentAt)}
-			p.named("Trace.PutConn", func() { t.PutConn(info) })
-		}
-	}
-	return unkeep(err)
-}
-
-// verdict says why a connection may not be used again after a loan that left
-// word and err behind, ClosedUnknown if it may.
-func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason, error) {
-	forgiven := err != nil && isKept(err)
-	switch {
-	case word&stolen != 0:
-		return Quarantined, errStolen
-	case word&cut != 0 || ctx.Err() != nil:
-		return ClosedCanceled, causeOf(ctx)
-	case err != nil && !forgiven:
-		return ClosedFnError, err
-	case word&inFlight != 0:
-		return ClosedInFlight, nil
-	case word&broken != 0:
-		return ClosedBroken, c.failure()
-	case word&halfClosed != 0:
-		return ClosedHalfClosed, nil
-	case word&timedOut != 0 && !forgiven:
-		return ClosedTimeout, c.failure()
-	}
-	return ClosedUnknown, nil
-}
-
-// putBack puts a connection in order for the next borrower, if it is not to be
-// closed for reason. If it is, or cannot be put in order, the caller is no
-// longer its owner.
-func (p *Pool) putBack(ctx context.Context, c *conn, reason CloseReason, why error, owner *bool) {
-	own := false // why is of Reset, which ran for this borrower
-	if reason == ClosedUnknown {
-		reason, why = c.condemned()
-	}
-	if reason == ClosedUnknown && c.word.Load()&hungUp != 0 {
-		if reason, why = c.ask(); p.pushes(reason) {
-			reason = ClosedUnknown
-			c.extra().unread = true
-		}
-	}
-	if reason == ClosedUnknown && p.cfg.Reset != nil {
-		if c.probe.isStolen() {
-			reason, why = Quarantined, errStolen
-		} else if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
-			reason, own = ClosedResetFailed, true
-		}
-	}
-	if reason == ClosedUnknown {
-		return
-	}
-	*owner = false
-	p.discard(c, reason, why)
-	if own {
-		passOn(why)
-	}
-}
 
 // giveBack is park for a loan that ended in good order: what it left to read goes
 // to Push.

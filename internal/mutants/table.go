@@ -265,8 +265,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "panic-discards",
-		old:   `p.discard(c, reason, nil)`,
-		new:   `_, _ = reason, p.park(c, used)`,
+		old:   `k.close(reason, nil)`,
+		new:   `_, _ = reason, k.p.park(k.c, used)`,
 		tests: `TestEveryWayOfLeavingFnGivesTheConnectionBack|TestVerdictOfEachEnd|TestPanicWhileBuilding`,
 	},
 	{
@@ -898,14 +898,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lease-found",
-		old:   `l.cleanup = runtime.AddCleanup(l, forgotten, c)`,
+		old:   `l.cleanup = runtime.AddCleanup(l, forgotten, k.c)`,
 		new:   "",
 		tests: `TestAForgottenLeaseIsTakenBack/^tcp$`,
 	},
 	{
 		name:  "lease-over-cannot-leak",
-		old:   "l.cleanup.Stop()\n\towner := true",
-		new:   `owner := true`,
+		old:   "l.cleanup.Stop()\n\tk := l.checkout()",
+		new:   `k := l.checkout()`,
 		tests: `TestWhoeverIsBlockedInALeaseHasNotForgottenIt`,
 	},
 	{
@@ -964,14 +964,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-lost",
-		old:   "\n\tif reason == ClosedUnknown {\n\t\treturn nil\n\t}\n\t*owner",
-		new:   "\n\tif true {\n\t\treturn nil\n\t}\n\t*owner",
+		old:   "\n\tif reason == ClosedUnknown {\n\t\treturn nil\n\t}\n\tk.close",
+		new:   "\n\tif true {\n\t\treturn nil\n\t}\n\tk.close",
 		tests: `TestALostConnectionIsToldOnce`,
 	},
 	{
 		name:  "session-spoiled-discards",
-		old:   "case st.spoiled != ClosedUnknown:\n\t\treason",
-		new:   "case false:\n\t\treason",
+		old:   `reason, why = st.spoiled, st.why`,
+		new:   `_, _ = st.spoiled, st.why`,
 		tests: `TestAnInnerUseThatFailsCostsTheConnectionAtTheOutersEnd`,
 	},
 	{
