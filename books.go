@@ -3,6 +3,7 @@ package connpool
 import (
 	"container/list"
 	"context"
+	"fmt"
 	"sync/atomic"
 	"time"
 
@@ -54,6 +55,7 @@ type books struct {
 	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
 	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
 	reserves  int                // calls under way of what DialReserve returned
+	undrawn   string             // the last change of phase that must not be; "": there was none
 	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
 }
 
@@ -64,6 +66,7 @@ type rules struct {
 	maxUses       int
 	idleTimeout   time.Duration
 	checkInterval time.Duration
+	debug         bool
 
 	clock   *clock.Clock
 	handles *atomic.Int64 // what the process's handle limit leaves, see lookAtHandles
@@ -71,7 +74,7 @@ type rules struct {
 
 func rulesOf(cfg *Config, k *clock.Clock, handles *atomic.Int64) rules {
 	return rules{
-		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, checkInterval: cfg.CheckInterval,
+		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, checkInterval: cfg.CheckInterval, debug: cfg.Debug,
 		clock: k, handles: handles,
 	}
 }
@@ -244,6 +247,9 @@ func (b *books) startDialLocked(s *site, a *attempt, todo *agenda) {
 // moveLocked is the only place where a connection changes its phase.
 func (b *books) moveLocked(c *conn, to phase) {
 	s, from := c.site, c.phase
+	if moves[from]&(1<<to) == 0 {
+		b.wrongMoveLocked(c, to)
+	}
 	b.n[from]--
 	s.n[from]--
 	c.phase = to
@@ -254,6 +260,15 @@ func (b *books) moveLocked(c *conn, to phase) {
 	}
 	if from == none {
 		b.counts.PeakOpen = max(b.counts.PeakOpen, b.n.open())
+	}
+}
+
+// wrongMoveLocked is told of a change of phase that must not be. It is a bug in the
+// pool: in debug mode it panics, else the pool goes on, and tests find it in undrawn.
+func (b *books) wrongMoveLocked(c *conn, to phase) {
+	b.undrawn = fmt.Sprintf("connpool: a connection to %v went from %v to %v", c.site.addr, c.phase, to)
+	if b.debug {
+		panic(b.undrawn)
 	}
 }
 

@@ -40,6 +40,9 @@ func (p *Pool) inconsistency() error {
 	for _, n := range looked {
 		all += n
 	}
+	if p.undrawn != "" {
+		return fmt.Errorf("2: %s", p.undrawn)
+	}
 	if p.looked != all {
 		return fmt.Errorf("the pool counts %d that are being looked at, there are %d", p.looked, all)
 	}

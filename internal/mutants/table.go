@@ -1421,6 +1421,24 @@ var mutants = []mutant{
 		new:   "if !failure.noHandle",
 		tests: `TestTheCountersBalance`,
 	},
+	{
+		name:  "a-pause-that-ended-begins",
+		old:   `if s.trouble != nil && s.trouble.pause == running {`,
+		new:   `if s.trouble != nil && s.trouble.pause != nil {`,
+		tests: `TestAPauseThatWasEndedIsNotStarted`,
+	},
+	{
+		name:  "the-end-of-another-pause",
+		old:   `if t == nil || t.pause != over {`,
+		new:   `if t == nil || t.pause == nil {`,
+		tests: `TestAPauseThatWasEndedIsNotStarted`,
+	},
+	{
+		name:  "moves-that-are-not-drawn",
+		old:   `if moves[from]&(1<<to) == 0 {`,
+		new:   `if false {`,
+		tests: `TestAMoveThatIsNotDrawnIsNoticed`,
+	},
 	// --- foreign code ---
 	{
 		name:  "refused-deadline-closes",
