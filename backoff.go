@@ -35,13 +35,21 @@ type trouble struct {
 	since    uint64        // connections with a greater ID were dialled after the first of them
 	failedAt clock.Instant // the last of them
 	lastErr  error         // its error
-	retry    *time.Timer   // running while the next probe is not due
-	paused   int           // failures when retry was started
+	pause    *pause        // running while the next probe is not due
+	paused   int           // failures when it began
+}
+
+// pause is one pause before the probe of an address that is backing off. It runs
+// as long as it is that of its site's trouble. Each pause is an object of its own,
+// so a timer that fires late, or that is about to be started, finds out whether
+// the pause it belongs to is still the one that runs.
+type pause struct {
+	timer *time.Timer // ends it; nil until the agenda that began it has run
 }
 
 func (s *site) failing() bool    { return s.trouble != nil && s.trouble.failures > 0 }
 func (s *site) backingOff() bool { return s.trouble != nil && s.trouble.failures >= backoffAfter }
-func (s *site) retrying() bool   { return s.trouble != nil && s.trouble.retry != nil }
+func (s *site) retrying() bool   { return s.trouble != nil && s.trouble.pause != nil }
 func (s *site) lastErr() error {
 	if s.trouble == nil {
 		return nil
@@ -51,7 +59,7 @@ func (s *site) lastErr() error {
 
 // failureLocked books a failure that speaks against s: of the connection with
 // this ID, or of a dial that ended after that connection's.
-func (p *Pool) failureLocked(s *site, why error, now clock.Instant, id uint64, hollow bool) {
+func (b *books) failureLocked(s *site, why error, now clock.Instant, id uint64, hollow bool) {
 	if s.trouble == nil {
 		s.trouble = new(trouble)
 	}
@@ -66,22 +74,36 @@ func (p *Pool) failureLocked(s *site, why error, now clock.Instant, id uint64, h
 }
 
 // pauseLocked begins the pause before the next dial, if s is backing off.
-func (p *Pool) pauseLocked(s *site) {
+func (b *books) pauseLocked(s *site, todo *agenda) {
 	if !s.backingOff() {
 		return
 	}
-	p.giveUpLocked(s)
-	if s.trouble.retry != nil || p.closed {
+	b.giveUpLocked(s)
+	if s.trouble.pause != nil || b.closed {
 		return
 	}
-	pause := s.trouble.pause()
-	pause -= rand.N(pause / 2)
-	s.trouble.paused = s.trouble.failures
-	s.trouble.retry = time.AfterFunc(pause, func() { p.retry(s) })
+	after := s.trouble.patience()
+	b.beginPauseLocked(s, after-rand.N(after/2), todo)
 }
 
-// pause is how long the pause lasts before the random part is taken away.
-func (t *trouble) pause() time.Duration {
+func (b *books) beginPauseLocked(s *site, after time.Duration, todo *agenda) {
+	s.trouble.pause = new(pause)
+	s.trouble.paused = s.trouble.failures
+	todo.retry(s, s.trouble.pause, after)
+}
+
+// startPause starts the timer of a pause that an agenda has brought, unless the
+// pause has been ended meanwhile.
+func (p *Pool) startPause(s *site, running *pause, after time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s.trouble != nil && s.trouble.pause == running {
+		running.timer = time.AfterFunc(after, func() { p.retry(s, running) })
+	}
+}
+
+// patience is how long the pause lasts before the random part is taken away.
+func (t *trouble) patience() time.Duration {
 	longest := backoffMax
 	if t.accepts {
 		longest = hollowMax
@@ -92,52 +114,61 @@ func (t *trouble) pause() time.Duration {
 // reachedLocked books that a dial to s has ended well. That is the end of all
 // trouble, unless connections have been hollow: then one has to live first, and
 // the next dial keeps its pause.
-func (p *Pool) reachedLocked(s *site) {
+func (b *books) reachedLocked(s *site, todo *agenda) {
 	if s.trouble != nil && s.trouble.hollow {
-		p.pauseLocked(s)
+		b.pauseLocked(s, todo)
 		return
 	}
-	p.stopRetryLocked(s)
+	b.stopRetryLocked(s)
 	s.trouble = nil
 }
 
 // giveUpLocked ends the wait of borrowers that have nothing to wait for: their
 // address is backing off, and none of its connections is in use.
-func (p *Pool) giveUpLocked(s *site) {
+func (b *books) giveUpLocked(s *site) {
 	if !s.backingOff() || s.n[borrowed] > 0 {
 		return
 	}
 	for s.queue.len > max(1, s.queue.dials) {
 		w := s.queue.tail
-		p.waitedLocked(w, true)
+		b.waitedLocked(w, true)
 		s.queue.remove(w)
 		w.serve(nil, false, &dialError{stage: StageBackoff, err: s.lastErr()})
 	}
 }
 
-// retry lets the probe of an address that is backing off go ahead.
-func (p *Pool) retry(s *site) {
+// retry is the end of a pause: the probe of an address that is backing off goes ahead.
+func (p *Pool) retry(s *site, over *pause) {
 	var todo agenda
 	p.mu.Lock()
-	if t := s.trouble; t != nil && t.retry != nil {
-		t.retry = nil
-		// The pause began with the third connection that was hollow. If the
-		// rest of a burst was, too, it has to be longer.
-		now := p.clock.Exactly()
-		if rest := min(2*backoffMax, t.pause()) - now.Sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !p.closed {
-			t.paused = t.failures
-			t.retry = time.AfterFunc(rest, func() { p.retry(s) })
-		}
-	}
+	p.pauseOverLocked(s, over, &todo)
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
 	p.mu.Unlock()
 	todo.run(p)
 }
 
-func (p *Pool) stopRetryLocked(s *site) {
-	if s.retrying() {
-		s.trouble.retry.Stop()
-		s.trouble.retry = nil
+// pauseOverLocked ends a pause, unless it was ended before its timer fired.
+func (b *books) pauseOverLocked(s *site, over *pause, todo *agenda) {
+	t := s.trouble
+	if t == nil || t.pause != over {
+		return
 	}
+	t.pause = nil
+	// The pause began with the third connection that was hollow. If the
+	// rest of a burst was, too, it has to be longer.
+	now := b.clock.Exactly()
+	if rest := min(2*backoffMax, t.patience()) - now.Sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !b.closed {
+		b.beginPauseLocked(s, rest, todo)
+	}
+}
+
+func (b *books) stopRetryLocked(s *site) {
+	if !s.retrying() {
+		return
+	}
+	if timer := s.trouble.pause.timer; timer != nil {
+		timer.Stop()
+	}
+	s.trouble.pause = nil
 }

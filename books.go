@@ -1,52 +1,135 @@
 package connpool
 
 import (
+	"container/list"
 	"context"
-	"sync"
+	"fmt"
 	"sync/atomic"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// The books: every function that changes them, and the agenda in which a
-// critical section writes what its caller does after the unlock.
+// books is the state that Pool.mu guards: who has which connection, who waits, and
+// what is free. The books decide; they never act. A method changes the state and
+// writes what has to be done to an agenda, which the caller runs after the unlock.
+//
+// The books have no reference to a Pool, so no method of theirs can dial, close,
+// log, or call a hook; floor_test.go holds this for all that a method calls. A
+// method may read and write what lies in memory: the sites, the connections (their
+// phase, their place in the lists, their state word), the waiters, the attempts.
+//
+// The methods keep the suffix Locked, which says that the caller holds Pool.mu.
+// Pool embeds the books, so a call in a flow reads p.refreshLocked(s), and the
+// suffix is all that tells such a call from one of a method of the pool's own,
+// many of which take the lock.
+type books struct {
+	rules // what never changes
 
-func (p *Pool) newSiteLocked(addr Addr) *site {
-	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1}
-	p.sites.add(s)
-	p.armSweepLocked()
-	return s
+	limits Limits // in force: resolved, as SetLimits or New has set them
+	given  Limits // the same as the caller gave them, for Pool.Limits
+
+	closed    bool
+	sites     siteTable
+	recency   recency
+	byFD      map[uintptr]*conn  // by descriptor, from the dial to the removal
+	n         tally              // connections by phase
+	ready     siteHeap           // sites with want > 0, but for those of DialContext
+	readyOwn  siteHeap           // those of DialContext, which may not exceed MaxOpen under any policy
+	want      int                // dials that could start if there was room: the sum of site.want
+	eager     int                // ... and for which idle connections make room: the sum of site.eager
+	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
+	displaced int                // dials that were broken off for others and have not ended
+	overtook  int                // hand-overs to a younger waiter since a slot was last given away
+	lastSeq   uint64             // of waiters
+	lastID    uint64             // of connections
+	counts    Stats              // but for the gauges that are made from n
+	closedBy  [numCloseReasons]uint64
+	pressure  pressure           // on file handles, as of the last dial that told
+	pressedAt clock.Instant      // when that was
+	starving  int                // dials that wait for a handle
+	freed     chan struct{}      // closed and renewed when something may have freed one
+	swept     bool               // a sweep is due, or under way
+	slow      int                // closes that take longer than closePatience
+	looked    int                // idle connections of addresses with a reserve that are being looked at
+	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
+	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
+	reserves  int                // calls under way of what DialReserve returned
+	undrawn   string             // the last change of phase that must not be; "": there was none
+	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
+}
+
+// rules are what the books go by and what never changes: fields of Config, and two
+// things that need no lock of the pool's, because each guards itself.
+type rules struct {
+	whenFull      FullPolicy
+	maxUses       int
+	idleTimeout   time.Duration
+	checkInterval time.Duration
+	debug         bool
+
+	clock   *clock.Clock
+	handles *atomic.Int64 // what the process's handle limit leaves, see lookAtHandles
+}
+
+func rulesOf(cfg *Config, k *clock.Clock, handles *atomic.Int64) rules {
+	return rules{
+		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, checkInterval: cfg.CheckInterval, debug: cfg.Debug,
+		clock: k, handles: handles,
+	}
+}
+
+// begin makes the books of a pool, in which there is nothing.
+func (b *books) begin(r rules, given, resolved Limits) {
+	b.rules, b.given, b.limits = r, given, resolved
+	b.sites = newSiteTable()
+	b.byFD = make(map[uintptr]*conn)
+	b.left, b.freed = make(chan struct{}), make(chan struct{})
+	b.recency.init()
+}
+
+// addSiteLocked begins the books of an address.
+func (b *books) addSiteLocked(s *site, todo *agenda) {
+	b.sites.add(s)
+	b.armSweepLocked(todo)
 }
 
 // forgetLocked drops the books of s if they say nothing.
-func (p *Pool) forgetLocked(s *site) {
-	if openOf(&s.n) > 0 || s.queue.len > 0 || s.failing() || s.special.keeps() {
+func (b *books) forgetLocked(s *site) {
+	if s.n.open() > 0 || s.queue.len > 0 || s.failing() || s.special.keeps() {
 		return
 	}
 	if s.tracked() {
-		delete(p.tracked, s)
+		delete(b.tracked, s)
 		return
 	}
-	p.sites.remove(s)
+	b.sites.remove(s)
 }
 
 // limitLocked is MaxOpen in force, math.MaxInt if there is none.
-func (p *Pool) limitLocked() int {
-	if p.cfg.MaxOpen > 0 {
-		return p.cfg.MaxOpen
+func (b *books) limitLocked() int {
+	if b.limits.MaxOpen > 0 {
+		return b.limits.MaxOpen
 	}
-	return int(p.handles.Load())
+	return int(b.handles.Load())
 }
 
-// fullLocked names the limit that forbids a dial to s; "" if none does. What is
-// being closed, or could be evicted, is room; those who are ahead in the queue
-// of s, and in all queues, will take it.
-func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
+// roomLocked is how many connections may still be opened, in all; less than 0 while
+// more are open than MaxOpen allows.
+func (b *books) roomLocked() int { return b.limitLocked() - b.n.open() }
+
+// roomAtLocked is the same for the connections to s, and MaxPerAddr.
+func (b *books) roomAtLocked(s *site) int { return b.limits.MaxPerAddr - s.n.open() }
+
+// fullLocked names the limit that forbids a dial to s; "" if none does. Connections
+// that are being closed, and idle ones that could be evicted, count as free.
+// aheadHere and ahead are the waiters that will take that room first: in the queue
+// of s, and in all queues.
+func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
-	case openOf(&s.n)-int(s.n[closing])+aheadHere >= p.cfg.MaxPerAddr:
+	case s.n.kept()+aheadHere >= b.limits.MaxPerAddr:
 		return "MaxPerAddr"
-	case openOf(&p.n)-int(p.n[closing]+p.n[idle])+ahead >= p.limitLocked():
+	case b.n.kept()-int(b.n[idle])+ahead >= b.limitLocked():
 		return "MaxOpen"
 	}
 	return ""
@@ -54,7 +137,7 @@ func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
 
 // refreshLocked brings the pool's view of what s wants up to date. It follows
 // every change to the queue, the phases or the back-off of s.
-func (p *Pool) refreshLocked(s *site) {
+func (b *books) refreshLocked(s *site) {
 	want := int32(s.queue.len - s.queue.dials)
 	switch {
 	case want <= 0:
@@ -65,137 +148,155 @@ func (p *Pool) refreshLocked(s *site) {
 		if s.backingOff() {
 			want = 1
 		}
-		want = int32(min(int(want), p.cfg.MaxDialingPerAddr-int(s.n[dialing])))
-		if p.cfg.WhenFull != Overflow {
-			want = int32(min(int(want), p.cfg.MaxPerAddr-openOf(&s.n)))
+		want = int32(min(int(want), b.limits.MaxDialingPerAddr-int(s.n[dialing])))
+		if b.whenFull != Overflow {
+			want = int32(min(int(want), b.roomAtLocked(s)))
 		}
 		want = max(want, 0)
 	}
-	p.eager -= s.eager()
-	p.want += int(want - s.want)
+	b.eager -= s.eager()
+	b.want += int(want - s.want)
 	s.want = want
-	p.rankLocked(s)
-	p.eager += s.eager()
-	p.counts.Waiting += s.queue.len - int(s.waiting)
+	b.rankLocked(s)
+	b.eager += s.eager()
+	b.counts.Waiting += s.queue.len - int(s.waiting)
 	s.waiting = int32(s.queue.len)
-	p.readyOf(s).set(s, want > 0)
+	b.readyOf(s).set(s, want > 0)
 	if s.special != nil {
-		p.refreshSpareLocked(s)
+		b.refreshSpareLocked(s)
 	}
 }
 
 // readyOf is the heap that s belongs in.
-func (p *Pool) readyOf(s *site) *siteHeap {
+func (b *books) readyOf(s *site) *siteHeap {
 	if s.tracked() {
-		return &p.readyOwn
+		return &b.readyOwn
 	}
-	return &p.ready
+	return &b.ready
 }
 
 // nextLocked is the site that gets the next slot: the first of both heaps. There is
 // one.
-func (p *Pool) nextLocked() *site {
-	if len(p.readyOwn) == 0 || len(p.ready) > 0 && p.ready[0].before(p.readyOwn[0]) {
-		return p.ready[0]
+func (b *books) nextLocked() *site {
+	if len(b.readyOwn) == 0 || len(b.ready) > 0 && b.ready[0].before(b.readyOwn[0]) {
+		return b.ready[0]
 	}
-	return p.readyOwn[0]
+	return b.readyOwn[0]
 }
 
 // admitLocked gives away what is free: it starts dials for the waiters that
 // have none, oldest first, and evicts idle connections as long as that is what
 // they lack. What nobody waits for comes last.
-func (p *Pool) admitLocked(todo *agenda) {
-	for p.want > 0 && !p.closed {
-		room := p.cfg.MaxDialing - int(p.n[dialing])
+func (b *books) admitLocked(todo *agenda) {
+	for b.want > 0 && !b.closed {
+		room := b.limits.MaxDialing - int(b.n[dialing])
 		if room <= 0 {
-			p.shareLocked(todo)
+			b.shareLocked(todo)
 			return
 		}
-		s := p.nextLocked()
-		if openOf(&p.n) >= p.limitLocked() {
-			want := p.want
-			if p.eager > 0 {
-				want = p.eager
+		s := b.nextLocked()
+		if b.roomLocked() <= 0 {
+			want := b.want
+			if b.eager > 0 {
+				want = b.eager
 			}
-			if int(p.n[closing])-p.slow+p.displaced >= min(want, room) {
+			if int(b.n[closing])-b.slow+b.displaced >= min(want, room) {
 				return // enough is on its way
 			}
 			// Under Overflow the pool's own dials need no slot, and what one
 			// of them gave up the next would take again.
-			if p.cfg.WhenFull != Overflow && p.shareLocked(todo) {
+			if b.whenFull != Overflow && b.shareLocked(todo) {
 				continue
 			}
-			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil && p.eager > 0 {
-				p.takeLocked(v)
-				p.moveLocked(v, closing)
-				todo.close(v, ClosedEvicted, nil)
+			if v := b.recency.oldestIdle(int(b.n[idle])); v != nil && b.eager > 0 {
+				b.evictLocked(v, ClosedEvicted, nil, todo)
 				continue
 			}
-			switch own := p.stalledLocked(); {
+			switch own := b.stalledLocked(); {
 			case own != nil:
 				s = own
-			case p.cfg.WhenFull == Overflow && p.cfg.MaxOpen > 0 && len(p.ready) > 0:
-				s = p.ready[0]
+			case b.whenFull == Overflow && b.limits.MaxOpen > 0 && len(b.ready) > 0:
+				s = b.ready[0]
 			default:
 				return
 			}
 		}
-		p.overtook = 0
-		p.startDialLocked(s, &attempt{ctx: s.queue.bare.ctx, waiter: s.queue.bare}, todo)
+		b.overtook = 0
+		b.startDialLocked(s, &attempt{ctx: s.queue.bare.ctx, waiter: s.queue.bare}, todo)
 	}
-	if p.short.Len() > 0 {
-		p.openSparesLocked(todo)
+	if b.short.Len() > 0 {
+		b.openSparesLocked(todo)
 	}
 }
 
 // startDialLocked starts a dial, for the oldest waiter of s that has none.
-func (p *Pool) startDialLocked(s *site, a *attempt, todo *agenda) {
+func (b *books) startDialLocked(s *site, a *attempt, todo *agenda) {
 	a.c, a.older = &conn{site: s, epoch: s.epoch}, s.dial
 	if s.dial != nil {
 		s.dial.newer = a
 	}
 	s.dial = a
 	todo.dials = append(todo.dials, a)
-	p.moveLocked(a.c, dialing)
+	b.moveLocked(a.c, dialing)
 	s.queueLocked().dialStarted()
 	s.dials++
-	p.counts.Dials++
-	p.refreshLocked(s)
+	b.counts.Dials++
+	b.refreshLocked(s)
 }
 
 // moveLocked is the only place where a connection changes its phase.
-func (p *Pool) moveLocked(c *conn, to phase) {
+func (b *books) moveLocked(c *conn, to phase) {
 	s, from := c.site, c.phase
-	p.n[from]--
+	if moves[from]&(1<<to) == 0 {
+		b.wrongMoveLocked(c, to)
+	}
+	b.n[from]--
 	s.n[from]--
 	c.phase = to
-	p.n[to]++
+	b.n[to]++
 	s.n[to]++
 	if (to == closing || to == none) && c.linked() {
 		c.unlink() // it was looked at
 	}
 	if from == none {
-		p.counts.PeakOpen = max(p.counts.PeakOpen, openOf(&p.n))
+		b.counts.PeakOpen = max(b.counts.PeakOpen, b.n.open())
+	}
+}
+
+// wrongMoveLocked is told of a change of phase that must not be. It is a bug in the
+// pool: in debug mode it panics, else the pool goes on, and tests find it in undrawn.
+func (b *books) wrongMoveLocked(c *conn, to phase) {
+	b.undrawn = fmt.Sprintf("connpool: a connection to %v went from %v to %v", c.site.addr, c.phase, to)
+	if b.debug {
+		panic(b.undrawn)
 	}
 }
 
 // countLoanLocked counts the loan of c that has just ended, if one has.
-func (p *Pool) countLoanLocked(c *conn) {
+func (b *books) countLoanLocked(c *conn) {
 	if !c.uncounted {
 		return
 	}
 	c.uncounted = false
-	p.counts.Loans++
+	b.counts.Loans++
 	c.site.loans++
 	if c.uses > 1 {
-		p.counts.Reused++
+		b.counts.Reused++
 	}
 }
 
 // takeLocked makes the caller the owner of an idle connection.
-func (p *Pool) takeLocked(c *conn) {
+func (b *books) takeLocked(c *conn) {
 	c.unlink()
-	p.moveLocked(c, borrowed)
+	b.moveLocked(c, borrowed)
+}
+
+// evictLocked closes an idle connection: nobody owns it, so from now on the agenda
+// does.
+func (b *books) evictLocked(c *conn, reason CloseReason, err error, todo *agenda) {
+	c.unlink()
+	b.moveLocked(c, closing)
+	todo.close(c, reason, err)
 }
 
 // use says what lies behind a connection that is parked.
@@ -207,25 +308,9 @@ const (
 	justBorn             // its dial ended
 )
 
-// park is what an owner does who has no more use for a connection: it goes to
-// the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
-// It reports whether the connection was kept.
-func (p *Pool) park(c *conn, u use) bool {
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	now := p.clock.Now()
-	var todo agenda
-	p.mu.Lock()
-	kept := p.parkLocked(c, u, now, &todo)
-	at := sighting{c, c.generation()}
-	p.mu.Unlock()
-	todo.run(p)
-	p.hearAgain(at)
-	return kept
-}
-
-func (p *Pool) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool {
+// parkLocked is the part of park that concerns the books. It reports whether the
+// connection was kept.
+func (b *books) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool {
 	s := c.site
 	if u != untouched {
 		// Its clock was read before the lock: it may be a moment behind
@@ -236,25 +321,25 @@ func (p *Pool) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool 
 		c.since, c.idleFor = now, 0
 	} else {
 		c.since -= clock.Instant(c.idleFor)
-		c.lookedAtLocked(false)
+		b.lookedAtLocked(c, false)
 	}
-	p.countLoanLocked(c)
-	reserve := u == untouched && p.reservedLocked(s, 1, now)
-	if p.cfg.MinSpare > 0 {
+	b.countLoanLocked(c)
+	reserve := u == untouched && b.reservedLocked(s, 1, now)
+	if b.limits.MinSpare > 0 {
 		if u == used || s.queue.head != nil {
-			p.lentLocked(s, now)
+			b.lentLocked(s, now)
 		}
 	}
-	news := u == used && c.word.Load()&lived != lived && p.livedLocked(c, true)
-	if reason := p.unwantedLocked(c, u, now); reason != ClosedUnknown {
-		p.moveLocked(c, closing)
+	news := u == used && c.word.Load()&lived != lived && b.livedLocked(c, true)
+	if reason := b.unwantedLocked(c, u, now); reason != ClosedUnknown {
+		b.moveLocked(c, closing)
 		todo.close(c, reason, nil)
-		p.admitLocked(todo)
+		b.admitLocked(todo)
 		return false
 	}
 	c.forget()
 	if u == used {
-		p.recency.touch(c)
+		b.recency.touch(c)
 	}
 	if s.queue.head != nil {
 		if c.linked() {
@@ -262,38 +347,38 @@ func (p *Pool) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool 
 		}
 		c.lendAtLocked(now)
 		c.fromReserveLocked(reserve)
-		p.deliverLocked(s, c, u == justBorn, nil)
+		b.deliverLocked(s, c, u == justBorn, nil)
 		if s.surplus() > 0 {
-			p.doubtDialsLocked(s)
+			b.doubtDialsLocked(s, todo)
 		}
-		p.refreshLocked(s)
-		if news || p.short.Len() > 0 {
-			p.admitLocked(todo)
+		b.refreshLocked(s)
+		if news || b.short.Len() > 0 {
+			b.admitLocked(todo)
 		}
 		return true
 	}
-	p.recency.back(c)
-	p.moveLocked(c, idle)
+	b.recency.back(c)
+	b.moveLocked(c, idle)
 	if !c.linked() {
 		c.link(u == untouched)
 	}
 	if s.special != nil {
-		p.refreshLocked(s)
+		b.refreshLocked(s)
 	}
-	p.freedLocked() // a dial that lacks a handle may evict it
-	p.armSweepLocked()
-	if p.want > 0 || p.short.Len() > 0 {
-		p.admitLocked(todo)
+	b.freedLocked() // a dial that lacks a handle may evict it
+	b.armSweepLocked(todo)
+	if b.want > 0 || b.short.Len() > 0 {
+		b.admitLocked(todo)
 	}
 	return true
 }
 
 // unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
-func (p *Pool) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
-	s, limit := c.site, p.limitLocked()
+func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
+	s, limit := c.site, b.limitLocked()
 	marked, _ := c.condemned()
 	switch {
-	case p.closed:
+	case b.closed:
 		return ClosedWithPool
 	case marked != ClosedUnknown:
 		return marked
@@ -305,20 +390,20 @@ func (p *Pool) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 		return ClosedUnknown
 	case s.tracked() && s.queue.head == nil:
 		return ClosedCanceled // who dialled has gone, and it is good for nobody else
-	case c.uses >= p.cfg.MaxUses:
+	case c.uses >= b.maxUses:
 		return ClosedMaxUses
-	case c.life > 0 && p.clock.Age(c.born, now) >= c.life:
+	case c.life > 0 && b.clock.Age(c.born, now) >= c.life:
 		return ClosedLifetime
-	case openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr, openOf(&p.n)-int(p.n[closing]) > limit:
+	case s.n.kept() > b.limits.MaxPerAddr, b.n.kept() > limit:
 		return ClosedSurplus
-	case p.cfg.MaxIdle == 0 && c.uses > 0, p.cfg.MaxIdlePerAddr == 0 && c.uses > 0:
+	case b.limits.MaxIdle == 0 && c.uses > 0, b.limits.MaxIdlePerAddr == 0 && c.uses > 0:
 		return ClosedSurplus
 	}
 	if s.queue.head == nil {
-		if int(p.n[idle]) >= p.cfg.MaxIdle || int(s.n[idle]) >= p.cfg.MaxIdlePerAddr {
+		if int(b.n[idle]) >= b.limits.MaxIdle || int(s.n[idle]) >= b.limits.MaxIdlePerAddr {
 			return ClosedSurplus
 		}
-		if p.pressure >= handlesLow {
+		if b.pressure >= handlesLow {
 			return ClosedLowHandles
 		}
 		return ClosedUnknown
@@ -326,146 +411,13 @@ func (p *Pool) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 	// A busy address could keep its connections for ever while older
 	// waiters of other addresses need the slot. They are overtaken at most
 	// as often as there are slots.
-	if p.eager > 0 && openOf(&p.n) >= limit && p.nextLocked().queue.bare.seq < s.queue.head.seq {
-		if p.overtook++; p.overtook > limit {
-			p.overtook = 0
+	if b.eager > 0 && b.n.open() >= limit && b.nextLocked().queue.bare.seq < s.queue.head.seq {
+		if b.overtook++; b.overtook > limit {
+			b.overtook = 0
 			return ClosedEvicted
 		}
 	}
 	return ClosedUnknown
-}
-
-// discard closes a connection that its owner gives up, and frees the slot. The
-// channel is closed when the socket is; it is nil if that has happened already.
-func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
-	p.judge(c, reason, err)
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	first, own := c.seal()
-	if !own {
-		p.removed(c, Quarantined, errStolen)
-		c.wake()
-		return nil
-	}
-	if c.closesAtOnce(reason) {
-		if first {
-			c.closeAbruptly()
-		} else {
-			c.awaitStrike()
-		}
-		p.removed(c, reason, err)
-		return nil
-	}
-	p.mu.Lock()
-	p.countLoanLocked(c)
-	if c.phase != closing {
-		p.moveLocked(c, closing)
-	}
-	p.mu.Unlock()
-	done := make(chan struct{})
-	var once sync.Once
-	free := func() {
-		once.Do(func() {
-			p.removed(c, reason, err)
-			close(done)
-		})
-	}
-	var at atomic.Value // what runs
-	at.Store("Close")
-	var ended atomic.Bool
-	late := time.AfterFunc(closeTimeout, func() {
-		if ended.Load() {
-			return // closesSlowly wound it up at the last moment
-		}
-		p.abandoned(at.Load().(string), c.site.addr)
-		go c.closeBelow()
-		free()
-	})
-	slow := time.AfterFunc(closePatience, func() {
-		if p.closesSlowly(c) && reason == ClosedEvicted && late.Stop() {
-			late.Reset(evictionPatience)
-		}
-	})
-	go func() {
-		defer func() { // also after a runtime.Goexit
-			ended.Store(true)
-			late.Stop()
-			slow.Stop()
-			free()
-		}()
-		c.closeFully(reason, first, &at)
-	}()
-	return done
-}
-
-// closesSlowly books that the slot of c, which is being closed, cannot be counted on:
-// if something idle can make room, waiters need not wait for it. It reports whether
-// somebody waits for a slot.
-func (p *Pool) closesSlowly(c *conn) (wanted bool) {
-	var todo agenda
-	e := c.extra()
-	p.mu.Lock()
-	if c.phase == closing {
-		e.slow = true
-		p.slow++
-		wanted = p.want > 0
-		p.admitLocked(&todo)
-	}
-	p.mu.Unlock()
-	todo.run(p)
-	return wanted
-}
-
-// removed is the one place where a slot becomes free: the socket of c is closed,
-// or is no longer the pool's (Quarantined; ClosedUnknown for one that was
-// detached).
-func (p *Pool) removed(c *conn, reason CloseReason, err error) {
-	var todo agenda
-	var lost error
-	if c.uses == 0 && !reason.innocent() {
-		lost = unborn(reason, err)
-	}
-	age := p.clock.Now().Sub(c.born)
-	p.mu.Lock()
-	s := c.site
-	p.countLoanLocked(c)
-	p.moveLocked(c, none)
-	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
-		delete(p.byFD, c.probe.fd())
-		p.unwatchLocked(c)
-	}
-	if e := c.more.Load(); e != nil && e.slow {
-		e.slow = false
-		p.slow--
-	}
-	p.freedLocked()
-	if p.recency.remove(c) && c.unprobed() {
-		p.counts.Unprobed--
-	}
-	if reason != ClosedUnknown {
-		p.closedBy[reason]++
-	}
-	if s.special != nil {
-		p.reserveLostLocked(c, reason, lost, age)
-	}
-	p.giveUpLocked(s)
-	p.refreshLocked(s)
-	p.admitLocked(&todo)
-	p.forgetLocked(s)
-	p.leftLocked()
-	p.mu.Unlock()
-	c.endLife(reason)
-	todo.run(p)
-	if reason == ClosedUnknown {
-		return
-	}
-	if t := c.trace(); t != nil && t.Closed != nil {
-		p.observe("Trace.Closed", func() {
-			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
-		})
-	}
-	p.logClosed(c, reason, err)
 }
 
 // agenda is what a critical section decided and its caller does after the
@@ -474,6 +426,31 @@ type agenda struct {
 	dials   []*attempt
 	closes  []closeOrder
 	cancels []context.CancelFunc // of dials that are broken off
+	timers  []timerOrder
+}
+
+// timerOrder is a timer to be started, for one of three things.
+//
+// Between the unlock and the start the books may change their mind, so whoever
+// starts a timer looks again, under the lock: the pause of an address may have
+// ended (startPause), and the pool may be closed (startSweeper).
+type timerOrder struct {
+	after time.Duration
+	pause *pause // to end it
+	doubt *queue // to look at its surplus; of site
+	site  *site  // whose pause or queue it is; nil: the next sweep
+}
+
+func (a *agenda) retry(s *site, t *pause, after time.Duration) {
+	a.timers = append(a.timers, timerOrder{after: after, pause: t, site: s})
+}
+
+func (a *agenda) doubt(s *site) {
+	a.timers = append(a.timers, timerOrder{after: surplusPatience, doubt: s.queue, site: s})
+}
+
+func (a *agenda) sweep(after time.Duration) {
+	a.timers = append(a.timers, timerOrder{after: after})
 }
 
 type closeOrder struct {
@@ -494,31 +471,4 @@ func (a *agenda) reasonOf(c *conn) CloseReason {
 		}
 	}
 	return ClosedUnknown
-}
-
-// run is inlined: on the agenda of most loans there is nothing.
-func (a *agenda) run(p *Pool) {
-	if a.dials != nil || a.closes != nil || a.cancels != nil {
-		a.runAll(p)
-	}
-}
-
-func (a *agenda) runAll(p *Pool) {
-	for _, d := range a.dials {
-		go p.dial(d)
-	}
-	for _, cancel := range a.cancels {
-		cancel()
-	}
-	defer func() {
-		if len(a.closes) > 0 { // a Trace function called runtime.Goexit
-			rest := agenda{closes: a.closes}
-			go rest.run(p)
-		}
-	}()
-	for len(a.closes) > 0 {
-		o := a.closes[0]
-		a.closes = a.closes[1:]
-		p.discard(o.c, o.reason, o.err)
-	}
 }

@@ -57,11 +57,9 @@ func (p *Pool) CloseIdle() {
 	todo.run(p)
 }
 
-func (p *Pool) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
+func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
 	for c := s.topLocked(); c != nil; c = s.topLocked() {
-		p.takeLocked(c)
-		p.moveLocked(c, closing)
-		todo.close(c, reason, nil)
+		b.evictLocked(c, reason, nil, todo)
 	}
 }
 
@@ -99,7 +97,7 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 		return usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
 	p.shut()
-	if p.awaitLeft(ctx, func() bool { return openOf(&p.n) == 0 && !p.sweeping && p.lookers == 0 }) {
+	if p.awaitLeft(ctx, func() bool { return p.n.open() == 0 && !p.sweeping && p.lookers == 0 }) {
 		return nil
 	}
 	return &cutShort{causeOf(ctx), p.stillOut()}
@@ -134,22 +132,22 @@ func (p *Pool) shut() bool {
 	return true
 }
 
-func (p *Pool) shutSiteLocked(s *site, todo *agenda) {
-	p.dropIdleLocked(s, ClosedWithPool, todo)
-	p.stopRetryLocked(s)
+func (b *books) shutSiteLocked(s *site, todo *agenda) {
+	b.dropIdleLocked(s, ClosedWithPool, todo)
+	b.stopRetryLocked(s)
 	s.trouble = nil
 	for s.queue.head != nil {
-		p.deliverLocked(s, nil, false, ErrClosed)
+		b.deliverLocked(s, nil, false, ErrClosed)
 	}
-	p.refreshLocked(s)
-	p.forgetLocked(s)
+	b.refreshLocked(s)
+	b.forgetLocked(s)
 }
 
 // leftLocked wakes who waits in awaitLeft.
-func (p *Pool) leftLocked() {
-	if p.closed {
-		close(p.left)
-		p.left = make(chan struct{})
+func (b *books) leftLocked() {
+	if b.closed {
+		close(b.left)
+		b.left = make(chan struct{})
 	}
 }
 

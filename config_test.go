@@ -134,7 +134,7 @@ func TestNewCopiesTheConfig(t *testing.T) {
 		cfg.MaxPerAddr = 2
 		n.use(at("a"))
 		require.Equal(t, []string{"a"}, n.p.cfg.TLS.NextProtos)
-		require.Equal(t, 1, n.p.cfg.MaxPerAddr)
+		require.Equal(t, 1, n.p.limits.MaxPerAddr)
 	})
 	var invalid error = &addrError{"Host", "is empty"}
 	require.True(t, errors.Is(invalid, fs.ErrInvalid))

@@ -16,29 +16,49 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// phase is where a connection is in its life. Only Pool.moveLocked changes it.
+// phase is where a connection is in its life. Only books.moveLocked changes it, and
+// only as drawn here and in moves; a test compares the two:
 //
-//	none -> dialing -> borrowed <-> idle -> closing -> none
-//	           |           |                  ^
-//	           +-> idle    +--> closing ------+
-//	           +-> none (failed)   borrowed -> none (detached)
+//	none     -> dialing   a dial starts
+//	dialing  -> borrowed  the dial has worked; parkLocked takes the connection on from here
+//	dialing  -> none      the dial failed before there was a socket to close
+//	dialing  -> closing   Setup failed
+//	borrowed -> idle      given back, or looked at and fit
+//	borrowed -> closing   not to be lent again
+//	borrowed -> none      closed in no time, detached, or quarantined
+//	idle     -> borrowed  lent, or looked at
+//	idle     -> closing   evicted, expired, or found dead
+//	closing  -> none      the socket is closed, and the slot free
 type phase uint8
 
 const (
 	none     phase = iota
 	dialing        // owned by its dial
 	idle           // owned by nobody, on the stack of its site
-	borrowed       // owned by a borrower, or by a sweep that looks at it
+	borrowed       // owned by a borrower, by Push, by a sweep that looks at it, or by the dial that has just ended
 	closing        // owned by whoever closes it
 	numPhases
 )
+
+// moves has for each phase the set of those that may follow.
+var moves = [numPhases]uint8{
+	none:     1 << dialing,
+	dialing:  1<<borrowed | 1<<none | 1<<closing,
+	idle:     1<<borrowed | 1<<closing,
+	borrowed: 1<<idle | 1<<closing | 1<<none,
+	closing:  1 << none,
+}
+
+func (ph phase) String() string {
+	return [numPhases]string{"none", "dialing", "idle", "borrowed", "closing"}[ph]
+}
 
 // conn is a connection of the pool's. There may be a hundred thousand of them,
 // so what only a loan under a ctx needs is in a lending, and times are instants.
 //
 // Nothing of one loan is visible in the next: end clears the deadlines, stops
 // the watch on ctx and revokes the handles; what cannot be cleared (unread
-// bytes, operations in flight, a socket that failed) makes settle discard it.
+// bytes, operations in flight, a socket that failed) makes checkout.finish discard it.
 type conn struct {
 	site *site         // for life
 	word atomic.Uint64 // see below

@@ -85,11 +85,11 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 
 // aged says whether a connection that has been idle for so long has outlived
 // its time.
-func (p *Pool) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
+func (r *rules) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
 	switch {
-	case p.cfg.IdleTimeout > 0 && idleFor >= p.cfg.IdleTimeout:
+	case r.idleTimeout > 0 && idleFor >= r.idleTimeout:
 		return ClosedIdleTimeout
-	case c.life > 0 && p.clock.Age(c.born, now) >= c.life:
+	case c.life > 0 && r.clock.Age(c.born, now) >= c.life:
 		return ClosedLifetime
 	}
 	return ClosedUnknown

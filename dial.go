@@ -433,13 +433,13 @@ func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialEr
 		if c.unprobed() {
 			p.counts.Unprobed++
 		}
-		p.reachedLocked(s)
+		p.reachedLocked(s, &todo)
 		s.answeredLocked()
 		p.moveLocked(c, borrowed)
 		p.parkLocked(c, justBorn, now, &todo)
 	} else {
 		info.Err = failure.err
-		p.dialFailedLocked(a, failure, now)
+		p.dialFailedLocked(a, failure, now, &todo)
 	}
 	if a.warm != nil {
 		p.warmDialedLocked(a, failure, todo.reasonOf(c))
@@ -475,33 +475,38 @@ const surplusPatience = 25 * time.Millisecond
 // doubtDialsLocked sees to it that a burst which the connections that came back
 // have served does not leave one behind for each of its borrowers: what is
 // surplus after surplusPatience is given up.
-func (p *Pool) doubtDialsLocked(s *site) {
-	q := s.queue
-	if q.doubted {
-		return
+func (b *books) doubtDialsLocked(s *site, todo *agenda) {
+	if !s.queue.doubted {
+		s.queue.doubted = true
+		todo.doubt(s)
 	}
-	q.doubted = true
-	time.AfterFunc(surplusPatience, func() {
-		var surplus []context.CancelFunc
-		p.mu.Lock()
-		q.doubted = false
-		for q == s.queue && s.surplus() > 0 {
-			a := s.dial // the youngest
-			for a.spare {
-				a = a.older
-			}
-			s.dropLocked(a)
-			a.surplus = true
-			q.dialEnded()
-			if a.giveUp != nil {
-				surplus = append(surplus, a.giveUp)
-			}
+}
+
+// doubtDials is the end of surplusPatience.
+func (p *Pool) doubtDials(s *site, q *queue) {
+	var todo agenda
+	p.mu.Lock()
+	p.dropDialsLocked(s, q, &todo)
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+// dropDialsLocked breaks off the youngest dials to s that no waiter needs, unless q,
+// the queue that was doubted, is that of s no more.
+func (b *books) dropDialsLocked(s *site, q *queue, todo *agenda) {
+	q.doubted = false
+	for q == s.queue && s.surplus() > 0 {
+		a := s.dial // the youngest
+		for a.spare {
+			a = a.older
 		}
-		p.mu.Unlock()
-		for _, giveUp := range surplus {
-			giveUp()
+		s.dropLocked(a)
+		a.surplus = true
+		q.dialEnded()
+		if a.giveUp != nil {
+			todo.cancels = append(todo.cancels, a.giveUp)
 		}
-	})
+	}
 }
 
 // dropLocked takes a out of the list of the dials that waiters count on.
@@ -517,15 +522,15 @@ func (s *site) dropLocked(a *attempt) {
 	a.newer, a.older = nil, nil
 }
 
-func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now clock.Instant) {
+func (b *books) dialFailedLocked(a *attempt, failure *dialError, now clock.Instant, todo *agenda) {
 	c, s := a.c, a.c.site
 	if failure.stage == StageSetup {
-		p.moveLocked(c, closing) // the slot is free when the socket is closed
+		b.moveLocked(c, closing) // the slot is free when the socket is closed
 	} else {
-		p.moveLocked(c, none)
-		p.counts.DialErrors++
+		b.moveLocked(c, none)
+		b.counts.DialErrors++
 		if !failure.noHandle { // which had no handle to give back
-			p.freedLocked()
+			b.freedLocked()
 		}
 	}
 	s.dialErrors++
@@ -533,7 +538,7 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now clock.Instan
 		return
 	}
 	if !s.tracked() && !failure.local {
-		p.failureLocked(s, failure.err, now, p.lastID, false)
+		b.failureLocked(s, failure.err, now, b.lastID, false)
 	} else {
 		if s.trouble == nil {
 			s.trouble = new(trouble)
@@ -544,11 +549,11 @@ func (p *Pool) dialFailedLocked(a *attempt, failure *dialError, now clock.Instan
 		s.special.shaky = true
 	}
 	if w := a.waiter; w != nil && w.queued {
-		p.waitedLocked(w, true)
+		b.waitedLocked(w, true)
 		s.queue.remove(w)
 		w.serve(nil, false, failure)
 	}
-	p.pauseLocked(s)
+	b.pauseLocked(s, todo)
 }
 
 // evictFor closes the least recently used idle connection of all, and waits until it
@@ -573,21 +578,4 @@ func (p *Pool) evictFor(ctx context.Context, patience time.Duration) (Addr, bool
 		}
 	}
 	return c.site.addr, true
-}
-
-// detached books that a borrower took c away.
-func (p *Pool) detached(c *conn) {
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	p.mu.Lock()
-	p.counts.Detached++
-	watcher := p.watcher
-	p.mu.Unlock()
-	watcher.Remove(c.probe.raw)
-	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}
-	p.removed(c, ClosedUnknown, nil)
-	if t != nil && t.Detached != nil {
-		p.observe("Trace.Detached", func() { t.Detached(info) })
-	}
 }

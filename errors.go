@@ -431,38 +431,38 @@ func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
 
 // failedLocked is the error of a borrow, with the books as they are. The caller
 // calls classify after the unlock.
-func (p *Pool) failedLocked(addr Addr, stage Stage, err error, start clock.Instant) *Error {
-	s := p.sites.find(addr)
+func (b *books) failedLocked(addr Addr, stage Stage, err error, start clock.Instant) *Error {
+	s := b.sites.find(addr)
 	if s == nil {
 		s = &site{addr: addr, queue: &noQueue} // forgotten: nothing is open for it
 	}
-	return p.failedAtLocked(s, stage, err, start)
+	return b.failedAtLocked(s, stage, err, start)
 }
 
-func (p *Pool) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
-	e := &Error{Addr: s.addr, Stage: stage, Err: err, elsewhere: p.n[idle]+p.n[borrowed] == 0}
+func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
+	e := &Error{Addr: s.addr, Stage: stage, Err: err, elsewhere: b.n[idle]+b.n[borrowed] == 0}
 	if start != 0 {
-		e.Waited = p.clock.Exactly().Sub(start)
+		e.Waited = b.clock.Exactly().Sub(start)
 	}
-	e.Open, e.InUse, e.Idle, e.Waiting = openOf(&s.n), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
-	if stage != StageWait || p.closed {
+	e.Open, e.InUse, e.Idle, e.Waiting = s.n.open(), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
+	if stage != StageWait || b.closed {
 		return e
 	}
 	if vain, ok := err.(*inVain); ok {
 		e.LimitName = vain.full
 	} else {
-		e.LimitName = p.fullLocked(s, 0, 0)
+		e.LimitName = b.fullLocked(s, 0, 0)
 	}
 	switch e.LimitName {
 	case "MaxPerAddr":
-		e.Limit = p.cfg.MaxPerAddr
+		e.Limit = b.limits.MaxPerAddr
 	case "MaxDialingPerAddr":
-		e.Limit = p.cfg.MaxDialingPerAddr
+		e.Limit = b.limits.MaxDialingPerAddr
 	case "MaxDialing":
-		e.Limit = p.cfg.MaxDialing
+		e.Limit = b.limits.MaxDialing
 	case "MaxOpen":
-		e.Limit = p.limitLocked()
-		e.Open, e.InUse, e.Idle = openOf(&p.n), int(p.n[borrowed]), int(p.n[idle])
+		e.Limit = b.limitLocked()
+		e.Open, e.InUse, e.Idle = b.n.open(), int(b.n[borrowed]), int(b.n[idle])
 	}
 	return e
 }

@@ -54,7 +54,7 @@ func TestNoErrorIsAskedUnderTheLock(t *testing.T) {
 	for _, f := range source(t, ".") {
 		for _, d := range f.Decls {
 			fn, ok := d.(*ast.FuncDecl)
-			if !ok || !strings.HasSuffix(fn.Name.Name, "Locked") || fn.Name.Name == "enqueueLocked" { // which unlocks
+			if !ok || !strings.HasSuffix(fn.Name.Name, "Locked") {
 				continue
 			}
 			locked++

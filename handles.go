@@ -76,13 +76,11 @@ func (p *Pool) enroll(c *conn) {
 		p.disownLocked(old, &todo)
 	}
 	p.byFD[c.probe.fd()] = c
-	if limited && p.cfg.MaxOpen < math.MaxInt {
+	if limited && p.limits.MaxOpen < math.MaxInt {
 		p.pressure, p.pressedAt = pressureAt(c.probe.fd(), limit), now
 		if p.pressure == handlesCritical {
 			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
-				p.takeLocked(v)
-				p.moveLocked(v, closing)
-				todo.close(v, ClosedLowHandles, nil)
+				p.evictLocked(v, ClosedLowHandles, nil, &todo)
 			}
 		}
 	} else {
@@ -115,14 +113,12 @@ func (p *Pool) doubtPressure(now clock.Instant) {
 // disownLocked books that the descriptor of c is another socket's, and reports
 // whether that is news. An idle connection goes into quarantine now, any other
 // when its owner is done with it.
-func (p *Pool) disownLocked(c *conn, todo *agenda) bool {
+func (b *books) disownLocked(c *conn, todo *agenda) bool {
 	if !c.mark(stolen) {
 		return false
 	}
 	if c.phase == idle {
-		p.takeLocked(c)
-		p.moveLocked(c, closing)
-		todo.close(c, Quarantined, errStolen)
+		b.evictLocked(c, Quarantined, errStolen, todo)
 	}
 	return true
 }
@@ -210,9 +206,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 		case same && c.mark(broken):
 			marked++
 			if c.phase == idle {
-				p.takeLocked(c)
-				p.moveLocked(c, closing)
-				todo.close(c, ClosedMarkedDead, nil)
+				p.evictLocked(c, ClosedMarkedDead, nil, &todo)
 			}
 		}
 	}
@@ -302,7 +296,7 @@ func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 		p.mu.Unlock()
 		return true
 	}
-	if openOf(&p.n) <= 1 { // this dial
+	if p.n.open() <= 1 { // this dial
 		p.mu.Unlock()
 		return false
 	}
@@ -325,10 +319,10 @@ func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 }
 
 // freedLocked tells the dials that lack a handle that there may be one.
-func (p *Pool) freedLocked() {
-	if p.starving > 0 {
-		close(p.freed)
-		p.freed = make(chan struct{})
+func (b *books) freedLocked() {
+	if b.starving > 0 {
+		close(b.freed)
+		b.freed = make(chan struct{})
 	}
 }
 

@@ -31,14 +31,17 @@ func (p *Pool) inconsistency() error {
 		sites = append(sites, s)
 	}
 	for s := range p.tracked {
-		if openOf(&s.n) > 1 || s.queue.len > 1 || openOf(&s.n)+s.queue.len == 0 {
-			return fmt.Errorf("%d connections and %d waiters in the books of one DialContext", openOf(&s.n), s.queue.len)
+		if s.n.open() > 1 || s.queue.len > 1 || s.n.open()+s.queue.len == 0 {
+			return fmt.Errorf("%d connections and %d waiters in the books of one DialContext", s.n.open(), s.queue.len)
 		}
 		sites = append(sites, s)
 	}
 	all := 0
 	for _, n := range looked {
 		all += n
+	}
+	if p.undrawn != "" {
+		return fmt.Errorf("2: %s", p.undrawn)
 	}
 	if p.looked != all {
 		return fmt.Errorf("the pool counts %d that are being looked at, there are %d", p.looked, all)
@@ -51,7 +54,7 @@ func (p *Pool) inconsistency() error {
 		if canon, err := addr.canonical(); err != nil || canon != addr {
 			return fmt.Errorf("7: key %v is not canonical: %v", addr, err)
 		}
-		if openOf(&s.n) == 0 && s.queue.len == 0 && !s.failing() && !s.special.keeps() {
+		if s.n.open() == 0 && s.queue.len == 0 && !s.failing() && !s.special.keeps() {
 			return fmt.Errorf("%v: empty books were kept", addr)
 		}
 		stack := 0
@@ -83,8 +86,8 @@ func (p *Pool) inconsistency() error {
 			}
 			n[ph] += s.n[ph]
 		}
-		if p.cfg.WhenFull != Overflow && openOf(&s.n) > p.cfg.MaxPerAddr && (!lowered || s.n[idle] > 0 && openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr) {
-			return fmt.Errorf("3: %d of %d open for %v", openOf(&s.n), p.cfg.MaxPerAddr, addr)
+		if p.cfg.WhenFull != Overflow && s.n.open() > p.limits.MaxPerAddr && (!lowered || s.n[idle] > 0 && s.n.kept() > p.limits.MaxPerAddr) {
+			return fmt.Errorf("3: %d of %d open for %v", s.n.open(), p.limits.MaxPerAddr, addr)
 		}
 		q := s.queue
 		dials := 0
@@ -139,35 +142,35 @@ func (p *Pool) inconsistency() error {
 	}
 	limit, own := p.limitLocked(), 0 // connections of DialContext's
 	for s := range p.tracked {
-		own += openOf(&s.n)
+		own += s.n.open()
 	}
 	switch {
-	case p.cfg.MaxOpen > 0 && !lowered && own-limit > p.reserve():
+	case p.limits.MaxOpen > 0 && !lowered && own-limit > p.reserve():
 		return fmt.Errorf("3: DialContext has %d connections of %d", own, limit)
 	case own != len(p.tracked)-len(p.readyOwn):
 		return fmt.Errorf("4: DialContext has %d connections, %d in its books, and %d want to dial", own, len(p.tracked), len(p.readyOwn))
-	case p.cfg.WhenFull != Overflow && p.cfg.MaxOpen > 0 && openOf(&p.n) > limit+p.reserve() && (!lowered || p.n[idle] > 0 && openOf(&p.n)-int(p.n[closing]) > limit):
-		return fmt.Errorf("3: %d of %d open", openOf(&p.n), limit)
-	case int(p.n[dialing]) > p.cfg.MaxDialing && !lowered:
-		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.cfg.MaxDialing)
+	case p.cfg.WhenFull != Overflow && p.limits.MaxOpen > 0 && p.n.open() > limit+p.reserve() && (!lowered || p.n[idle] > 0 && p.n.kept() > limit):
+		return fmt.Errorf("3: %d of %d open", p.n.open(), limit)
+	case int(p.n[dialing]) > p.limits.MaxDialing && !lowered:
+		return fmt.Errorf("3: %d dials under way of %d", p.n[dialing], p.limits.MaxDialing)
 	case want != p.want || waiting != p.counts.Waiting:
 		return fmt.Errorf("4: the pool wants %d dials and has %d waiting, its sites %d and %d", p.want, p.counts.Waiting, want, waiting)
 	case eager != p.eager:
 		return fmt.Errorf("%d wanted by addresses that answer, the pool counts %d", eager, p.eager)
 	case p.displaced < 0 || p.displaced > int(p.n[dialing]):
 		return fmt.Errorf("%d dials are broken off for others, of %d", p.displaced, p.n[dialing])
-	case p.recency.len < int(p.n[idle]+p.n[borrowed]), p.recency.len > openOf(&p.n)-int(p.n[dialing]), len(p.recency.all()) != p.recency.len:
-		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), openOf(&p.n)-int(p.n[dialing]), p.n[closing])
-	case p.cfg.MaxIdle < math.MaxInt && int(p.n[idle]) > p.cfg.MaxIdle:
-		return fmt.Errorf("%d idle of %d", p.n[idle], p.cfg.MaxIdle)
+	case p.recency.len < int(p.n[idle]+p.n[borrowed]), p.recency.len > p.n.open()-int(p.n[dialing]), len(p.recency.all()) != p.recency.len:
+		return fmt.Errorf("6: recency counts %d, lists %d, of %d (%d closing)", p.recency.len, len(p.recency.all()), p.n.open()-int(p.n[dialing]), p.n[closing])
+	case p.limits.MaxIdle < math.MaxInt && int(p.n[idle]) > p.limits.MaxIdle:
+		return fmt.Errorf("%d idle of %d", p.n[idle], p.limits.MaxIdle)
 	case p.counts.Tracked < 0 || p.counts.Tracked > int(p.n[borrowed]) || p.counts.Tracked > len(p.tracked):
 		return fmt.Errorf("3: %d tracked, %d in use, %d in the books", p.counts.Tracked, p.n[borrowed], len(p.tracked))
 	case p.closed && (p.n[idle] > 0 || waiting > 0):
 		return fmt.Errorf("closed with %d idle and %d waiting", p.n[idle], waiting)
 	}
 	// Nobody waits for something that could be given now.
-	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.cfg.MaxDialing && int(p.n[closing])+p.displaced == 0 {
-		if openOf(&p.n) < limit {
+	if p.want > 0 && !p.closed && int(p.n[dialing]) < p.limits.MaxDialing && int(p.n[closing])+p.displaced == 0 {
+		if p.n.open() < limit {
 			return fmt.Errorf("4: %d dials could start", p.want)
 		}
 		if p.n[idle] > 0 && p.eager > 0 {

@@ -74,29 +74,24 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	case ctx == nil:
 		return nil, usage(addr, errors.New("ctx is nil: pass context.Background()"))
 	}
-	t := p.trace(ctx)
-	if t != nil && t.GetConn != nil {
-		p.named("Trace.GetConn", func() { t.GetConn(addr) })
-	}
-	c, waited, err := p.borrow(ctx, addr, t)
-	if err != nil {
+	k := checkout{p: p, trace: p.trace(ctx)}
+	k.get(addr)
+	if err := k.borrow(ctx, addr); err != nil {
 		return nil, err
 	}
-	owner := true
-	defer p.rescue(c, &owner)
-	c.uses++
-	c.uncounted = true
-	c.observedBy(t)
-	p.hold(c, 1)
-	l := &Lease{c: c, ctx: context.WithoutCancel(ctx), trace: t}
-	l.gen = c.begin(l.ctx, 0).gen
-	if t != nil && t.GotConn != nil {
-		info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
-		p.named("Trace.GotConn", func() { t.GotConn(info) })
-	}
-	l.cleanup = runtime.AddCleanup(l, forgotten, c)
-	owner = false
+	defer k.rescue()
+	k.hold(1)
+	l := &Lease{c: k.c, ctx: context.WithoutCancel(ctx), trace: k.trace}
+	l.gen = k.start(l.ctx).gen
+	k.got()
+	l.cleanup = runtime.AddCleanup(l, forgotten, k.c)
+	k.owned = false // the lease is the owner
 	return l, nil
+}
+
+// checkout is that of the owner of the lease's connection.
+func (l *Lease) checkout() checkout {
+	return checkout{p: l.c.site.pool, c: l.c, trace: l.trace, owned: true}
 }
 
 // Return ends the lease. The connection goes back to the pool by the same
@@ -128,9 +123,9 @@ func (l *Lease) Return() error {
 // giveBack is for the owner of a connection on which a loan stands.
 func (l *Lease) giveBack() {
 	l.cleanup.Stop()
-	owner := true
-	defer l.c.site.pool.rescue(l.c, &owner)
-	l.c.site.pool.settle(l.ctx, l.c, nil, l.trace, &owner)
+	k := l.checkout()
+	defer k.rescue()
+	k.finish(l.ctx, nil)
 }
 
 // Close is Return, for those who take the lease for a net.Conn: operations that

@@ -37,31 +37,29 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 		return usage(c.site.addr, err)
 	}
 	var again Conn // the loan that stands after Do; zero: the connection is lost
-	owner := true
+	k := l.checkout()
 	defer func() { l.resume(again) }()
-	defer p.rescue(c, &owner)
+	defer k.rescue()
 	before := c.end()
 	h := c.begin(ctx, before&moved)
 	if !l.began(h) {
-		owner = false
+		k.owned = false
 		return usage(c.site.addr, leaseError{})
 	}
 	err := fn(h)
 	if err == nil {
 		c.content()
 	}
-	word := c.end()
-	if word&gone != 0 {
-		owner = false
+	word, mine := k.end()
+	if !mine {
 		return unkeep(err)
 	}
 	if reason, why := c.verdict(ctx, word&^halfClosed, err); reason != ClosedUnknown {
-		owner = false
-		p.discard(c, reason, why)
+		k.close(reason, why)
 		return unkeep(err)
 	}
 	// The loan that stands from now on is judged by what was before, too.
-	again, owner = c.begin(l.ctx, before&(timedOut|halfClosed)|word&(moved|halfClosed)), false
+	again, k.owned = c.begin(l.ctx, before&(timedOut|halfClosed)|word&(moved|halfClosed)), false
 	return unkeep(err)
 }
 

@@ -48,7 +48,7 @@ func (p *Pool) SetLimits(l Limits) error {
 		return usage(Addr{}, ErrClosed)
 	}
 	p.given = l
-	p.cfg.setLimits(now)
+	p.limits = now
 	if now.MaxOpen == math.MaxInt {
 		p.pressure = handlesPlenty // the budget of handles was given up with the limit
 	}
@@ -77,22 +77,20 @@ func (p *Pool) Limits() Limits {
 // dropSurplusLocked closes the idle connections that the limits do not allow
 // (any more): first those that are too many for their address, then, of all
 // addresses, those that are too many for the pool.
-func (p *Pool) dropSurplusLocked(todo *agenda) {
+func (b *books) dropSurplusLocked(todo *agenda) {
 	tooMany := []func(*site) bool{
 		func(s *site) bool {
-			return int(s.n[idle]) > p.cfg.MaxIdlePerAddr || openOf(&s.n)-int(s.n[closing]) > p.cfg.MaxPerAddr
+			return int(s.n[idle]) > b.limits.MaxIdlePerAddr || s.n.kept() > b.limits.MaxPerAddr
 		},
 		func(*site) bool {
-			return int(p.n[idle]) > p.cfg.MaxIdle || openOf(&p.n)-int(p.n[closing]) > p.limitLocked()
+			return int(b.n[idle]) > b.limits.MaxIdle || b.n.kept() > b.limitLocked()
 		},
 	}
-	all := p.recency.all()
+	all := b.recency.all()
 	for _, surplus := range tooMany {
 		for _, c := range all {
 			if c.phase == idle && surplus(c.site) {
-				p.takeLocked(c)
-				p.moveLocked(c, closing)
-				todo.close(c, ClosedSurplus, nil)
+				b.evictLocked(c, ClosedSurplus, nil, todo)
 			}
 		}
 	}
@@ -208,15 +206,15 @@ func (l Limits) reachable(in string, handles int) error {
 }
 
 // warmable says why addr can never have n connections that nobody uses.
-func (p *Pool) warmableLocked(n int) error {
+func (b *books) warmableLocked(n int) error {
 	for _, l := range [...]struct {
 		name  string
 		limit int
 	}{
-		{"MaxIdlePerAddr", p.cfg.MaxIdlePerAddr},
-		{"MaxIdle", p.cfg.MaxIdle},
-		{"MaxPerAddr", p.cfg.MaxPerAddr},
-		{"MaxOpen", p.limitLocked()},
+		{"MaxIdlePerAddr", b.limits.MaxIdlePerAddr},
+		{"MaxIdle", b.limits.MaxIdle},
+		{"MaxPerAddr", b.limits.MaxPerAddr},
+		{"MaxOpen", b.limitLocked()},
 	} {
 		if n > l.limit {
 			return fmt.Errorf("%d connections can never be kept: %s allows %d (warm fewer, or raise it)", n, l.name, l.limit)

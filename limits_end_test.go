@@ -145,7 +145,7 @@ func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
 				n.p.mu.Lock()
 				n.p.takeLocked(c)
 				c.lendAtLocked(n.p.clock.Now())
-				c.lookedAtLocked(true)
+				n.p.lookedAtLocked(c, true)
 				n.p.mu.Unlock()
 				looked = append(looked, c)
 			}

@@ -63,11 +63,11 @@ func (p *Pool) lives(c *conn, inLoan bool) {
 
 // livedLocked reports whether that is news, after which admitLocked is due. A
 // connection that is older than all failures which are remembered is none.
-func (p *Pool) livedLocked(c *conn, inLoan bool) (news bool) {
+func (b *books) livedLocked(c *conn, inLoan bool) (news bool) {
 	c.word.Or(lived)
 	s := c.site
 	if t := s.trouble; t != nil && c.id > t.since {
-		p.stopRetryLocked(s)
+		b.stopRetryLocked(s)
 		s.trouble = nil
 		news = true
 	}
@@ -75,7 +75,7 @@ func (p *Pool) livedLocked(c *conn, inLoan bool) (news bool) {
 		x.probe, news = true, true
 	}
 	if news {
-		p.refreshLocked(s)
+		b.refreshLocked(s)
 	}
 	return news
 }
@@ -102,15 +102,18 @@ func (p *Pool) judge(c *conn, reason CloseReason, err error) {
 // would go on to the next one as well.
 func (p *Pool) hollow(c *conn, why error) bool {
 	now := p.clock.Exactly()
+	var todo agenda
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	s := c.site
 	if w := c.word.Or(lived); w&lived != lived && !p.closed {
 		p.failureLocked(s, why, now, c.id, true)
-		p.pauseLocked(s)
+		p.pauseLocked(s, &todo)
 		p.refreshLocked(s)
 	}
-	return s.backingOff() || s.queue.len+int(s.n[dialing]) > 0
+	told := s.backingOff() || s.queue.len+int(s.n[dialing]) > 0
+	p.mu.Unlock()
+	todo.run(p)
+	return told
 }
 
 // hollowness is why the end of c speaks against its address, nil if it does not.

@@ -1,7 +1,6 @@
 package connpool
 
 import (
-	"container/list"
 	"context"
 	"errors"
 	"sync"
@@ -39,7 +38,7 @@ import (
 //     keeps its site for life.
 //  8. Nothing of one loan is visible in the next; see conn.
 type Pool struct {
-	cfg   Config
+	cfg   Config          // never changes; of its limits those in force are in the books
 	ctx   context.Context // of every dial
 	stop  context.CancelFunc
 	clock clock.Clock
@@ -60,48 +59,23 @@ type Pool struct {
 	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
 
-	// mu guards everything below, and the fields of site, conn and waiter
-	// that say so. See invariant 1 for what must not happen under it.
-	mu        sync.Mutex
-	closed    bool
-	sites     siteTable
-	recency   recency
-	byFD      map[uintptr]*conn  // by descriptor, from the dial to the removal
-	n         tally              // connections by phase
-	ready     siteHeap           // sites with want > 0, but for those of DialContext
-	readyOwn  siteHeap           // those of DialContext, which may not exceed MaxOpen under any policy
-	want      int                // dials that could start if there was room: the sum of site.want
-	eager     int                // ... and for which idle connections make room: the sum of site.eager
-	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
-	displaced int                // dials that were broken off for others and have not ended
-	overtook  int                // hand-overs to a younger waiter since a slot was last given away
-	lastSeq   uint64             // of waiters
-	lastID    uint64             // of connections
-	counts    Stats              // but for the gauges that are made from n
-	closedBy  [numCloseReasons]uint64
-	pressure  pressure           // on file handles, as of the last dial that told
-	pressedAt clock.Instant      // when that was
-	starving  int                // dials that wait for a handle
-	freed     chan struct{}      // closed and renewed when something may have freed one
-	watching  watching           // how it stands with watcher
-	watcher   *sock.Watcher      // nil where there is none, and before the first connection
-	sweeping  bool               // a sweep is under way
-	lookers   int                // goroutines of the pool's that look at idle connections
-	checking  map[*site]bool     // whose connections one of them asks Check; nil before the first
-	slow      int                // closes that take longer than closePatience
-	looked    int                // idle connections of addresses with a reserve that are being looked at
-	sweeper   *time.Timer        // nil until there is something to sweep
-	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
-	given     Limits             // as New or SetLimits got them; resolved they are in cfg, which mu guards that far
-	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
-	reserves  int                // calls under way of what DialReserve returned
-	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
+	// mu guards the books, the fields of site, conn and waiter that say so, and
+	// what follows. See invariant 1 for what must not happen under it.
+	mu sync.Mutex
+	books
+
+	watching watching       // how it stands with watcher
+	watcher  *sock.Watcher  // nil where there is none, and before the first connection
+	sweeping bool           // a sweep is under way
+	lookers  int            // goroutines of the pool's that look at idle connections
+	checking map[*site]bool // whose connections one of them asks Check; nil before the first
+	sweeper  *time.Timer    // nil until there is something to sweep
 }
 
 // site is the books of one address. It exists while there is a connection, a
 // dial, a waiter, or a recent failure to remember. Its fields need Pool.mu.
 type site struct {
-	pool      *Pool
+	pool      *Pool // for those who are not the books: no method of books uses it
 	addr      Addr  // canonical
 	top       *conn // of the idle stack: the one given back last
 	n         tally
@@ -121,10 +95,19 @@ type site struct {
 	loans, dials, dialErrors uint64
 }
 
+// newSite makes the books of an address, in which there is nothing.
+func (p *Pool) newSite(addr Addr) *site {
+	return &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1}
+}
+
 // tally counts connections by phase.
 type tally [numPhases]int32
 
-func openOf(n *tally) int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
+// open counts those that hold a slot.
+func (n *tally) open() int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
+
+// kept counts those of them that are not being given up.
+func (n *tally) kept() int { return int(n[dialing] + n[idle] + n[borrowed]) }
 
 // New makes a pool. It starts no goroutine and opens nothing. The error names
 // both fields of a combination that makes no sense, and is fs.ErrInvalid.
@@ -139,19 +122,14 @@ func New(cfg Config) (*Pool, error) {
 	}
 	p := &Pool{
 		cfg:      cfg,
-		given:    given,
 		sys:      &realSystem,
-		sites:    newSiteTable(),
-		byFD:     make(map[uintptr]*conn),
 		sessions: newSessionCaches(),
-		left:     make(chan struct{}),
-		freed:    make(chan struct{}),
 		checkers: make(chan struct{}, checkers),
 
 		newWatcher: sock.NewWatcher,
 		addWatch:   (*sock.Watcher).Add,
 	}
-	p.recency.init()
+	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())
 	// Who asks for short times, or watches, gets them exactly.
 	p.clock.Read = time.Now
 	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
@@ -214,130 +192,121 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 			return err
 		}
 	}
-	t := p.trace(ctx)
-	if t != nil && t.GetConn != nil {
-		p.named("Trace.GetConn", func() { t.GetConn(addr) })
-	}
-	c, waited, err := p.borrow(ctx, addr, t)
-	if err != nil {
+	k := checkout{p: p, trace: p.trace(ctx)}
+	k.get(addr)
+	if err := k.borrow(ctx, addr); err != nil {
 		return err
 	}
-	owner := true // until the connection is closed, given back or gone
-	defer p.rescue(c, &owner)
-	c.uses++
-	c.uncounted = true
-	c.observedBy(t)
+	defer k.rescue()
 	if p.holds != nil {
-		p.hold(c, 1)
+		k.hold(1)
 	}
-	loan := c.begin(ctx, 0)
-	if t != nil && t.GotConn != nil {
-		info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
-		p.named("Trace.GotConn", func() { t.GotConn(info) })
-	}
-	err = fn(loan)
+	loan := k.start(ctx)
+	k.got()
+	err := fn(loan)
 	if err == nil {
-		c.content()
+		k.c.content()
 	}
-	return p.settle(ctx, c, err, t, &owner)
+	return k.finish(ctx, err)
 }
 
-// rescue is deferred by an owner that runs foreign code: fn, or what settle
-// calls. If that did not return, the connection is closed; a panic goes on.
-func (p *Pool) rescue(c *conn, owner *bool) {
-	if !*owner {
-		return
+// request is a borrow under way.
+type request struct {
+	ctx   context.Context
+	addr  Addr
+	hash  uint64        // of addr
+	known bool          // addr is canonical
+	start clock.Instant // of the wait; a borrow that need not wait has none
+	seq   uint64        // this borrower's place in the queue, once it has one
+}
+
+// claim is what a borrower got in its critical section: a connection, of which the
+// borrower is the owner now; or a place in the queue; or an error, still to be
+// classified. It is none of these if the pool is closed, and if the address is not
+// known and has to be checked first.
+type claim struct {
+	c       *conn
+	s       *site
+	w       *waiter
+	waiting int // in the queue of s, w included
+	refused *Error
+	closed  bool
+}
+
+// claim is the critical section of a borrow: looking for an idle connection, for
+// room, and queueing are one, or a waiter could sit beside an idle connection
+// (invariant 4). todo has the connection that was found unfit in the last round. Its
+// slot must not be free before the borrower has its place in the queue again, or a
+// younger borrower would get the slot.
+func (p *Pool) claim(r *request, now clock.Instant, todo *agenda) claim {
+	p.mu.Lock()
+	for _, o := range todo.closes {
+		p.moveLocked(o.c, closing)
 	}
-	reason, v := ClosedGoexit, recover()
-	if v != nil {
-		reason = ClosedPanic
+	s := p.sites.get(r.hash, &r.addr)
+	if s == nil && r.known && !p.closed {
+		s = p.newSite(r.addr)
+		p.addSiteLocked(s, todo)
 	}
-	if c.abort() {
-		p.discard(c, reason, nil)
-	}
-	if v != nil {
-		panic(v)
-	}
+	got := p.claimLocked(s, r, now, todo)
+	p.mu.Unlock()
+	return got
 }
 
 // borrow makes the caller the owner of a connection that may be lent.
 func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
 	var (
-		start clock.Instant // of the wait; a borrow that need not wait has none
-		seq   uint64        // this borrower's place in the queue, once it has one
-		known bool          // addr is canonical
-
 		unload agenda // the connection found unfit in the last round
 		hollow int    // connections that were opened in vain, see lived.go
 	)
 	if ctx.Err() != nil {
 		return nil, 0, p.tooLate(ctx, addr)
 	}
-	hash := p.sites.hash(&addr)
+	r := request{ctx: ctx, addr: addr, hash: p.sites.hash(&addr)}
 	for {
 		now := p.clock.Now()
 		if t != nil {
 			now = p.clock.Exactly()
 		}
-		p.mu.Lock()
 		todo := unload
 		unload = agenda{}
-		for _, o := range todo.closes {
-			p.moveLocked(o.c, closing)
-		}
-		if p.closed {
-			p.mu.Unlock()
+		got := p.claim(&r, now, &todo)
+		c, dead := got.c, false
+		switch {
+		case c != nil:
 			todo.run(p)
-			return nil, 0, p.failed(addr, StageWait, ErrClosed, start)
-		}
-		// The keys are canonical, so an addr that is found needs no checking.
-		s := p.sites.get(hash, &addr)
-		if s == nil {
-			if !known {
-				p.mu.Unlock()
-				var err error
-				if addr, err = p.resolve(addr); err != nil {
-					return nil, 0, usage(addr, err)
-				}
-				known, hash = true, p.sites.hash(&addr)
-				continue
-			}
-			s = p.newSiteLocked(addr)
-		}
-		c, dead := s.topLocked(), false
-		if c != nil {
-			p.takeLocked(c)
-			c.lendAtLocked(now)
-			if p.cfg.MinSpare > 0 {
-				p.takenLocked(c, now)
-				p.refreshLocked(s)
-				p.admitLocked(&todo)
-			} else {
-				c.fromReserveLocked(false)
-			}
-			p.mu.Unlock()
-			todo.run(p)
-		} else {
-			w, err := p.enqueueLocked(ctx, s, seq, &start, t, &todo) // unlocks
-			if err != nil {
-				return nil, 0, err
-			}
-			seq = w.seq
-			c, err = p.await(ctx, s, w)
+		case got.w != nil:
+			r.seq = got.w.seq
+			p.announce(got, t, &todo)
+			var err error
+			c, err = p.await(ctx, got.s, got.w)
 			if t != nil {
-				waited = p.clock.Exactly().Sub(start)
+				waited = p.clock.Exactly().Sub(r.start)
 			}
 			if err != nil {
-				stage := StageWait
-				if de, ok := err.(*dialError); ok {
-					stage, err = de.stage, de.err
-				}
-				return nil, 0, p.failed(addr, stage, err, start)
+				stage, err := stageAndCause(err)
+				return nil, 0, p.failed(r.addr, stage, err, r.start)
 			}
-			dead = w.fresh || c.uses == 0 && c.word.Load()&hungUp != 0
-			if w.fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() { // Setup may have taken its time
+			fresh := got.w.fresh
+			dead = fresh || c.uses == 0 && c.word.Load()&hungUp != 0
+			if fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() { // Setup may have taken its time
 				return c, waited, nil
 			}
+		case got.refused != nil:
+			todo.run(p)
+			return nil, 0, got.refused.classify()
+		case got.closed:
+			todo.run(p)
+			return nil, 0, p.failed(r.addr, StageWait, ErrClosed, r.start)
+		default:
+			// Keys are canonical, so an addr that is found needs no checking. This one
+			// was not found, so nothing of it is in the books, and todo is empty.
+			canonical, err := p.resolve(r.addr)
+			if err != nil {
+				return nil, 0, usage(canonical, err)
+			}
+			r.addr, r.known, r.hash = canonical, true, p.sites.hash(&canonical)
+			continue
 		}
 		reason, err := p.unfit(ctx, c)
 		if reason == ClosedUnknown {
@@ -357,23 +326,21 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			p.push(c)
 			switch {
 			case ctx.Err() != nil:
-				return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+				return nil, 0, p.failed(r.addr, StageWait, causeOf(ctx), r.start)
 			case vain != nil:
-				return nil, 0, p.failed(addr, StageDial, vain, start)
+				return nil, 0, p.failed(r.addr, StageDial, vain, r.start)
 			}
 			continue
 		}
 		if p.isDone(ctx, c, reason, err) || isPanic(err) {
 			p.discard(c, reason, err)
 			passOn(err)
-			return nil, 0, p.failed(addr, StageWait, causeOf(ctx), start)
+			return nil, 0, p.failed(r.addr, StageWait, causeOf(ctx), r.start)
 		}
 		if vain != nil {
 			p.discard(c, reason, err)
-			return nil, 0, p.failed(addr, StageDial, vain, start)
+			return nil, 0, p.failed(r.addr, StageDial, vain, r.start)
 		}
-		// Its slot must not be free before this borrower has its place in
-		// the queue again, or a younger one would get it.
 		unload.close(c, reason, err)
 	}
 }
@@ -392,145 +359,20 @@ func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err erro
 	return done
 }
 
-// enqueueLocked puts a borrower into the queue of s and starts what may start,
-// or refuses it. It unlocks mu.
-func (p *Pool) enqueueLocked(ctx context.Context, s *site, seq uint64, start *clock.Instant, t *Trace, todo *agenda) (*waiter, error) {
-	again := seq != 0
-	now := p.clock.Exactly()
-	if *start == 0 {
-		*start = now
-	}
-	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
-		// Nothing will be given back, and one borrower is there already to
-		// probe the address.
-		err := p.failedAtLocked(s, StageBackoff, s.lastErr(), *start)
-		p.mu.Unlock()
-		todo.run(p)
-		return nil, err.classify()
-	}
-	if !again {
-		p.lastSeq++
-		seq = p.lastSeq
-	}
-	w := &waiter{seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1), stalled: p.cfg.WhenFull == Fail}
-	s.queueLocked().push(w)
-	p.refreshLocked(s)
-	p.admitLocked(todo)
-	var refused *Error
-	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
-		here := s.queue.len - s.queue.dials // without a dial, w included
-		full := p.cfg.WhenFull == Fail && p.fullLocked(s, here-1, p.want-int(s.want)+here-1) != ""
-		crowded := here > p.cfg.MaxWaiters
-		if full || crowded {
-			s.queue.remove(w)
-			p.refreshLocked(s)
-			err := p.failedAtLocked(s, StageWait, ErrExhausted, *start)
-			if !full {
-				err.Limit, err.LimitName = p.cfg.MaxWaiters, "MaxWaiters"
-			}
-			refused = err
-			p.forgetLocked(s)
-			p.counts.Exhausted++
-		}
-	}
-	waiting := s.queue.len
-	if refused == nil && !again {
-		p.counts.Waits++
-	}
-	p.mu.Unlock()
-	if refused != nil {
-		todo.run(p)
-		return nil, refused.classify()
-	}
-	here := false
+// announce runs the agenda of a borrower that was queued, and tells Trace.Wait. If
+// either ends the borrower's goroutine, the borrower leaves the queue.
+func (p *Pool) announce(q claim, t *Trace, todo *agenda) {
+	told := false
 	defer func() {
-		if !here { // a Trace function called runtime.Goexit
-			p.leave(s, w)
+		if !told { // a Trace function called runtime.Goexit
+			p.leave(q.s, q.w)
 		}
 	}()
 	todo.run(p)
 	if t != nil && t.Wait != nil {
-		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: s.addr, Waiting: waiting}) })
+		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: q.s.addr, Waiting: q.waiting}) })
 	}
-	here = true
-	return w, nil
-}
-
-// settle is the end of a loan that ended by return: the verdict, and the give-back.
-func (p *Pool) settle(ctx context.Context, c *conn, err error, t *Trace, owner *bool) error {
-	word := c.end()
-	if word&gone != 0 {
-		*owner = false
-		return unkeep(err)
-	}
-	reason, why := c.verdict(ctx, word, err)
-	if reason == ClosedUnknown && c.leftovers(word) {
-		reason, why = ClosedDirty, c.held().clean("the borrower")
-	}
-	p.putBack(ctx, c, reason, why, owner)
-	if *owner {
-		*owner = false
-		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after park
-		if p.giveBack(c) && t != nil && t.PutConn != nil {
-			info := PutInfo{Addr: s.addr, ID: id, Held: p.clock.Exactly().Sub(lentAt)}
-			p.named("Trace.PutConn", func() { t.PutConn(info) })
-		}
-	}
-	return unkeep(err)
-}
-
-// verdict says why a connection may not be used again after a loan that left
-// word and err behind, ClosedUnknown if it may.
-func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason, error) {
-	forgiven := err != nil && isKept(err)
-	switch {
-	case word&stolen != 0:
-		return Quarantined, errStolen
-	case word&cut != 0 || ctx.Err() != nil:
-		return ClosedCanceled, causeOf(ctx)
-	case err != nil && !forgiven:
-		return ClosedFnError, err
-	case word&inFlight != 0:
-		return ClosedInFlight, nil
-	case word&broken != 0:
-		return ClosedBroken, c.failure()
-	case word&halfClosed != 0:
-		return ClosedHalfClosed, nil
-	case word&timedOut != 0 && !forgiven:
-		return ClosedTimeout, c.failure()
-	}
-	return ClosedUnknown, nil
-}
-
-// putBack puts a connection in order for the next borrower, if it is not to be
-// closed for reason. If it is, or cannot be put in order, the caller is no
-// longer its owner.
-func (p *Pool) putBack(ctx context.Context, c *conn, reason CloseReason, why error, owner *bool) {
-	own := false // why is of Reset, which ran for this borrower
-	if reason == ClosedUnknown {
-		reason, why = c.condemned()
-	}
-	if reason == ClosedUnknown && c.word.Load()&hungUp != 0 {
-		if reason, why = c.ask(); p.pushes(reason) {
-			reason = ClosedUnknown
-			c.extra().unread = true
-		}
-	}
-	if reason == ClosedUnknown && p.cfg.Reset != nil {
-		if c.probe.isStolen() {
-			reason, why = Quarantined, errStolen
-		} else if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
-			reason, own = ClosedResetFailed, true
-		}
-	}
-	if reason == ClosedUnknown {
-		return
-	}
-	*owner = false
-	p.discard(c, reason, why)
-	if own {
-		passOn(why)
-	}
+	told = true
 }
 
 // ctxError is the end of a ctx for which somebody gave a cause.

@@ -142,8 +142,8 @@ func (p *Pool) pushes(reason CloseReason) bool { return reason == ClosedDirty &&
 // nothing is left. The caller was its owner, and is not any more.
 func (p *Pool) push(c *conn) {
 	p.mu.Lock()
-	if p.cfg.MinSpare > 0 {
-		c.lookedAtLocked(true) // a reserve is complete with what Push has
+	if p.limits.MinSpare > 0 {
+		p.lookedAtLocked(c, true) // a reserve is complete with what Push has
 	}
 	p.mu.Unlock()
 	go func() {
@@ -154,33 +154,6 @@ func (p *Pool) push(c *conn) {
 		}
 		p.park(c, untouched)
 	}()
-}
-
-// giveBack is park for a loan that ended in good order: what it left to read goes
-// to Push.
-func (p *Pool) giveBack(c *conn) bool {
-	if p.cfg.Push == nil {
-		return p.park(c, used)
-	}
-	switch unread, err := c.unread(); {
-	case err != nil:
-		p.discard(c, ClosedDirty, err)
-		return false
-	case !unread:
-		return p.park(c, used)
-	}
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
-	}
-	now := p.clock.Now()
-	p.mu.Lock()
-	p.countLoanLocked(c)
-	c.since, c.idleFor = now, 0
-	c.forget()
-	p.recency.touch(c)
-	p.mu.Unlock()
-	p.push(c)
-	return true
 }
 
 // pushAll calls Push as long as there is something for it, and says why c has to

@@ -100,14 +100,9 @@ func (b *seats) giveBack(held []*conn) {
 
 // giveBackOne gives back a connection that was on a seat. The caller owns it.
 func (b *seats) giveBackOne(c *conn) (kept bool) {
-	owner := true
-	defer b.p.rescue(c, &owner)
-	b.p.putBack(b.ctx, c, ClosedUnknown, nil, &owner)
-	if owner {
-		owner = false
-		kept = b.p.giveBack(c)
-	}
-	return kept
+	k := checkout{p: b.p, c: c, owned: true}
+	defer k.rescue()
+	return k.reset(b.ctx) && k.release()
 }
 
 // giveBackQuietly is giveBack on a goroutine of its own, where a panic of Reset

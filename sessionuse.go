@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"time"
 )
 
 // What happens on a seat: a use, and the uses nested in it.
@@ -24,58 +23,43 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 		}
 	}()
 	st.loan, st.spoiled, st.why = Conn{}, ClosedUnknown, nil
-	t := p.trace(ctx)
-	if t != nil && t.GetConn != nil {
-		p.named("Trace.GetConn", func() { t.GetConn(st.addr) })
-	}
-	c, waited, owner := st.c, time.Duration(0), true
-	st.c = nil
-	if c == nil {
-		var err error
-		if c, waited, err = p.borrow(ctx, st.addr, t); err != nil {
+	k := checkout{p: p, trace: p.trace(ctx)}
+	defer k.rescue()
+	k.get(st.addr)
+	if st.c == nil {
+		if err := k.borrow(ctx, st.addr); err != nil {
 			return err
 		}
-		defer p.rescue(c, &owner)
-		c.observedBy(t)
 		if p.holds != nil {
-			p.hold(c, 3+st.marks)
+			k.hold(3 + st.marks)
 		}
 	} else {
-		defer p.rescue(c, &owner)
-		if err := p.refuse(c, &owner); err != nil {
+		k.c, k.owned, st.c = st.c, true, nil
+		if err := k.refuse(); err != nil {
 			return err
 		}
-		c.observedBy(t)
-		c.idleFor = p.clock.Exactly().Sub(st.usedAt)
+		k.c.idleFor = p.clock.Exactly().Sub(st.usedAt)
 	}
-	c.uses++
-	c.uncounted = true
-	began := p.clock.Exactly()
-	st.loan = c.begin(ctx, 0)
-	if t != nil && t.GotConn != nil {
-		info := GotInfo{Addr: st.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: waited}
-		p.named("Trace.GotConn", func() { t.GotConn(info) })
-	}
+	c, began := k.c, p.clock.Exactly()
+	st.loan = k.start(ctx)
+	k.got()
 	err := fn(st.loan)
 	if err == nil {
 		c.content()
 	}
-	word := c.end()
-	if word&gone != 0 {
-		owner = false
+	word, mine := k.end()
+	if !mine {
 		return unkeep(err)
 	}
 	reason, why := c.verdict(ctx, word, err)
-	switch {
-	case reason != ClosedUnknown:
-	case st.spoiled != ClosedUnknown:
+	if reason == ClosedUnknown {
 		reason, why = st.spoiled, st.why
-	case c.leftovers(word):
-		reason, why = ClosedDirty, c.held().clean("the borrower")
+	}
+	if reason == ClosedUnknown {
+		reason, why = c.unclean(word)
 	}
 	if reason != ClosedUnknown {
-		owner = false
-		p.discard(c, reason, why)
+		k.close(reason, why)
 		return unkeep(err)
 	}
 	id := c.id
@@ -84,24 +68,20 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	p.mu.Unlock()
 	c.observedBy(b.trace)
 	st.usedAt = p.clock.Exactly()
-	owner, risen = false, true // from here on c is the next one's in line, or the session's
+	k.owned, risen = false, true // from here on c is the next one's in line, or the session's
 	left := b.rise(st, c)
 	if left == nil || b.giveBackOne(left) {
-		if t != nil && t.PutConn != nil {
-			info := PutInfo{Addr: st.addr, ID: id, Held: p.clock.Exactly().Sub(began)}
-			p.named("Trace.PutConn", func() { t.PutConn(info) })
-		}
+		k.put(st.addr, id, began)
 	}
 	return unkeep(err)
 }
 
 // refuse says why a connection that a session kept cannot be used again, and
 // closes it.
-func (p *Pool) refuse(c *conn, owner *bool) error {
-	addr := c.site.addr
+func (k *checkout) refuse() error {
+	p, c, addr := k.p, k.c, k.c.site.addr
 	if p.ctx.Err() != nil {
-		*owner = false
-		p.discard(c, ClosedWithPool, nil)
+		k.close(ClosedWithPool, nil)
 		return p.failed(addr, StageWait, ErrClosed, 0)
 	}
 	reason, why := c.ask()
@@ -119,8 +99,7 @@ func (p *Pool) refuse(c *conn, owner *bool) error {
 	if reason == ClosedUnknown {
 		return nil
 	}
-	*owner = false
-	p.discard(c, reason, why)
+	k.close(reason, why)
 	if isPanic(why) {
 		passOn(why)
 	}

@@ -37,7 +37,7 @@ func (s *site) eager() int {
 }
 
 // rankLocked brings the rank of s up to date. It is a part of refreshLocked.
-func (p *Pool) rankLocked(s *site) {
+func (b *books) rankLocked(s *site) {
 	was := s.rank
 	if s.rank = 0; !s.known() {
 		s.rank = int8(min(s.queue.dials, 1<<7-1))
@@ -48,11 +48,11 @@ func (p *Pool) rankLocked(s *site) {
 	switch {
 	case (s.rank > 1) == (was > 1):
 	case s.rank <= 1:
-		delete(p.unheard, s)
-	case p.unheard == nil:
-		p.unheard = map[*site]struct{}{s: {}}
+		delete(b.unheard, s)
+	case b.unheard == nil:
+		b.unheard = map[*site]struct{}{s: {}}
 	default:
-		p.unheard[s] = struct{}{}
+		b.unheard[s] = struct{}{}
 	}
 }
 
@@ -82,38 +82,38 @@ func (p *Pool) hush(a *attempt, answers int) {
 // up, and reports whether it could. A burst of dials is left alone until it has
 // been silent for a while, unless something idle had to go for the first dial to
 // another address that has not answered either.
-func (p *Pool) shareLocked(todo *agenda) (shared bool) {
-	need := p.nextLocked()
-	if p.cfg.WhenFull == Overflow && openOf(&p.n) >= p.limitLocked() {
-		if len(p.ready) == 0 {
+func (b *books) shareLocked(todo *agenda) (shared bool) {
+	need := b.nextLocked()
+	if b.whenFull == Overflow && b.roomLocked() <= 0 {
+		if len(b.ready) == 0 {
 			return false // DialContext may not exceed MaxOpen: a dial less is no help
 		}
-		need = p.ready[0]
+		need = b.ready[0]
 	}
-	atOnce := p.n[idle] > 0 && !need.known()
-	for p.displaced < int(need.want) {
+	atOnce := b.n[idle] > 0 && !need.known()
+	for b.displaced < int(need.want) {
 		var rich *site
-		for s := range p.unheard {
+		for s := range b.unheard {
 			if (atOnce || s.queue.silent) && (rich == nil || s.rank > rich.rank) {
 				rich = s
 			}
 		}
-		if rich == nil || rich == need || int(rich.rank) <= int(need.rank)+p.displaced+1 {
+		if rich == nil || rich == need || int(rich.rank) <= int(need.rank)+b.displaced+1 {
 			break
 		}
-		p.displaceLocked(rich, todo)
+		b.displaceLocked(rich, todo)
 		shared = true
 	}
 	return shared
 }
 
 // displaceLocked breaks off the youngest dial to s.
-func (p *Pool) displaceLocked(s *site, todo *agenda) {
+func (b *books) displaceLocked(s *site, todo *agenda) {
 	a := s.dial
 	s.dropLocked(a)
 	s.queue.dialEnded()
 	a.surplus, a.displaced = true, true
-	p.displaced++
+	b.displaced++
 	if a.spare {
 		a.spare = false
 		s.special.dials--
@@ -125,5 +125,5 @@ func (p *Pool) displaceLocked(s *site, todo *agenda) {
 	if a.giveUp != nil {
 		todo.cancels = append(todo.cancels, a.giveUp)
 	}
-	p.refreshLocked(s)
+	b.refreshLocked(s)
 }

@@ -12,31 +12,31 @@ import (
 
 // refreshSpareLocked brings up to date what s wants beside what its waiters
 // want. It is a part of refreshLocked.
-func (p *Pool) refreshSpareLocked(s *site) {
-	p.endWarmingsLocked(s)
+func (b *books) refreshSpareLocked(s *site) {
+	b.endWarmingsLocked(s)
 	x := s.special
-	if p.closed {
+	if b.closed {
 		x.reserve = false
 	}
-	x.spare = p.spareLocked(s)
+	x.spare = b.spareLocked(s)
 	asked := s.warming() != nil
 	if x.inShort != nil && (x.spare == 0 || x.asked != asked) {
-		p.short.Remove(x.inShort)
+		b.short.Remove(x.inShort)
 		x.inShort = nil
 	}
 	switch x.asked = asked; {
 	case x.spare == 0 || x.inShort != nil:
 	case asked: // goes before those for which nobody asked
-		x.inShort = p.short.PushFront(s)
+		x.inShort = b.short.PushFront(s)
 	default:
-		x.inShort = p.short.PushBack(s)
+		x.inShort = b.short.PushBack(s)
 	}
 }
 
 // spareLocked counts the dials that s's own limits would let start for no waiter.
-func (p *Pool) spareLocked(s *site) int {
+func (b *books) spareLocked(s *site) int {
 	x := s.special
-	if p.closed || s.queue.bare != nil || s.retrying() || s.backingOff() && s.n[dialing] > 0 {
+	if b.closed || s.queue.bare != nil || s.retrying() || s.backingOff() && s.n[dialing] > 0 {
 		return 0
 	}
 	want := 0
@@ -46,7 +46,7 @@ func (p *Pool) spareLocked(s *site) int {
 		}
 	}
 	if x.reserve && s.queue.len == 0 && (!x.shaky && !s.failing() || x.probe) {
-		short := p.cfg.MinSpare - int(s.n[idle]+s.n[dialing]) - x.looked
+		short := b.limits.MinSpare - int(s.n[idle]+s.n[dialing]) - x.looked
 		if s.failing() {
 			short = min(short, 1)
 		}
@@ -55,37 +55,37 @@ func (p *Pool) spareLocked(s *site) int {
 	if s.backingOff() {
 		want = min(want, 1)
 	}
-	return max(0, min(want, p.cfg.MaxDialingPerAddr-int(s.n[dialing]), p.cfg.MaxPerAddr-openOf(&s.n)))
+	return max(0, min(want, b.limits.MaxDialingPerAddr-int(s.n[dialing]), b.roomAtLocked(s)))
 }
 
 // openSparesLocked starts what nobody waits for. It is the last part of
 // admitLocked, which comes to it when no waiter wants a slot.
-func (p *Pool) openSparesLocked(todo *agenda) {
-	for p.short.Len() > 0 && !p.closed {
-		if openOf(&p.n) >= p.limitLocked() || int(p.n[dialing]) >= p.cfg.MaxDialing {
+func (b *books) openSparesLocked(todo *agenda) {
+	for b.short.Len() > 0 && !b.closed {
+		if b.roomLocked() <= 0 || int(b.n[dialing]) >= b.limits.MaxDialing {
 			return
 		}
-		s := p.short.Front().Value.(*site)
+		s := b.short.Front().Value.(*site)
 		a := &attempt{ctx: context.Background(), spare: true, warm: s.warming()}
 		if a.warm != nil {
 			a.warm.own++
 			a.ctx = a.warm.ctx
-		} else if !p.spareableLocked() {
+		} else if !b.spareableLocked() {
 			return // nor for the others: those of Warm come first
 		}
 		s.special.probe = false
 		s.special.dials++
-		p.startDialLocked(s, a, todo)
+		b.startDialLocked(s, a, todo)
 	}
 }
 
 // spareableLocked reports whether the pool may open connections for a reserve:
 // half of the dials are left to those who wait, what could not be kept is not
 // opened, and handles are plenty.
-func (p *Pool) spareableLocked() bool {
-	return int(p.n[dialing]) < p.cfg.MaxDialing-p.cfg.MaxDialing/2 &&
-		int(p.n[idle]+p.n[dialing])+p.looked < p.cfg.MaxIdle &&
-		p.pressure < handlesLow && p.starving == 0
+func (b *books) spareableLocked() bool {
+	return int(b.n[dialing]) < b.limits.MaxDialing-b.limits.MaxDialing/2 &&
+		int(b.n[idle]+b.n[dialing])+b.looked < b.limits.MaxIdle &&
+		b.pressure < handlesLow && b.starving == 0
 }
 
 // The reserve of an address (MinSpare):
@@ -103,17 +103,17 @@ func (p *Pool) spareableLocked() bool {
 // it proves gives the right to one attempt more.
 
 // reserveMemory is for how long after its last loan an address has a reserve.
-func (p *Pool) reserveMemory() time.Duration {
-	if p.cfg.IdleTimeout > 0 {
-		return 10 * min(p.cfg.IdleTimeout, century/10)
+func (r *rules) reserveMemory() time.Duration {
+	if r.idleTimeout > 0 {
+		return 10 * min(r.idleTimeout, century/10)
 	}
 	return 10 * defaultIdleTimeout
 }
 
 // lentLocked books, if there is a MinSpare, that a connection of s goes to a
 // borrower or comes from one.
-func (p *Pool) lentLocked(s *site, now clock.Instant) {
-	if s.tracked() || p.closed {
+func (b *books) lentLocked(s *site, now clock.Instant) {
+	if s.tracked() || b.closed {
 		return
 	}
 	x := s.specialLocked()
@@ -121,9 +121,9 @@ func (p *Pool) lentLocked(s *site, now clock.Instant) {
 }
 
 // takenLocked books, if there is a MinSpare, that a borrower took c off the stack.
-func (p *Pool) takenLocked(c *conn, now clock.Instant) {
-	c.fromReserveLocked(p.reservedLocked(c.site, c.site.n[idle]+1, now))
-	p.lentLocked(c.site, now)
+func (b *books) takenLocked(c *conn, now clock.Instant) {
+	c.fromReserveLocked(b.reservedLocked(c.site, c.site.n[idle]+1, now))
+	b.lentLocked(c.site, now)
 }
 
 // fromReserveLocked books, with and without a MinSpare, whether c, which is about to
@@ -136,53 +136,53 @@ func (c *conn) fromReserveLocked(yes bool) {
 
 // lookedAtLocked books, if there is a MinSpare, whether c is being looked at: then
 // it counts as idle.
-func (c *conn) lookedAtLocked(yes bool) {
+func (b *books) lookedAtLocked(c *conn, yes bool) {
 	e := c.more.Load()
 	switch {
 	case yes && c.site.special != nil:
 		if e = c.extra(); !e.looked {
 			e.looked = true
 			c.site.special.looked++
-			c.site.pool.looked++
+			b.looked++
 		}
 	case !yes && e != nil && e.looked:
 		e.looked = false
 		c.site.special.looked--
-		c.site.pool.looked--
+		b.looked--
 	}
 }
 
 // reservedLocked reports whether the idle connections of s, if there are no more
 // than so many, are its reserve, which IdleTimeout does not concern.
-func (p *Pool) reservedLocked(s *site, n int32, now clock.Instant) bool {
+func (b *books) reservedLocked(s *site, n int32, now clock.Instant) bool {
 	x := s.special
-	return x.reserved() && int(n) <= p.cfg.MinSpare && p.clock.Age(x.usedAt, now) < p.reserveMemory()
+	return x.reserved() && int(n) <= b.limits.MinSpare && b.clock.Age(x.usedAt, now) < b.reserveMemory()
 }
 
 // sweepReserveLocked is the sweep's part.
-func (p *Pool) sweepReserveLocked(s *site, now clock.Instant) {
+func (b *books) sweepReserveLocked(s *site, now clock.Instant) {
 	x := s.special
 	if int(s.n[borrowed]) > x.looked || s.queue.len > 0 { // a loan may take longer
 		x.usedAt = now
 	}
-	if p.clock.Age(x.usedAt, now) >= p.reserveMemory() {
+	if b.clock.Age(x.usedAt, now) >= b.reserveMemory() {
 		x.reserve = false
-		p.refreshLocked(s)
-		p.forgetLocked(s)
+		b.refreshLocked(s)
+		b.forgetLocked(s)
 		return
 	}
-	if x.shaky && !s.failing() && int(s.n[idle])+x.looked >= p.cfg.MinSpare {
+	if x.shaky && !s.failing() && int(s.n[idle])+x.looked >= b.limits.MinSpare {
 		x.shaky = false
 	}
 	x.probe = s.failing() || x.shaky
-	p.refreshLocked(s)
+	b.refreshLocked(s)
 }
 
 // reserveLostLocked books what the close of c means for what was opened before
 // it was needed, before that is opened again.
 // lost says so, if nobody had used it.
-func (p *Pool) reserveLostLocked(c *conn, reason CloseReason, lost error, age time.Duration) {
-	c.lookedAtLocked(false)
+func (b *books) reserveLostLocked(c *conn, reason CloseReason, lost error, age time.Duration) {
+	b.lookedAtLocked(c, false)
 	x := c.site.special
 	switch reason {
 	case ClosedEvicted, ClosedOnRequest, ClosedLowHandles:
@@ -191,8 +191,8 @@ func (p *Pool) reserveLostLocked(c *conn, reason CloseReason, lost error, age ti
 	if lost == nil {
 		return
 	}
-	if age < p.sweepPeriod() {
+	if age < b.sweepPeriod() {
 		x.shaky = true
 	}
-	p.warmLostLocked(c, lost)
+	b.warmLostLocked(c, lost)
 }

@@ -65,7 +65,7 @@ func (p *Pool) spareInconsistency(s *site, looked int) error {
 		return fmt.Errorf("%v counts %d that are being looked at, there are %d", s.addr, x.looked, looked)
 	case x.dials != spare || own > spare:
 		return fmt.Errorf("%v counts %d dials for nobody, there are %d, of which %d are Warm's", s.addr, x.dials, spare, own)
-	case x.reserve && (p.cfg.MinSpare == 0 || p.closed || s.tracked()):
+	case x.reserve && (p.limits.MinSpare == 0 || p.closed || s.tracked()):
 		return fmt.Errorf("%v keeps a reserve", s.addr)
 	case (x.spare > 0) != (x.inShort != nil):
 		return fmt.Errorf("%v wants %d spare ones, in the list: %v", s.addr, x.spare, x.inShort != nil)
@@ -92,7 +92,7 @@ func (p *Pool) shortInconsistency() error {
 		}
 		reserve = reserve || s.warming() == nil
 	}
-	if p.short.Len() == 0 || p.closed || p.want > 0 || openOf(&p.n) >= p.limitLocked() || int(p.n[dialing]) >= p.cfg.MaxDialing {
+	if p.short.Len() == 0 || p.closed || p.want > 0 || p.n.open() >= p.limitLocked() || int(p.n[dialing]) >= p.limits.MaxDialing {
 		return nil
 	}
 	if p.short.Front().Value.(*site).warming() != nil || p.spareableLocked() {

@@ -69,10 +69,13 @@ type AddrStats struct {
 // Stats returns a snapshot. It may be called at any time, also on a closed
 // pool; it allocates a map.
 func (p *Pool) Stats() Stats {
+	if p.stop == nil {
+		return Stats{Closed: make(map[CloseReason]uint64)}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.counts
-	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = openOf(&p.n), int(p.n[dialing]), int(p.n[idle]), int(p.n[borrowed]), int(p.n[closing])
+	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = p.n.open(), int(p.n[dialing]), int(p.n[idle]), int(p.n[borrowed]), int(p.n[closing])
 	st.Closed = make(map[CloseReason]uint64)
 	for r, n := range p.closedBy {
 		if n > 0 {
@@ -99,7 +102,7 @@ func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 		p.eachSiteLocked(func(s *site) {
 			addrs = append(addrs, s.addr)
 			all = append(all, AddrStats{
-				Open: openOf(&s.n), Dialing: int(s.n[dialing]), Idle: int(s.n[idle]), InUse: int(s.n[borrowed]), Closing: int(s.n[closing]),
+				Open: s.n.open(), Dialing: int(s.n[dialing]), Idle: int(s.n[idle]), InUse: int(s.n[borrowed]), Closing: int(s.n[closing]),
 				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
 				BackingOff: s.backingOff(), LastErr: inStats(s.lastErr()),
 			})

@@ -35,17 +35,28 @@ const checkers = 16
 // borrowers pass.
 const atOnce = 64
 
-func (p *Pool) armSweepLocked() {
+func (b *books) armSweepLocked(todo *agenda) {
+	if !b.swept && !b.closed {
+		b.swept = true
+		todo.sweep(b.sweepPeriod())
+	}
+}
+
+// startSweeper starts the timer of the next sweep, which an agenda has brought, unless
+// the pool was closed meanwhile.
+func (p *Pool) startSweeper(after time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.sweeper == nil && !p.closed {
-		p.sweeper = time.AfterFunc(p.sweepPeriod(), p.sweep)
+		p.sweeper = time.AfterFunc(after, p.sweep)
 	}
 }
 
 // sweepPeriod is CheckInterval. With the sweep switched off, old failures must
 // be forgotten all the same.
-func (p *Pool) sweepPeriod() time.Duration {
-	if p.cfg.CheckInterval > 0 {
-		return p.cfg.CheckInterval
+func (r *rules) sweepPeriod() time.Duration {
+	if r.checkInterval > 0 {
+		return r.checkInterval
 	}
 	return failureMemory
 }
@@ -138,7 +149,7 @@ func (p *Pool) sweep() {
 		p.leftLocked()
 	case p.sites.len() == 0:
 		p.sites.renew()
-		p.sweeper = nil
+		p.swept, p.sweeper = false, nil
 	default:
 		p.sweeper.Reset(p.sweepPeriod())
 	}
@@ -151,19 +162,17 @@ type sightings struct {
 	todo agenda // the expired ones
 }
 
-func (p *Pool) sightLocked(met []*conn, now clock.Instant) (found sightings) {
+func (b *books) sightLocked(met []*conn, now clock.Instant) (found sightings) {
 	for _, c := range met {
 		if c.phase != idle {
 			continue
 		}
-		idleFor := p.clock.Age(c.since, now)
-		if p.reservedLocked(c.site, c.site.n[idle], now) {
+		idleFor := b.clock.Age(c.since, now)
+		if b.reservedLocked(c.site, c.site.n[idle], now) {
 			idleFor = 0
 		}
-		if reason := p.aged(c, idleFor, now); reason != ClosedUnknown {
-			p.takeLocked(c)
-			p.moveLocked(c, closing)
-			found.todo.close(c, reason, nil)
+		if reason := b.aged(c, idleFor, now); reason != ClosedUnknown {
+			b.evictLocked(c, reason, nil, &found.todo)
 		} else {
 			found.seen = append(found.seen, sighting{c, c.generation()})
 		}
@@ -264,7 +273,7 @@ func (p *Pool) examine(at sighting, ping bool) error {
 	}
 	p.moveLocked(c, borrowed) // it keeps its place on the stack, see linked
 	c.lendAtLocked(p.clock.Now())
-	c.lookedAtLocked(true)
+	p.lookedAtLocked(c, true)
 	p.mu.Unlock()
 	reason, err := c.ask()
 	if reason == ClosedUnknown && ping && p.cfg.Check != nil {

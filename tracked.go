@@ -74,7 +74,10 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		return nil, p.tooLate(ctx, addr)
 	}
 	// Its books are its own: nothing that is opened here may serve another.
-	s := &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1, family: familyOf(network), absolute: absolute(network, address), reserve: uint8(max(0, min(reserve, math.MaxUint8)))}
+	s := p.newSite(addr)
+	s.family, s.absolute = familyOf(network), absolute(network, address)
+	s.reserve = uint8(max(0, min(reserve, math.MaxUint8)))
+	t := p.trace(ctx) // a method of ctx, which is foreign: not under the lock
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -89,19 +92,19 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		p.reserves++
 		defer p.noReserve()
 	}
-	w, err := p.enqueueLocked(ctx, s, 0, &start, p.trace(ctx), &todo) // unlocks
-	if err != nil {
-		return nil, err
+	got := p.enqueueLocked(s, &request{ctx: ctx, start: start}, &todo)
+	p.mu.Unlock()
+	if got.refused != nil {
+		todo.run(p)
+		return nil, got.refused.classify()
 	}
+	p.announce(got, t, &todo)
 	if s.reserve > 0 {
-		defer time.AfterFunc(ownPatience, func() { p.stalled(w) }).Stop()
+		defer time.AfterFunc(ownPatience, func() { p.stalled(got.w) }).Stop()
 	}
-	c, err := p.await(ctx, s, w)
+	c, err := p.await(ctx, s, got.w)
 	if err != nil {
-		stage := StageWait
-		if de, ok := err.(*dialError); ok {
-			stage, err = de.stage, de.err
-		}
+		stage, err := stageAndCause(err)
 		p.mu.Lock()
 		failed := p.failedAtLocked(s, stage, err, start)
 		p.mu.Unlock()
@@ -244,14 +247,14 @@ func (p *Pool) noReserve() {
 }
 
 // stalledLocked is the oldest dial that may take of its reserve; nil if there is none.
-func (p *Pool) stalledLocked() *site {
+func (b *books) stalledLocked() *site {
 	var oldest *site
-	if p.reserves == 0 {
+	if b.reserves == 0 {
 		return nil
 	}
-	for _, s := range p.readyOwn {
+	for _, s := range b.readyOwn {
 		w := s.queue.bare
-		if w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
+		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
 			oldest = s
 		}
 	}

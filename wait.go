@@ -144,16 +144,16 @@ func (w *waiter) serve(c *conn, fresh bool, err error) {
 	w.ready <- struct{}{}
 }
 
-func (p *Pool) deliverLocked(s *site, c *conn, fresh bool, err error) {
-	p.waitedLocked(s.queue.head, err != nil)
+func (b *books) deliverLocked(s *site, c *conn, fresh bool, err error) {
+	b.waitedLocked(s.queue.head, err != nil)
 	s.queue.deliver(c, fresh, err)
 }
 
 // waitedLocked books the end of a wait.
-func (p *Pool) waitedLocked(w *waiter, failed bool) {
-	p.counts.WaitDuration += p.clock.Exactly().Sub(w.since)
+func (b *books) waitedLocked(w *waiter, failed bool) {
+	b.counts.WaitDuration += b.clock.Exactly().Sub(w.since)
 	if failed {
-		p.counts.WaitsFailed++
+		b.counts.WaitsFailed++
 	}
 }
 
@@ -190,6 +190,14 @@ func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 	}
 }
 
+// stageAndCause takes the error of a wait apart: a dial that failed brings its stage.
+func stageAndCause(err error) (Stage, error) {
+	if de, ok := err.(*dialError); ok {
+		return de.stage, de.err
+	}
+	return StageWait, err
+}
+
 // leave takes w out of the queue. If it was served meanwhile, a connection goes
 // back, and an error is returned.
 func (p *Pool) leave(s *site, w *waiter) error {
@@ -220,6 +228,71 @@ func (p *Pool) declined(w *waiter) {
 	p.counts.WaitsFailed++
 	p.mu.Unlock()
 	p.park(w.c, untouched)
+}
+
+// claimLocked is what a borrower gets of s, which is nil if the address is not known.
+func (b *books) claimLocked(s *site, r *request, now clock.Instant, todo *agenda) claim {
+	if b.closed || s == nil {
+		return claim{closed: b.closed}
+	}
+	c := s.topLocked()
+	if c == nil {
+		return b.enqueueLocked(s, r, todo)
+	}
+	b.takeLocked(c)
+	c.lendAtLocked(now)
+	if b.limits.MinSpare > 0 {
+		b.takenLocked(c, now)
+		b.refreshLocked(s)
+		b.admitLocked(todo)
+	} else {
+		c.fromReserveLocked(false)
+	}
+	return claim{c: c}
+}
+
+// enqueueLocked puts a borrower into the queue of s and starts what may start,
+// or refuses it.
+func (b *books) enqueueLocked(s *site, r *request, todo *agenda) claim {
+	again := r.seq != 0
+	now := b.clock.Exactly()
+	if r.start == 0 {
+		r.start = now
+	}
+	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
+		// Nothing will be given back, and one borrower is there already to
+		// probe the address.
+		return claim{refused: b.failedAtLocked(s, StageBackoff, s.lastErr(), r.start)}
+	}
+	seq := r.seq
+	if !again {
+		b.lastSeq++
+		seq = b.lastSeq
+	}
+	w := &waiter{seq: seq, ctx: r.ctx, since: now, ready: make(chan struct{}, 1), stalled: b.whenFull == Fail}
+	s.queueLocked().push(w)
+	b.refreshLocked(s)
+	b.admitLocked(todo)
+	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
+		here := s.queue.len - s.queue.dials // without a dial, w included
+		full := b.whenFull == Fail && b.fullLocked(s, here-1, b.want-int(s.want)+here-1) != ""
+		crowded := here > b.limits.MaxWaiters
+		if full || crowded {
+			s.queue.remove(w)
+			b.refreshLocked(s)
+			err := b.failedAtLocked(s, StageWait, ErrExhausted, r.start)
+			if !full {
+				err.Limit, err.LimitName = b.limits.MaxWaiters, "MaxWaiters"
+			}
+			b.forgetLocked(s)
+			b.counts.Exhausted++
+			return claim{refused: err}
+		}
+	}
+	if !again {
+		b.counts.Waits++
+	}
+	return claim{s: s, w: w, waiting: s.queue.len}
 }
 
 // queueLocked is the queue of s, to be written to.

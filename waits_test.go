@@ -15,6 +15,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// sources are the positions in what source has parsed.
+var sources = token.NewFileSet()
+
 // source is what is in the folders as it is written, without tests, for all systems.
 func source(t *testing.T, dirs ...string) []*ast.File {
 	var files []*ast.File
@@ -25,7 +28,7 @@ func source(t *testing.T, dirs ...string) []*ast.File {
 			if strings.HasSuffix(name, "_test.go") {
 				continue
 			}
-			f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+			f, err := parser.ParseFile(sources, name, nil, parser.SkipObjectResolution)
 			require.NoError(t, err)
 			files = append(files, f)
 		}

@@ -105,7 +105,8 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	}
 	s := p.sites.find(addr)
 	if s == nil {
-		s = p.newSiteLocked(addr)
+		s = p.newSite(addr)
+		p.addSiteLocked(s, &todo)
 	}
 	s.specialLocked().warm = append(s.special.warm, w)
 	p.refreshLocked(s)
@@ -140,7 +141,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 }
 
 // endWarmingLocked ends w, with the error that it has.
-func (p *Pool) endWarmingLocked(s *site, w *warming) {
+func (b *books) endWarmingLocked(s *site, w *warming) {
 	w.ended, w.open = true, s.here()
 	x := s.special
 	if x.warm = slices.DeleteFunc(x.warm, func(o *warming) bool { return o == w }); len(x.warm) == 0 {
@@ -150,39 +151,39 @@ func (p *Pool) endWarmingLocked(s *site, w *warming) {
 }
 
 // endWarmingsLocked ends those that have what they want, or cannot get it.
-func (p *Pool) endWarmingsLocked(s *site) {
+func (b *books) endWarmingsLocked(s *site) {
 	for _, w := range slices.Clone(s.special.warm) {
 		switch {
-		case p.closed:
-			w.err = p.warmFailedLocked(s, ErrClosed)
+		case b.closed:
+			w.err = b.warmFailedLocked(s, ErrClosed)
 		case s.here() >= w.n:
 			w.err = nil
 		case w.err != nil && w.own == 0:
-		case p.cfg.WhenFull == Fail && w.own == 0 && s.n[dialing] == 0 && p.fullForSpareLocked(s):
-			w.err = p.warmFailedLocked(s, ErrExhausted)
+		case b.whenFull == Fail && w.own == 0 && s.n[dialing] == 0 && b.fullForSpareLocked(s):
+			w.err = b.warmFailedLocked(s, ErrExhausted)
 		default:
 			continue
 		}
-		p.endWarmingLocked(s, w)
+		b.endWarmingLocked(s, w)
 	}
 }
 
 // refuseWarmingsLocked ends those that ask for more than the limits allow now.
-func (p *Pool) refuseWarmingsLocked(s *site) {
+func (b *books) refuseWarmingsLocked(s *site) {
 	if s.special == nil {
 		return
 	}
 	for _, w := range slices.Clone(s.special.warm) {
-		if err := p.warmableLocked(w.n); err != nil {
+		if err := b.warmableLocked(w.n); err != nil {
 			w.err = usage(s.addr, err)
-			p.endWarmingLocked(s, w)
+			b.endWarmingLocked(s, w)
 		}
 	}
 }
 
 // warmDialedLocked books the end of a dial that was started for a Warm. closed
 // is why its connection was not kept, ClosedUnknown if it was.
-func (p *Pool) warmDialedLocked(a *attempt, failure *dialError, closed CloseReason) {
+func (b *books) warmDialedLocked(a *attempt, failure *dialError, closed CloseReason) {
 	w, s := a.warm, a.c.site
 	w.own--
 	if w.err != nil || w.ended {
@@ -190,11 +191,11 @@ func (p *Pool) warmDialedLocked(a *attempt, failure *dialError, closed CloseReas
 	}
 	switch {
 	case failure != nil:
-		w.err = p.failedLocked(s.addr, failure.stage, failure.err, 0)
+		w.err = b.failedLocked(s.addr, failure.stage, failure.err, 0)
 	case closed == ClosedSurplus:
-		w.err = p.warmFailedLocked(s, ErrExhausted)
+		w.err = b.warmFailedLocked(s, ErrExhausted)
 	case closed == ClosedLowHandles:
-		w.err = p.warmFailedLocked(s, errLowHandles)
+		w.err = b.warmFailedLocked(s, errLowHandles)
 	}
 }
 
@@ -202,27 +203,27 @@ var errLowHandles = fmt.Errorf("%w: file handles run low, and what nobody uses i
 
 // warmFailedLocked is the error of a Warm that waited in vain, with the limit
 // that was in its way; it may not evict, so idle connections are, too.
-func (p *Pool) warmFailedLocked(s *site, err error) *Error {
-	e := p.failedLocked(s.addr, StageWait, err, 0)
+func (b *books) warmFailedLocked(s *site, err error) *Error {
+	e := b.failedLocked(s.addr, StageWait, err, 0)
 	switch {
-	case p.closed || e.LimitName != "":
-	case openOf(&p.n) >= p.limitLocked():
-		e.LimitName, e.Limit = "MaxOpen", p.limitLocked()
-	case int(p.n[idle]) >= p.cfg.MaxIdle:
-		e.LimitName, e.Limit = "MaxIdle", p.cfg.MaxIdle
+	case b.closed || e.LimitName != "":
+	case b.roomLocked() <= 0:
+		e.LimitName, e.Limit = "MaxOpen", b.limitLocked()
+	case int(b.n[idle]) >= b.limits.MaxIdle:
+		e.LimitName, e.Limit = "MaxIdle", b.limits.MaxIdle
 	}
 	return e
 }
 
 // warmLostLocked books that a connection was lost that nobody had used. One may
 // be lost by chance; of several more would come to the same end.
-func (p *Pool) warmLostLocked(c *conn, lost error) {
+func (b *books) warmLostLocked(c *conn, lost error) {
 	for _, w := range c.site.special.warm {
 		if w.err != nil || c.born < w.since {
 			continue
 		}
 		if w.lost++; w.lost >= maxHollow {
-			w.err = p.failedLocked(c.site.addr, StageDial, lost, 0)
+			w.err = b.failedLocked(c.site.addr, StageDial, lost, 0)
 		}
 	}
 }
@@ -233,8 +234,8 @@ func (s *site) live() int { return s.here() + int(s.n[dialing]) }
 
 // fullForSpareLocked reports whether a limit leaves no room for a connection to
 // s, unless something is closed for it.
-func (p *Pool) fullForSpareLocked(s *site) bool {
-	return openOf(&p.n)-int(p.n[closing]) >= p.limitLocked() || openOf(&s.n)-int(s.n[closing]) >= p.cfg.MaxPerAddr
+func (b *books) fullForSpareLocked(s *site) bool {
+	return b.n.kept() >= b.limitLocked() || s.n.kept() >= b.limits.MaxPerAddr
 }
 
 // warming is the oldest Warm of s for which another dial may start.

@@ -183,9 +183,9 @@ func (p *Pool) unwatched(w *sock.Watcher) {
 }
 
 // unwatchLocked forgets c, which leaves the books.
-func (p *Pool) unwatchLocked(c *conn) {
+func (p *Pool) unwatchLocked(c *conn, todo *agenda) {
 	delete(p.watching.missed, c)
 	if len(p.byFD) == 0 && p.watcher != nil {
-		p.armSweepLocked() // which ends it
+		p.armSweepLocked(todo) // which ends it
 	}
 }

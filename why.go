@@ -76,9 +76,9 @@ func times(n int, what string) string {
 
 // whyLocked is what w, which is in the queue of s and gives up, has waited for; nil
 // stands for a Warm.
-func (p *Pool) whyLocked(s *site, w *waiter) *inVain {
+func (b *books) whyLocked(s *site, w *waiter) *inVain {
 	e := new(inVain)
-	now := p.clock.Exactly()
+	now := b.clock.Exactly()
 	if s.trouble != nil && s.trouble.lastErr != nil {
 		e.last, e.failures, e.pause = s.trouble.lastErr, s.trouble.failures, s.retrying()
 	}
@@ -87,12 +87,12 @@ func (p *Pool) whyLocked(s *site, w *waiter) *inVain {
 			e.stage, e.since = Stage(a.reached.Load()), now.Sub(a.since)
 		}
 	}
-	if e.full = p.fullLocked(s, 0, 0); e.full == "" && !e.pause {
+	if e.full = b.fullLocked(s, 0, 0); e.full == "" && !e.pause {
 		if bare := s.queue.bare; bare != nil && w != nil && w.seq >= bare.seq { // no dial for it
 			switch {
-			case int(s.n[dialing]) >= p.cfg.MaxDialingPerAddr:
+			case int(s.n[dialing]) >= b.limits.MaxDialingPerAddr:
 				e.full = "MaxDialingPerAddr"
-			case int(p.n[dialing]) >= p.cfg.MaxDialing:
+			case int(b.n[dialing]) >= b.limits.MaxDialing:
 				e.full = "MaxDialing"
 			}
 		}
@@ -101,7 +101,7 @@ func (p *Pool) whyLocked(s *site, w *waiter) *inVain {
 	e.here = s.n[borrowed] > 0
 	// What has been out for long has sunk to the old end.
 	n := 0
-	for c := p.recency.ends.younger; c != &p.recency.ends && n < farEnough; c = c.younger {
+	for c := b.recency.ends.younger; c != &b.recency.ends && n < farEnough; c = c.younger {
 		if n++; c.site != nil && c.phase == borrowed && e.counts(c.site.addr, s.addr) {
 			e.held = max(e.held, now.Sub(c.since))
 		}

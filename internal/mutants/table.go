@@ -18,8 +18,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "identity-after-setup",
-		old:   `if w.fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() {`,
-		new:   `if w.fresh {`,
+		old:   `if fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() {`,
+		new:   `if fresh {`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
@@ -226,8 +226,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "age-in-the-sweep",
-		old:   `p.aged(c, idleFor, now); reason != ClosedUnknown {`,
-		new:   `p.aged(c, idleFor, now); reason != ClosedUnknown && false {`,
+		old:   `b.aged(c, idleFor, now); reason != ClosedUnknown {`,
+		new:   `b.aged(c, idleFor, now); reason != ClosedUnknown && false {`,
 		tests: `TestAnIdleConnectionIsClosedAfterTwoMinutes`,
 	},
 	{
@@ -265,8 +265,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "panic-discards",
-		old:   `p.discard(c, reason, nil)`,
-		new:   `_, _ = reason, p.park(c, used)`,
+		old:   `k.close(reason, nil)`,
+		new:   `_, _ = reason, k.p.park(k.c, used)`,
 		tests: `TestEveryWayOfLeavingFnGivesTheConnectionBack|TestVerdictOfEachEnd|TestPanicWhileBuilding`,
 	},
 	{
@@ -345,7 +345,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "surplus-dials",
-		old:   "p.doubtDialsLocked(s)\n",
+		old:   "b.doubtDialsLocked(s, todo)\n",
 		new:   "\n",
 		tests: `TestABurstThatReturnsServeLeavesOneNewConnection`,
 	},
@@ -399,7 +399,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-is-shaky",
-		old:   "if age < p.sweepPeriod() {\n\t\tx.shaky = true\n\t}",
+		old:   "if age < b.sweepPeriod() {\n\t\tx.shaky = true\n\t}",
 		new:   ``,
 		tests: `TestAReserveIsTriedOncePerSweepAndAddress`,
 	},
@@ -435,13 +435,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "silence-shares",
-		old:   `int(rich.rank) <= int(need.rank)+p.displaced+1 {`,
+		old:   `int(rich.rank) <= int(need.rank)+b.displaced+1 {`,
 		new:   `true {`,
 		tests: `TestABlackHoleHoldsUpNoOtherAddress`,
 	},
 	{
 		name:  "silence-evicts-nothing",
-		old:   `v != nil && p.eager > 0 {`,
+		old:   `v != nil && b.eager > 0 {`,
 		new:   `v != nil {`,
 		tests: `TestASilentAddressEvictsOneConnection`,
 	},
@@ -478,8 +478,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "starvation-guard",
-		old:   `p.overtook > limit`,
-		new:   `p.overtook < 0`,
+		old:   `b.overtook > limit`,
+		new:   `b.overtook < 0`,
 		tests: `TestABusyAddressCannotStarveAnOlderWaiter`,
 	},
 	{
@@ -510,8 +510,8 @@ var mutants = []mutant{
 	// --- which address ---
 	{
 		name:  "canonical-key",
-		old:   `if addr, err = p.resolve(addr); err != nil {`,
-		new:   `if _, err = p.resolve(addr); err != nil {`,
+		old:   `r.addr, r.known, r.hash = canonical, true, p.sites.hash(&canonical)`,
+		new:   `r.known = true`,
 		tests: `TestEqualAddressesMeetOnOneConnection|TestHostsAreFolded`,
 	},
 	{
@@ -652,14 +652,14 @@ var mutants = []mutant{
 	// --- what nobody waits for ---
 	{
 		name:  "spares-respect-no-limit",
-		old:   `if openOf(&p.n) >= p.limitLocked() || int(p.n[dialing]) >= p.cfg.MaxDialing {`,
-		new:   `if int(p.n[dialing]) >= p.cfg.MaxDialing {`,
+		old:   `if b.roomLocked() <= 0 || int(b.n[dialing]) >= b.limits.MaxDialing {`,
+		new:   `if int(b.n[dialing]) >= b.limits.MaxDialing {`,
 		tests: `TestAReserveEvictsNobody|TestWarmEvictsNobody`,
 	},
 	{
 		name:  "spares-before-waiters",
-		old:   `p.closed || s.queue.bare != nil || s.retrying()`,
-		new:   `p.closed || s.retrying()`,
+		old:   `b.closed || s.queue.bare != nil || s.retrying()`,
+		new:   `b.closed || s.retrying()`,
 		tests: `TestModelHoldsOverLongHistories`,
 	},
 	{
@@ -676,31 +676,31 @@ var mutants = []mutant{
 	},
 	{
 		name:  "spares-take-all-dials",
-		old:   `return int(p.n[dialing]) < p.cfg.MaxDialing-p.cfg.MaxDialing/2 &&`,
+		old:   `return int(b.n[dialing]) < b.limits.MaxDialing-b.limits.MaxDialing/2 &&`,
 		new:   `return true &&`,
 		tests: `TestReservesLeaveDialsToThoseWhoWait`,
 	},
 	{
 		name:  "spares-that-cannot-be-kept",
-		old:   `int(p.n[idle]+p.n[dialing])+p.looked < p.cfg.MaxIdle &&`,
+		old:   `int(b.n[idle]+b.n[dialing])+b.looked < b.limits.MaxIdle &&`,
 		new:   `true &&`,
 		tests: `TestAReserveOpensNothingThatCouldNotBeKept`,
 	},
 	{
 		name:  "spares-while-handles-run-low",
-		old:   `p.pressure < handlesLow && p.starving == 0`,
-		new:   `p.starving == 0`,
+		old:   `b.pressure < handlesLow && b.starving == 0`,
+		new:   `b.starving == 0`,
 		tests: `TestAReserveOpensNothingThatCouldNotBeKept`,
 	},
 	{
 		name:  "a-ping-counts-as-lent",
-		old:   `p.cfg.MinSpare - int(s.n[idle]+s.n[dialing]) - x.looked`,
-		new:   `p.cfg.MinSpare - int(s.n[idle]+s.n[dialing])`,
+		old:   `b.limits.MinSpare - int(s.n[idle]+s.n[dialing]) - x.looked`,
+		new:   `b.limits.MinSpare - int(s.n[idle]+s.n[dialing])`,
 		tests: `TestAPingOpensNoSpare|TestModelHoldsOverLongHistories|TestTheReserveOutlives`,
 	},
 	{
 		name:  "reserve-for-ever",
-		old:   `if p.clock.Age(x.usedAt, now) >= p.reserveMemory() {`,
+		old:   `if b.clock.Age(x.usedAt, now) >= b.reserveMemory() {`,
 		new:   `if false {`,
 		tests: `TestAnAddressNobodyUsesLosesItsReserve`,
 	},
@@ -712,7 +712,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-expires",
-		old:   `if p.reservedLocked(c.site, c.site.n[idle], now) {`,
+		old:   `if b.reservedLocked(c.site, c.site.n[idle], now) {`,
 		new:   `if false {`,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked`,
 	},
@@ -724,7 +724,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "all-idle-is-reserve",
-		old:   `return x.reserved() && int(n) <= p.cfg.MinSpare &&`,
+		old:   `return x.reserved() && int(n) <= b.limits.MinSpare &&`,
 		new:   `return x.reserved() &&`,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
 	},
@@ -736,7 +736,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "warm-hangs-on-close",
-		old:   `w.err = p.warmFailedLocked(s, ErrClosed)`,
+		old:   `w.err = b.warmFailedLocked(s, ErrClosed)`,
 		new:   `continue`,
 		tests: `TestCloseEndsWarm|TestModelHoldsOverLongHistories`,
 	},
@@ -792,25 +792,25 @@ var mutants = []mutant{
 	// --- limits ---
 	{
 		name:  "max-open",
-		old:   `if openOf(&p.n) >= p.limitLocked() {`,
+		old:   `if b.roomLocked() <= 0 {`,
 		new:   `if false {`,
 		tests: `TestAFullPoolMakesRoomByItself`,
 	},
 	{
 		name:  "max-per-addr",
-		old:   `want = int32(min(int(want), p.cfg.MaxPerAddr-openOf(&s.n)))`,
+		old:   `want = int32(min(int(want), b.roomAtLocked(s)))`,
 		new:   `_ = want`,
 		tests: `TestFewConnectionsServeMany`,
 	},
 	{
 		name:  "max-dialing",
-		old:   `room := p.cfg.MaxDialing - int(p.n[dialing])`,
-		new:   `room := p.cfg.MaxDialing`,
+		old:   `room := b.limits.MaxDialing - int(b.n[dialing])`,
+		new:   `room := b.limits.MaxDialing`,
 		tests: `TestMaxDialingBoundsTheDialsToAllAddressesTogether`,
 	},
 	{
 		name:  "max-uses",
-		old:   `case c.uses >= p.cfg.MaxUses:`,
+		old:   `case c.uses >= b.maxUses:`,
 		new:   `case false:`,
 		tests: `TestMaxUsesCountsLoans`,
 	},
@@ -822,8 +822,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lru-victim",
-		old:   "if u == used {\n\t\tp.recency.touch(c)",
-		new:   "if false {\n\t\tp.recency.touch(c)",
+		old:   "if u == used {\n\t\tb.recency.touch(c)",
+		new:   "if false {\n\t\tb.recency.touch(c)",
 		tests: `TestEvictLRUClosesTheLeastRecentlyUsed`,
 	},
 	{
@@ -840,7 +840,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "closed-pool-keeps-nothing",
-		old:   "case p.closed:\n\t\treturn ClosedWithPool",
+		old:   "case b.closed:\n\t\treturn ClosedWithPool",
 		new:   "case false:\n\t\treturn ClosedWithPool",
 		tests: `TestCloseEndsEverythingButALoan|TestADialThatEndsAfterCloseIsClosed`,
 	},
@@ -878,7 +878,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "low-handles-keep-nothing",
-		old:   `if p.pressure >= handlesLow {`,
+		old:   `if b.pressure >= handlesLow {`,
 		new:   `if false {`,
 		tests: `TestLowHandlesStopKeepingAndCriticalOnesCostOneIdleForEachNew`,
 	},
@@ -898,14 +898,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lease-found",
-		old:   `l.cleanup = runtime.AddCleanup(l, forgotten, c)`,
+		old:   `l.cleanup = runtime.AddCleanup(l, forgotten, k.c)`,
 		new:   "",
 		tests: `TestAForgottenLeaseIsTakenBack/^tcp$`,
 	},
 	{
 		name:  "lease-over-cannot-leak",
-		old:   "l.cleanup.Stop()\n\towner := true",
-		new:   `owner := true`,
+		old:   "l.cleanup.Stop()\n\tk := l.checkout()",
+		new:   `k := l.checkout()`,
 		tests: `TestWhoeverIsBlockedInALeaseHasNotForgottenIt`,
 	},
 	{
@@ -946,8 +946,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "dead-on-arrival-keeps-the-place",
-		old:   "if !again {\n\t\tp.lastSeq++",
-		new:   "if true {\n\t\tp.lastSeq++",
+		old:   "if !again {\n\t\tb.lastSeq++",
+		new:   "if true {\n\t\tb.lastSeq++",
 		tests: `TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly`,
 	},
 	{
@@ -964,14 +964,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-lost",
-		old:   "\n\tif reason == ClosedUnknown {\n\t\treturn nil\n\t}\n\t*owner",
-		new:   "\n\tif true {\n\t\treturn nil\n\t}\n\t*owner",
+		old:   "\n\tif reason == ClosedUnknown {\n\t\treturn nil\n\t}\n\tk.close",
+		new:   "\n\tif true {\n\t\treturn nil\n\t}\n\tk.close",
 		tests: `TestALostConnectionIsToldOnce`,
 	},
 	{
 		name:  "session-spoiled-discards",
-		old:   "case st.spoiled != ClosedUnknown:\n\t\treason",
-		new:   "case false:\n\t\treason",
+		old:   `reason, why = st.spoiled, st.why`,
+		new:   `_, _ = st.spoiled, st.why`,
 		tests: `TestAnInnerUseThatFailsCostsTheConnectionAtTheOutersEnd`,
 	},
 	{
@@ -1199,26 +1199,26 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-mark-ends",
-		old:   "} else {\n\t\t\t\tc.fromReserveLocked(false)\n\t\t\t}",
+		old:   "} else {\n\t\tc.fromReserveLocked(false)\n\t}",
 		new:   "}",
 		tests: `TestAConnectionIsNoReserveAnyMoreWhenThereIsNone`,
 	},
 	{
 		name:  "reserve-mark-ends-at-a-hand-over",
-		old:   "c.fromReserveLocked(reserve)\n\t\tp.deliverLocked",
-		new:   "_ = reserve\n\t\tp.deliverLocked",
+		old:   "c.fromReserveLocked(reserve)\n\t\tb.deliverLocked",
+		new:   "_ = reserve\n\t\tb.deliverLocked",
 		tests: `TestAReserveThatIsHandedOverIsLentAndNothingElse`,
 	},
 	{
 		name:  "looks-end",
-		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tc.lookedAtLocked(false)",
-		new:   "c.since -= clock.Instant(c.idleFor)\n\t\tif p.cfg.MinSpare > 0 {\n\t\t\tc.lookedAtLocked(false)\n\t\t}",
+		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tb.lookedAtLocked(c, false)",
+		new:   "c.since -= clock.Instant(c.idleFor)\n\t\tif b.limits.MinSpare > 0 {\n\t\t\tb.lookedAtLocked(c, false)\n\t\t}",
 		tests: `TestALookThatIsOverCountsForNoReserve`,
 	},
 	{
 		name:  "a-look-changes-no-age",
-		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tc.lookedAtLocked",
-		new:   "c.lookedAtLocked",
+		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tb.lookedAtLocked",
+		new:   "b.lookedAtLocked",
 		tests: `TestALookThatFindsNothingLeavesTheAgeAsItIs`,
 	},
 	{
@@ -1229,7 +1229,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "dialcontext-overflows-nothing",
-		old:   "if s.tracked() {\n\t\treturn &p.readyOwn\n\t}",
+		old:   "if s.tracked() {\n\t\treturn &b.readyOwn\n\t}",
 		new:   "",
 		tests: `TestDialContextKeepsMaxOpenUnderOverflow`,
 	},
@@ -1253,8 +1253,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-memory-is-bounded",
-		old:   `10 * min(p.cfg.IdleTimeout, century/10)`,
-		new:   `10 * p.cfg.IdleTimeout`,
+		old:   `10 * min(r.idleTimeout, century/10)`,
+		new:   `10 * r.idleTimeout`,
 		tests: `TestTheLongestDurationsAreForEver`,
 	},
 	{
@@ -1318,13 +1318,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-of-dials-waits",
-		old:   `w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve)`,
-		new:   `openOf(&p.n)-p.limitLocked() < int(s.reserve)`,
+		old:   `w.stalled && -b.roomLocked() < int(s.reserve)`,
+		new:   `-b.roomLocked() < int(s.reserve)`,
 		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
 	},
 	{
 		name:  "reserve-of-dials-is-bounded",
-		old:   `w.stalled && openOf(&p.n)-p.limitLocked() < int(s.reserve)`,
+		old:   `w.stalled && -b.roomLocked() < int(s.reserve)`,
 		new:   `w.stalled && s.reserve > 0`,
 		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
 	},
@@ -1393,7 +1393,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "put-aside-comes-back",
-		old:   "\tp.recency.back(c)\n",
+		old:   "\tb.recency.back(c)\n",
 		new:   "",
 		tests: `TestAnEvictionFindsWhatWasLookedAtMeanwhile`,
 	},
@@ -1417,9 +1417,27 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-failed-dial-counts-once",
-		old:   "p.counts.DialErrors++\n\t\tif !errors.Is(failure.err, ErrNoneRemovable)",
-		new:   "if !errors.Is(failure.err, ErrNoneRemovable)",
+		old:   "b.counts.DialErrors++\n\t\tif !failure.noHandle",
+		new:   "if !failure.noHandle",
 		tests: `TestTheCountersBalance`,
+	},
+	{
+		name:  "a-pause-that-ended-begins",
+		old:   `if s.trouble != nil && s.trouble.pause == running {`,
+		new:   `if s.trouble != nil && s.trouble.pause != nil {`,
+		tests: `TestAPauseThatWasEndedIsNotStarted`,
+	},
+	{
+		name:  "the-end-of-another-pause",
+		old:   `if t == nil || t.pause != over {`,
+		new:   `if t == nil || t.pause == nil {`,
+		tests: `TestAPauseThatWasEndedIsNotStarted`,
+	},
+	{
+		name:  "moves-that-are-not-drawn",
+		old:   `if moves[from]&(1<<to) == 0 {`,
+		new:   `if false {`,
+		tests: `TestAMoveThatIsNotDrawnIsNoticed`,
 	},
 	// --- foreign code ---
 	{
@@ -1520,8 +1538,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "slow-close-is-not-counted-on",
-		old:   `if int(p.n[closing])-p.slow+p.displaced >= min(want, room) {`,
-		new:   `if int(p.n[closing])+p.displaced >= min(want, room) {`,
+		old:   `if int(b.n[closing])-b.slow+b.displaced >= min(want, room) {`,
+		new:   `if int(b.n[closing])+b.displaced >= min(want, room) {`,
 		tests: `TestACloseThatHangsDelaysNobodyWhileSomethingIdleCanGo`,
 	},
 	{
@@ -1568,7 +1586,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-of-a-library-ends",
-		old:   "p.armSweepLocked() // which ends it",
+		old:   "p.armSweepLocked(todo) // which ends it",
 		new:   "",
 		tests: `TestTheWatcherComesAndGoes`,
 	},

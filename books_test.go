@@ -1,0 +1,358 @@
+package connpool
+
+import (
+	"context"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
+	pathpkg "path"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// reach follows the calls of the books' methods through the package and says what
+// none of the functions that are reached may do. Imported packages are not read: what
+// is called of them is judged by its name.
+type reach struct {
+	info    types.Info
+	bodies  map[types.Object]*ast.FuncDecl
+	reached map[types.Object]bool
+	faults  []string
+}
+
+// plain are the methods of imported types that touch memory only, and timers' Stop.
+var plain = strings.Fields(`Load Store Or And CompareAndSwap Get Put Len Front Next PushBack PushFront Remove
+	Exactly Now Age Sub Stop Add All`)
+
+// pure are the packages of which anything may be called, and the functions of others.
+var pure = strings.Fields(`errors.New fmt.Errorf fmt.Sprintf slices math rand list heap maphash context.Background atomic clock`)
+
+func reachOf(t *testing.T, files []*ast.File, fset *token.FileSet) *reach {
+	t.Helper()
+	r := &reach{
+		info: types.Info{
+			Uses: map[*ast.Ident]types.Object{}, Defs: map[*ast.Ident]types.Object{},
+			Selections: map[*ast.SelectorExpr]*types.Selection{}, Types: map[ast.Expr]types.TypeAndValue{},
+		},
+		bodies: map[types.Object]*ast.FuncDecl{}, reached: map[types.Object]bool{},
+	}
+	conf := types.Config{Importer: closedDoors{}, Error: func(error) {}}
+	conf.Check("connpool", fset, files, &r.info) // of its errors there are many: nothing is imported
+	var begin []types.Object
+	for _, f := range files {
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			obj := r.info.Defs[fn.Name]
+			r.bodies[obj] = fn
+			if fn.Recv != nil && slices.Contains([]string{"books", "rules"}, strings.Split(nameOfFunc(fn), ".")[0]) {
+				begin = append(begin, obj)
+			}
+		}
+	}
+	require.Greater(t, len(begin), 50)
+	for _, obj := range begin {
+		r.visit(obj)
+	}
+	return r
+}
+
+// closedDoors imports every package, with nothing in it.
+type closedDoors struct{}
+
+func (closedDoors) Import(p string) (*types.Package, error) {
+	pkg := types.NewPackage(p, pathpkg.Base(strings.TrimSuffix(p, "/v2")))
+	pkg.MarkComplete()
+	return pkg, nil
+}
+
+func (r *reach) visit(obj types.Object) {
+	fn := r.bodies[obj]
+	if r.reached[obj] || fn == nil {
+		return
+	}
+	r.reached[obj] = true
+	name := nameOfFunc(fn)
+	fault := func(format string, args ...any) {
+		r.faults = append(r.faults, name+" "+fmt.Sprintf(format, args...))
+	}
+	ast.Inspect(fn, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.GoStmt:
+			fault("starts a goroutine")
+		case *ast.SelectStmt:
+			fault("selects")
+		case *ast.SendStmt:
+			if name != "waiter.serve" { // the channel has room for the one answer
+				fault("sends")
+			}
+		case *ast.UnaryExpr:
+			if n.Op == token.ARROW {
+				fault("receives")
+			}
+		case *ast.Ident:
+			switch obj := r.info.Uses[n].(type) {
+			case *types.TypeName:
+				if obj.Name() == "Pool" || obj.Name() == "Conn" || obj.Name() == "Trace" {
+					fault("names %s", obj.Name())
+				}
+			case *types.Func:
+				r.visit(obj) // called, or passed on
+			case *types.Var:
+				if obj.IsField() && slices.Contains([]string{"pool", "nc", "raw", "trace", "watcher", "socket"}, obj.Name()) {
+					fault("looks at the field %s", obj.Name())
+				}
+			}
+		case *ast.CallExpr:
+			r.call(n, fault)
+		}
+		return true
+	})
+}
+
+// call judges a call of what is not in the package, and of function values.
+func (r *reach) call(call *ast.CallExpr, fault func(string, ...any)) {
+	switch f := call.Fun.(type) {
+	case *ast.SelectorExpr:
+		if sel := r.info.Selections[f]; sel != nil {
+			if sel.Kind() == types.FieldVal {
+				fault("calls what is in the field %s", f.Sel.Name)
+			} else if _, ok := sel.Recv().Underlying().(*types.Interface); ok {
+				fault("calls %s of an interface", f.Sel.Name)
+			}
+			return
+		}
+		if x, ok := f.X.(*ast.Ident); ok {
+			if p, ok := r.info.Uses[x].(*types.PkgName); ok {
+				name := p.Imported().Name()
+				if !slices.Contains(pure, name) && !slices.Contains(pure, name+"."+f.Sel.Name) {
+					fault("calls %s.%s", name, f.Sel.Name)
+				}
+				return
+			}
+		}
+		own := false // of a value whose type depends on something imported, as that of list.Element does
+		for obj, fn := range r.bodies {
+			if fn.Recv != nil && obj.Name() == f.Sel.Name && !slices.Contains(plain, obj.Name()) {
+				own = true
+				r.visit(obj)
+			}
+		}
+		if !own && !slices.Contains(plain, f.Sel.Name) {
+			fault("calls %s of something imported", f.Sel.Name)
+		}
+	case *ast.Ident:
+		if v, ok := r.info.Uses[f].(*types.Var); ok && v.Name() != "surplus" && v.Name() != "yield" {
+			fault("calls the value %s", f.Name)
+		}
+	}
+}
+
+// parsed is the package as it is written, and what is added to it.
+func parsed(t *testing.T, extra string) ([]*ast.File, *token.FileSet) {
+	t.Helper()
+	files := source(t, ".")
+	if extra != "" {
+		f, err := parser.ParseFile(sources, "extra.go", extra, parser.SkipObjectResolution)
+		require.NoError(t, err)
+		files = append(files, f)
+	}
+	return files, sources
+}
+
+// Under Pool.mu there is no system call, dial, close, hook, log line or foreign code.
+// For what the books do this is seen in the source: no method of theirs, and nothing
+// that such a method calls, comes to a Pool, to a net.Conn, or to anything that blocks.
+func TestTheBooksReachNothingThatActs(t *testing.T) {
+	files, fset := parsed(t, "")
+	r := reachOf(t, files, fset)
+	require.Empty(t, r.faults)
+	var names []string
+	for obj := range r.reached {
+		names = append(names, nameOfFunc(r.bodies[obj]))
+	}
+	for _, name := range []string{"books.parkLocked", "queue.push", "conn.forget", "siteTable.add", "recency.touch", "agenda.retry", "waiter.serve", "site.warming"} {
+		require.Contains(t, names, name, "the search follows calls")
+	}
+}
+
+func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
+	for body, fault := range map[string]string{
+		`c.site.pool.log(0, "x")`:              "looks at the field pool",
+		`var p *Pool; p.Stats()`:               "names Pool",
+		`c.nc.Close()`:                         "looks at the field nc",
+		`c.probe.raw.Control(nil)`:             "looks at the field raw",
+		`time.AfterFunc(1, nil)`:               "calls time.AfterFunc",
+		`time.Sleep(1)`:                        "calls time.Sleep",
+		`slog.Info("x")`:                       "calls slog.Info",
+		`<-b.left`:                             "receives",
+		`b.left <- struct{}{}`:                 "sends",
+		`select {}`:                            "selects",
+		`go func() {}()`:                       "starts a goroutine",
+		`c.wake()`:                             "looks at the field nc",
+		`a.giveUp()`:                           "calls what is in the field giveUp",
+		`err.Error()`:                          "calls Error of an interface",
+		`errors.Is(err, nil)`:                  "calls errors.Is",
+		`c.dmu.Lock()`:                         "calls Lock of something imported",
+		`f := func() {}; f()`:                  "calls the value f",
+		`c.trace()`:                            "names Trace",
+		`a.ctx.Err()`:                          "calls Err of something imported",
+		`(func(d *attempt) { d.settle() })(a)`: "calls Lock of something imported",
+		`x := c; y := x.site; y.pool.inSession.Add(1)`:      "looks at the field pool",
+		`todo := new(agenda); todo.run(nil); _ = c.uses`:    "names Pool",
+		`for range b.sites.all() { c.interrupt(nil) }; _=a`: "looks at the field nc",
+	} {
+		files, fset := parsed(t, "package connpool\nimport (\"time\"; \"errors\"; \"log/slog\")\nfunc (b *books) added(c *conn, a *attempt, err error) { "+body+" }")
+		found := false
+		for _, f := range reachOf(t, files, fset).faults {
+			found = found || strings.Contains(f, fault)
+		}
+		require.True(t, found, "%s: nothing %s", body, fault)
+	}
+}
+
+// The eight limits that may change are read in the books, under the lock. Those of
+// Config are as New got them.
+func TestNobodyReadsALimitOfConfig(t *testing.T) {
+	limits := strings.Fields("MaxOpen MaxPerAddr MaxIdle MaxIdlePerAddr MaxDialing MaxDialingPerAddr MaxWaiters MinSpare")
+	for _, f := range source(t, ".") {
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok || strings.HasPrefix(nameOfFunc(fn), "Config.") {
+				continue
+			}
+			ast.Inspect(fn, func(n ast.Node) bool {
+				sel, ok := n.(*ast.SelectorExpr)
+				if !ok || !slices.Contains(limits, sel.Sel.Name) {
+					return true
+				}
+				switch x := sel.X.(type) {
+				case *ast.SelectorExpr:
+					require.NotEqual(t, "cfg", x.Sel.Name, "%s reads cfg.%s: the limit in force is in limits", nameOfFunc(fn), sel.Sel.Name)
+				case *ast.Ident:
+					require.NotEqual(t, "cfg", x.Name, "%s reads cfg.%s: the limit in force is in limits", nameOfFunc(fn), sel.Sel.Name)
+				}
+				return true
+			})
+		}
+	}
+}
+
+// The drawing above type phase and the table moves say the same.
+func TestThePhasesMoveAsDrawn(t *testing.T) {
+	phases := map[string]phase{}
+	for ph := none; ph < numPhases; ph++ {
+		phases[ph.String()] = ph
+	}
+	require.Len(t, phases, int(numPhases))
+	var drawn [numPhases]uint8
+	for _, f := range commented(t, "conn.go") {
+		for _, m := range regexp.MustCompile(`(?m)^//\t(\w+) +-> (\w+)  `).FindAllStringSubmatch(f, -1) {
+			from, known := phases[m[1]]
+			require.True(t, known, m[0])
+			to, known := phases[m[2]]
+			require.True(t, known, m[0])
+			require.Zero(t, drawn[from]&(1<<to), "%s twice", m[0])
+			drawn[from] |= 1 << to
+		}
+	}
+	require.Equal(t, moves, drawn)
+}
+
+// commented are the comments of a file.
+func commented(t *testing.T, name string) (all []string) {
+	f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments|parser.SkipObjectResolution)
+	require.NoError(t, err)
+	for _, group := range f.Comments {
+		var text []string
+		for _, c := range group.List {
+			text = append(text, c.Text)
+		}
+		all = append(all, strings.Join(text, "\n"))
+	}
+	return all
+}
+
+func TestAMoveThatIsNotDrawnIsNoticed(t *testing.T) {
+	var b books
+	b.begin(rules{}, Limits{}, Limits{})
+	c := &conn{site: &site{}}
+	for _, to := range []phase{dialing, borrowed, idle, closing, none} {
+		b.moveLocked(c, to)
+		require.Empty(t, b.undrawn)
+	}
+	b.moveLocked(c, idle)
+	require.Contains(t, b.undrawn, "from none to idle")
+	b.debug = true
+	require.PanicsWithValue(t, b.undrawn, func() {
+		c.phase = none
+		b.moveLocked(c, idle)
+	})
+}
+
+// A pause that the books ended before the agenda that began it has run never
+// begins, and its end is nobody's: neither of no pause nor of one that began since.
+func TestAPauseThatWasEndedIsNotStarted(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{})
+		p, a := n.p, at("a")
+		var todo agenda
+		p.mu.Lock()
+		s := p.newSite(a)
+		p.addSiteLocked(s, &todo)
+		for range backoffAfter {
+			p.failureLocked(s, errNoPeer, p.clock.Exactly(), 0, false)
+		}
+		p.pauseLocked(s, &todo)
+		first := s.trouble.pause
+		require.NotNil(t, first)
+		p.stopRetryLocked(s)
+		p.pauseLocked(s, &todo)
+		second := s.trouble.pause
+		require.NotSame(t, first, second)
+		p.mu.Unlock()
+		todo.run(p)
+		require.Nil(t, first.timer)
+		require.NotNil(t, second.timer)
+		p.retry(s, first)
+		require.Same(t, second, s.trouble.pause, "the end of another pause ends this one")
+		time.Sleep(backoffMax)
+		p.mu.Lock()
+		require.Nil(t, s.trouble.pause)
+		p.mu.Unlock()
+	})
+}
+
+var errNoPeer = fmt.Errorf("nobody is there")
+
+// prying is a ctx whose Value uses the pool, as a ctx of the caller's may.
+type prying struct {
+	context.Context
+	p *Pool
+}
+
+func (a prying) Value(key any) any {
+	a.p.Stats()
+	return a.Context.Value(key)
+}
+
+func TestAContextOfDialContextMayUseThePool(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{})
+		n.Host("a").Serve(echoLines)
+		nc, err := n.p.DialContext(prying{bg, n.p}, "tcp", at("a").String())
+		if err == nil {
+			nc.Close()
+		}
+		n.check()
+	})
+}
