@@ -349,7 +349,7 @@ func TestAContextOfDialContextMayUseThePool(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
 		n.Host("a").Serve(echoLines)
-		nc, err := n.p.DialContext(prying{bg, n.p}, "tcp", at("a").String())
+		nc, err := n.p.DialContext(prying{bg, n.p}, "tcp", "h:1")
 		if err == nil {
 			nc.Close()
 		}
