@@ -40,13 +40,13 @@ func (p *Pool) limitLocked() int {
 }
 
 // fullLocked names the limit that forbids a dial to s; "" if none does. What is
-// being closed, or could be evicted, is room; those who are ahead in the queue
+// being closed or was broken off, or could be evicted, is room; those who are ahead in the queue
 // of s, and in all queues, will take it.
 func (p *Pool) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
 	case openOf(&s.n)-int(s.n[closing])+aheadHere >= p.cfg.MaxPerAddr:
 		return "MaxPerAddr"
-	case openOf(&p.n)-int(p.n[closing]+p.n[idle])+ahead >= p.limitLocked():
+	case openOf(&p.n)-int(p.n[closing]+p.n[idle])-p.displaced+ahead >= p.limitLocked():
 		return "MaxOpen"
 	}
 	return ""

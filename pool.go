@@ -73,6 +73,7 @@ type Pool struct {
 	want      int                // dials that could start if there was room: the sum of site.want
 	eager     int                // ... and for which idle connections make room: the sum of site.eager
 	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
+	unneeded  map[*site]struct{} // those that dial for nobody who waits, see silence.go; nil before the first
 	displaced int                // dials that were broken off for others and have not ended
 	overtook  int                // hand-overs to a younger waiter since a slot was last given away
 	lastSeq   uint64             // of waiters

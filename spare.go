@@ -13,6 +13,7 @@ import (
 // refreshSpareLocked brings up to date what s wants beside what its waiters
 // want. It is a part of refreshLocked.
 func (p *Pool) refreshSpareLocked(s *site) {
+	p.noteUnneededLocked(s)
 	p.endWarmingsLocked(s)
 	x := s.special
 	if p.closed {
