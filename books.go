@@ -39,6 +39,7 @@ type books struct {
 	want      int                // dials that could start if there was room: the sum of site.want
 	eager     int                // ... and for which idle connections make room: the sum of site.eager
 	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
+	unneeded  map[*site]struct{} // those that dial for nobody who waits, see silence.go; nil before the first
 	displaced int                // dials that were broken off for others and have not ended
 	overtook  int                // hand-overs to a younger waiter since a slot was last given away
 	lastSeq   uint64             // of waiters
@@ -122,14 +123,15 @@ func (b *books) roomLocked() int { return b.limitLocked() - b.n.open() }
 func (b *books) roomAtLocked(s *site) int { return b.limits.MaxPerAddr - s.n.open() }
 
 // fullLocked names the limit that forbids a dial to s; "" if none does. Connections
-// that are being closed, and idle ones that could be evicted, count as free.
+// that are being closed, idle ones that could be evicted, and dials that were broken
+// off for others, count as free.
 // aheadHere and ahead are the waiters that will take that room first: in the queue
 // of s, and in all queues.
 func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
 	case s.n.kept()+aheadHere >= b.limits.MaxPerAddr:
 		return "MaxPerAddr"
-	case b.n.kept()-int(b.n[idle])+ahead >= b.limitLocked():
+	case b.n.kept()-int(b.n[idle])-b.displaced+ahead >= b.limitLocked():
 		return "MaxOpen"
 	}
 	return ""

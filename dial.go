@@ -64,6 +64,7 @@ type attempt struct {
 	newer, older *attempt           // among those of the site that waiters count on
 	surplus      bool               // it is not one of them any more: the pool breaks it off
 	displaced    bool               // ... for another address
+	quiet        bool               // it has gone without an answer for a while, see silence.go
 	brokenOff    bool               // when it ended, the pool was the cause, whatever its error says
 	spare        bool               // it was started for no waiter, and is never surplus
 	warm         *warming           // for which it was started, if for one

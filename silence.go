@@ -11,6 +11,8 @@ import "time"
 //   - If nothing is free, an address whose dials have been silent for a while
 //     gives up one of them to an address that has at least two fewer. It is as if
 //     that dial had not been started: its waiter waits for the next.
+//   - A dial for nobody who waits, a reserve's or Warm's, is given up before that, as
+//     soon as it has been silent for a while; where nobody may wait (Fail), at once.
 //   - Only then idle connections make room, and for rank 0 only: for addresses
 //     that have answered, and for the first dial to any other.
 //
@@ -69,9 +71,11 @@ func (s *site) answeredLocked() {
 func (p *Pool) hush(a *attempt, answers int) {
 	var todo agenda
 	p.mu.Lock()
-	if s := a.c.site; a.giveUp != nil && !a.surplus && s.queue.answers == answers {
-		s.queue.silent = true
-		p.refreshLocked(s)
+	if s := a.c.site; a.giveUp != nil && !a.surplus {
+		if a.quiet = true; s.queue.answers == answers {
+			s.queue.silent = true
+			p.refreshLocked(s)
+		}
 		p.admitLocked(&todo)
 	}
 	p.mu.Unlock()
@@ -91,7 +95,13 @@ func (b *books) shareLocked(todo *agenda) (shared bool) {
 		need = b.ready[0]
 	}
 	atOnce := b.n[idle] > 0 && !need.known()
+	fail := b.whenFull == Fail && b.roomLocked() <= 0
 	for b.displaced < int(need.want) {
+		if a := b.unneededLocked(fail); a != nil {
+			b.displaceLocked(a, todo)
+			shared = true
+			continue
+		}
 		var rich *site
 		for s := range b.unheard {
 			if (atOnce || s.queue.silent) && (rich == nil || s.rank > rich.rank) {
@@ -101,15 +111,40 @@ func (b *books) shareLocked(todo *agenda) (shared bool) {
 		if rich == nil || rich == need || int(rich.rank) <= int(need.rank)+b.displaced+1 {
 			break
 		}
-		b.displaceLocked(rich, todo)
+		b.displaceLocked(rich.dial, todo)
 		shared = true
 	}
 	return shared
 }
 
-// displaceLocked breaks off the youngest dial to s.
-func (b *books) displaceLocked(s *site, todo *agenda) {
-	a := s.dial
+// unneededLocked is a dial for nobody who waits that may be broken off, nil if there
+// is none.
+func (b *books) unneededLocked(atOnce bool) *attempt {
+	for s := range b.unneeded {
+		for a := s.dial; a != nil; a = a.older {
+			if a.spare && (a.quiet || atOnce) {
+				return a
+			}
+		}
+	}
+	return nil
+}
+
+// noteUnneededLocked brings Pool.unneeded up to date. It is a part of refreshLocked.
+func (b *books) noteUnneededLocked(s *site) {
+	switch yes := s.special.dials > 0 && s.queue.dials > s.queue.len; {
+	case !yes:
+		delete(b.unneeded, s)
+	case b.unneeded == nil:
+		b.unneeded = map[*site]struct{}{s: {}}
+	default:
+		b.unneeded[s] = struct{}{}
+	}
+}
+
+// displaceLocked breaks a off, which waiters may count on.
+func (b *books) displaceLocked(a *attempt, todo *agenda) {
+	s := a.c.site
 	s.dropLocked(a)
 	s.queue.dialEnded()
 	a.surplus, a.displaced = true, true
@@ -117,6 +152,9 @@ func (b *books) displaceLocked(s *site, todo *agenda) {
 	if a.spare {
 		a.spare = false
 		s.special.dials--
+		if a.warm == nil && a.quiet {
+			s.special.shaky = true // or it would be tried again whenever there is room
+		}
 	}
 	if a.warm != nil {
 		a.warm.own--

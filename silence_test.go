@@ -164,3 +164,59 @@ func TestADialThatMakesRoomIsDialledAgain(t *testing.T) {
 		n.check()
 	})
 }
+
+// BETA-X11, TRY-51: what was dialled before it is needed, and is not answered, holds up
+// nobody either: a reserve or a Warm takes no room from a borrower.
+func TestASilentDialForNobodyHoldsUpNoBorrower(t *testing.T) {
+	for name, cfg := range map[string]Config{
+		"the slots":                       {MaxOpen: 2},
+		"the slots, and nobody may wait":  {MaxOpen: 2, WhenFull: Fail},
+		"the dials":                       {MaxDialing: 1},
+		"the dials, and nobody may wait":  {MaxDialing: 1, WhenFull: Fail},
+		"the dials, beside a full server": {MaxDialing: 1, MaxPerAddr: 2, WhenFull: Overflow},
+	} {
+		for _, by := range []string{"reserve", "Warm"} {
+			t.Run(name+"/"+by, func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					n := open(t, cfg)
+					n.idle(at("a"), 1)
+					time.Sleep(time.Second)
+					n.Host("a").BlackHole(true)
+					warm := make(chan error, 1)
+					if by == "reserve" {
+						l := n.p.Limits()
+						l.MinSpare = 1
+						require.NoError(t, n.p.SetLimits(l))
+					}
+					a := n.borrow(bg, at("a"))
+					a.conn()
+					if by == "Warm" {
+						go func() { warm <- n.p.Warm(bg, at("a"), 2) }()
+					}
+					synctest.Wait()
+					require.Equal(t, 1, n.p.Stats().Dialing, "%v", n.p.Stats())
+					start := time.Now()
+					n.use(at("b"))
+					require.LessOrEqual(t, time.Since(start), 2*silence)
+					n.check()
+					for range 20 { // nor is it tried again whenever there is room
+						n.p.CloseIdle()
+						n.use(at("b"))
+					}
+					require.LessOrEqual(t, time.Since(start), 30*silence)
+					st := n.stats(at("a"))
+					require.False(t, st.BackingOff)
+					n.check()
+					n.Host("a").BlackHole(false)
+					require.NoError(t, a.giveBack())
+					n.p.CloseIdle()
+					if by == "Warm" {
+						time.Sleep(time.Minute)
+						require.Len(t, warm, 1)
+					}
+					n.check()
+				})
+			})
+		}
+	}
+}

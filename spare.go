@@ -13,6 +13,7 @@ import (
 // refreshSpareLocked brings up to date what s wants beside what its waiters
 // want. It is a part of refreshLocked.
 func (b *books) refreshSpareLocked(s *site) {
+	b.noteUnneededLocked(s)
 	b.endWarmingsLocked(s)
 	x := s.special
 	if b.closed {

@@ -65,6 +65,8 @@ func (p *Pool) spareInconsistency(s *site, looked int) error {
 		return fmt.Errorf("%v counts %d that are being looked at, there are %d", s.addr, x.looked, looked)
 	case x.dials != spare || own > spare:
 		return fmt.Errorf("%v counts %d dials for nobody, there are %d, of which %d are Warm's", s.addr, x.dials, spare, own)
+	case (x.dials > 0 && s.queue.dials > s.queue.len) != p.dialsForNobody(s):
+		return fmt.Errorf("%v dials for nobody: %v", s.addr, !p.dialsForNobody(s))
 	case x.reserve && (p.limits.MinSpare == 0 || p.closed || s.tracked()):
 		return fmt.Errorf("%v keeps a reserve", s.addr)
 	case (x.spare > 0) != (x.inShort != nil):
@@ -99,4 +101,10 @@ func (p *Pool) shortInconsistency() error {
 		return fmt.Errorf("%d addresses are short, and dials could start", p.short.Len())
 	}
 	return nil
+}
+
+// dialsForNobody is what the pool knows of it.
+func (p *Pool) dialsForNobody(s *site) bool {
+	_, yes := p.unneeded[s]
+	return yes
 }

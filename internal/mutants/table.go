@@ -1631,7 +1631,7 @@ var mutants = []mutant{
 	{
 		name:  "a-ctx-that-hangs-keeps-the-slot",
 		old:   "if a.isSettled() { // the borrower's ctx took too long",
-		new:   "if false { // the borrower's ctx took too long",
+		new:   "if false && a.isSettled() { // the borrower's ctx took too long",
 		tests: `TestACtxThatDoesNotAnswerItsDialKeepsNoSlot`,
 	},
 	{
@@ -1669,5 +1669,23 @@ var mutants = []mutant{
 		old:   `if l.oldest == nil && l.timer != nil {`,
 		new:   `if l.oldest == nil {`,
 		tests: `TestAProfileThatPanicsCostsNoSlot`,
+	},
+	{
+		name:  "a-silent-dial-for-nobody-stays",
+		old:   `if a.spare && (a.quiet || atOnce) {`,
+		new:   `if a.spare && atOnce {`,
+		tests: `TestASilentDialForNobodyHoldsUpNoBorrower`,
+	},
+	{
+		name:  "a-dial-for-nobody-is-no-room-under-fail",
+		old:   `if a.spare && (a.quiet || atOnce) {`,
+		new:   `if a.spare && a.quiet {`,
+		tests: `TestASilentDialForNobodyHoldsUpNoBorrower`,
+	},
+	{
+		name:  "what-was-broken-off-is-no-room-under-fail",
+		old:   `-b.displaced+ahead >= b.limitLocked():`,
+		new:   `+ahead >= b.limitLocked():`,
+		tests: `TestASilentDialForNobodyHoldsUpNoBorrower`,
 	},
 }
