@@ -723,6 +723,12 @@ var gatewayMutants = []mutant{
 		tests: `TestAServerThatHungUpOnce`,
 	},
 	{
+		name:  "invalid-certificates-are-told",
+		old:   "defer g.tellInvalid()\n",
+		new:   "",
+		tests: `TestTheLogTellsOfACertificate`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
