@@ -261,6 +261,10 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 	defer told.flush(ctx, o.check)
 	defer logged.flush(ctx, o.check)
 	stdout, stderr = told, logged
+	// From the beginning: it would end a process that waits for a file, or leave
+	// the socket of one that has just listened.
+	reload, stopReload := reloadSignal()
+	defer stopReload()
 	var g *gateway.Gateway
 	if err == nil {
 		err = within(ctx, func() (err error) { g, err = gateway.NewContext(ctx, o.Config); return err })
@@ -289,8 +293,6 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 	defer signal.Stop(again)
 	hurry, hasten := context.WithCancel(context.Background())
 	defer hasten()
-	reload, stopReload := reloadSignal()
-	defer stopReload()
 	served := make(chan struct{})
 	go func() {
 		signals := 0
@@ -355,12 +357,16 @@ func checkGateway(ctx context.Context, o gatewayOptions, g *gateway.Gateway, std
 	if lacks != "" {
 		fmt.Fprintf(stderr, "connpool gateway: %s\n", lacks)
 	}
-	lines, expired := g.Certificates()
+	lines, invalid := g.Certificates()
+	when := "yet"
 	for _, line := range lines {
 		fmt.Fprintf(stdout, "  %s\n", line)
+		if strings.Contains(line, "EXPIRED") {
+			when = "any more"
+		}
 	}
-	if expired {
-		fmt.Fprintln(stderr, "connpool gateway: a certificate is not valid any more: replace its file")
+	if invalid {
+		fmt.Fprintf(stderr, "connpool gateway: a certificate is not valid %s: replace its file\n", when)
 		return exitUsage
 	}
 	return exitOK

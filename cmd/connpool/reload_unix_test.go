@@ -4,6 +4,9 @@ package main
 
 import (
 	"crypto/tls"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,4 +33,21 @@ func TestSIGHUPReadsTheCertificatesAgain(t *testing.T) {
 	require.Greater(t, end().Sub(before), 50*time.Hour)
 	g.Process.Signal(syscall.SIGTERM)
 	require.Equal(t, exitOK, g.ended())
+}
+
+// TRY-28: whoever asks for a new start of the connections does not end a gateway
+// that has only just been started.
+func TestSIGHUPEndsNoGatewayThatStarts(t *testing.T) {
+	cert := filepath.Join(t.TempDir(), "cert.pem")
+	require.NoError(t, syscall.Mkfifo(cert, 0o600))
+	cmd := exec.Command(os.Args[0], "gateway", "-framing", "line", "-listen", "tls://127.0.0.1:0", "-cert", cert, "-key", cert+".none", "-to", "tcp://127.0.0.1:1")
+	cmd.Env = append(os.Environ(), "CONNPOOL_TEST_AS=command")
+	require.NoError(t, cmd.Start())
+	defer cmd.Process.Kill()
+	file, err := os.OpenFile(cert, os.O_WRONLY, 0) // returns when it reads the file
+	require.NoError(t, err)
+	require.NoError(t, cmd.Process.Signal(syscall.SIGHUP))
+	require.NoError(t, file.Close())
+	cmd.Wait()
+	require.Equal(t, exitUsage, cmd.ProcessState.ExitCode(), "it ends by itself, because there is no key")
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"strings"
 	"sync"
@@ -237,9 +238,18 @@ func roots(flag string, pem []byte) (*x509.CertPool, error) {
 	return pool, nil
 }
 
+// tellInvalid tells of certificates in force that nobody will believe now, once a
+// minute: what it leads to is told as handshakes that fail, without the cause.
+func (g *Gateway) tellInvalid() {
+	lines, invalid := g.Certificates()
+	if invalid {
+		g.notice(slog.LevelError, "invalid", "a certificate is not valid now: replace its file", "certificates", strings.Join(lines, "; "))
+	}
+}
+
 // Certificates describes those in force, with their ends of life, and reports
-// whether one has passed its own.
-func (g *Gateway) Certificates() (lines []string, expired bool) {
+// whether one has passed its own, or is not valid yet.
+func (g *Gateway) Certificates() (lines []string, invalid bool) {
 	describe := func(flag string, cfg *tls.Config) {
 		if cfg == nil {
 			return
@@ -250,8 +260,12 @@ func (g *Gateway) Certificates() (lines []string, expired bool) {
 			}
 			left := time.Until(c.Leaf.NotAfter)
 			state := fmt.Sprintf("valid until %s", c.Leaf.NotAfter.UTC().Format(time.DateOnly))
-			if left <= 0 {
-				expired = true
+			switch {
+			case time.Now().Before(c.Leaf.NotBefore):
+				invalid = true
+				state = fmt.Sprintf("NOT VALID before %s", c.Leaf.NotBefore.UTC().Format(time.DateTime))
+			case left <= 0:
+				invalid = true
 				state = fmt.Sprintf("EXPIRED on %s", c.Leaf.NotAfter.UTC().Format(time.DateOnly))
 			}
 			lines = append(lines, fmt.Sprintf("%s: %s, %s", flag, strings.Join(append(c.Leaf.DNSNames, c.Leaf.Subject.CommonName), ", "), state))
@@ -259,5 +273,5 @@ func (g *Gateway) Certificates() (lines []string, expired bool) {
 	}
 	describe("-cert", g.certs.forClients.Load())
 	describe("-upstream-cert", g.certs.forServer.Load())
-	return lines, expired
+	return lines, invalid
 }

@@ -144,6 +144,26 @@ func TestCertificatesTellTheirEnd(t *testing.T) {
 	lines, expired = g.Certificates()
 	require.True(t, expired)
 	require.Contains(t, lines[0], "EXPIRED on 1970-01-01")
+	g.certs.forClients.Load().Certificates[0].Leaf = &x509.Certificate{NotBefore: time.Now().Add(time.Hour), NotAfter: time.Now().Add(2 * time.Hour)}
+	lines, expired = g.Certificates()
+	require.True(t, expired)
+	require.Contains(t, lines[0], "NOT VALID before")
+}
+
+// TRY-38: that a certificate has come to its end is told, and not only what comes
+// of it.
+func TestTheLogTellsOfACertificateThatIsNotValid(t *testing.T) {
+	k := writeKeys(t, t.TempDir(), "k", faultnet.NewCA().Server("127.0.0.1"))
+	_, to := serve(t, faultnet.Options{})
+	g, log := atDefault(t, Config{Framing: "line", To: to, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}, ReloadEvery: -1})
+	require.NoError(t, g.Reload())
+	old := g.certs.forClients.Load().Clone()
+	old.Certificates[0].Leaf = &x509.Certificate{NotAfter: time.Unix(0, 0)}
+	g.certs.forClients.Store(old)
+	for range 5 {
+		require.NoError(t, g.Reload())
+	}
+	require.Equal(t, 1, told(t, log, "a certificate is not valid now", "level=ERROR", "EXPIRED on 1970-01-01"))
 }
 
 // spoil puts something in the place of a file that is no certificate.

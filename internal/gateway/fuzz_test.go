@@ -159,7 +159,8 @@ type deadlineless struct {
 	io.Writer
 }
 
-func (deadlineless) SetReadDeadline(time.Time) error { return nil }
+func (deadlineless) SetReadDeadline(time.Time) error  { return nil }
+func (deadlineless) SetWriteDeadline(time.Time) error { return nil }
 
 func FuzzModbus(f *testing.F) {
 	f.Add(readRegisters(1, 2, 3, 4))

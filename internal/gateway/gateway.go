@@ -238,6 +238,7 @@ func (g *Gateway) resize() {
 // is bad, or does not open, all stay as they were.
 func (g *Gateway) Reload() error {
 	g.resize()
+	defer g.tellInvalid()
 	return g.reload(g.ctx)
 }
 
@@ -285,6 +286,7 @@ func (g *Gateway) Serve(ctx, hurry context.Context) error {
 				select {
 				case <-tick.C:
 					g.reload(helpers) // which tells
+					g.tellInvalid()
 				case <-helpers.Done():
 					return
 				}
@@ -294,6 +296,7 @@ func (g *Gateway) Serve(ctx, hurry context.Context) error {
 	if _, lacks := g.Descriptors(); lacks != "" {
 		g.Logger.Warn(lacks)
 	}
+	g.tellInvalid()
 	wake := context.AfterFunc(ctx, g.listener.stop)
 	failed := g.accept(ctx)
 	wake()

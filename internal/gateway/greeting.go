@@ -121,6 +121,7 @@ type greetings struct {
 	told    time.Time     // when the log was told
 	slowest time.Duration // the longest exchange so far that was listened to
 	bare    bool          // resp: the server hangs up on a PING with a number
+	hungUp  time.Time     // ... when it did so first, and no connection has been proven since; zero: it did not
 }
 
 const (
@@ -182,6 +183,27 @@ func (k *greetings) forget() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.silent, k.last, k.pause = time.Time{}, nil, 0
+	k.bare, k.hungUp = false, time.Time{}
+}
+
+// hangsUp books that a server hung up on a PING with a number, on a connection
+// that was asked since began. Any server may end at any moment: only one that
+// does so again is taken to know no such PING.
+func (k *greetings) hangsUp(began time.Time) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	again := !k.hungUp.IsZero() && began.After(k.hungUp)
+	k.bare = k.bare || again
+	if k.hungUp.IsZero() {
+		k.hungUp = time.Now()
+	}
+}
+
+// proved books that a server has answered a PING with its number.
+func (k *greetings) proved() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.hungUp = time.Time{}
 }
 
 // found books that a connection was silent, but for replies, until now.
@@ -325,6 +347,7 @@ func (k *greetings) hello(nc net.Conn, u *replies, id *identity) error {
 		}
 		return reply.b, err
 	}
+	began := time.Now()
 	reply, err := ask([]byte("PING"))
 	if err != nil {
 		return err
@@ -355,14 +378,13 @@ func (k *greetings) hello(nc net.Conn, u *replies, id *identity) error {
 	reply, err = ask([]byte("PING"), u.nextMark())
 	switch {
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
-		k.mu.Lock()
-		k.bare = true
-		k.mu.Unlock()
+		k.hangsUp(began)
 		return err
 	case err != nil:
 		return err
 	case u.isMark(reply):
 		u.proves = true
+		k.proved()
 	case !isError(reply) && string(reply) != "+PONG\r\n":
 		return k.surprised(&speaksFirst{k.framing, reply[:min(len(reply), 64)]})
 	}

@@ -467,3 +467,44 @@ func TestTheFirstReplyOfAllIsHeldAndLaterOnesAreNot(t *testing.T) {
 		require.Equal(t, quickLook, before)
 	})
 }
+
+// TRY-04: a server that ended in the middle of the look at it is asked for its
+// proofs all the same when it is back.
+func TestAServerThatHungUpOnceStillProvesItsReplies(t *testing.T) {
+	var hungUp, marks atomic.Int64
+	hangs := int64(1)
+	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
+		r := bufio.NewReader(peer)
+		for {
+			_, all, err := protocols["resp"].next(r)
+			if err != nil {
+				return
+			}
+			switch args := words(all); {
+			case len(args) == 0:
+				io.WriteString(peer, "+PONG\r\n")
+			case is(all[8:12], "PING") && hungUp.Add(1) <= hangs:
+				return
+			case is(all[8:12], "PING"):
+				marks.Add(1)
+				fallthrough
+			default:
+				io.WriteString(peer, bulk(string(args[0])))
+			}
+		}
+	}})
+	g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 1})
+	c := g.call()
+	soon(t, "it is served", func() bool { return c.do("ECHO", "x") == bulk("x") })
+	require.NotZero(t, marks.Load(), "by a connection that is proven")
+
+	// One that hangs up for good is judged by time, until it is asked to begin anew.
+	g.greet.hangsUp(time.Now())
+	require.False(t, g.greet.isBare())
+	g.greet.hangsUp(time.Now().Add(-time.Hour))
+	require.False(t, g.greet.isBare(), "that was the same moment")
+	g.greet.hangsUp(time.Now().Add(time.Second))
+	require.True(t, g.greet.isBare())
+	require.NoError(t, g.Renew())
+	require.False(t, g.greet.isBare())
+}

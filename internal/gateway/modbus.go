@@ -83,6 +83,7 @@ func broadcastResponse(request []byte) []byte {
 type asker interface {
 	io.ReadWriter
 	SetReadDeadline(time.Time) error
+	SetWriteDeadline(time.Time) error
 }
 
 // modbus is one exchange. The transaction id is one of the connection's own on
@@ -103,6 +104,7 @@ func (u *replies) modbus(c asker, request []byte, out *store, answered *int, lat
 	asked := owed{u.tid, request[6], request[7]}
 	binary.BigEndian.PutUint16(request, u.tid)
 	defer binary.BigEndian.PutUint16(request, client) // an exception is made from it
+	c.SetWriteDeadline(latest)
 	if _, err := c.Write(request); err != nil {
 		return err
 	}

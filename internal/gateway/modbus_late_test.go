@@ -3,6 +3,8 @@ package gateway
 import (
 	"bufio"
 	"io"
+	"net"
+	"os"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -305,4 +307,21 @@ func TestABroadcastCostsADeviceWithoutNumbersNothing(t *testing.T) {
 		require.Equal(t, i, n, "%x", all)
 	}
 	require.EqualValues(t, 1, g.Status().Pool.Dials)
+}
+
+// TRY-32: a device that takes nothing any more is waited for no longer than one
+// that does not answer.
+func TestADeviceThatTakesNothingIsNotWaitedForWithoutEnd(t *testing.T) {
+	t.Parallel()
+	ours, device := net.Pipe()
+	defer device.Close()
+	defer ours.Close()
+	time.AfterFunc(10*time.Second, func() { ours.Close() }) // for one that waits
+	u := &replies{sc: newMBAPScanner(), max: 1000}
+	var out store
+	answered := 0
+	err := u.modbus(ours, writeRegister(7, 0, 5), &out, &answered, time.Now().Add(10*time.Millisecond), &Config{BroadcastWait: time.Millisecond})
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	require.Zero(t, answered, "it is not out")
+	require.Empty(t, out.b)
 }

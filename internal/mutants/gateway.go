@@ -689,7 +689,7 @@ var gatewayMutants = []mutant{
 	{
 		name:  "demotions-are-told-once-a-minute",
 		old:   `g.notice(slog.LevelWarn, "demoted", `,
-		new:   `g.Logger.Warn(`,
+		new:   `g.notice(slog.LevelWarn, "demoted"+time.Now().String(), `,
 		tests: `TestAServerThatSaysItIsNot`,
 	},
 	{
@@ -709,6 +709,24 @@ var gatewayMutants = []mutant{
 		old:   "below = whole{cl.raw}",
 		new:   "_ = whole{cl.raw}",
 		tests: `TestALineThatWasCutOff`,
+	},
+	{
+		name:  "modbus-bounds-its-writes",
+		old:   "c.SetWriteDeadline(latest)\n",
+		new:   "_ = c.SetWriteDeadline\n",
+		tests: `TestADeviceThatTakesNothing`,
+	},
+	{
+		name:  "one-hang-up-is-no-proof",
+		old:   "k.bare = k.bare || again",
+		new:   "k.bare = k.bare || again || true",
+		tests: `TestAServerThatHungUpOnce`,
+	},
+	{
+		name:  "invalid-certificates-are-told",
+		old:   "defer g.tellInvalid()\n",
+		new:   "",
+		tests: `TestTheLogTellsOfACertificate`,
 	},
 	{
 		name:  "pins-are-proven-before-they-are-given-back",
