@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 // reach follows the calls of the books' methods through the package and says what
@@ -346,13 +348,10 @@ func (a prying) Value(key any) any {
 }
 
 func TestAContextOfDialContextMayUseThePool(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		n := open(t, Config{})
-		n.Host("a").Serve(echoLines)
-		nc, err := n.p.DialContext(prying{bg, n.p}, "tcp", "h:1")
-		if err == nil {
-			nc.Close()
-		}
-		n.check()
-	})
+	n := startSock(t, "tcp", faultnet.Options{})
+	p := n.pool(t, func(*Config) {})
+	network, address := n.target()
+	nc, err := p.DialContext(prying{t.Context(), p}, network, address)
+	require.NoError(t, err)
+	require.NoError(t, nc.Close())
 }
