@@ -729,6 +729,12 @@ var gatewayMutants = []mutant{
 		tests: `TestTheLogTellsOfACertificate`,
 	},
 	{
+		name:  "logins-say-that-nothing-has-changed",
+		old:   `"; the client is who it was before\r\n"`,
+		new:   `"\r\n"`,
+		tests: `TestALoginWhoseReplyIsLost`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
