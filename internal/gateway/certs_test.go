@@ -158,7 +158,7 @@ func TestTheLogTellsOfACertificateThatIsNotValid(t *testing.T) {
 	g, log := atDefault(t, Config{Framing: "line", To: to, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}, ReloadEvery: -1})
 	require.NoError(t, g.Reload())
 	old := g.certs.forClients.Load().Clone()
-	old.Certificates[0].Leaf = &x509.Certificate{NotAfter: time.Unix(0, 0)}
+	old.Certificates = []tls.Certificate{{Leaf: &x509.Certificate{NotAfter: time.Unix(0, 0)}}}
 	g.certs.forClients.Store(old)
 	for range 5 {
 		require.NoError(t, g.Reload())
