@@ -735,6 +735,12 @@ var gatewayMutants = []mutant{
 		tests: `TestALoginWhoseReplyIsLost`,
 	},
 	{
+		name:  "drains-fail-no-handshakes",
+		old:   "if err != nil && g.draining.Load() && (",
+		new:   "if err != nil && false && (",
+		tests: `TestADrainDoesNotCountTheHandshakes`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
