@@ -741,6 +741,12 @@ var gatewayMutants = []mutant{
 		tests: `TestADrainDoesNotCountTheHandshakes`,
 	},
 	{
+		name:  "who-is-told-nothing-is-looked-at",
+		old:   "unheard == nil && cl.isGone()",
+		new:   "unheard == nil && false && cl.isGone()",
+		tests: `TestNothingBehindASilentBroadcast`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
