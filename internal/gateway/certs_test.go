@@ -158,7 +158,7 @@ func TestTheLogTellsOfACertificateThatIsNotValid(t *testing.T) {
 	g, log := atDefault(t, Config{Framing: "line", To: to, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}, ReloadEvery: -1})
 	require.NoError(t, g.Reload())
 	old := g.certs.forClients.Load().Clone()
-	old.Certificates[0].Leaf = &x509.Certificate{NotAfter: time.Unix(0, 0)}
+	old.Certificates = []tls.Certificate{{Leaf: &x509.Certificate{NotAfter: time.Unix(0, 0)}}}
 	g.certs.forClients.Store(old)
 	for range 5 {
 		require.NoError(t, g.Reload())
@@ -262,4 +262,19 @@ func ticketOf(t *testing.T, cfg *tls.Config) (ticket []byte, st tls.ConnectionSt
 	require.NoError(t, <-done)
 	require.NotEmpty(t, ticket)
 	return ticket, st
+}
+
+// TRY-38: a drain does not wait for handshakes, which are no failed ones.
+func TestADrainDoesNotCountTheHandshakesThatItEnds(t *testing.T) {
+	k := writeKeys(t, t.TempDir(), "k", faultnet.NewCA().Server("127.0.0.1"))
+	_, to := serve(t, faultnet.Options{})
+	g, log := atDefault(t, Config{Framing: "line", To: to, Listen: "tls://127.0.0.1:0", Server: ServerFiles{Cert: k.cert, Key: k.key}})
+	nc, err := net.Dial("tcp", g.Addr().String())
+	require.NoError(t, err)
+	defer nc.Close()
+	soon(t, "it is in", func() bool { return g.Status().Clients == 1 })
+	g.end()
+	require.NoError(t, g.wait())
+	require.Zero(t, g.Status().Handshake)
+	require.NotContains(t, log.String(), "handshakes of clients fail")
 }

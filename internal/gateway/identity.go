@@ -254,7 +254,8 @@ func (cl *client) identify(frame []byte, v verb) error {
 	case !isError(reply):
 		g.known.add(scope)
 		cl.become(claimed)
-	case hasPrefix(reply, "-ERR gateway:"):
+	case hasPrefix(reply, "-ERR gateway:"): // it may have been carried out, on a connection that is not the client's
+		cl.out.b = append(cl.out.b[:len(cl.out.b)-2], "; the client is who it was before\r\n"...)
 	case scope != "": // what was accepted once is not any more
 		g.known.remove(scope)
 		_, addr := g.under(&claimed)

@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 func TestEveryPartOfAnIdentityIsPartOfItsScope(t *testing.T) {
@@ -97,4 +98,21 @@ func TestACommandThatMeetsTheReleaseIsNotLost(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TRY-26: who hears that a SELECT or HELLO was carried out must not take the next
+// commands for those of who it said it is.
+func TestALoginWhoseReplyIsLostSaysThatNothingHasChanged(t *testing.T) {
+	to := scripted(t, func(_ *faultnet.Peer, command string) string {
+		if command == "HELLO 3" {
+			return bulk(strings.Repeat("x", 200))
+		}
+		return "+" + command + "\r\n"
+	})
+	g := begin(t, Config{Framing: "resp", To: to, MaxFrame: 100})
+	c := g.call()
+	told := c.do("HELLO", "3")
+	require.Contains(t, told, respErrors[tooLong])
+	require.Contains(t, told, "; the client is who it was before\r\n")
+	require.Equal(t, "+GET k\r\n", c.do("GET", "k"))
 }

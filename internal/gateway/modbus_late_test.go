@@ -325,3 +325,28 @@ func TestADeviceThatTakesNothingIsNotWaitedForWithoutEnd(t *testing.T) {
 	require.Zero(t, answered, "it is not out")
 	require.Empty(t, out.b)
 }
+
+// TRY-27: a client that is told nothing is missed all the same when it leaves.
+func TestNothingBehindASilentBroadcastIsCarriedOutForAClientThatLeft(t *testing.T) {
+	if !canWatch {
+		t.Skip("this system does not tell of clients that nobody reads from")
+	}
+	t.Parallel()
+	var writes atomic.Int64
+	out := make(chan bool, 1)
+	_, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
+		if mutely(b) {
+			out <- true
+			return
+		}
+		writes.Add(1)
+		p.Write(b)
+	})})
+	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, BroadcastWait: 2 * time.Second, BroadcastSilent: true})
+	c := g.call()
+	c.Write(append(writeRegister(1, 0, 5), writeRegister(2, 1, 5)...))
+	<-out
+	c.leave(true)
+	soon(t, "it is gone", func() bool { return g.Status().Clients == 0 })
+	require.Zero(t, writes.Load())
+}

@@ -43,6 +43,9 @@ func (cl *client) serveExchanges() {
 // for.
 func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte) error {
 	unheard := cl.ask(ctx, addr, wire)
+	if len(cl.out.b) == 0 && unheard == nil && cl.isGone() { // what is written finds that out, but nothing is
+		return errLeft
+	}
 	if err := cl.flush(); err != nil {
 		return err
 	}

@@ -105,3 +105,15 @@ func (v *vigil) verdict() error {
 	}
 	return nil
 }
+
+// isGone reports whether the client has reset its connection.
+func (cl *client) isGone() (gone bool) {
+	sc, ok := cl.raw.(syscall.Conn)
+	if !ok || !canWatch {
+		return false
+	}
+	if rc, err := sc.SyscallConn(); err == nil {
+		rc.Control(func(fd uintptr) { gone = hasLeft(fd, false) })
+	}
+	return gone
+}

@@ -729,6 +729,24 @@ var gatewayMutants = []mutant{
 		tests: `TestTheLogTellsOfACertificate`,
 	},
 	{
+		name:  "logins-say-that-nothing-has-changed",
+		old:   `"; the client is who it was before\r\n"`,
+		new:   `"\r\n"`,
+		tests: `TestALoginWhoseReplyIsLost`,
+	},
+	{
+		name:  "drains-fail-no-handshakes",
+		old:   "if err != nil && g.draining.Load() && (",
+		new:   "if err != nil && false && (",
+		tests: `TestADrainDoesNotCountTheHandshakes`,
+	},
+	{
+		name:  "who-is-told-nothing-is-looked-at",
+		old:   "unheard == nil && cl.isGone()",
+		new:   "unheard == nil && false && cl.isGone()",
+		tests: `TestNothingBehindASilentBroadcast`,
+	},
+	{
 		name:  "pins-are-proven-before-they-are-given-back",
 		old:   `return p.prove()`,
 		new:   `return nil`,
