@@ -1670,4 +1670,16 @@ var mutants = []mutant{
 		new:   `+ahead >= p.limitLocked():`,
 		tests: `TestASilentDialForNobodyHoldsUpNoBorrower`,
 	},
+	{
+		name:  "what-a-json-decoder-has-read-ahead-is-unknown",
+		old:   `countDecoder((*json.Decoder)(at), h)`,
+		new:   ``,
+		tests: `TestWhatAJSONDecoderHasReadAheadIsNotLeftToTheNextBorrower`,
+	},
+	{
+		name:  "the-space-behind-a-json-value-is-unread",
+		old:   `case b != ' ' && b != '\t' && b != '\r' && b != '\n':`,
+		new:   `case b != 0:`,
+		tests: `TestWhatAJSONDecoderHasReadAheadIsNotLeftToTheNextBorrower`,
+	},
 }
