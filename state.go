@@ -2,7 +2,9 @@ package connpool
 
 import (
 	"bufio"
+	"encoding/json"
 	"fmt"
+	"io"
 	"reflect"
 	"sync"
 	"unsafe"
@@ -16,7 +18,8 @@ import (
 // embeds a *bufio.ReadWriter has none at all, since there are two. So the buffers
 // of package bufio that are plainly the state's own are looked at as well: the
 // state itself, its fields, exported or not, those of a struct inside it or
-// embedded by a pointer, and those of what packages bufio and net/textproto make.
+// embedded by a pointer, and those of what packages bufio and net/textproto make. So is
+// a *json.Decoder, which reads ahead.
 // Other pointers are not followed: behind them may be what many connections share.
 
 // holdings counts bytes that are in a state.
@@ -24,8 +27,9 @@ type holdings struct {
 	unread    int // received, and read by nobody
 	unflushed int // written by a borrower, and sent to nobody
 
-	reader *bufio.Reader // the last that was counted; a state may have two names for one
-	writer *bufio.Writer
+	reader  *bufio.Reader // the last that was counted; a state may have two names for one
+	writer  *bufio.Writer
+	decoder *json.Decoder
 }
 
 // clean says what is wrong with a state that holds something, with the name of
@@ -141,6 +145,8 @@ func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 		reflect.TypeFor[bufio.Reader](), reflect.TypeFor[bufio.Writer]():
 		s.paths = append(s.paths, append(path{}, at...))
 		return
+	case reflect.TypeFor[*json.Decoder](), reflect.TypeFor[json.Decoder]():
+		s.paths = append(s.paths, append(path{}, at...)) // and what it reads from may be a buffer, too
 	}
 	if t.Kind() == reflect.Interface {
 		for _, b := range buffers {
@@ -175,7 +181,7 @@ func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 // ownBuffers reports whether a pointer to t in a state is a pointer to a codec of
 // this connection's.
 func ownBuffers(t reflect.Type) bool {
-	return t.PkgPath() == "bufio" || t.PkgPath() == "net/textproto"
+	return t.PkgPath() == "bufio" || t.PkgPath() == "net/textproto" || t == reflect.TypeFor[json.Decoder]()
 }
 
 // look follows p into v, and counts what is there. Unexported fields are only
@@ -216,6 +222,29 @@ func (p path) look(v reflect.Value, h *holdings) {
 		countReader((*bufio.Reader)(at), h)
 	case reflect.TypeFor[bufio.Writer]():
 		countWriter((*bufio.Writer)(at), h)
+	case reflect.TypeFor[json.Decoder]():
+		countDecoder((*json.Decoder)(at), h)
+	}
+}
+
+// countDecoder leaves out the space after a value, which comes with it as a rule.
+func countDecoder(d *json.Decoder, h *holdings) {
+	if d == nil || d == h.decoder {
+		return
+	}
+	h.decoder = d
+	left, ok := d.Buffered().(interface {
+		io.ByteReader
+		Len() int
+	})
+	for ok {
+		switch b, err := left.ReadByte(); {
+		case err != nil:
+			return
+		case b != ' ' && b != '\t' && b != '\r' && b != '\n':
+			h.unread += left.Len() + 1
+			return
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package connpool
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -11,6 +12,8 @@ import (
 	"testing/synctest"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 // Kinds of states, as protocols have them, and the writer in each.
@@ -305,5 +308,56 @@ func TestAStateWithNothingInItIsClean(t *testing.T) {
 		c := &conn{state: s}
 		h := c.held()
 		require.NoError(t, h.clean("nobody"), "%T", s)
+	}
+}
+
+// TRY-03, ORA-26: a json.Decoder reads ahead, and what it has read is known; the space
+// after a value is nothing.
+func TestWhatAJSONDecoderHasReadAheadIsNotLeftToTheNextBorrower(t *testing.T) {
+	type codec struct{ in *json.Decoder }
+	type whole struct{ in json.Decoder }
+	for name, make := range map[string]func(net.Conn) (any, *json.Decoder){
+		"*json.Decoder": func(nc net.Conn) (any, *json.Decoder) { d := json.NewDecoder(nc); return d, d },
+		"a field":       func(nc net.Conn) (any, *json.Decoder) { d := json.NewDecoder(nc); return codec{d}, d },
+		"by value":      func(nc net.Conn) (any, *json.Decoder) { s := &whole{*json.NewDecoder(nc)}; return s, &s.in },
+		"over a bufio.Reader": func(nc net.Conn) (any, *json.Decoder) {
+			d := json.NewDecoder(bufio.NewReader(nc))
+			return codec{d}, d
+		},
+	} {
+		bubble(t, func(t *testing.T) {
+			n := newTestnet(t)
+			n.Host("a").Serve(func(c *faultnet.Conn) { io.Copy(c, c) })
+			decoders := map[uint64]*json.Decoder{}
+			var last *json.Decoder
+			n.open(Config{Setup: func(_ context.Context, _ Addr, nc net.Conn) (s any, _ error) {
+				s, last = make(nc)
+				return s, nil
+			}})
+			ask := func(request string) (got string, id uint64) {
+				require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
+					id = c.ID()
+					if decoders[id] == nil {
+						decoders[id] = last
+					}
+					if _, err := io.WriteString(c, request); err != nil {
+						return err
+					}
+					return decoders[id].Decode(&got)
+				}), name)
+				return got, id
+			}
+			for i := range 3 {
+				got, id := ask(fmt.Sprintf("\"%d\" \r\n", i))
+				require.Equal(t, fmt.Sprint(i), got, name)
+				require.EqualValues(t, 1, id, "%s: the space was taken for something", name)
+			}
+			ask("\"mine\"\n\"left\"\n")
+			synctest.Wait()
+			n.closed(reasons{ClosedDirty: 1})
+			got, id := ask("\"next\"\n")
+			require.Equal(t, "next", got, name)
+			require.EqualValues(t, 2, id)
+		})
 	}
 }

@@ -1688,4 +1688,16 @@ var mutants = []mutant{
 		new:   `+ahead >= b.limitLocked():`,
 		tests: `TestASilentDialForNobodyHoldsUpNoBorrower`,
 	},
+	{
+		name:  "what-a-json-decoder-has-read-ahead-is-unknown",
+		old:   `countDecoder((*json.Decoder)(at), h)`,
+		new:   ``,
+		tests: `TestWhatAJSONDecoderHasReadAheadIsNotLeftToTheNextBorrower`,
+	},
+	{
+		name:  "the-space-behind-a-json-value-is-unread",
+		old:   `case b != ' ' && b != '\t' && b != '\r' && b != '\n':`,
+		new:   `case b != 0:`,
+		tests: `TestWhatAJSONDecoderHasReadAheadIsNotLeftToTheNextBorrower`,
+	},
 }
