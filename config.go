@@ -198,7 +198,8 @@ type Config struct {
 	// answers with the sum of both (with a Push, only of what was read), and
 	// looks at what is a *bufio.Reader, Writer or ReadWriter in the state:
 	// itself, its fields, exported or not, structs inside it or embedded, and
-	// what net/textproto makes. Of buffers elsewhere it cannot know.
+	// what net/textproto makes; and it asks a *json.Decoder, in the same places,
+	// for what it has read ahead. Of buffers elsewhere it cannot know.
 	Setup func(ctx context.Context, addr Addr, nc net.Conn) (state any, err error)
 
 	// Reset runs when a connection is given back in good order, before it
