@@ -471,9 +471,9 @@ func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialEr
 // the same: most end sooner, and the next borrowers may want them.
 const surplusPatience = 25 * time.Millisecond
 
-// doubtDialsLocked sees to it that a burst which the connections that came back
-// have served does not leave one behind for each of its borrowers: what is
-// surplus after surplusPatience is given up.
+// doubtDialsLocked begins the look at surplus dials. After a burst, returned
+// connections may have served waiters whose dials are still under way. Dials that
+// nobody needs after surplusPatience are broken off, all but one.
 func (b *books) doubtDialsLocked(s *site, todo *agenda) {
 	if !s.queue.doubted {
 		s.queue.doubted = true

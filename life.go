@@ -5,7 +5,8 @@ import (
 	"fmt"
 )
 
-// extras is what most connections have no use for.
+// extras are the fields that only MinSpare, Push, Conn.Context and slow closes need.
+// They are allocated on first use, so that a plain connection stays small.
 type extras struct {
 	looked  bool          // it is being looked at; Pool.mu
 	reserve bool          // it was lent from its address's reserve, however long it had been idle; the owner's

@@ -36,6 +36,21 @@ type waiter struct {
 //
 // Invariant: bare is the waiter at index dials, nil if there are not more
 // waiters than dials. All methods need Pool.mu.
+//
+// An example: five borrowers wait, w1 (the oldest) to w5, and three dials are under
+// way. The dials count for w1, w2 and w3; bare is w4, and the address wants two more
+// dials.
+//
+//   - A connection is given back: w1 gets the connection. The three dials count for
+//     w2, w3 and w4 from now on; bare is w5.
+//   - Or a dial ends well: w1 gets its connection, whoever the dial was started for.
+//     The two other dials count for w2 and w3; bare is w4 as before.
+//   - Or the dial that was started for w2 fails: w2 gets the error. The two other
+//     dials count for w1 and w3; bare is w4 as before.
+//   - Or w1 gives up: this is as if w1 had been served by a returned connection.
+//
+// If returned connections serve all five, three dials are left for nobody. One of
+// them may go on, for the next borrower; surplus is 2.
 type queue struct {
 	head, tail *waiter
 	len        int
@@ -101,8 +116,8 @@ func (q *queue) remove(w *waiter) {
 	q.len--
 }
 
-// surplus counts the dials without which every waiter would have one, but for
-// one that the next borrower will find.
+// surplus is the number of dials beyond what the waiters need. One extra dial is no
+// surplus: the next borrower will use it.
 func (q *queue) surplus() int { return q.dials - max(1, q.len) }
 
 // surplus does not count those that were started for nobody who waits.

@@ -19,7 +19,8 @@ import (
 // when nobody wants the slot: no waiter is without a dial, a slot is free, and
 // nothing has to be evicted for it.
 
-// special is what the books of an address have beside those of most.
+// special is the state of Warm and MinSpare for an address; nil for one that uses
+// neither.
 type special struct {
 	warm    []*warming    // calls of Warm under way
 	dials   int           // under way, of those that were started for nobody who waits
@@ -228,7 +229,8 @@ func (b *books) warmLostLocked(c *conn, lost error) {
 	}
 }
 
-// here counts the connections of s that Warm counts, live those and the dials.
+// here is the number of open connections of s, idle or lent; live adds the dials under
+// way.
 func (s *site) here() int { return int(s.n[idle] + s.n[borrowed]) }
 func (s *site) live() int { return s.here() + int(s.n[dialing]) }
 
