@@ -53,7 +53,7 @@ type books struct {
 	slow      int                // closes that take longer than closePatience
 	looked    int                // idle connections of addresses with a reserve that are being looked at
 	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
-	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
+	short     list.List          // of the sites that want dials for nobody who waits, see pool_warm.go
 	reserves  int                // calls under way of what DialReserve returned
 	undrawn   string             // the last change of phase that must not be; "": there was none
 	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first

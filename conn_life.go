@@ -11,7 +11,7 @@ type extras struct {
 	looked  bool          // it is being looked at; Pool.mu
 	reserve bool          // it was lent from its address's reserve, however long it had been idle; the owner's
 	unread  bool          // the last loan left something for Push; the owner's
-	back    *putAhead     // what a look took out, for the next loan to read; the owner's, see push.go
+	back    *putAhead     // what a look took out, for the next loan to read; the owner's, see pool_push.go
 	inPool  life          // dmu
 	struck  chan struct{} // the socket was closed under a hook's loan; closed when that is done; dmu
 	slow    bool          // it is being closed, and that takes its time; Pool.mu

@@ -58,7 +58,7 @@ type queue struct {
 	bare       *waiter // the oldest waiter without a dial
 	doubted    bool    // the surplus will be looked at, see Pool.doubtDialsLocked
 
-	// See silence.go.
+	// See books_silence.go.
 	answered bool // a dial has ended well
 	answers  int  // ... so many have
 	silent   bool // one under way has gone without an answer for a while, and so has the address since
@@ -170,79 +170,6 @@ func (b *books) waitedLocked(w *waiter, failed bool) {
 	if failed {
 		b.counts.WaitsFailed++
 	}
-}
-
-// await blocks until w is served or ctx is done. On return w is in no queue;
-// exactly one of the connection and the error is set, and with a connection
-// the caller has become its owner.
-func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
-	served, over := false, false
-	defer func() {
-		switch {
-		case over:
-		case !served: // a ctx of the borrower's making panicked
-			p.leave(s, w)
-		case w.err == nil:
-			p.declined(w)
-		}
-	}()
-	select {
-	case <-w.ready:
-		served = true
-		canceled := ctx.Err() != nil
-		over = true
-		if canceled && w.err == nil {
-			p.declined(w)
-			return nil, causeOf(ctx)
-		}
-		return w.c, w.err
-	case <-ctx.Done():
-		over = true
-		if err := p.leave(s, w); err != nil {
-			return nil, err
-		}
-		return nil, p.gaveUp(s, w, causeOf(ctx))
-	}
-}
-
-// stageAndCause takes the error of a wait apart: a dial that failed brings its stage.
-func stageAndCause(err error) (Stage, error) {
-	if de, ok := err.(*dialError); ok {
-		return de.stage, de.err
-	}
-	return StageWait, err
-}
-
-// leave takes w out of the queue. If it was served meanwhile, a connection goes
-// back, and an error is returned.
-func (p *Pool) leave(s *site, w *waiter) error {
-	var todo agenda
-	p.mu.Lock()
-	if w.queued {
-		w.why = p.whyLocked(s, w)
-		s.queue.remove(w)
-		p.waitedLocked(w, true)
-		p.refreshLocked(s)
-		p.admitLocked(&todo)
-		p.forgetLocked(s)
-		p.mu.Unlock()
-		todo.run(p)
-		return nil
-	}
-	p.mu.Unlock()
-	<-w.ready // served before the lock was ours
-	if w.err == nil {
-		p.declined(w)
-	}
-	return w.err
-}
-
-// declined gives back what a waiter was served that had given up.
-func (p *Pool) declined(w *waiter) {
-	p.mu.Lock()
-	p.counts.WaitsFailed++
-	p.mu.Unlock()
-	p.park(w.c, untouched)
 }
 
 // claimLocked is what a borrower gets of s, which is nil if the address is not known.
@@ -361,4 +288,19 @@ func (h *siteHeap) set(s *site, wants bool) {
 	case s.heapIndex >= 0:
 		heap.Remove(h, int(s.heapIndex))
 	}
+}
+
+// stalledLocked is the oldest dial that may take of its reserve; nil if there is none.
+func (b *books) stalledLocked() *site {
+	var oldest *site
+	if b.reserves == 0 {
+		return nil
+	}
+	for _, s := range b.readyOwn {
+		w := s.queue.bare
+		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
+			oldest = s
+		}
+	}
+	return oldest
 }
