@@ -54,7 +54,7 @@ type books struct {
 	slow      int                // closes that take longer than closePatience
 	looked    int                // idle connections of addresses with a reserve that are being looked at
 	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
-	short     list.List          // of the sites that want dials for nobody who waits, see warm.go
+	short     list.List          // of the sites that want dials for nobody who waits, see pool_warm.go
 	reserves  int                // calls under way of what DialReserve returned
 	undrawn   string             // the last change of phase that must not be; "": there was none
 	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
@@ -301,7 +301,7 @@ func (b *books) evictLocked(c *conn, reason CloseReason, err error, todo *agenda
 	todo.close(c, reason, err)
 }
 
-// use says what lies behind a connection that is parked.
+// use says where a connection that is parked comes from.
 type use uint8
 
 const (
@@ -312,6 +312,11 @@ const (
 
 // parkLocked is the part of park that concerns the books. It reports whether the
 // connection was kept.
+//
+// A returned connection and one that was just dialled come the same way, and both go
+// to the oldest waiter of their address (what net/http calls socket late binding): a
+// borrower for whom a dial was started may be served by a returned connection, and
+// the connection of the dial goes to another, or onto the idle stack.
 func (b *books) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool {
 	s := c.site
 	if u != untouched {
@@ -413,6 +418,12 @@ func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 	// A busy address could keep its connections for ever while older
 	// waiters of other addresses need the slot. They are overtaken at most
 	// as often as there are slots.
+	//
+	// An example: MaxOpen is 3, all three connections are of A, whose borrowers
+	// queue, and an older borrower waits for a first connection to B. The next
+	// three connections that come back go to borrowers of A: overtook is 1, 2, 3.
+	// The fourth is closed, and its slot goes to the oldest waiter without a dial:
+	// the borrower of B.
 	if b.eager > 0 && b.n.open() >= limit && b.nextLocked().queue.bare.seq < s.queue.head.seq {
 		if b.overtook++; b.overtook > limit {
 			b.overtook = 0

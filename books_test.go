@@ -187,6 +187,30 @@ func TestTheBooksReachNothingThatActs(t *testing.T) {
 	}
 }
 
+// Who opens the folder sees by the names which files can block: in a file named books
+// there is no method of the pool, and all that the books do is in such a file.
+func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
+	in := map[string]bool{}
+	for _, f := range source(t, ".") {
+		name := sources.Position(f.Package).Filename
+		ofBooks := strings.HasPrefix(name, "books")
+		in[name] = true
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok || fn.Recv == nil {
+				continue
+			}
+			switch recv, _, _ := strings.Cut(nameOfFunc(fn), "."); recv {
+			case "books", "rules":
+				require.True(t, ofBooks, "%s is in %s", nameOfFunc(fn), name)
+			case "Pool", "Conn", "Lease", "checkout", "seats":
+				require.False(t, ofBooks, "%s is in %s", nameOfFunc(fn), name)
+			}
+		}
+	}
+	require.True(t, in["books.go"] && in["pool.go"])
+}
+
 func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 	for body, fault := range map[string]string{
 		`c.site.pool.log(0, "x")`:              "looks at the field pool",

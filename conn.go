@@ -176,6 +176,19 @@ func (c *conn) trace() *Trace {
 // Whoever sets gone (Conn.Close, Conn.Detach) becomes the owner in the place
 // of the borrower. Generation 0 is the guard's, see Config.Setup: it matches
 // whichever loan stands.
+//
+// An example: the third loan of a connection, which one goroutine closes while another
+// is blocked in Read.
+//
+//	With: begin   generation 3, lent              the loan stands
+//	Read: enter   generation 3, 1 op, lent
+//	Close         generation 3, 1 op, lent gone   the caller of Close owns the connection
+//	... discard   generation 3, 1 op, lent gone shut
+//	Read: leave   generation 3, 0 ops, ...        the operation failed, as the socket is closed
+//	With: end     generation 3, gone shut ...     lent is cleared; With finds gone and touches nothing
+//
+// A Conn of this loan that is used later finds lent cleared, or a later generation, and
+// answers ErrReturned.
 const (
 	lent       = 1 << iota // a loan stands
 	hooked                 // ... and it is that of a hook: it cannot end by gone

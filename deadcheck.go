@@ -83,18 +83,6 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 	return c.ask() // the answer may have been longer than Check read
 }
 
-// aged says whether a connection that has been idle for so long has outlived
-// its time.
-func (r *rules) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
-	switch {
-	case r.idleTimeout > 0 && idleFor >= r.idleTimeout:
-		return ClosedIdleTimeout
-	case c.life > 0 && r.clock.Age(c.born, now) >= c.life:
-		return ClosedLifetime
-	}
-	return ClosedUnknown
-}
-
 // system is the seam through which every system call of the pool's own passes.
 // Tests put their own in its place.
 type system struct {

@@ -23,8 +23,8 @@ import (
 //	                     limit, Retire, the end of the pool
 //
 // A hollow connection is a failure of the address, like a dial that failed
-// (trouble, backoff.go). What the reserves make of it is in spare.go, what Warm
-// does in warm.go.
+// (trouble, books_backoff.go). What the reserves make of it is in books_minidle.go, what Warm
+// does in pool_warm.go.
 //
 // The flags told and heard of the state word say how far a connection has come.
 // They last from the dial to the close; both of them mean that it has lived, or
@@ -59,25 +59,6 @@ func (p *Pool) lives(c *conn, inLoan bool) {
 	}
 	p.mu.Unlock()
 	todo.run(p)
-}
-
-// livedLocked reports whether that is news, after which admitLocked is due. A
-// connection that is older than all failures which are remembered is none.
-func (b *books) livedLocked(c *conn, inLoan bool) (news bool) {
-	c.word.Or(lived)
-	s := c.site
-	if t := s.trouble; t != nil && c.id > t.since {
-		b.stopRetryLocked(s)
-		s.trouble = nil
-		news = true
-	}
-	if x := s.special; x != nil && x.shaky && inLoan {
-		x.probe, news = true, true
-	}
-	if news {
-		b.refreshLocked(s)
-	}
-	return news
 }
 
 // stood books that c was found fit in a sweep, if it has stood for long enough.

@@ -86,7 +86,7 @@ type site struct {
 	family    family   // of a site of DialContext's; for life
 	absolute  bool     // ... and its host had a final dot
 	reserve   uint8    // ... and so many may be open beyond MaxOpen for it, see DialReserve
-	rank      int8     // as of the last refreshLocked, see silence.go
+	rank      int8     // as of the last refreshLocked, see books_silence.go
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
 	trouble   *trouble // nil after a dial that worked

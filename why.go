@@ -74,41 +74,6 @@ func times(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// whyLocked is what w, which is in the queue of s and gives up, has waited for; nil
-// stands for a Warm.
-func (b *books) whyLocked(s *site, w *waiter) *inVain {
-	e := new(inVain)
-	now := b.clock.Exactly()
-	if s.trouble != nil && s.trouble.lastErr != nil {
-		e.last, e.failures, e.pause = s.trouble.lastErr, s.trouble.failures, s.retrying()
-	}
-	for a := s.dial; a != nil; a = a.older {
-		if a.since != 0 {
-			e.stage, e.since = Stage(a.reached.Load()), now.Sub(a.since)
-		}
-	}
-	if e.full = b.fullLocked(s, 0, 0); e.full == "" && !e.pause {
-		if bare := s.queue.bare; bare != nil && w != nil && w.seq >= bare.seq { // no dial for it
-			switch {
-			case int(s.n[dialing]) >= b.limits.MaxDialingPerAddr:
-				e.full = "MaxDialingPerAddr"
-			case int(b.n[dialing]) >= b.limits.MaxDialing:
-				e.full = "MaxDialing"
-			}
-		}
-		return e
-	}
-	e.here = s.n[borrowed] > 0
-	// What has been out for long has sunk to the old end.
-	n := 0
-	for c := b.recency.ends.younger; c != &b.recency.ends && n < farEnough; c = c.younger {
-		if n++; c.site != nil && c.phase == borrowed && e.counts(c.site.addr, s.addr) {
-			e.held = max(e.held, now.Sub(c.since))
-		}
-	}
-	return e
-}
-
 // farEnough bounds the search for who holds what: an error must not cost a walk
 // over a hundred thousand connections.
 const farEnough = 256

@@ -90,7 +90,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-in-setup",
-		file:  "handles.go",
+		file:  "pool_handles.go",
 		old:   `for _, c := range p.byFD {`,
 		new:   `for _, c := range p.recency.all() {`,
 		tests: `TestMarkDeadOfAConnectionInSetupFailsItsDial`,
@@ -129,14 +129,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "death-noticed-at-once",
-		file:  "sweep.go",
+		file:  "pool_sweep.go",
 		old:   "p.examineAsideLocked(sighting{c, c.generation()})",
 		new:   "",
 		tests: `TestServersThatHangUpEmptyTheIdleListUnasked`,
 	},
 	{
 		name:  "hung-up-while-lent",
-		file:  "sweep.go",
+		file:  "pool_sweep.go",
 		old:   `c.word.Or(hungUp)`,
 		new:   ``,
 		tests: `TestAHangUpDuringALoanClosesTheConnectionOnItsReturn`,

@@ -110,19 +110,6 @@ func (p *Pool) doubtPressure(now clock.Instant) {
 	p.mu.Unlock()
 }
 
-// disownLocked books that the descriptor of c is another socket's, and reports
-// whether that is news. An idle connection goes into quarantine now, any other
-// when its owner is done with it.
-func (b *books) disownLocked(c *conn, todo *agenda) bool {
-	if !c.mark(stolen) {
-		return false
-	}
-	if c.phase == idle {
-		b.evictLocked(c, Quarantined, errStolen, todo)
-	}
-	return true
-}
-
 // mark sets stolen, or broken for a connection that is driven by two, unless the
 // connection is known to be stolen, or is not the pool's any more: it is being
 // closed (seal), or its borrower has detached it. Each of these is one step on
@@ -316,14 +303,6 @@ func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 	p.starving--
 	p.mu.Unlock()
 	return ctx.Err() == nil
-}
-
-// freedLocked tells the dials that lack a handle that there may be one.
-func (b *books) freedLocked() {
-	if b.starving > 0 {
-		close(b.freed)
-		b.freed = make(chan struct{})
-	}
 }
 
 // asFromSystem reports whether err is an errno, or package net's error for one:

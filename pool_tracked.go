@@ -246,21 +246,6 @@ func (p *Pool) noReserve() {
 	p.mu.Unlock()
 }
 
-// stalledLocked is the oldest dial that may take of its reserve; nil if there is none.
-func (b *books) stalledLocked() *site {
-	var oldest *site
-	if b.reserves == 0 {
-		return nil
-	}
-	for _, s := range b.readyOwn {
-		w := s.queue.bare
-		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
-			oldest = s
-		}
-	}
-	return oldest
-}
-
 // family is what DialContext was asked for.
 type family uint8
 

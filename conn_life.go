@@ -5,12 +5,13 @@ import (
 	"fmt"
 )
 
-// extras is what most connections have no use for.
+// extras are the fields that only MinSpare, Push, Conn.Context and slow closes need.
+// They are allocated on first use, so that a plain connection stays small.
 type extras struct {
 	looked  bool          // it is being looked at; Pool.mu
 	reserve bool          // it was lent from its address's reserve, however long it had been idle; the owner's
 	unread  bool          // the last loan left something for Push; the owner's
-	back    *putAhead     // what a look took out, for the next loan to read; the owner's, see push.go
+	back    *putAhead     // what a look took out, for the next loan to read; the owner's, see pool_push.go
 	inPool  life          // dmu
 	struck  chan struct{} // the socket was closed under a hook's loan; closed when that is done; dmu
 	slow    bool          // it is being closed, and that takes its time; Pool.mu

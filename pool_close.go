@@ -57,12 +57,6 @@ func (p *Pool) CloseIdle() {
 	todo.run(p)
 }
 
-func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
-	for c := s.topLocked(); c != nil; c = s.topLocked() {
-		b.evictLocked(c, reason, nil, todo)
-	}
-}
-
 // closeGrace is how long Close waits for what it set in motion.
 const closeGrace = time.Second
 
@@ -130,25 +124,6 @@ func (p *Pool) shut() bool {
 	watcher.Close()
 	todo.run(p)
 	return true
-}
-
-func (b *books) shutSiteLocked(s *site, todo *agenda) {
-	b.dropIdleLocked(s, ClosedWithPool, todo)
-	b.stopRetryLocked(s)
-	s.trouble = nil
-	for s.queue.head != nil {
-		b.deliverLocked(s, nil, false, ErrClosed)
-	}
-	b.refreshLocked(s)
-	b.forgetLocked(s)
-}
-
-// leftLocked wakes who waits in awaitLeft.
-func (b *books) leftLocked() {
-	if b.closed {
-		close(b.left)
-		b.left = make(chan struct{})
-	}
 }
 
 // awaitLeft waits until done, which is called with mu held, says true. It

@@ -3,23 +3,16 @@ package connpool
 import (
 	"container/list"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// Connections that are opened before a borrower wants them: because Warm was
-// called, or because an address in use is short of its reserve (MinSpare). They
-// are dials like all others, in the same books. No borrower waits for them, but
-// one who comes takes such a dial as if it had been started for it.
-//
-// An address that wants such dials is on the list Pool.short. They start only
-// when nobody wants the slot: no waiter is without a dial, a slot is free, and
-// nothing has to be evicted for it.
+// The state of Warm: who has asked for connections, and when a call of Warm ends.
 
-// special is what the books of an address have beside those of most.
+// special is the state of Warm and MinSpare for an address; nil for one that uses
+// neither.
 type special struct {
 	warm    []*warming    // calls of Warm under way
 	dials   int           // under way, of those that were started for nobody who waits
@@ -35,7 +28,8 @@ type special struct {
 }
 
 // keeps reports whether there is a reason to keep the books, empty as they are.
-func (x *special) keeps() bool    { return x != nil && (x.reserve || x.warm != nil) }
+func (x *special) keeps() bool { return x != nil && (x.reserve || x.warm != nil) }
+
 func (x *special) reserved() bool { return x != nil && x.reserve }
 
 func (s *site) specialLocked() *special {
@@ -58,86 +52,6 @@ type warming struct {
 	ended bool
 	open  int           // connections when it ended
 	ready chan struct{} // closed when it has ended
-}
-
-// Warm opens connections to addr, several at a time, until n are open, and
-// returns when they are. Those count that are idle, lent, or being opened for a
-// borrower; so before the first borrow n will be idle.
-//
-// It keeps to all limits and has less right to room than a borrower: it waits,
-// until ctx is done, while others need the slots, and evicts nothing. What it
-// opens expires like any other idle connection.
-//
-// If a dial fails, or three of the connections are lost before anybody has used
-// them, it starts no more, waits for the dials under way and returns an *[Error]
-// with the first failure or the last loss, in which errors.Is finds the cause. Those that
-// were opened stay, also when ctx ends the wait; the error says how many there
-// are. An n that no limit ever allows is an error that names the limit; so is a
-// connection that could not be kept because others fill MaxIdle, or because file
-// handles run low. With [Fail] in force a full pool is ErrExhausted. n may be 0.
-func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
-	switch {
-	case p.stop == nil:
-		return usage(addr, ErrClosed)
-	case ctx == nil:
-		return usage(addr, errors.New("ctx is nil: pass context.Background()"))
-	case n < 0:
-		return usage(addr, errNegative)
-	}
-	addr, err := p.resolve(addr)
-	if err != nil {
-		return usage(addr, err)
-	}
-	start := p.clock.Exactly()
-	if ctx.Err() != nil {
-		return p.tooLate(ctx, addr)
-	}
-	w := &warming{ctx: ctx, n: n, since: start, ready: make(chan struct{})}
-	var todo agenda
-	p.mu.Lock()
-	if p.closed {
-		p.mu.Unlock()
-		return p.failed(addr, StageWait, ErrClosed, start)
-	}
-	if err := p.warmableLocked(n); err != nil {
-		p.mu.Unlock()
-		return usage(addr, err)
-	}
-	s := p.sites.find(addr)
-	if s == nil {
-		s = p.newSite(addr)
-		p.addSiteLocked(s, &todo)
-	}
-	s.specialLocked().warm = append(s.special.warm, w)
-	p.refreshLocked(s)
-	p.admitLocked(&todo)
-	p.refreshLocked(s) // a full pool, under Fail
-	p.forgetLocked(s)
-	p.mu.Unlock()
-	todo.run(p)
-
-	select {
-	case <-w.ready:
-	case <-ctx.Done():
-		why := causeOf(ctx)
-		p.mu.Lock()
-		if !w.ended {
-			vain := p.whyLocked(s, nil)
-			vain.ctx = why
-			w.err = p.warmFailedLocked(s, vain)
-			p.endWarmingLocked(s, w)
-			p.refreshLocked(s)
-			p.forgetLocked(s)
-		}
-		p.mu.Unlock()
-	}
-	if w.err == nil {
-		return nil
-	}
-	w.err.Waited = p.clock.Exactly().Sub(start)
-	w.err.classify()
-	w.err.Err = fmt.Errorf("%d of %d are open: %w", w.open, w.n, w.err.Err)
-	return w.err
 }
 
 // endWarmingLocked ends w, with the error that it has.
@@ -199,8 +113,6 @@ func (b *books) warmDialedLocked(a *attempt, failure *dialError, closed CloseRea
 	}
 }
 
-var errLowHandles = fmt.Errorf("%w: file handles run low, and what nobody uses is not kept", ErrNoneRemovable)
-
 // warmFailedLocked is the error of a Warm that waited in vain, with the limit
 // that was in its way; it may not evict, so idle connections are, too.
 func (b *books) warmFailedLocked(s *site, err error) *Error {
@@ -228,15 +140,35 @@ func (b *books) warmLostLocked(c *conn, lost error) {
 	}
 }
 
-// here counts the connections of s that Warm counts, live those and the dials.
-func (s *site) here() int { return int(s.n[idle] + s.n[borrowed]) }
-func (s *site) live() int { return s.here() + int(s.n[dialing]) }
-
 // fullForSpareLocked reports whether a limit leaves no room for a connection to
 // s, unless something is closed for it.
 func (b *books) fullForSpareLocked(s *site) bool {
 	return b.n.kept() >= b.limitLocked() || s.n.kept() >= b.limits.MaxPerAddr
 }
+
+// warmable says why addr can never have n connections that nobody uses.
+func (b *books) warmableLocked(n int) error {
+	for _, l := range [...]struct {
+		name  string
+		limit int
+	}{
+		{"MaxIdlePerAddr", b.limits.MaxIdlePerAddr},
+		{"MaxIdle", b.limits.MaxIdle},
+		{"MaxPerAddr", b.limits.MaxPerAddr},
+		{"MaxOpen", b.limitLocked()},
+	} {
+		if n > l.limit {
+			return fmt.Errorf("%d connections can never be kept: %s allows %d (warm fewer, or raise it)", n, l.name, l.limit)
+		}
+	}
+	return nil
+}
+
+// here is the number of open connections of s, idle or lent; live adds the dials under
+// way.
+func (s *site) here() int { return int(s.n[idle] + s.n[borrowed]) }
+
+func (s *site) live() int { return s.here() + int(s.n[dialing]) }
 
 // warming is the oldest Warm of s for which another dial may start.
 func (s *site) warming() *warming {

@@ -36,6 +36,21 @@ type waiter struct {
 //
 // Invariant: bare is the waiter at index dials, nil if there are not more
 // waiters than dials. All methods need Pool.mu.
+//
+// An example: five borrowers wait, w1 (the oldest) to w5, and three dials are under
+// way. The dials count for w1, w2 and w3; bare is w4, and the address wants two more
+// dials.
+//
+//   - A connection is given back: w1 gets the connection. The three dials count for
+//     w2, w3 and w4 from now on; bare is w5.
+//   - Or a dial ends well: w1 gets its connection, whoever the dial was started for.
+//     The two other dials count for w2 and w3; bare is w4 as before.
+//   - Or the dial that was started for w2 fails: w2 gets the error. The two other
+//     dials count for w1 and w3; bare is w4 as before.
+//   - Or w1 gives up: this is as if w1 had been served by a returned connection.
+//
+// If returned connections serve all five, three dials are left for nobody. One of
+// them may go on, for the next borrower; surplus is 2.
 type queue struct {
 	head, tail *waiter
 	len        int
@@ -43,7 +58,7 @@ type queue struct {
 	bare       *waiter // the oldest waiter without a dial
 	doubted    bool    // the surplus will be looked at, see Pool.doubtDialsLocked
 
-	// See silence.go.
+	// See books_silence.go.
 	answered bool // a dial has ended well
 	answers  int  // ... so many have
 	silent   bool // one under way has gone without an answer for a while, and so has the address since
@@ -101,8 +116,8 @@ func (q *queue) remove(w *waiter) {
 	q.len--
 }
 
-// surplus counts the dials without which every waiter would have one, but for
-// one that the next borrower will find.
+// surplus is the number of dials beyond what the waiters need. One extra dial is no
+// surplus: the next borrower will use it.
 func (q *queue) surplus() int { return q.dials - max(1, q.len) }
 
 // surplus does not count those that were started for nobody who waits.
@@ -155,79 +170,6 @@ func (b *books) waitedLocked(w *waiter, failed bool) {
 	if failed {
 		b.counts.WaitsFailed++
 	}
-}
-
-// await blocks until w is served or ctx is done. On return w is in no queue;
-// exactly one of the connection and the error is set, and with a connection
-// the caller has become its owner.
-func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
-	served, over := false, false
-	defer func() {
-		switch {
-		case over:
-		case !served: // a ctx of the borrower's making panicked
-			p.leave(s, w)
-		case w.err == nil:
-			p.declined(w)
-		}
-	}()
-	select {
-	case <-w.ready:
-		served = true
-		canceled := ctx.Err() != nil
-		over = true
-		if canceled && w.err == nil {
-			p.declined(w)
-			return nil, causeOf(ctx)
-		}
-		return w.c, w.err
-	case <-ctx.Done():
-		over = true
-		if err := p.leave(s, w); err != nil {
-			return nil, err
-		}
-		return nil, p.gaveUp(s, w, causeOf(ctx))
-	}
-}
-
-// stageAndCause takes the error of a wait apart: a dial that failed brings its stage.
-func stageAndCause(err error) (Stage, error) {
-	if de, ok := err.(*dialError); ok {
-		return de.stage, de.err
-	}
-	return StageWait, err
-}
-
-// leave takes w out of the queue. If it was served meanwhile, a connection goes
-// back, and an error is returned.
-func (p *Pool) leave(s *site, w *waiter) error {
-	var todo agenda
-	p.mu.Lock()
-	if w.queued {
-		w.why = p.whyLocked(s, w)
-		s.queue.remove(w)
-		p.waitedLocked(w, true)
-		p.refreshLocked(s)
-		p.admitLocked(&todo)
-		p.forgetLocked(s)
-		p.mu.Unlock()
-		todo.run(p)
-		return nil
-	}
-	p.mu.Unlock()
-	<-w.ready // served before the lock was ours
-	if w.err == nil {
-		p.declined(w)
-	}
-	return w.err
-}
-
-// declined gives back what a waiter was served that had given up.
-func (p *Pool) declined(w *waiter) {
-	p.mu.Lock()
-	p.counts.WaitsFailed++
-	p.mu.Unlock()
-	p.park(w.c, untouched)
 }
 
 // claimLocked is what a borrower gets of s, which is nil if the address is not known.
@@ -346,4 +288,19 @@ func (h *siteHeap) set(s *site, wants bool) {
 	case s.heapIndex >= 0:
 		heap.Remove(h, int(s.heapIndex))
 	}
+}
+
+// stalledLocked is the oldest dial that may take of its reserve; nil if there is none.
+func (b *books) stalledLocked() *site {
+	var oldest *site
+	if b.reserves == 0 {
+		return nil
+	}
+	for _, s := range b.readyOwn {
+		w := s.queue.bare
+		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
+			oldest = s
+		}
+	}
+	return oldest
 }

@@ -221,17 +221,6 @@ func (a *agenda) run(p *Pool) {
 	}
 }
 
-func (p *Pool) startTimer(t timerOrder) {
-	switch {
-	case t.pause != nil:
-		p.startPause(t.site, t.pause, t.after)
-	case t.doubt != nil:
-		time.AfterFunc(t.after, func() { p.doubtDials(t.site, t.doubt) })
-	default:
-		p.startSweeper(t.after)
-	}
-}
-
 func (a *agenda) runAll(p *Pool) {
 	for _, d := range a.dials {
 		go p.dial(d)

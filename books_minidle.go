@@ -7,8 +7,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// What Warm and the reserves want is opened here, and this is when an address
-// has a reserve.
+// This file opens the connections that Warm and MinSpare ask for. When an address has
+// a reserve is told above reserveMemory.
 
 // refreshSpareLocked brings up to date what s wants beside what its waiters
 // want. It is a part of refreshLocked.

@@ -92,16 +92,6 @@ func (b *books) beginPauseLocked(s *site, after time.Duration, todo *agenda) {
 	todo.retry(s, s.trouble.pause, after)
 }
 
-// startPause starts the timer of a pause that an agenda has brought, unless the
-// pause has been ended meanwhile.
-func (p *Pool) startPause(s *site, running *pause, after time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if s.trouble != nil && s.trouble.pause == running {
-		running.timer = time.AfterFunc(after, func() { p.retry(s, running) })
-	}
-}
-
 // patience is how long the pause lasts before the random part is taken away.
 func (t *trouble) patience() time.Duration {
 	longest := backoffMax
@@ -137,17 +127,6 @@ func (b *books) giveUpLocked(s *site) {
 	}
 }
 
-// retry is the end of a pause: the probe of an address that is backing off goes ahead.
-func (p *Pool) retry(s *site, over *pause) {
-	var todo agenda
-	p.mu.Lock()
-	p.pauseOverLocked(s, over, &todo)
-	p.refreshLocked(s)
-	p.admitLocked(&todo)
-	p.mu.Unlock()
-	todo.run(p)
-}
-
 // pauseOverLocked ends a pause, unless it was ended before its timer fired.
 func (b *books) pauseOverLocked(s *site, over *pause, todo *agenda) {
 	t := s.trouble
@@ -171,4 +150,23 @@ func (b *books) stopRetryLocked(s *site) {
 		timer.Stop()
 	}
 	s.trouble.pause = nil
+}
+
+// livedLocked reports whether that is news, after which admitLocked is due. A
+// connection that is older than all failures which are remembered is none.
+func (b *books) livedLocked(c *conn, inLoan bool) (news bool) {
+	c.word.Or(lived)
+	s := c.site
+	if t := s.trouble; t != nil && c.id > t.since {
+		b.stopRetryLocked(s)
+		s.trouble = nil
+		news = true
+	}
+	if x := s.special; x != nil && x.shaky && inLoan {
+		x.probe, news = true, true
+	}
+	if news {
+		b.refreshLocked(s)
+	}
+	return news
 }

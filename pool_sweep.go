@@ -6,7 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/seed-ecb488c9/connpool/internal/clock"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -34,32 +33,6 @@ const checkers = 16
 // atOnce is how many connections a sweep lists, or addresses it visits, before it lets
 // borrowers pass.
 const atOnce = 64
-
-func (b *books) armSweepLocked(todo *agenda) {
-	if !b.swept && !b.closed {
-		b.swept = true
-		todo.sweep(b.sweepPeriod())
-	}
-}
-
-// startSweeper starts the timer of the next sweep, which an agenda has brought, unless
-// the pool was closed meanwhile.
-func (p *Pool) startSweeper(after time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.sweeper == nil && !p.closed {
-		p.sweeper = time.AfterFunc(after, p.sweep)
-	}
-}
-
-// sweepPeriod is CheckInterval. With the sweep switched off, old failures must
-// be forgotten all the same.
-func (r *rules) sweepPeriod() time.Duration {
-	if r.checkInterval > 0 {
-		return r.checkInterval
-	}
-	return failureMemory
-}
 
 // eachSiteLocked calls visit for each address, with the lock held, which it gives up
 // and takes again so that nobody waits for a million of them. Addresses that are
@@ -154,30 +127,6 @@ func (p *Pool) sweep() {
 		p.sweeper.Reset(p.sweepPeriod())
 	}
 	p.mu.Unlock()
-}
-
-// sightings is what a sweep found in one go.
-type sightings struct {
-	seen []sighting
-	todo agenda // the expired ones
-}
-
-func (b *books) sightLocked(met []*conn, now clock.Instant) (found sightings) {
-	for _, c := range met {
-		if c.phase != idle {
-			continue
-		}
-		idleFor := b.clock.Age(c.since, now)
-		if b.reservedLocked(c.site, c.site.n[idle], now) {
-			idleFor = 0
-		}
-		if reason := b.aged(c, idleFor, now); reason != ClosedUnknown {
-			b.evictLocked(c, reason, nil, &found.todo)
-		} else {
-			found.seen = append(found.seen, sighting{c, c.generation()})
-		}
-	}
-	return found
 }
 
 // examineAll starts the examination of connections that need an owner for it, for

@@ -66,22 +66,6 @@ func (s *site) answeredLocked() {
 	}
 }
 
-// hush is told that a dial has gone without an answer for so long. answers is how
-// many its address had given when it began.
-func (p *Pool) hush(a *attempt, answers int) {
-	var todo agenda
-	p.mu.Lock()
-	if s := a.c.site; a.giveUp != nil && !a.surplus {
-		if a.quiet = true; s.queue.answers == answers {
-			s.queue.silent = true
-			p.refreshLocked(s)
-		}
-		p.admitLocked(&todo)
-	}
-	p.mu.Unlock()
-	todo.run(p)
-}
-
 // shareLocked makes room for the first in line, whom no limit of its own holds
 // up, and reports whether it could. A burst of dials is left alone until it has
 // been silent for a while, unless something idle had to go for the first dial to

@@ -74,28 +74,6 @@ func (p *Pool) Limits() Limits {
 	return p.given
 }
 
-// dropSurplusLocked closes the idle connections that the limits do not allow
-// (any more): first those that are too many for their address, then, of all
-// addresses, those that are too many for the pool.
-func (b *books) dropSurplusLocked(todo *agenda) {
-	tooMany := []func(*site) bool{
-		func(s *site) bool {
-			return int(s.n[idle]) > b.limits.MaxIdlePerAddr || s.n.kept() > b.limits.MaxPerAddr
-		},
-		func(*site) bool {
-			return int(b.n[idle]) > b.limits.MaxIdle || b.n.kept() > b.limitLocked()
-		},
-	}
-	all := b.recency.all()
-	for _, surplus := range tooMany {
-		for _, c := range all {
-			if c.phase == idle && surplus(c.site) {
-				b.evictLocked(c, ClosedSurplus, nil, todo)
-			}
-		}
-	}
-}
-
 // limits are those of cfg, as they stand there.
 func (cfg *Config) limits() Limits {
 	return Limits{
@@ -201,24 +179,6 @@ func (l Limits) reachable(in string, handles int) error {
 	case l.MinSpare >= handles:
 		return fmt.Errorf("connpool: %s.MinSpare is %d, but the process's limit on open files has room for %d connections in all: lower MinSpare, or raise the limit",
 			in, l.MinSpare, handles)
-	}
-	return nil
-}
-
-// warmable says why addr can never have n connections that nobody uses.
-func (b *books) warmableLocked(n int) error {
-	for _, l := range [...]struct {
-		name  string
-		limit int
-	}{
-		{"MaxIdlePerAddr", b.limits.MaxIdlePerAddr},
-		{"MaxIdle", b.limits.MaxIdle},
-		{"MaxPerAddr", b.limits.MaxPerAddr},
-		{"MaxOpen", b.limitLocked()},
-	} {
-		if n > l.limit {
-			return fmt.Errorf("%d connections can never be kept: %s allows %d (warm fewer, or raise it)", n, l.name, l.limit)
-		}
 	}
 	return nil
 }

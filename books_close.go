@@ -1,0 +1,129 @@
+package connpool
+
+import (
+	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
+)
+
+// Connections that the books have closed, or give up, other than to make room.
+
+func (b *books) armSweepLocked(todo *agenda) {
+	if !b.swept && !b.closed {
+		b.swept = true
+		todo.sweep(b.sweepPeriod())
+	}
+}
+
+// sweepPeriod is CheckInterval. With the sweep switched off, old failures must
+// be forgotten all the same.
+func (r *rules) sweepPeriod() time.Duration {
+	if r.checkInterval > 0 {
+		return r.checkInterval
+	}
+	return failureMemory
+}
+
+// aged says whether a connection that has been idle for so long has outlived
+// its time.
+func (r *rules) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
+	switch {
+	case r.idleTimeout > 0 && idleFor >= r.idleTimeout:
+		return ClosedIdleTimeout
+	case c.life > 0 && r.clock.Age(c.born, now) >= c.life:
+		return ClosedLifetime
+	}
+	return ClosedUnknown
+}
+
+// sightings is what a sweep found in one go.
+type sightings struct {
+	seen []sighting
+	todo agenda // the expired ones
+}
+
+func (b *books) sightLocked(met []*conn, now clock.Instant) (found sightings) {
+	for _, c := range met {
+		if c.phase != idle {
+			continue
+		}
+		idleFor := b.clock.Age(c.since, now)
+		if b.reservedLocked(c.site, c.site.n[idle], now) {
+			idleFor = 0
+		}
+		if reason := b.aged(c, idleFor, now); reason != ClosedUnknown {
+			b.evictLocked(c, reason, nil, &found.todo)
+		} else {
+			found.seen = append(found.seen, sighting{c, c.generation()})
+		}
+	}
+	return found
+}
+
+// disownLocked books that the descriptor of c is another socket's, and reports
+// whether that is news. An idle connection goes into quarantine now, any other
+// when its owner is done with it.
+func (b *books) disownLocked(c *conn, todo *agenda) bool {
+	if !c.mark(stolen) {
+		return false
+	}
+	if c.phase == idle {
+		b.evictLocked(c, Quarantined, errStolen, todo)
+	}
+	return true
+}
+
+// freedLocked tells the dials that lack a handle that there may be one.
+func (b *books) freedLocked() {
+	if b.starving > 0 {
+		close(b.freed)
+		b.freed = make(chan struct{})
+	}
+}
+
+// dropSurplusLocked closes the idle connections that the limits do not allow
+// (any more): first those that are too many for their address, then, of all
+// addresses, those that are too many for the pool.
+func (b *books) dropSurplusLocked(todo *agenda) {
+	tooMany := []func(*site) bool{
+		func(s *site) bool {
+			return int(s.n[idle]) > b.limits.MaxIdlePerAddr || s.n.kept() > b.limits.MaxPerAddr
+		},
+		func(*site) bool {
+			return int(b.n[idle]) > b.limits.MaxIdle || b.n.kept() > b.limitLocked()
+		},
+	}
+	all := b.recency.all()
+	for _, surplus := range tooMany {
+		for _, c := range all {
+			if c.phase == idle && surplus(c.site) {
+				b.evictLocked(c, ClosedSurplus, nil, todo)
+			}
+		}
+	}
+}
+
+func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
+	for c := s.topLocked(); c != nil; c = s.topLocked() {
+		b.evictLocked(c, reason, nil, todo)
+	}
+}
+
+func (b *books) shutSiteLocked(s *site, todo *agenda) {
+	b.dropIdleLocked(s, ClosedWithPool, todo)
+	b.stopRetryLocked(s)
+	s.trouble = nil
+	for s.queue.head != nil {
+		b.deliverLocked(s, nil, false, ErrClosed)
+	}
+	b.refreshLocked(s)
+	b.forgetLocked(s)
+}
+
+// leftLocked wakes who waits in awaitLeft.
+func (b *books) leftLocked() {
+	if b.closed {
+		close(b.left)
+		b.left = make(chan struct{})
+	}
+}

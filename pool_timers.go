@@ -1,0 +1,73 @@
+package connpool
+
+import "time"
+
+// The timers that the books ask for: an agenda starts them (startTimer), and each of
+// them ends here. hush is told by a timer of the dial itself.
+
+func (p *Pool) startTimer(t timerOrder) {
+	switch {
+	case t.pause != nil:
+		p.startPause(t.site, t.pause, t.after)
+	case t.doubt != nil:
+		time.AfterFunc(t.after, func() { p.doubtDials(t.site, t.doubt) })
+	default:
+		p.startSweeper(t.after)
+	}
+}
+
+// startPause starts the timer of a pause that an agenda has brought, unless the
+// pause has been ended meanwhile.
+func (p *Pool) startPause(s *site, running *pause, after time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s.trouble != nil && s.trouble.pause == running {
+		running.timer = time.AfterFunc(after, func() { p.retry(s, running) })
+	}
+}
+
+// retry is the end of a pause: the probe of an address that is backing off goes ahead.
+func (p *Pool) retry(s *site, over *pause) {
+	var todo agenda
+	p.mu.Lock()
+	p.pauseOverLocked(s, over, &todo)
+	p.refreshLocked(s)
+	p.admitLocked(&todo)
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+// startSweeper starts the timer of the next sweep, which an agenda has brought, unless
+// the pool was closed meanwhile.
+func (p *Pool) startSweeper(after time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sweeper == nil && !p.closed {
+		p.sweeper = time.AfterFunc(after, p.sweep)
+	}
+}
+
+// doubtDials is the end of surplusPatience.
+func (p *Pool) doubtDials(s *site, q *queue) {
+	var todo agenda
+	p.mu.Lock()
+	p.dropDialsLocked(s, q, &todo)
+	p.mu.Unlock()
+	todo.run(p)
+}
+
+// hush is told that a dial has gone without an answer for so long. answers is how
+// many its address had given when it began.
+func (p *Pool) hush(a *attempt, answers int) {
+	var todo agenda
+	p.mu.Lock()
+	if s := a.c.site; a.giveUp != nil && !a.surplus {
+		if a.quiet = true; s.queue.answers == answers {
+			s.queue.silent = true
+			p.refreshLocked(s)
+		}
+		p.admitLocked(&todo)
+	}
+	p.mu.Unlock()
+	todo.run(p)
+}

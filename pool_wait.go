@@ -1,0 +1,79 @@
+package connpool
+
+import "context"
+
+// A borrower that waits: the side of the wait that blocks. The queue itself is in
+// books_queue.go.
+
+// await blocks until w is served or ctx is done. On return w is in no queue;
+// exactly one of the connection and the error is set, and with a connection
+// the caller has become its owner.
+func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
+	served, over := false, false
+	defer func() {
+		switch {
+		case over:
+		case !served: // a ctx of the borrower's making panicked
+			p.leave(s, w)
+		case w.err == nil:
+			p.declined(w)
+		}
+	}()
+	select {
+	case <-w.ready:
+		served = true
+		canceled := ctx.Err() != nil
+		over = true
+		if canceled && w.err == nil {
+			p.declined(w)
+			return nil, causeOf(ctx)
+		}
+		return w.c, w.err
+	case <-ctx.Done():
+		over = true
+		if err := p.leave(s, w); err != nil {
+			return nil, err
+		}
+		return nil, p.gaveUp(s, w, causeOf(ctx))
+	}
+}
+
+// stageAndCause takes the error of a wait apart: a dial that failed brings its stage.
+func stageAndCause(err error) (Stage, error) {
+	if de, ok := err.(*dialError); ok {
+		return de.stage, de.err
+	}
+	return StageWait, err
+}
+
+// leave takes w out of the queue. If it was served meanwhile, a connection goes
+// back, and an error is returned.
+func (p *Pool) leave(s *site, w *waiter) error {
+	var todo agenda
+	p.mu.Lock()
+	if w.queued {
+		w.why = p.whyLocked(s, w)
+		s.queue.remove(w)
+		p.waitedLocked(w, true)
+		p.refreshLocked(s)
+		p.admitLocked(&todo)
+		p.forgetLocked(s)
+		p.mu.Unlock()
+		todo.run(p)
+		return nil
+	}
+	p.mu.Unlock()
+	<-w.ready // served before the lock was ours
+	if w.err == nil {
+		p.declined(w)
+	}
+	return w.err
+}
+
+// declined gives back what a waiter was served that had given up.
+func (p *Pool) declined(w *waiter) {
+	p.mu.Lock()
+	p.counts.WaitsFailed++
+	p.mu.Unlock()
+	p.park(w.c, untouched)
+}

@@ -1,0 +1,98 @@
+package connpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Connections that are opened before a borrower wants them: because Warm was
+// called, or because an address in use is short of its reserve (MinSpare). They
+// are dials like all others, in the same books. No borrower waits for them, but
+// one who comes takes such a dial as if it had been started for it.
+//
+// An address that wants such dials is on the list Pool.short. They start only
+// when nobody wants the slot: no waiter is without a dial, a slot is free, and
+// nothing has to be evicted for it.
+
+// Warm opens connections to addr, several at a time, until n are open, and
+// returns when they are. Those count that are idle, lent, or being opened for a
+// borrower; so before the first borrow n will be idle.
+//
+// It keeps to all limits and has less right to room than a borrower: it waits,
+// until ctx is done, while others need the slots, and evicts nothing. What it
+// opens expires like any other idle connection.
+//
+// If a dial fails, or three of the connections are lost before anybody has used
+// them, it starts no more, waits for the dials under way and returns an *[Error]
+// with the first failure or the last loss, in which errors.Is finds the cause. Those that
+// were opened stay, also when ctx ends the wait; the error says how many there
+// are. An n that no limit ever allows is an error that names the limit; so is a
+// connection that could not be kept because others fill MaxIdle, or because file
+// handles run low. With [Fail] in force a full pool is ErrExhausted. n may be 0.
+func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
+	switch {
+	case p.stop == nil:
+		return usage(addr, ErrClosed)
+	case ctx == nil:
+		return usage(addr, errors.New("ctx is nil: pass context.Background()"))
+	case n < 0:
+		return usage(addr, errNegative)
+	}
+	addr, err := p.resolve(addr)
+	if err != nil {
+		return usage(addr, err)
+	}
+	start := p.clock.Exactly()
+	if ctx.Err() != nil {
+		return p.tooLate(ctx, addr)
+	}
+	w := &warming{ctx: ctx, n: n, since: start, ready: make(chan struct{})}
+	var todo agenda
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return p.failed(addr, StageWait, ErrClosed, start)
+	}
+	if err := p.warmableLocked(n); err != nil {
+		p.mu.Unlock()
+		return usage(addr, err)
+	}
+	s := p.sites.find(addr)
+	if s == nil {
+		s = p.newSite(addr)
+		p.addSiteLocked(s, &todo)
+	}
+	s.specialLocked().warm = append(s.special.warm, w)
+	p.refreshLocked(s)
+	p.admitLocked(&todo)
+	p.refreshLocked(s) // a full pool, under Fail
+	p.forgetLocked(s)
+	p.mu.Unlock()
+	todo.run(p)
+
+	select {
+	case <-w.ready:
+	case <-ctx.Done():
+		why := causeOf(ctx)
+		p.mu.Lock()
+		if !w.ended {
+			vain := p.whyLocked(s, nil)
+			vain.ctx = why
+			w.err = p.warmFailedLocked(s, vain)
+			p.endWarmingLocked(s, w)
+			p.refreshLocked(s)
+			p.forgetLocked(s)
+		}
+		p.mu.Unlock()
+	}
+	if w.err == nil {
+		return nil
+	}
+	w.err.Waited = p.clock.Exactly().Sub(start)
+	w.err.classify()
+	w.err.Err = fmt.Errorf("%d of %d are open: %w", w.open, w.n, w.err.Err)
+	return w.err
+}
+
+var errLowHandles = fmt.Errorf("%w: file handles run low, and what nobody uses is not kept", ErrNoneRemovable)
