@@ -210,7 +210,8 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	return k.finish(ctx, err)
 }
 
-// request is a borrow under way.
+// request is a borrow under way. It stays on the borrower's stack, and so does the
+// address; a ctx in it, which goes into the waiter, would take both to the heap.
 type request struct {
 	addr  *Addr
 	hash  uint64        // of addr
