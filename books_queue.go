@@ -16,6 +16,9 @@ type waiter struct {
 	ctx   context.Context // its values, for a dial made on its behalf
 	since clock.Instant
 
+	site *site // in whose queue it is
+	met  int   // how many were in that queue when it joined, itself included
+
 	prev, next *waiter
 	queued     bool
 	stalled    bool // it may take of the reserve of its site, see DialReserve
@@ -173,13 +176,13 @@ func (b *books) waitedLocked(w *waiter, failed bool) {
 }
 
 // claimLocked is what a borrower gets of s, which is nil if the address is not known.
-func (b *books) claimLocked(s *site, r *request, now clock.Instant, todo *agenda) claim {
+func (b *books) claimLocked(ctx context.Context, s *site, r *request, now clock.Instant, todo *agenda) claim {
 	if b.closed || s == nil {
 		return claim{closed: b.closed}
 	}
 	c := s.topLocked()
 	if c == nil {
-		return b.enqueueLocked(s, r, todo)
+		return b.enqueueLocked(ctx, s, r, todo)
 	}
 	b.takeLocked(c)
 	c.lendAtLocked(now)
@@ -195,7 +198,7 @@ func (b *books) claimLocked(s *site, r *request, now clock.Instant, todo *agenda
 
 // enqueueLocked puts a borrower into the queue of s and starts what may start,
 // or refuses it.
-func (b *books) enqueueLocked(s *site, r *request, todo *agenda) claim {
+func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *agenda) claim {
 	again := r.seq != 0
 	now := b.clock.Exactly()
 	if r.start == 0 {
@@ -211,7 +214,7 @@ func (b *books) enqueueLocked(s *site, r *request, todo *agenda) claim {
 		b.lastSeq++
 		seq = b.lastSeq
 	}
-	w := &waiter{seq: seq, ctx: r.ctx, since: now, ready: make(chan struct{}, 1), stalled: b.whenFull == Fail}
+	w := &waiter{site: s, seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1), stalled: b.whenFull == Fail}
 	s.queueLocked().push(w)
 	b.refreshLocked(s)
 	b.admitLocked(todo)
@@ -234,7 +237,8 @@ func (b *books) enqueueLocked(s *site, r *request, todo *agenda) claim {
 	if !again {
 		b.counts.Waits++
 	}
-	return claim{s: s, w: w, waiting: s.queue.len}
+	w.met = s.queue.len
+	return claim{w: w}
 }
 
 // queueLocked is the queue of s, to be written to.

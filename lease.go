@@ -75,8 +75,8 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 		return nil, usage(addr, errors.New("ctx is nil: pass context.Background()"))
 	}
 	k := checkout{p: p, trace: p.trace(ctx)}
-	k.get(addr)
-	if err := k.borrow(ctx, addr); err != nil {
+	k.get(&addr)
+	if err := k.borrow(ctx, &addr); err != nil {
 		return nil, err
 	}
 	defer k.rescue()

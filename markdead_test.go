@@ -150,7 +150,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			require.Nil(t, m.inLook)
 		}, ClosedBroken},
 		"fresh from its dial, with a waiter": {func(**marking) Config { return Config{MaxPerAddr: 1} }, func(t *testing.T, m *marking) {
-			c, _, err := m.p.borrow(bg, home, nil)
+			c, _, err := m.p.borrow(bg, &home, nil)
 			require.NoError(t, err)
 			second := make(chan error)
 			go func() { second <- m.use(bg) }()

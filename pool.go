@@ -193,8 +193,8 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 		}
 	}
 	k := checkout{p: p, trace: p.trace(ctx)}
-	k.get(addr)
-	if err := k.borrow(ctx, addr); err != nil {
+	k.get(&addr)
+	if err := k.borrow(ctx, &addr); err != nil {
 		return err
 	}
 	defer k.rescue()
@@ -210,10 +210,10 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	return k.finish(ctx, err)
 }
 
-// request is a borrow under way.
+// request is a borrow under way. It stays on the borrower's stack, and so does the
+// address; a ctx in it, which goes into the waiter, would take both to the heap.
 type request struct {
-	ctx   context.Context
-	addr  Addr
+	addr  *Addr
 	hash  uint64        // of addr
 	known bool          // addr is canonical
 	start clock.Instant // of the wait; a borrow that need not wait has none
@@ -226,9 +226,7 @@ type request struct {
 // known and has to be checked first.
 type claim struct {
 	c       *conn
-	s       *site
 	w       *waiter
-	waiting int // in the queue of s, w included
 	refused *Error
 	closed  bool
 }
@@ -238,54 +236,52 @@ type claim struct {
 // (invariant 4). todo has the connection that was found unfit in the last round. Its
 // slot must not be free before the borrower has its place in the queue again, or a
 // younger borrower would get the slot.
-func (p *Pool) claim(r *request, now clock.Instant, todo *agenda) claim {
+func (p *Pool) claim(ctx context.Context, r *request, now clock.Instant, todo *agenda) claim {
 	p.mu.Lock()
 	for _, o := range todo.closes {
 		p.moveLocked(o.c, closing)
 	}
-	s := p.sites.get(r.hash, &r.addr)
+	s := p.sites.get(r.hash, r.addr)
 	if s == nil && r.known && !p.closed {
-		s = p.newSite(r.addr)
+		s = p.newSite(*r.addr)
 		p.addSiteLocked(s, todo)
 	}
-	got := p.claimLocked(s, r, now, todo)
+	got := p.claimLocked(ctx, s, r, now, todo)
 	p.mu.Unlock()
 	return got
 }
 
 // borrow makes the caller the owner of a connection that may be lent.
-func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
+func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
 	var (
-		unload agenda // the connection found unfit in the last round
+		todo   agenda // begins with the connection found unfit in the last round
 		hollow int    // connections that were opened in vain, see lived.go
 	)
 	if ctx.Err() != nil {
-		return nil, 0, p.tooLate(ctx, addr)
+		return nil, 0, p.tooLate(ctx, *addr)
 	}
-	r := request{ctx: ctx, addr: addr, hash: p.sites.hash(&addr)}
+	r := request{addr: addr, hash: p.sites.hash(addr)}
 	for {
 		now := p.clock.Now()
 		if t != nil {
 			now = p.clock.Exactly()
 		}
-		todo := unload
-		unload = agenda{}
-		got := p.claim(&r, now, &todo)
+		got := p.claim(ctx, &r, now, &todo)
 		c, dead := got.c, false
 		switch {
 		case c != nil:
 			todo.run(p)
 		case got.w != nil:
 			r.seq = got.w.seq
-			p.announce(got, t, &todo)
+			p.announce(got.w, t, &todo)
 			var err error
-			c, err = p.await(ctx, got.s, got.w)
+			c, err = p.await(ctx, got.w.site, got.w)
 			if t != nil {
 				waited = p.clock.Exactly().Sub(r.start)
 			}
 			if err != nil {
 				stage, err := stageAndCause(err)
-				return nil, 0, p.failed(r.addr, stage, err, r.start)
+				return nil, 0, p.failed(*r.addr, stage, err, r.start)
 			}
 			fresh := got.w.fresh
 			dead = fresh || c.uses == 0 && c.word.Load()&hungUp != 0
@@ -297,15 +293,15 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			return nil, 0, got.refused.classify()
 		case got.closed:
 			todo.run(p)
-			return nil, 0, p.failed(r.addr, StageWait, ErrClosed, r.start)
+			return nil, 0, p.failed(*r.addr, StageWait, ErrClosed, r.start)
 		default:
 			// Keys are canonical, so an addr that is found needs no checking. This one
 			// was not found, so nothing of it is in the books, and todo is empty.
-			canonical, err := p.resolve(r.addr)
+			canonical, err := p.resolve(*r.addr)
 			if err != nil {
 				return nil, 0, usage(canonical, err)
 			}
-			r.addr, r.known, r.hash = canonical, true, p.sites.hash(&canonical)
+			r.addr, r.known, r.hash = &canonical, true, p.sites.hash(&canonical)
 			continue
 		}
 		reason, err := p.unfit(ctx, c)
@@ -324,24 +320,26 @@ func (p *Pool) borrow(ctx context.Context, addr Addr, t *Trace) (_ *conn, waited
 			// It goes to Push, and this borrower takes another, or it
 			// when Push is done.
 			p.push(c)
+			todo = agenda{}
 			switch {
 			case ctx.Err() != nil:
-				return nil, 0, p.failed(r.addr, StageWait, causeOf(ctx), r.start)
+				return nil, 0, p.failed(*r.addr, StageWait, causeOf(ctx), r.start)
 			case vain != nil:
-				return nil, 0, p.failed(r.addr, StageDial, vain, r.start)
+				return nil, 0, p.failed(*r.addr, StageDial, vain, r.start)
 			}
 			continue
 		}
 		if p.isDone(ctx, c, reason, err) || isPanic(err) {
 			p.discard(c, reason, err)
 			passOn(err)
-			return nil, 0, p.failed(r.addr, StageWait, causeOf(ctx), r.start)
+			return nil, 0, p.failed(*r.addr, StageWait, causeOf(ctx), r.start)
 		}
 		if vain != nil {
 			p.discard(c, reason, err)
-			return nil, 0, p.failed(r.addr, StageDial, vain, r.start)
+			return nil, 0, p.failed(*r.addr, StageDial, vain, r.start)
 		}
-		unload.close(c, reason, err)
+		todo = agenda{}
+		todo.close(c, reason, err)
 	}
 }
 
@@ -361,16 +359,16 @@ func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err erro
 
 // announce runs the agenda of a borrower that was queued, and tells Trace.Wait. If
 // either ends the borrower's goroutine, the borrower leaves the queue.
-func (p *Pool) announce(q claim, t *Trace, todo *agenda) {
+func (p *Pool) announce(w *waiter, t *Trace, todo *agenda) {
 	told := false
 	defer func() {
 		if !told { // a Trace function called runtime.Goexit
-			p.leave(q.s, q.w)
+			p.leave(w.site, w)
 		}
 	}()
 	todo.run(p)
 	if t != nil && t.Wait != nil {
-		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: q.s.addr, Waiting: q.waiting}) })
+		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
 	}
 	told = true
 }

@@ -30,14 +30,20 @@ type checkout struct {
 }
 
 // get tells Trace.GetConn.
-func (k *checkout) get(addr Addr) {
-	if t := k.trace; t != nil && t.GetConn != nil {
-		k.p.named("Trace.GetConn", func() { t.GetConn(addr) })
+func (k *checkout) get(addr *Addr) {
+	if k.trace != nil {
+		k.tellGet(addr)
+	}
+}
+
+func (k *checkout) tellGet(addr *Addr) {
+	if t := k.trace; t.GetConn != nil {
+		k.p.named("Trace.GetConn", func() { t.GetConn(*addr) })
 	}
 }
 
 // borrow makes the checkout the owner of a connection to addr.
-func (k *checkout) borrow(ctx context.Context, addr Addr) (err error) {
+func (k *checkout) borrow(ctx context.Context, addr *Addr) (err error) {
 	k.c, k.waited, err = k.p.borrow(ctx, addr, k.trace)
 	k.owned = err == nil
 	return err
@@ -61,8 +67,14 @@ func (k *checkout) start(ctx context.Context) Conn {
 // got tells Trace.GotConn, when the loan has begun: what the function does with a
 // session's connection is a use inside this one.
 func (k *checkout) got() {
+	if k.trace != nil {
+		k.tellGot()
+	}
+}
+
+func (k *checkout) tellGot() {
 	t, c := k.trace, k.c
-	if t == nil || t.GotConn == nil {
+	if t.GotConn == nil {
 		return
 	}
 	info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: k.waited}
@@ -103,7 +115,7 @@ func (k *checkout) finish(ctx context.Context, err error) error {
 	}
 	if k.reset(ctx) {
 		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after release
-		if k.release() {
+		if k.release() && k.trace != nil {
 			k.put(s.addr, id, lentAt)
 		}
 	}

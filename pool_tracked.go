@@ -92,13 +92,13 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		p.reserves++
 		defer p.noReserve()
 	}
-	got := p.enqueueLocked(s, &request{ctx: ctx, start: start}, &todo)
+	got := p.enqueueLocked(ctx, s, &request{start: start}, &todo)
 	p.mu.Unlock()
 	if got.refused != nil {
 		todo.run(p)
 		return nil, got.refused.classify()
 	}
-	p.announce(got, t, &todo)
+	p.announce(got.w, t, &todo)
 	if s.reserve > 0 {
 		defer time.AfterFunc(ownPatience, func() { p.stalled(got.w) }).Stop()
 	}

@@ -25,9 +25,9 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	st.loan, st.spoiled, st.why = Conn{}, ClosedUnknown, nil
 	k := checkout{p: p, trace: p.trace(ctx)}
 	defer k.rescue()
-	k.get(st.addr)
+	k.get(&st.addr)
 	if st.c == nil {
-		if err := k.borrow(ctx, st.addr); err != nil {
+		if err := k.borrow(ctx, &st.addr); err != nil {
 			return err
 		}
 		if p.holds != nil {

@@ -99,7 +99,7 @@ func TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection(t *testing.T) {
 				b := ctx.Value(sessionKey{n.p}).(*session).seats
 				first, _, err := b.take(bg, at("a"), 1)
 				require.NoError(t, err)
-				c, _, err := n.p.borrow(bg, at("a"), nil)
+				c, _, err := n.p.borrow(bg, addrOf(at("a")), nil)
 				require.NoError(t, err)
 				waits, cancel := context.WithCancel(bg)
 				defer cancel()
@@ -217,3 +217,5 @@ func TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut(t *testing.T
 	defer cancel()
 	require.NoError(t, p.Shutdown(ctx))
 }
+
+func addrOf(a Addr) *Addr { return &a }

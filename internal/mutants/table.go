@@ -510,7 +510,7 @@ var mutants = []mutant{
 	// --- which address ---
 	{
 		name:  "canonical-key",
-		old:   `r.addr, r.known, r.hash = canonical, true, p.sites.hash(&canonical)`,
+		old:   `r.addr, r.known, r.hash = &canonical, true, p.sites.hash(&canonical)`,
 		new:   `r.known = true`,
 		tests: `TestEqualAddressesMeetOnOneConnection|TestHostsAreFolded`,
 	},
