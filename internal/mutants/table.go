@@ -1007,7 +1007,7 @@ var mutants = []mutant{
 	{
 		name:  "session-keeps-and-rises-in-one",
 		old:   "defer b.mu.Unlock()\n\treturn b.riseLocked(st, c)",
-		new:   "ended := b.ended\n\tif !ended {\n\t\tst.c = c\n\t}\n\tb.mu.Unlock()\n\truntime.Gosched()\n\tb.mu.Lock()\n\tdefer b.mu.Unlock()\n\tif st.c == nil || ended {\n\t\treturn b.riseLocked(st, c)\n\t}\n\tnow := b.ended\n\tb.ended = false\n\tleft = b.riseLocked(st, c)\n\tb.ended = now\n\tb.leaveLocked()\n\treturn left",
+		new:   "ended := b.ended\n\tif !ended {\n\t\tst.c = c\n\t}\n\tb.mu.Unlock()\n\tvar wg sync.WaitGroup\n\twg.Go(func() {})\n\twg.Wait()\n\tb.mu.Lock()\n\tdefer b.mu.Unlock()\n\tif st.c == nil || ended {\n\t\treturn b.riseLocked(st, c)\n\t}\n\tnow := b.ended\n\tb.ended = false\n\tleft = b.riseLocked(st, c)\n\tb.ended = now\n\tb.leaveLocked()\n\treturn left",
 		tests: `TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut`,
 	},
 	{
@@ -1412,7 +1412,7 @@ var mutants = []mutant{
 	{
 		name:  "numbers-of-panics-are-kept",
 		old:   "me := newUse()\n",
-		new:   "me := newUse()\n\tdefer returned(me)\n",
+		new:   "me := newUse()\n\tdefer freeUse(me)\n",
 		tests: `TestNumbersOfUsesAreTheirOwn`,
 	},
 	{
@@ -1533,7 +1533,7 @@ var mutants = []mutant{
 	{
 		name:  "hung-check-ends-the-round",
 		old:   "return !isLate(err) && !errors.Is(err, context.DeadlineExceeded)",
-		new:   "_ = err\n\treturn true",
+		new:   "return !isLate(err) || isLate(err) || errors.Is(err, context.DeadlineExceeded)",
 		tests: `TestAHungCheckEndsTheRoundOfItsAddress`,
 	},
 	{
