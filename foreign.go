@@ -395,12 +395,25 @@ func kernels(x any) bool {
 
 // query runs a question to a foreign connection that has no bytes in it, such as
 // its address.
+//
+// A question that begins when the ctx of the loan is done already meets no interrupt
+// any more, so it has a bound of its own.
 func (c *conn) query(what string, ask func() error) error {
-	if over := c.over(); over != nil {
-		_, err := aside(what, over, nil, func() (int64, error) { return 0, ask() })
-		return err
+	over := c.over()
+	if over == nil {
+		return ask()
 	}
-	return ask()
+	overdue := c.isOverdue()
+	if overdue {
+		late := make(chan struct{})
+		defer time.AfterFunc(foreignPatience, func() { close(late) }).Stop()
+		over = late
+	}
+	_, err := aside(what, over, nil, func() (int64, error) { return 0, ask() })
+	if overdue {
+		c.site.pool.outlived(err, c.site.addr)
+	}
+	return err
 }
 
 // startDeadline sets the deadline with which a loan begins. A connection that

@@ -303,6 +303,45 @@ func TestNothingBeginsOnADeafConnectionAfterTheEndOfCtx(t *testing.T) {
 	}
 }
 
+// TRY-07: a question that begins after the end of ctx meets no interrupt any more. It
+// has a bound of its own.
+func TestAQuestionAfterTheEndOfCtxHasABound(t *testing.T) {
+	for name, ask := range map[string]func(Conn){
+		"an address": func(c Conn) { c.RemoteAddr() },
+		"CloseWrite": func(c Conn) { c.CloseWrite() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				thaw := make(chan struct{})
+				defer close(thaw)
+				n := newTestnet(t)
+				n.open(Config{MaxPerAddr: 1, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return &speechless{c, thaw} })})
+				ctx, cancel := context.WithCancel(bg)
+				require.NoError(t, n.p.With(ctx, at("a"), func(c Conn) error {
+					cancel()
+					time.Sleep(time.Second)
+					start := time.Now()
+					ask(c)
+					require.Equal(t, foreignPatience, time.Since(start))
+					return nil
+				}))
+				synctest.Wait()
+				require.NotZero(t, n.p.Stats().Abandoned)
+				require.Zero(t, n.p.Stats().InUse)
+			})
+		})
+	}
+}
+
+// speechless is a connection that answers no question.
+type speechless struct {
+	*faultnet.Conn
+	thaw chan struct{}
+}
+
+func (s *speechless) RemoteAddr() net.Addr { <-s.thaw; return nil }
+func (s *speechless) CloseWrite() error    { <-s.thaw; return nil }
+
 // TRY-06, TRY-07: hooks too.
 func TestHooksOverADeafConnectionEndInTime(t *testing.T) {
 	blocks := func(_ context.Context, c Conn) error { return readOne(c) }

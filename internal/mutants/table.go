@@ -1700,4 +1700,10 @@ var mutants = []mutant{
 		new:   `case b != 0:`,
 		tests: `TestWhatAJSONDecoderHasReadAheadIsNotLeftToTheNextBorrower`,
 	},
+	{
+		name:  "a-question-after-the-end-waits",
+		old:   `overdue := c.isOverdue()`,
+		new:   `overdue := c.isOverdue() && false`,
+		tests: `TestAQuestionAfterTheEndOfCtxHasABound`,
+	},
 }
