@@ -354,7 +354,7 @@ func (c *conn) copyIn(r io.Reader) (int64, error) {
 		return readFrom(c.nc, r)
 	case !kernels(r):
 		return readFrom(c.writer(), r)
-	case c.isOverdue():
+	case c.isOverdue(), overdueAt(r):
 		return 0, os.ErrDeadlineExceeded
 	}
 	return aside("ReadFrom of the connection", over, other, func() (int64, error) { return readFrom(c.nc, r) })
@@ -367,10 +367,17 @@ func (c *conn) copyOut(w io.Writer) (int64, error) {
 		return writeTo(c.source(), w)
 	case !kernels(w):
 		return writeTo(c.reader(), w)
-	case c.isOverdue():
+	case c.isOverdue(), overdueAt(w):
 		return 0, os.ErrDeadlineExceeded
 	}
 	return aside("WriteTo of the connection", over, other, func() (int64, error) { return writeTo(c.source(), w) })
+}
+
+// overdueAt reports whether the ctx of the loan behind x, if there is one, is done: a
+// copy that begins after that meets no interrupt of that loan any more.
+func overdueAt(x any) bool {
+	h, ok := onLoan(x)
+	return ok && h.c.isOverdue()
 }
 
 // overOf is over of the loan behind x, if there is one.

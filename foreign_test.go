@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -327,6 +328,35 @@ func TestAQuestionAfterTheEndOfCtxHasABound(t *testing.T) {
 				}))
 				synctest.Wait()
 				require.NotZero(t, n.p.Stats().Abandoned)
+				require.Zero(t, n.p.Stats().InUse)
+			})
+		})
+	}
+}
+
+// TRY-07: nor does a copy begin that has such a loan at its other end.
+func TestNoCopyBeginsWithALoanWhoseCtxIsDone(t *testing.T) {
+	for name, copied := range map[string]func(alive, over Conn) (int64, error){
+		"from": func(alive, over Conn) (int64, error) { return alive.ReadFrom(over) },
+		"to":   func(alive, over Conn) (int64, error) { return alive.WriteTo(over) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				n := newDeafNet(t, deafnesses[4], nil, Config{})
+				defer n.release()
+				ctx, cancel := context.WithCancel(bg)
+				n.p.With(ctx, at("a"), func(over Conn) error {
+					cancel()
+					time.Sleep(time.Second)
+					return n.p.With(bg, at("b"), func(alive Conn) error {
+						start := time.Now()
+						_, err := copied(alive, over)
+						require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+						require.Zero(t, time.Since(start))
+						return err
+					})
+				})
+				synctest.Wait()
 				require.Zero(t, n.p.Stats().InUse)
 			})
 		})

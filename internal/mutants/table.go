@@ -1706,4 +1706,10 @@ var mutants = []mutant{
 		new:   `overdue := c.isOverdue() && false`,
 		tests: `TestAQuestionAfterTheEndOfCtxHasABound`,
 	},
+	{
+		name:  "a-copy-from-a-loan-that-is-over-waits",
+		old:   `case c.isOverdue(), overdueAt(r):`,
+		new:   `case c.isOverdue():`,
+		tests: `TestNoCopyBeginsWithALoanWhoseCtxIsDone`,
+	},
 }
