@@ -370,7 +370,7 @@ func TestCVE_2020_8231_AHandleIsOfOneLoanNotOfAPlaceInMemory(t *testing.T) {
 				require.ErrorIs(t, err, ErrReturned)
 				_, err = o.Write([]byte("x"))
 				require.ErrorIs(t, err, ErrReturned)
-				require.ErrorIs(t, o.SetDeadline(past), ErrReturned)
+				require.ErrorIs(t, o.SetDeadline(aLongTimeAgo), ErrReturned)
 			}
 			old = append(old, c)
 			require.EqualValues(t, 1, c.ID())
@@ -681,7 +681,7 @@ func TestCVE_2025_29923_FailedSetupLeavesNoConnection(t *testing.T) {
 			case 1: // gives up and says so
 				return nil, errors.New("the greeting failed")
 			case 2: // gives up and says nothing
-				nc.SetReadDeadline(past)
+				nc.SetReadDeadline(aLongTimeAgo)
 				nc.Read(make([]byte, 1))
 				return nil, nil
 			}
@@ -762,9 +762,9 @@ func TestLeftOver_NothingOfOneLoanStrikesTheNext(t *testing.T) {
 			s := how.serve(t)
 			p := tlPool(t, false, how.config)
 			for name, leave := range map[string]func(Conn){
-				"deadline":       func(c Conn) { c.SetDeadline(past) },
-				"read deadline":  func(c Conn) { c.SetReadDeadline(past) },
-				"write deadline": func(c Conn) { c.SetWriteDeadline(past) },
+				"deadline":       func(c Conn) { c.SetDeadline(aLongTimeAgo) },
+				"read deadline":  func(c Conn) { c.SetReadDeadline(aLongTimeAgo) },
+				"write deadline": func(c Conn) { c.SetWriteDeadline(aLongTimeAgo) },
 				"soon":           func(c Conn) { c.SetDeadline(time.Now().Add(time.Millisecond)) },
 			} {
 				ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // sets a deadline of its own
@@ -778,7 +778,7 @@ func TestLeftOver_NothingOfOneLoanStrikesTheNext(t *testing.T) {
 				cancel() // after the loan: a watch that is left would cut the next one
 				p.check(t)
 				require.NoError(t, p.With(context.Background(), s.addr(), func(c Conn) error {
-					if errors.Is(left.SetDeadline(past), nil) {
+					if errors.Is(left.SetDeadline(aLongTimeAgo), nil) {
 						return errors.New("the last borrower's handle still sets deadlines")
 					}
 					time.Sleep(2 * time.Millisecond)

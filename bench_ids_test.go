@@ -77,7 +77,7 @@ func TestPoolingPaysFromOneUsePerIdleTimeoutOn(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				// No sweep: at a moment that is both its and a use's, the use may
 				// find the only connection being asked.
-				n := open(t, Config{CheckInterval: -1})
+				n := open(t, Config{SweepInterval: -1})
 				for range uses {
 					n.use(at("a"))
 					time.Sleep(time.Duration(float64(time.Minute) / perMinute))

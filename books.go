@@ -52,12 +52,12 @@ type books struct {
 	freed     chan struct{}      // closed and renewed when something may have freed one
 	swept     bool               // a sweep is due, or under way
 	slow      int                // closes that take longer than closePatience
-	looked    int                // idle connections of addresses with a reserve that are being looked at
+	checking  int                // idle connections of addresses with a reserve that are being looked at
 	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
-	short     list.List          // of the sites that want dials for nobody who waits, see pool_warm.go
+	deficit   list.List          // of the sites that want dials for nobody who waits, see pool_warm.go
 	reserves  int                // calls under way of what DialReserve returned
-	undrawn   string             // the last change of phase that must not be; "": there was none
-	tracked   map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
+	wrongMove string             // the last change of phase that must not be; "": there was none
+	unpooled  map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
 }
 
 // rules are what the books go by and what never changes: fields of Config, and two
@@ -66,16 +66,16 @@ type rules struct {
 	whenFull      FullPolicy
 	maxUses       int
 	idleTimeout   time.Duration
-	checkInterval time.Duration
+	sweepInterval time.Duration
 	debug         bool
 
 	clock   *clock.Clock
-	handles *atomic.Int64 // what the process's handle limit leaves, see lookAtHandles
+	handles *atomic.Int64 // what the process's handle limit leaves, see refreshHandleLimit
 }
 
 func rulesOf(cfg *Config, k *clock.Clock, handles *atomic.Int64) rules {
 	return rules{
-		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, checkInterval: cfg.CheckInterval, debug: cfg.Debug,
+		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, sweepInterval: cfg.SweepInterval, debug: cfg.Debug,
 		clock: k, handles: handles,
 	}
 }
@@ -95,13 +95,13 @@ func (b *books) addSiteLocked(s *site, todo *agenda) {
 	b.armSweepLocked(todo)
 }
 
-// forgetLocked drops the books of s if they say nothing.
-func (b *books) forgetLocked(s *site) {
-	if s.n.open() > 0 || s.queue.len > 0 || s.failing() || s.special.keeps() {
+// dropIfEmptyLocked drops the books of s if they say nothing.
+func (b *books) dropIfEmptyLocked(s *site) {
+	if s.n.open() > 0 || s.queue.len > 0 || s.failing() || s.prefill.keeps() {
 		return
 	}
-	if s.tracked() {
-		delete(b.tracked, s)
+	if s.unpooled() {
+		delete(b.unpooled, s)
 		return
 	}
 	b.sites.remove(s)
@@ -131,7 +131,7 @@ func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
 	case s.n.kept()+aheadHere >= b.limits.MaxPerAddr:
 		return "MaxPerAddr"
-	case b.n.kept()-int(b.n[idle])-b.displaced+ahead >= b.limitLocked():
+	case b.n.kept()-int(b.n[phaseIdle])-b.displaced+ahead >= b.limitLocked():
 		return "MaxOpen"
 	}
 	return ""
@@ -150,8 +150,8 @@ func (b *books) refreshLocked(s *site) {
 		if s.backingOff() {
 			want = 1
 		}
-		want = int32(min(int(want), b.limits.MaxDialingPerAddr-int(s.n[dialing])))
-		if b.whenFull != Overflow {
+		want = int32(min(int(want), b.limits.MaxDialingPerAddr-int(s.n[phaseDialing])))
+		if b.whenFull != FullOverflow {
 			want = int32(min(int(want), b.roomAtLocked(s)))
 		}
 		want = max(want, 0)
@@ -164,14 +164,14 @@ func (b *books) refreshLocked(s *site) {
 	b.counts.Waiting += s.queue.len - int(s.waiting)
 	s.waiting = int32(s.queue.len)
 	b.readyOf(s).set(s, want > 0)
-	if s.special != nil {
-		b.refreshSpareLocked(s)
+	if s.prefill != nil {
+		b.refreshPrefillLocked(s)
 	}
 }
 
 // readyOf is the heap that s belongs in.
 func (b *books) readyOf(s *site) *siteHeap {
-	if s.tracked() {
+	if s.unpooled() {
 		return &b.readyOwn
 	}
 	return &b.ready
@@ -191,7 +191,7 @@ func (b *books) nextLocked() *site {
 // they lack. What nobody waits for comes last.
 func (b *books) admitLocked(todo *agenda) {
 	for b.want > 0 && !b.closed {
-		room := b.limits.MaxDialing - int(b.n[dialing])
+		room := b.limits.MaxDialing - int(b.n[phaseDialing])
 		if room <= 0 {
 			b.shareLocked(todo)
 			return
@@ -202,32 +202,32 @@ func (b *books) admitLocked(todo *agenda) {
 			if b.eager > 0 {
 				want = b.eager
 			}
-			if int(b.n[closing])-b.slow+b.displaced >= min(want, room) {
+			if int(b.n[phaseClosing])-b.slow+b.displaced >= min(want, room) {
 				return // enough is on its way
 			}
-			// Under Overflow the pool's own dials need no slot, and what one
+			// Under FullOverflow the pool's own dials need no slot, and what one
 			// of them gave up the next would take again.
-			if b.whenFull != Overflow && b.shareLocked(todo) {
+			if b.whenFull != FullOverflow && b.shareLocked(todo) {
 				continue
 			}
-			if v := b.recency.oldestIdle(int(b.n[idle])); v != nil && b.eager > 0 {
+			if v := b.recency.oldestIdle(int(b.n[phaseIdle])); v != nil && b.eager > 0 {
 				b.evictLocked(v, ClosedEvicted, nil, todo)
 				continue
 			}
 			switch own := b.stalledLocked(); {
 			case own != nil:
 				s = own
-			case b.whenFull == Overflow && b.limits.MaxOpen > 0 && len(b.ready) > 0:
+			case b.whenFull == FullOverflow && b.limits.MaxOpen > 0 && len(b.ready) > 0:
 				s = b.ready[0]
 			default:
 				return
 			}
 		}
 		b.overtook = 0
-		b.startDialLocked(s, &attempt{ctx: s.queue.bare.ctx, waiter: s.queue.bare}, todo)
+		b.startDialLocked(s, &attempt{ctx: s.queue.nextToDial.ctx, waiter: s.queue.nextToDial}, todo)
 	}
-	if b.short.Len() > 0 {
-		b.openSparesLocked(todo)
+	if b.deficit.Len() > 0 {
+		b.openMissingLocked(todo)
 	}
 }
 
@@ -239,7 +239,7 @@ func (b *books) startDialLocked(s *site, a *attempt, todo *agenda) {
 	}
 	s.dial = a
 	todo.dials = append(todo.dials, a)
-	b.moveLocked(a.c, dialing)
+	b.moveLocked(a.c, phaseDialing)
 	s.queueLocked().dialStarted()
 	s.dials++
 	b.counts.Dials++
@@ -249,7 +249,7 @@ func (b *books) startDialLocked(s *site, a *attempt, todo *agenda) {
 // moveLocked is the only place where a connection changes its phase.
 func (b *books) moveLocked(c *conn, to phase) {
 	s, from := c.site, c.phase
-	if moves[from]&(1<<to) == 0 {
+	if phaseMoves[from]&(1<<to) == 0 {
 		b.wrongMoveLocked(c, to)
 	}
 	b.n[from]--
@@ -257,10 +257,10 @@ func (b *books) moveLocked(c *conn, to phase) {
 	c.phase = to
 	b.n[to]++
 	s.n[to]++
-	if (to == closing || to == none) && c.linked() {
+	if (to == phaseClosing || to == phaseNone) && c.linked() {
 		c.unlink() // it was looked at
 	}
-	if from == none {
+	if from == phaseNone {
 		b.counts.PeakOpen = max(b.counts.PeakOpen, b.n.open())
 	}
 }
@@ -268,9 +268,9 @@ func (b *books) moveLocked(c *conn, to phase) {
 // wrongMoveLocked is told of a change of phase that must not be. It is a bug in the
 // pool: in debug mode it panics, else the pool goes on, and tests find it in undrawn.
 func (b *books) wrongMoveLocked(c *conn, to phase) {
-	b.undrawn = fmt.Sprintf("connpool: a connection to %v went from %v to %v", c.site.addr, c.phase, to)
+	b.wrongMove = fmt.Sprintf("connpool: a connection to %v went from %v to %v", c.site.addr, c.phase, to)
 	if b.debug {
-		panic(b.undrawn)
+		panic(b.wrongMove)
 	}
 }
 
@@ -290,36 +290,36 @@ func (b *books) countLoanLocked(c *conn) {
 // takeLocked makes the caller the owner of an idle connection.
 func (b *books) takeLocked(c *conn) {
 	c.unlink()
-	b.moveLocked(c, borrowed)
+	b.moveLocked(c, phaseBorrowed)
 }
 
 // evictLocked closes an idle connection: nobody owns it, so from now on the agenda
 // does.
 func (b *books) evictLocked(c *conn, reason CloseReason, err error, todo *agenda) {
 	c.unlink()
-	b.moveLocked(c, closing)
+	b.moveLocked(c, phaseClosing)
 	todo.close(c, reason, err)
 }
 
 // use says where a connection that is parked comes from.
-type use uint8
+type origin uint8
 
 const (
-	used      use = iota // a loan ended in good order
-	untouched            // it was handed to a waiter that had given up, or looked at by a sweep
-	justBorn             // its dial ended
+	fromLoan  origin = iota // a loan ended in good order
+	fromCheck               // it was handed to a waiter that had given up, or looked at by a sweep
+	fromDial                // its dial ended
 )
 
-// parkLocked is the part of park that concerns the books. It reports whether the
+// releaseLocked is the part of park that concerns the books. It reports whether the
 // connection was kept.
 //
 // A returned connection and one that was just dialled come the same way, and both go
 // to the oldest waiter of their address (what net/http calls socket late binding): a
 // borrower for whom a dial was started may be served by a returned connection, and
 // the connection of the dial goes to another, or onto the idle stack.
-func (b *books) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool {
+func (b *books) releaseLocked(c *conn, u origin, now clock.Instant, todo *agenda) bool {
 	s := c.site
-	if u != untouched {
+	if u != fromCheck {
 		// Its clock was read before the lock: it may be a moment behind
 		// that of a connection that was parked meanwhile.
 		if s.top != nil {
@@ -328,24 +328,24 @@ func (b *books) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool
 		c.since, c.idleFor = now, 0
 	} else {
 		c.since -= clock.Instant(c.idleFor)
-		b.lookedAtLocked(c, false)
+		b.setCheckingLocked(c, false)
 	}
 	b.countLoanLocked(c)
-	reserve := u == untouched && b.reservedLocked(s, 1, now)
-	if b.limits.MinSpare > 0 {
-		if u == used || s.queue.head != nil {
-			b.lentLocked(s, now)
+	reserve := u == fromCheck && b.reservedLocked(s, 1, now)
+	if b.limits.MinIdlePerAddr > 0 {
+		if u == fromLoan || s.queue.head != nil {
+			b.noteLentLocked(s, now)
 		}
 	}
-	news := u == used && c.word.Load()&lived != lived && b.livedLocked(c, true)
-	if reason := b.unwantedLocked(c, u, now); reason != ClosedUnknown {
-		b.moveLocked(c, closing)
+	news := u == fromLoan && c.word.Load()&flagsLived != flagsLived && b.noteLivedLocked(c, true)
+	if reason := b.whyUnwantedLocked(c, u, now); reason != ClosedUnknown {
+		b.moveLocked(c, phaseClosing)
 		todo.close(c, reason, nil)
 		b.admitLocked(todo)
 		return false
 	}
-	c.forget()
-	if u == used {
+	c.dropLoanState()
+	if u == fromLoan {
 		b.recency.touch(c)
 	}
 	if s.queue.head != nil {
@@ -354,34 +354,34 @@ func (b *books) parkLocked(c *conn, u use, now clock.Instant, todo *agenda) bool
 		}
 		c.lendAtLocked(now)
 		c.fromReserveLocked(reserve)
-		b.deliverLocked(s, c, u == justBorn, nil)
+		b.deliverLocked(s, c, u == fromDial, nil)
 		if s.surplus() > 0 {
 			b.doubtDialsLocked(s, todo)
 		}
 		b.refreshLocked(s)
-		if news || b.short.Len() > 0 {
+		if news || b.deficit.Len() > 0 {
 			b.admitLocked(todo)
 		}
 		return true
 	}
 	b.recency.back(c)
-	b.moveLocked(c, idle)
+	b.moveLocked(c, phaseIdle)
 	if !c.linked() {
-		c.link(u == untouched)
+		c.link(u == fromCheck)
 	}
-	if s.special != nil {
+	if s.prefill != nil {
 		b.refreshLocked(s)
 	}
-	b.freedLocked() // a dial that lacks a handle may evict it
+	b.noteFreedLocked() // a dial that lacks a handle may evict it
 	b.armSweepLocked(todo)
-	if b.want > 0 || b.short.Len() > 0 {
+	if b.want > 0 || b.deficit.Len() > 0 {
 		b.admitLocked(todo)
 	}
 	return true
 }
 
-// unwantedLocked says why a connection may not stay, ClosedUnknown if it may.
-func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
+// whyUnwantedLocked says why a connection may not stay, ClosedUnknown if it may.
+func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseReason {
 	s, limit := c.site, b.limitLocked()
 	marked, _ := c.condemned()
 	switch {
@@ -391,15 +391,15 @@ func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 		return marked
 	case c.epoch != s.epoch:
 		return ClosedRetired
-	case u == justBorn && s.queue.head != nil:
+	case u == fromDial && s.queue.head != nil:
 		// It was opened for a borrower that waits; whatever else may be
 		// said against it, another dial would end no better.
 		return ClosedUnknown
-	case s.tracked() && s.queue.head == nil:
+	case s.unpooled() && s.queue.head == nil:
 		return ClosedCanceled // who dialled has gone, and it is good for nobody else
 	case c.uses >= b.maxUses:
 		return ClosedMaxUses
-	case c.life > 0 && b.clock.Age(c.born, now) >= c.life:
+	case c.maxAge > 0 && b.clock.Age(c.born, now) >= c.maxAge:
 		return ClosedLifetime
 	case s.n.kept() > b.limits.MaxPerAddr, b.n.kept() > limit:
 		return ClosedSurplus
@@ -407,7 +407,7 @@ func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 		return ClosedSurplus
 	}
 	if s.queue.head == nil {
-		if int(b.n[idle]) >= b.limits.MaxIdle || int(s.n[idle]) >= b.limits.MaxIdlePerAddr {
+		if int(b.n[phaseIdle]) >= b.limits.MaxIdle || int(s.n[phaseIdle]) >= b.limits.MaxIdlePerAddr {
 			return ClosedSurplus
 		}
 		if b.pressure >= handlesLow {
@@ -424,7 +424,7 @@ func (b *books) unwantedLocked(c *conn, u use, now clock.Instant) CloseReason {
 	// three connections that come back go to borrowers of A: overtook is 1, 2, 3.
 	// The fourth is closed, and its slot goes to the oldest waiter without a dial:
 	// the borrower of B.
-	if b.eager > 0 && b.n.open() >= limit && b.nextLocked().queue.bare.seq < s.queue.head.seq {
+	if b.eager > 0 && b.n.open() >= limit && b.nextLocked().queue.nextToDial.seq < s.queue.head.seq {
 		if b.overtook++; b.overtook > limit {
 			b.overtook = 0
 			return ClosedEvicted

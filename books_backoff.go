@@ -28,7 +28,7 @@ const (
 
 // trouble is what an address remembers of dials that failed, and of connections
 // that were hollow.
-type trouble struct {
+type backoff struct {
 	failures int           // in a row
 	hollow   bool          // connections were among them: a dial that ends well is no news
 	accepts  bool          // ... and the last of them was one
@@ -47,23 +47,23 @@ type pause struct {
 	timer *time.Timer // ends it; nil until the agenda that began it has run
 }
 
-func (s *site) failing() bool    { return s.trouble != nil && s.trouble.failures > 0 }
-func (s *site) backingOff() bool { return s.trouble != nil && s.trouble.failures >= backoffAfter }
-func (s *site) retrying() bool   { return s.trouble != nil && s.trouble.pause != nil }
+func (s *site) failing() bool    { return s.backoff != nil && s.backoff.failures > 0 }
+func (s *site) backingOff() bool { return s.backoff != nil && s.backoff.failures >= backoffAfter }
+func (s *site) retrying() bool   { return s.backoff != nil && s.backoff.pause != nil }
 func (s *site) lastErr() error {
-	if s.trouble == nil {
+	if s.backoff == nil {
 		return nil
 	}
-	return s.trouble.lastErr
+	return s.backoff.lastErr
 }
 
-// failureLocked books a failure that speaks against s: of the connection with
+// noteFailureLocked books a failure that speaks against s: of the connection with
 // this ID, or of a dial that ended after that connection's.
-func (b *books) failureLocked(s *site, why error, now clock.Instant, id uint64, hollow bool) {
-	if s.trouble == nil {
-		s.trouble = new(trouble)
+func (b *books) noteFailureLocked(s *site, why error, now clock.Instant, id uint64, hollow bool) {
+	if s.backoff == nil {
+		s.backoff = new(backoff)
 	}
-	t := s.trouble
+	t := s.backoff
 	if t.failures == 0 || id < t.since {
 		t.since = id
 	}
@@ -79,21 +79,21 @@ func (b *books) pauseLocked(s *site, todo *agenda) {
 		return
 	}
 	b.giveUpLocked(s)
-	if s.trouble.pause != nil || b.closed {
+	if s.backoff.pause != nil || b.closed {
 		return
 	}
-	after := s.trouble.patience()
+	after := s.backoff.patience()
 	b.beginPauseLocked(s, after-rand.N(after/2), todo)
 }
 
 func (b *books) beginPauseLocked(s *site, after time.Duration, todo *agenda) {
-	s.trouble.pause = new(pause)
-	s.trouble.paused = s.trouble.failures
-	todo.retry(s, s.trouble.pause, after)
+	s.backoff.pause = new(pause)
+	s.backoff.paused = s.backoff.failures
+	todo.retry(s, s.backoff.pause, after)
 }
 
 // patience is how long the pause lasts before the random part is taken away.
-func (t *trouble) patience() time.Duration {
+func (t *backoff) patience() time.Duration {
 	longest := backoffMax
 	if t.accepts {
 		longest = hollowMax
@@ -101,27 +101,27 @@ func (t *trouble) patience() time.Duration {
 	return min(longest, backoffMin<<min(t.failures-backoffAfter, 16))
 }
 
-// reachedLocked books that a dial to s has ended well. That is the end of all
+// noteReachedLocked books that a dial to s has ended well. That is the end of all
 // trouble, unless connections have been hollow: then one has to live first, and
 // the next dial keeps its pause.
-func (b *books) reachedLocked(s *site, todo *agenda) {
-	if s.trouble != nil && s.trouble.hollow {
+func (b *books) noteReachedLocked(s *site, todo *agenda) {
+	if s.backoff != nil && s.backoff.hollow {
 		b.pauseLocked(s, todo)
 		return
 	}
 	b.stopRetryLocked(s)
-	s.trouble = nil
+	s.backoff = nil
 }
 
 // giveUpLocked ends the wait of borrowers that have nothing to wait for: their
 // address is backing off, and none of its connections is in use.
 func (b *books) giveUpLocked(s *site) {
-	if !s.backingOff() || s.n[borrowed] > 0 {
+	if !s.backingOff() || s.n[phaseBorrowed] > 0 {
 		return
 	}
 	for s.queue.len > max(1, s.queue.dials) {
 		w := s.queue.tail
-		b.waitedLocked(w, true)
+		b.noteWaitedLocked(w, true)
 		s.queue.remove(w)
 		w.serve(nil, false, &dialError{stage: StageBackoff, err: s.lastErr()})
 	}
@@ -129,7 +129,7 @@ func (b *books) giveUpLocked(s *site) {
 
 // pauseOverLocked ends a pause, unless it was ended before its timer fired.
 func (b *books) pauseOverLocked(s *site, over *pause, todo *agenda) {
-	t := s.trouble
+	t := s.backoff
 	if t == nil || t.pause != over {
 		return
 	}
@@ -146,24 +146,24 @@ func (b *books) stopRetryLocked(s *site) {
 	if !s.retrying() {
 		return
 	}
-	if timer := s.trouble.pause.timer; timer != nil {
+	if timer := s.backoff.pause.timer; timer != nil {
 		timer.Stop()
 	}
-	s.trouble.pause = nil
+	s.backoff.pause = nil
 }
 
-// livedLocked reports whether that is news, after which admitLocked is due. A
+// noteLivedLocked reports whether that is news, after which admitLocked is due. A
 // connection that is older than all failures which are remembered is none.
-func (b *books) livedLocked(c *conn, inLoan bool) (news bool) {
-	c.word.Or(lived)
+func (b *books) noteLivedLocked(c *conn, inLoan bool) (news bool) {
+	c.word.Or(flagsLived)
 	s := c.site
-	if t := s.trouble; t != nil && c.id > t.since {
+	if t := s.backoff; t != nil && c.id > t.since {
 		b.stopRetryLocked(s)
-		s.trouble = nil
+		s.backoff = nil
 		news = true
 	}
-	if x := s.special; x != nil && x.shaky && inLoan {
-		x.probe, news = true, true
+	if x := s.prefill; x != nil && x.unstable && inLoan {
+		x.retryOnce, news = true, true
 	}
 	if news {
 		b.refreshLocked(s)

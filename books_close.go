@@ -15,11 +15,11 @@ func (b *books) armSweepLocked(todo *agenda) {
 	}
 }
 
-// sweepPeriod is CheckInterval. With the sweep switched off, old failures must
+// sweepPeriod is SweepInterval. With the sweep switched off, old failures must
 // be forgotten all the same.
 func (r *rules) sweepPeriod() time.Duration {
-	if r.checkInterval > 0 {
-		return r.checkInterval
+	if r.sweepInterval > 0 {
+		return r.sweepInterval
 	}
 	return failureMemory
 }
@@ -30,51 +30,51 @@ func (r *rules) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseRea
 	switch {
 	case r.idleTimeout > 0 && idleFor >= r.idleTimeout:
 		return ClosedIdleTimeout
-	case c.life > 0 && r.clock.Age(c.born, now) >= c.life:
+	case c.maxAge > 0 && r.clock.Age(c.born, now) >= c.maxAge:
 		return ClosedLifetime
 	}
 	return ClosedUnknown
 }
 
 // sightings is what a sweep found in one go.
-type sightings struct {
-	seen []sighting
+type sweepBatch struct {
+	seen []idleRef
 	todo agenda // the expired ones
 }
 
-func (b *books) sightLocked(met []*conn, now clock.Instant) (found sightings) {
+func (b *books) listIdleLocked(met []*conn, now clock.Instant) (found sweepBatch) {
 	for _, c := range met {
-		if c.phase != idle {
+		if c.phase != phaseIdle {
 			continue
 		}
 		idleFor := b.clock.Age(c.since, now)
-		if b.reservedLocked(c.site, c.site.n[idle], now) {
+		if b.reservedLocked(c.site, c.site.n[phaseIdle], now) {
 			idleFor = 0
 		}
 		if reason := b.aged(c, idleFor, now); reason != ClosedUnknown {
 			b.evictLocked(c, reason, nil, &found.todo)
 		} else {
-			found.seen = append(found.seen, sighting{c, c.generation()})
+			found.seen = append(found.seen, idleRef{c, c.generation()})
 		}
 	}
 	return found
 }
 
-// disownLocked books that the descriptor of c is another socket's, and reports
+// markStolenLocked books that the descriptor of c is another socket's, and reports
 // whether that is news. An idle connection goes into quarantine now, any other
 // when its owner is done with it.
-func (b *books) disownLocked(c *conn, todo *agenda) bool {
-	if !c.mark(stolen) {
+func (b *books) markStolenLocked(c *conn, todo *agenda) bool {
+	if !c.mark(flagStolen) {
 		return false
 	}
-	if c.phase == idle {
-		b.evictLocked(c, Quarantined, errStolen, todo)
+	if c.phase == phaseIdle {
+		b.evictLocked(c, ClosedQuarantined, errStolen, todo)
 	}
 	return true
 }
 
-// freedLocked tells the dials that lack a handle that there may be one.
-func (b *books) freedLocked() {
+// noteFreedLocked tells the dials that lack a handle that there may be one.
+func (b *books) noteFreedLocked() {
 	if b.starving > 0 {
 		close(b.freed)
 		b.freed = make(chan struct{})
@@ -87,16 +87,16 @@ func (b *books) freedLocked() {
 func (b *books) dropSurplusLocked(todo *agenda) {
 	tooMany := []func(*site) bool{
 		func(s *site) bool {
-			return int(s.n[idle]) > b.limits.MaxIdlePerAddr || s.n.kept() > b.limits.MaxPerAddr
+			return int(s.n[phaseIdle]) > b.limits.MaxIdlePerAddr || s.n.kept() > b.limits.MaxPerAddr
 		},
 		func(*site) bool {
-			return int(b.n[idle]) > b.limits.MaxIdle || b.n.kept() > b.limitLocked()
+			return int(b.n[phaseIdle]) > b.limits.MaxIdle || b.n.kept() > b.limitLocked()
 		},
 	}
 	all := b.recency.all()
 	for _, surplus := range tooMany {
 		for _, c := range all {
-			if c.phase == idle && surplus(c.site) {
+			if c.phase == phaseIdle && surplus(c.site) {
 				b.evictLocked(c, ClosedSurplus, nil, todo)
 			}
 		}
@@ -112,16 +112,16 @@ func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
 func (b *books) shutSiteLocked(s *site, todo *agenda) {
 	b.dropIdleLocked(s, ClosedWithPool, todo)
 	b.stopRetryLocked(s)
-	s.trouble = nil
+	s.backoff = nil
 	for s.queue.head != nil {
 		b.deliverLocked(s, nil, false, ErrClosed)
 	}
 	b.refreshLocked(s)
-	b.forgetLocked(s)
+	b.dropIfEmptyLocked(s)
 }
 
-// leftLocked wakes who waits in awaitLeft.
-func (b *books) leftLocked() {
+// noteLeftLocked wakes who waits in awaitLeft.
+func (b *books) noteLeftLocked() {
 	if b.closed {
 		close(b.left)
 		b.left = make(chan struct{})

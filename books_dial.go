@@ -28,7 +28,7 @@ func (b *books) dropDialsLocked(s *site, q *queue, todo *agenda) {
 	q.doubted = false
 	for q == s.queue && s.surplus() > 0 {
 		a := s.dial // the youngest
-		for a.spare {
+		for a.prefill {
 			a = a.older
 		}
 		s.dropLocked(a)
@@ -53,34 +53,34 @@ func (s *site) dropLocked(a *attempt) {
 	a.newer, a.older = nil, nil
 }
 
-func (b *books) dialFailedLocked(a *attempt, failure *dialError, now clock.Instant, todo *agenda) {
+func (b *books) noteDialFailedLocked(a *attempt, failure *dialError, now clock.Instant, todo *agenda) {
 	c, s := a.c, a.c.site
 	if failure.stage == StageSetup {
-		b.moveLocked(c, closing) // the slot is free when the socket is closed
+		b.moveLocked(c, phaseClosing) // the slot is free when the socket is closed
 	} else {
-		b.moveLocked(c, none)
+		b.moveLocked(c, phaseNone)
 		b.counts.DialErrors++
 		if !failure.noHandle { // which had no handle to give back
-			b.freedLocked()
+			b.noteFreedLocked()
 		}
 	}
 	s.dialErrors++
 	if a.brokenOff {
 		return
 	}
-	if !s.tracked() && !failure.local {
-		b.failureLocked(s, failure.err, now, b.lastID, false)
+	if !s.unpooled() && !failure.local {
+		b.noteFailureLocked(s, failure.err, now, b.lastID, false)
 	} else {
-		if s.trouble == nil {
-			s.trouble = new(trouble)
+		if s.backoff == nil {
+			s.backoff = new(backoff)
 		}
-		s.trouble.lastErr = failure.err
+		s.backoff.lastErr = failure.err
 	}
-	if a.spare && s.special.reserve {
-		s.special.shaky = true
+	if a.prefill && s.prefill.reserve {
+		s.prefill.unstable = true
 	}
 	if w := a.waiter; w != nil && w.queued {
-		b.waitedLocked(w, true)
+		b.noteWaitedLocked(w, true)
 		s.queue.remove(w)
 		w.serve(nil, false, failure)
 	}

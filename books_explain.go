@@ -15,11 +15,11 @@ func (b *books) failedLocked(addr Addr, stage Stage, err error, start clock.Inst
 }
 
 func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
-	e := &Error{Addr: s.addr, Stage: stage, Err: err, elsewhere: b.n[idle]+b.n[borrowed] == 0}
+	e := &Error{Addr: s.addr, Stage: stage, Err: err, elsewhere: b.n[phaseIdle]+b.n[phaseBorrowed] == 0}
 	if start != 0 {
 		e.Waited = b.clock.Exactly().Sub(start)
 	}
-	e.Open, e.InUse, e.Idle, e.Waiting = s.n.open(), int(s.n[borrowed]), int(s.n[idle]), s.queue.len
+	e.Open, e.InUse, e.Idle, e.Waiting = s.n.open(), int(s.n[phaseBorrowed]), int(s.n[phaseIdle]), s.queue.len
 	if stage != StageWait || b.closed {
 		return e
 	}
@@ -37,7 +37,7 @@ func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Inst
 		e.Limit = b.limits.MaxDialing
 	case "MaxOpen":
 		e.Limit = b.limitLocked()
-		e.Open, e.InUse, e.Idle = b.n.open(), int(b.n[borrowed]), int(b.n[idle])
+		e.Open, e.InUse, e.Idle = b.n.open(), int(b.n[phaseBorrowed]), int(b.n[phaseIdle])
 	}
 	return e
 }
@@ -47,8 +47,8 @@ func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Inst
 func (b *books) whyLocked(s *site, w *waiter) *inVain {
 	e := new(inVain)
 	now := b.clock.Exactly()
-	if s.trouble != nil && s.trouble.lastErr != nil {
-		e.last, e.failures, e.pause = s.trouble.lastErr, s.trouble.failures, s.retrying()
+	if s.backoff != nil && s.backoff.lastErr != nil {
+		e.last, e.failures, e.pause = s.backoff.lastErr, s.backoff.failures, s.retrying()
 	}
 	for a := s.dial; a != nil; a = a.older {
 		if a.since != 0 {
@@ -56,21 +56,21 @@ func (b *books) whyLocked(s *site, w *waiter) *inVain {
 		}
 	}
 	if e.full = b.fullLocked(s, 0, 0); e.full == "" && !e.pause {
-		if bare := s.queue.bare; bare != nil && w != nil && w.seq >= bare.seq { // no dial for it
+		if bare := s.queue.nextToDial; bare != nil && w != nil && w.seq >= bare.seq { // no dial for it
 			switch {
-			case int(s.n[dialing]) >= b.limits.MaxDialingPerAddr:
+			case int(s.n[phaseDialing]) >= b.limits.MaxDialingPerAddr:
 				e.full = "MaxDialingPerAddr"
-			case int(b.n[dialing]) >= b.limits.MaxDialing:
+			case int(b.n[phaseDialing]) >= b.limits.MaxDialing:
 				e.full = "MaxDialing"
 			}
 		}
 		return e
 	}
-	e.here = s.n[borrowed] > 0
+	e.here = s.n[phaseBorrowed] > 0
 	// What has been out for long has sunk to the old end.
 	n := 0
 	for c := b.recency.ends.younger; c != &b.recency.ends && n < farEnough; c = c.younger {
-		if n++; c.site != nil && c.phase == borrowed && e.counts(c.site.addr, s.addr) {
+		if n++; c.site != nil && c.phase == phaseBorrowed && e.counts(c.site.addr, s.addr) {
 			e.held = max(e.held, now.Sub(c.since))
 		}
 	}

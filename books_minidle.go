@@ -7,47 +7,47 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// This file opens the connections that Warm and MinSpare ask for. When an address has
+// This file opens the connections that Warm and MinIdlePerAddr ask for. When an address has
 // a reserve is told above reserveMemory.
 
-// refreshSpareLocked brings up to date what s wants beside what its waiters
+// refreshPrefillLocked brings up to date what s wants beside what its waiters
 // want. It is a part of refreshLocked.
-func (b *books) refreshSpareLocked(s *site) {
+func (b *books) refreshPrefillLocked(s *site) {
 	b.noteUnneededLocked(s)
 	b.endWarmingsLocked(s)
-	x := s.special
+	x := s.prefill
 	if b.closed {
 		x.reserve = false
 	}
-	x.spare = b.spareLocked(s)
+	x.missing = b.missingLocked(s)
 	asked := s.warming() != nil
-	if x.inShort != nil && (x.spare == 0 || x.asked != asked) {
-		b.short.Remove(x.inShort)
-		x.inShort = nil
+	if x.inDeficit != nil && (x.missing == 0 || x.forWarm != asked) {
+		b.deficit.Remove(x.inDeficit)
+		x.inDeficit = nil
 	}
-	switch x.asked = asked; {
-	case x.spare == 0 || x.inShort != nil:
+	switch x.forWarm = asked; {
+	case x.missing == 0 || x.inDeficit != nil:
 	case asked: // goes before those for which nobody asked
-		x.inShort = b.short.PushFront(s)
+		x.inDeficit = b.deficit.PushFront(s)
 	default:
-		x.inShort = b.short.PushBack(s)
+		x.inDeficit = b.deficit.PushBack(s)
 	}
 }
 
-// spareLocked counts the dials that s's own limits would let start for no waiter.
-func (b *books) spareLocked(s *site) int {
-	x := s.special
-	if b.closed || s.queue.bare != nil || s.retrying() || s.backingOff() && s.n[dialing] > 0 {
+// missingLocked counts the dials that s's own limits would let start for no waiter.
+func (b *books) missingLocked(s *site) int {
+	x := s.prefill
+	if b.closed || s.queue.nextToDial != nil || s.retrying() || s.backingOff() && s.n[phaseDialing] > 0 {
 		return 0
 	}
 	want := 0
 	for _, w := range x.warm {
 		if w.err == nil {
-			want = max(want, w.n-s.live())
+			want = max(want, w.n-s.openOrDialing())
 		}
 	}
-	if x.reserve && s.queue.len == 0 && (!x.shaky && !s.failing() || x.probe) {
-		short := b.limits.MinSpare - int(s.n[idle]+s.n[dialing]) - x.looked
+	if x.reserve && s.queue.len == 0 && (!x.unstable && !s.failing() || x.retryOnce) {
+		short := b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking
 		if s.failing() {
 			short = min(short, 1)
 		}
@@ -56,26 +56,26 @@ func (b *books) spareLocked(s *site) int {
 	if s.backingOff() {
 		want = min(want, 1)
 	}
-	return max(0, min(want, b.limits.MaxDialingPerAddr-int(s.n[dialing]), b.roomAtLocked(s)))
+	return max(0, min(want, b.limits.MaxDialingPerAddr-int(s.n[phaseDialing]), b.roomAtLocked(s)))
 }
 
-// openSparesLocked starts what nobody waits for. It is the last part of
+// openMissingLocked starts what nobody waits for. It is the last part of
 // admitLocked, which comes to it when no waiter wants a slot.
-func (b *books) openSparesLocked(todo *agenda) {
-	for b.short.Len() > 0 && !b.closed {
-		if b.roomLocked() <= 0 || int(b.n[dialing]) >= b.limits.MaxDialing {
+func (b *books) openMissingLocked(todo *agenda) {
+	for b.deficit.Len() > 0 && !b.closed {
+		if b.roomLocked() <= 0 || int(b.n[phaseDialing]) >= b.limits.MaxDialing {
 			return
 		}
-		s := b.short.Front().Value.(*site)
-		a := &attempt{ctx: context.Background(), spare: true, warm: s.warming()}
+		s := b.deficit.Front().Value.(*site)
+		a := &attempt{ctx: context.Background(), prefill: true, warm: s.warming()}
 		if a.warm != nil {
 			a.warm.own++
 			a.ctx = a.warm.ctx
 		} else if !b.spareableLocked() {
 			return // nor for the others: those of Warm come first
 		}
-		s.special.probe = false
-		s.special.dials++
+		s.prefill.retryOnce = false
+		s.prefill.dials++
 		b.startDialLocked(s, a, todo)
 	}
 }
@@ -84,12 +84,12 @@ func (b *books) openSparesLocked(todo *agenda) {
 // half of the dials are left to those who wait, what could not be kept is not
 // opened, and handles are plenty.
 func (b *books) spareableLocked() bool {
-	return int(b.n[dialing]) < b.limits.MaxDialing-b.limits.MaxDialing/2 &&
-		int(b.n[idle]+b.n[dialing])+b.looked < b.limits.MaxIdle &&
+	return int(b.n[phaseDialing]) < b.limits.MaxDialing-b.limits.MaxDialing/2 &&
+		int(b.n[phaseIdle]+b.n[phaseDialing])+b.checking < b.limits.MaxIdle &&
 		b.pressure < handlesLow && b.starving == 0
 }
 
-// The reserve of an address (MinSpare):
+// The reserve of an address (MinIdlePerAddr):
 //
 //	none  -> kept    a loan
 //	kept  -> none    evicted, CloseIdle, or unused for reserveMemory
@@ -100,7 +100,7 @@ func (b *books) spareableLocked() bool {
 // A reserve that is short is refilled at once, if the address is known to work.
 // Where the last dial failed, and where connections die at once, one attempt per
 // sweep has to do: there may be thousands of such addresses. Loans are no news
-// about that, but for the first one of a connection (livedLocked): the dial that
+// about that, but for the first one of a connection (noteLivedLocked): the dial that
 // it proves gives the right to one attempt more.
 
 // reserveMemory is for how long after its last loan an address has a reserve.
@@ -111,80 +111,80 @@ func (r *rules) reserveMemory() time.Duration {
 	return 10 * defaultIdleTimeout
 }
 
-// lentLocked books, if there is a MinSpare, that a connection of s goes to a
+// noteLentLocked books, if there is a MinIdlePerAddr, that a connection of s goes to a
 // borrower or comes from one.
-func (b *books) lentLocked(s *site, now clock.Instant) {
-	if s.tracked() || b.closed {
+func (b *books) noteLentLocked(s *site, now clock.Instant) {
+	if s.unpooled() || b.closed {
 		return
 	}
-	x := s.specialLocked()
+	x := s.prefillLocked()
 	x.reserve, x.usedAt = true, now
 }
 
-// takenLocked books, if there is a MinSpare, that a borrower took c off the stack.
-func (b *books) takenLocked(c *conn, now clock.Instant) {
-	c.fromReserveLocked(b.reservedLocked(c.site, c.site.n[idle]+1, now))
-	b.lentLocked(c.site, now)
+// noteTakenLocked books, if there is a MinIdlePerAddr, that a borrower took c off the stack.
+func (b *books) noteTakenLocked(c *conn, now clock.Instant) {
+	c.fromReserveLocked(b.reservedLocked(c.site, c.site.n[phaseIdle]+1, now))
+	b.noteLentLocked(c.site, now)
 }
 
-// fromReserveLocked books, with and without a MinSpare, whether c, which is about to
+// fromReserveLocked books, with and without a MinIdlePerAddr, whether c, which is about to
 // be lent, was one of a reserve: what an earlier loan was says nothing of this one.
 func (c *conn) fromReserveLocked(yes bool) {
-	if yes || c.more.Load() != nil {
-		c.extra().reserve = yes
+	if yes || c.cold.Load() != nil {
+		c.ensureCold().fromReserve = yes
 	}
 }
 
-// lookedAtLocked books, if there is a MinSpare, whether c is being looked at: then
+// setCheckingLocked books, if there is a MinIdlePerAddr, whether c is being looked at: then
 // it counts as idle.
-func (b *books) lookedAtLocked(c *conn, yes bool) {
-	e := c.more.Load()
+func (b *books) setCheckingLocked(c *conn, yes bool) {
+	e := c.cold.Load()
 	switch {
-	case yes && c.site.special != nil:
-		if e = c.extra(); !e.looked {
-			e.looked = true
-			c.site.special.looked++
-			b.looked++
+	case yes && c.site.prefill != nil:
+		if e = c.ensureCold(); !e.checking {
+			e.checking = true
+			c.site.prefill.checking++
+			b.checking++
 		}
-	case !yes && e != nil && e.looked:
-		e.looked = false
-		c.site.special.looked--
-		b.looked--
+	case !yes && e != nil && e.checking:
+		e.checking = false
+		c.site.prefill.checking--
+		b.checking--
 	}
 }
 
 // reservedLocked reports whether the idle connections of s, if there are no more
 // than so many, are its reserve, which IdleTimeout does not concern.
 func (b *books) reservedLocked(s *site, n int32, now clock.Instant) bool {
-	x := s.special
-	return x.reserved() && int(n) <= b.limits.MinSpare && b.clock.Age(x.usedAt, now) < b.reserveMemory()
+	x := s.prefill
+	return x.reserved() && int(n) <= b.limits.MinIdlePerAddr && b.clock.Age(x.usedAt, now) < b.reserveMemory()
 }
 
 // sweepReserveLocked is the sweep's part.
 func (b *books) sweepReserveLocked(s *site, now clock.Instant) {
-	x := s.special
-	if int(s.n[borrowed]) > x.looked || s.queue.len > 0 { // a loan may take longer
+	x := s.prefill
+	if int(s.n[phaseBorrowed]) > x.checking || s.queue.len > 0 { // a loan may take longer
 		x.usedAt = now
 	}
 	if b.clock.Age(x.usedAt, now) >= b.reserveMemory() {
 		x.reserve = false
 		b.refreshLocked(s)
-		b.forgetLocked(s)
+		b.dropIfEmptyLocked(s)
 		return
 	}
-	if x.shaky && !s.failing() && int(s.n[idle])+x.looked >= b.limits.MinSpare {
-		x.shaky = false
+	if x.unstable && !s.failing() && int(s.n[phaseIdle])+x.checking >= b.limits.MinIdlePerAddr {
+		x.unstable = false
 	}
-	x.probe = s.failing() || x.shaky
+	x.retryOnce = s.failing() || x.unstable
 	b.refreshLocked(s)
 }
 
-// reserveLostLocked books what the close of c means for what was opened before
+// noteReserveLostLocked books what the close of c means for what was opened before
 // it was needed, before that is opened again.
 // lost says so, if nobody had used it.
-func (b *books) reserveLostLocked(c *conn, reason CloseReason, lost error, age time.Duration) {
-	b.lookedAtLocked(c, false)
-	x := c.site.special
+func (b *books) noteReserveLostLocked(c *conn, reason CloseReason, lost error, age time.Duration) {
+	b.setCheckingLocked(c, false)
+	x := c.site.prefill
 	switch reason {
 	case ClosedEvicted, ClosedOnRequest, ClosedLowHandles:
 		x.reserve = false // it was to make room, or to save handles
@@ -193,7 +193,7 @@ func (b *books) reserveLostLocked(c *conn, reason CloseReason, lost error, age t
 		return
 	}
 	if age < b.sweepPeriod() {
-		x.shaky = true
+		x.unstable = true
 	}
-	b.warmLostLocked(c, lost)
+	b.noteWarmLostLocked(c, lost)
 }

@@ -58,7 +58,7 @@ type queue struct {
 	head, tail *waiter
 	len        int
 	dials      int     // under way, but for the surplus
-	bare       *waiter // the oldest waiter without a dial
+	nextToDial *waiter // the oldest waiter without a dial
 	doubted    bool    // the surplus will be looked at, see Pool.doubtDialsLocked
 
 	// See books_silence.go.
@@ -92,18 +92,18 @@ func (q *queue) push(w *waiter) {
 	w.queued = true
 	q.len++
 	switch {
-	case q.bare == nil:
+	case q.nextToDial == nil:
 		if q.len > q.dials {
-			q.bare = q.tail
+			q.nextToDial = q.tail
 		}
-	case w.seq < q.bare.seq:
-		q.bare = q.bare.prev
+	case w.seq < q.nextToDial.seq:
+		q.nextToDial = q.nextToDial.prev
 	}
 }
 
 func (q *queue) remove(w *waiter) {
-	if q.bare != nil && w.seq <= q.bare.seq {
-		q.bare = q.bare.next
+	if q.nextToDial != nil && w.seq <= q.nextToDial.seq {
+		q.nextToDial = q.nextToDial.next
 	}
 	if w.prev == nil {
 		q.head = w.next
@@ -126,26 +126,26 @@ func (q *queue) surplus() int { return q.dials - max(1, q.len) }
 // surplus does not count those that were started for nobody who waits.
 func (s *site) surplus() int {
 	n := s.queue.surplus()
-	if s.special != nil {
-		n -= s.special.dials
+	if s.prefill != nil {
+		n -= s.prefill.dials
 	}
 	return n
 }
 
 func (q *queue) dialStarted() {
 	q.dials++
-	if q.bare != nil {
-		q.bare = q.bare.next
+	if q.nextToDial != nil {
+		q.nextToDial = q.nextToDial.next
 	}
 }
 
 func (q *queue) dialEnded() {
 	q.dials--
 	switch {
-	case q.bare != nil:
-		q.bare = q.bare.prev
+	case q.nextToDial != nil:
+		q.nextToDial = q.nextToDial.prev
 	case q.len > q.dials:
-		q.bare = q.tail
+		q.nextToDial = q.tail
 	}
 }
 
@@ -163,12 +163,12 @@ func (w *waiter) serve(c *conn, fresh bool, err error) {
 }
 
 func (b *books) deliverLocked(s *site, c *conn, fresh bool, err error) {
-	b.waitedLocked(s.queue.head, err != nil)
+	b.noteWaitedLocked(s.queue.head, err != nil)
 	s.queue.deliver(c, fresh, err)
 }
 
-// waitedLocked books the end of a wait.
-func (b *books) waitedLocked(w *waiter, failed bool) {
+// noteWaitedLocked books the end of a wait.
+func (b *books) noteWaitedLocked(w *waiter, failed bool) {
 	b.counts.WaitDuration += b.clock.Exactly().Sub(w.since)
 	if failed {
 		b.counts.WaitsFailed++
@@ -186,8 +186,8 @@ func (b *books) claimLocked(ctx context.Context, s *site, r *request, now clock.
 	}
 	b.takeLocked(c)
 	c.lendAtLocked(now)
-	if b.limits.MinSpare > 0 {
-		b.takenLocked(c, now)
+	if b.limits.MinIdlePerAddr > 0 {
+		b.noteTakenLocked(c, now)
 		b.refreshLocked(s)
 		b.admitLocked(todo)
 	} else {
@@ -204,7 +204,7 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 	if r.start == 0 {
 		r.start = now
 	}
-	if s.backingOff() && s.queue.len > 0 && s.n[borrowed] == 0 && !again {
+	if s.backingOff() && s.queue.len > 0 && s.n[phaseBorrowed] == 0 && !again {
 		// Nothing will be given back, and one borrower is there already to
 		// probe the address.
 		return claim{refused: b.failedAtLocked(s, StageBackoff, s.lastErr(), r.start)}
@@ -214,13 +214,13 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 		b.lastSeq++
 		seq = b.lastSeq
 	}
-	w := &waiter{site: s, seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1), stalled: b.whenFull == Fail}
+	w := &waiter{site: s, seq: seq, ctx: ctx, since: now, ready: make(chan struct{}, 1), stalled: b.whenFull == FullFail}
 	s.queueLocked().push(w)
 	b.refreshLocked(s)
 	b.admitLocked(todo)
-	if bare := s.queue.bare; !again && bare != nil && w.seq >= bare.seq { // no dial for it
+	if bare := s.queue.nextToDial; !again && bare != nil && w.seq >= bare.seq { // no dial for it
 		here := s.queue.len - s.queue.dials // without a dial, w included
-		full := b.whenFull == Fail && b.fullLocked(s, here-1, b.want-int(s.want)+here-1) != ""
+		full := b.whenFull == FullFail && b.fullLocked(s, here-1, b.want-int(s.want)+here-1) != ""
 		crowded := here > b.limits.MaxWaiters
 		if full || crowded {
 			s.queue.remove(w)
@@ -229,7 +229,7 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 			if !full {
 				err.Limit, err.LimitName = b.limits.MaxWaiters, "MaxWaiters"
 			}
-			b.forgetLocked(s)
+			b.dropIfEmptyLocked(s)
 			b.counts.Exhausted++
 			return claim{refused: err}
 		}
@@ -279,7 +279,7 @@ func (s *site) before(o *site) bool {
 	if s.rank != o.rank {
 		return s.rank < o.rank
 	}
-	return s.queue.bare.seq < o.queue.bare.seq
+	return s.queue.nextToDial.seq < o.queue.nextToDial.seq
 }
 
 // set puts s where it belongs, or takes it out if it wants nothing.
@@ -301,8 +301,8 @@ func (b *books) stalledLocked() *site {
 		return nil
 	}
 	for _, s := range b.readyOwn {
-		w := s.queue.bare
-		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.bare.seq) {
+		w := s.queue.nextToDial
+		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.nextToDial.seq) {
 			oldest = s
 		}
 	}

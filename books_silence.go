@@ -24,7 +24,7 @@ const silence = 50 * time.Millisecond
 
 // known reports whether s has answered, as far as its books go back.
 func (s *site) known() bool {
-	return !s.queue.silent && !s.failing() && (s.queue.answered || s.n[idle]+s.n[borrowed] > 0)
+	return !s.queue.silent && !s.failing() && (s.queue.answered || s.n[phaseIdle]+s.n[phaseBorrowed] > 0)
 }
 
 // eager is how many of the dials that s wants idle connections make room for.
@@ -58,8 +58,8 @@ func (b *books) rankLocked(s *site) {
 	}
 }
 
-// answeredLocked books that a dial to s has ended well.
-func (s *site) answeredLocked() {
+// noteAnsweredLocked books that a dial to s has ended well.
+func (s *site) noteAnsweredLocked() {
 	if s.queue != &noQueue {
 		s.queue.answered, s.queue.silent = true, false
 		s.queue.answers++
@@ -72,14 +72,14 @@ func (s *site) answeredLocked() {
 // another address that has not answered either.
 func (b *books) shareLocked(todo *agenda) (shared bool) {
 	need := b.nextLocked()
-	if b.whenFull == Overflow && b.roomLocked() <= 0 {
+	if b.whenFull == FullOverflow && b.roomLocked() <= 0 {
 		if len(b.ready) == 0 {
 			return false // DialContext may not exceed MaxOpen: a dial less is no help
 		}
 		need = b.ready[0]
 	}
-	atOnce := b.n[idle] > 0 && !need.known()
-	fail := b.whenFull == Fail && b.roomLocked() <= 0
+	atOnce := b.n[phaseIdle] > 0 && !need.known()
+	fail := b.whenFull == FullFail && b.roomLocked() <= 0
 	for b.displaced < int(need.want) {
 		if a := b.unneededLocked(fail); a != nil {
 			b.displaceLocked(a, todo)
@@ -106,7 +106,7 @@ func (b *books) shareLocked(todo *agenda) (shared bool) {
 func (b *books) unneededLocked(atOnce bool) *attempt {
 	for s := range b.unneeded {
 		for a := s.dial; a != nil; a = a.older {
-			if a.spare && (a.quiet || atOnce) {
+			if a.prefill && (a.quiet || atOnce) {
 				return a
 			}
 		}
@@ -116,7 +116,7 @@ func (b *books) unneededLocked(atOnce bool) *attempt {
 
 // noteUnneededLocked brings Pool.unneeded up to date. It is a part of refreshLocked.
 func (b *books) noteUnneededLocked(s *site) {
-	switch yes := s.special.dials > 0 && s.queue.dials > s.queue.len; {
+	switch yes := s.prefill.dials > 0 && s.queue.dials > s.queue.len; {
 	case !yes:
 		delete(b.unneeded, s)
 	case b.unneeded == nil:
@@ -133,11 +133,11 @@ func (b *books) displaceLocked(a *attempt, todo *agenda) {
 	s.queue.dialEnded()
 	a.surplus, a.displaced = true, true
 	b.displaced++
-	if a.spare {
-		a.spare = false
-		s.special.dials--
+	if a.prefill {
+		a.prefill = false
+		s.prefill.dials--
 		if a.warm == nil && a.quiet {
-			s.special.shaky = true // or it would be tried again whenever there is room
+			s.prefill.unstable = true // or it would be tried again whenever there is room
 		}
 	}
 	if a.warm != nil {

@@ -182,7 +182,7 @@ func TestTheBooksReachNothingThatActs(t *testing.T) {
 	for obj := range r.reached {
 		names = append(names, nameOfFunc(r.bodies[obj]))
 	}
-	for _, name := range []string{"books.parkLocked", "queue.push", "conn.forget", "siteTable.add", "recency.touch", "agenda.retry", "waiter.serve", "site.warming"} {
+	for _, name := range []string{"books.releaseLocked", "queue.push", "conn.dropLoanState", "siteTable.add", "recency.touch", "agenda.retry", "waiter.serve", "site.warming"} {
 		require.Contains(t, names, name, "the search follows calls")
 	}
 }
@@ -232,7 +232,7 @@ func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 		`f := func() {}; f()`:                  "calls the value f",
 		`c.trace()`:                            "names Trace",
 		`a.ctx.Err()`:                          "calls Err of something imported",
-		`(func(d *attempt) { d.settle() })(a)`: "calls Lock of something imported",
+		`(func(d *attempt) { d.claim() })(a)`: "calls Lock of something imported",
 		`x := c; y := x.site; y.pool.inSession.Add(1)`:      "looks at the field pool",
 		`todo := new(agenda); todo.run(nil); _ = c.uses`:    "names Pool",
 		`for range b.sites.all() { c.interrupt(nil) }; _=a`: "looks at the field nc",
@@ -249,7 +249,7 @@ func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 // The eight limits that may change are read in the books, under the lock. Those of
 // Config are as New got them.
 func TestNobodyReadsALimitOfConfig(t *testing.T) {
-	limits := strings.Fields("MaxOpen MaxPerAddr MaxIdle MaxIdlePerAddr MaxDialing MaxDialingPerAddr MaxWaiters MinSpare")
+	limits := strings.Fields("MaxOpen MaxPerAddr MaxIdle MaxIdlePerAddr MaxDialing MaxDialingPerAddr MaxWaiters MinIdlePerAddr")
 	for _, f := range source(t, ".") {
 		for _, d := range f.Decls {
 			fn, ok := d.(*ast.FuncDecl)
@@ -276,7 +276,7 @@ func TestNobodyReadsALimitOfConfig(t *testing.T) {
 // The drawing above type phase and the table moves say the same.
 func TestThePhasesMoveAsDrawn(t *testing.T) {
 	phases := map[string]phase{}
-	for ph := none; ph < numPhases; ph++ {
+	for ph := phaseNone; ph < numPhases; ph++ {
 		phases[ph.String()] = ph
 	}
 	require.Len(t, phases, int(numPhases))
@@ -291,7 +291,7 @@ func TestThePhasesMoveAsDrawn(t *testing.T) {
 			drawn[from] |= 1 << to
 		}
 	}
-	require.Equal(t, moves, drawn)
+	require.Equal(t, phaseMoves, drawn)
 }
 
 // commented are the comments of a file.
@@ -312,16 +312,16 @@ func TestAMoveThatIsNotDrawnIsNoticed(t *testing.T) {
 	var b books
 	b.begin(rules{}, Limits{}, Limits{})
 	c := &conn{site: &site{}}
-	for _, to := range []phase{dialing, borrowed, idle, closing, none} {
+	for _, to := range []phase{phaseDialing, phaseBorrowed, phaseIdle, phaseClosing, phaseNone} {
 		b.moveLocked(c, to)
-		require.Empty(t, b.undrawn)
+		require.Empty(t, b.wrongMove)
 	}
-	b.moveLocked(c, idle)
-	require.Contains(t, b.undrawn, "from none to idle")
+	b.moveLocked(c, phaseIdle)
+	require.Contains(t, b.wrongMove, "from none to idle")
 	b.debug = true
-	require.PanicsWithValue(t, b.undrawn, func() {
-		c.phase = none
-		b.moveLocked(c, idle)
+	require.PanicsWithValue(t, b.wrongMove, func() {
+		c.phase = phaseNone
+		b.moveLocked(c, phaseIdle)
 	})
 }
 
@@ -336,14 +336,14 @@ func TestAPauseThatWasEndedIsNotStarted(t *testing.T) {
 		s := p.newSite(a)
 		p.addSiteLocked(s, &todo)
 		for range backoffAfter {
-			p.failureLocked(s, errNoPeer, p.clock.Exactly(), 0, false)
+			p.noteFailureLocked(s, errNoPeer, p.clock.Exactly(), 0, false)
 		}
 		p.pauseLocked(s, &todo)
-		first := s.trouble.pause
+		first := s.backoff.pause
 		require.NotNil(t, first)
 		p.stopRetryLocked(s)
 		p.pauseLocked(s, &todo)
-		second := s.trouble.pause
+		second := s.backoff.pause
 		require.NotSame(t, first, second)
 		p.mu.Unlock()
 		todo.run(p)
@@ -353,11 +353,11 @@ func TestAPauseThatWasEndedIsNotStarted(t *testing.T) {
 		p.mu.Unlock()
 		p.retry(s, first)
 		p.mu.Lock()
-		require.Same(t, second, s.trouble.pause, "the end of another pause ends this one")
+		require.Same(t, second, s.backoff.pause, "the end of another pause ends this one")
 		p.mu.Unlock()
 		time.Sleep(backoffMax)
 		p.mu.Lock()
-		require.Nil(t, s.trouble.pause)
+		require.Nil(t, s.backoff.pause)
 		p.mu.Unlock()
 	})
 }

@@ -11,32 +11,32 @@ import (
 
 // The state of Warm: who has asked for connections, and when a call of Warm ends.
 
-// special is the state of Warm and MinSpare for an address; nil for one that uses
+// special is the state of Warm and MinIdlePerAddr for an address; nil for one that uses
 // neither.
-type special struct {
-	warm    []*warming    // calls of Warm under way
-	dials   int           // under way, of those that were started for nobody who waits
-	spare   int           // such dials that this site's own limits would let start
-	inShort *list.Element // in Pool.short, nil if not
-	asked   bool          // ... in its first part, for a Warm
+type prefill struct {
+	warm      []*warming    // calls of Warm under way
+	dials     int           // under way, of those that were started for nobody who waits
+	missing   int           // such dials that this site's own limits would let start
+	inDeficit *list.Element // in Pool.short, nil if not
+	forWarm   bool          // ... in its first part, for a Warm
 
-	reserve bool          // a reserve is kept, see below
-	shaky   bool          // ... which was seen to die unused
-	probe   bool          // ... and the sweep allows one attempt
-	looked  int           // idle ones that are being looked at
-	usedAt  clock.Instant // the last loan began or ended; with MinSpare only
+	reserve   bool          // a reserve is kept, see below
+	unstable  bool          // ... which was seen to die unused
+	retryOnce bool          // ... and the sweep allows one attempt
+	checking  int           // idle ones that are being looked at
+	usedAt    clock.Instant // the last loan began or ended; with MinIdlePerAddr only
 }
 
 // keeps reports whether there is a reason to keep the books, empty as they are.
-func (x *special) keeps() bool { return x != nil && (x.reserve || x.warm != nil) }
+func (x *prefill) keeps() bool { return x != nil && (x.reserve || x.warm != nil) }
 
-func (x *special) reserved() bool { return x != nil && x.reserve }
+func (x *prefill) reserved() bool { return x != nil && x.reserve }
 
-func (s *site) specialLocked() *special {
-	if s.special == nil {
-		s.special = new(special)
+func (s *site) prefillLocked() *prefill {
+	if s.prefill == nil {
+		s.prefill = new(prefill)
 	}
-	return s.special
+	return s.prefill
 }
 
 // warming is one call of Warm. It ends once, under Pool.mu: the connections are
@@ -56,8 +56,8 @@ type warming struct {
 
 // endWarmingLocked ends w, with the error that it has.
 func (b *books) endWarmingLocked(s *site, w *warming) {
-	w.ended, w.open = true, s.here()
-	x := s.special
+	w.ended, w.open = true, s.openHere()
+	x := s.prefill
 	if x.warm = slices.DeleteFunc(x.warm, func(o *warming) bool { return o == w }); len(x.warm) == 0 {
 		x.warm = nil
 	}
@@ -66,14 +66,14 @@ func (b *books) endWarmingLocked(s *site, w *warming) {
 
 // endWarmingsLocked ends those that have what they want, or cannot get it.
 func (b *books) endWarmingsLocked(s *site) {
-	for _, w := range slices.Clone(s.special.warm) {
+	for _, w := range slices.Clone(s.prefill.warm) {
 		switch {
 		case b.closed:
 			w.err = b.warmFailedLocked(s, ErrClosed)
-		case s.here() >= w.n:
+		case s.openHere() >= w.n:
 			w.err = nil
 		case w.err != nil && w.own == 0:
-		case b.whenFull == Fail && w.own == 0 && s.n[dialing] == 0 && b.fullForSpareLocked(s):
+		case b.whenFull == FullFail && w.own == 0 && s.n[phaseDialing] == 0 && b.fullForPrefillLocked(s):
 			w.err = b.warmFailedLocked(s, ErrExhausted)
 		default:
 			continue
@@ -84,10 +84,10 @@ func (b *books) endWarmingsLocked(s *site) {
 
 // refuseWarmingsLocked ends those that ask for more than the limits allow now.
 func (b *books) refuseWarmingsLocked(s *site) {
-	if s.special == nil {
+	if s.prefill == nil {
 		return
 	}
-	for _, w := range slices.Clone(s.special.warm) {
+	for _, w := range slices.Clone(s.prefill.warm) {
 		if err := b.warmableLocked(w.n); err != nil {
 			w.err = usage(s.addr, err)
 			b.endWarmingLocked(s, w)
@@ -95,9 +95,9 @@ func (b *books) refuseWarmingsLocked(s *site) {
 	}
 }
 
-// warmDialedLocked books the end of a dial that was started for a Warm. closed
+// noteWarmDialedLocked books the end of a dial that was started for a Warm. closed
 // is why its connection was not kept, ClosedUnknown if it was.
-func (b *books) warmDialedLocked(a *attempt, failure *dialError, closed CloseReason) {
+func (b *books) noteWarmDialedLocked(a *attempt, failure *dialError, closed CloseReason) {
 	w, s := a.warm, a.c.site
 	w.own--
 	if w.err != nil || w.ended {
@@ -121,16 +121,16 @@ func (b *books) warmFailedLocked(s *site, err error) *Error {
 	case b.closed || e.LimitName != "":
 	case b.roomLocked() <= 0:
 		e.LimitName, e.Limit = "MaxOpen", b.limitLocked()
-	case int(b.n[idle]) >= b.limits.MaxIdle:
+	case int(b.n[phaseIdle]) >= b.limits.MaxIdle:
 		e.LimitName, e.Limit = "MaxIdle", b.limits.MaxIdle
 	}
 	return e
 }
 
-// warmLostLocked books that a connection was lost that nobody had used. One may
+// noteWarmLostLocked books that a connection was lost that nobody had used. One may
 // be lost by chance; of several more would come to the same end.
-func (b *books) warmLostLocked(c *conn, lost error) {
-	for _, w := range c.site.special.warm {
+func (b *books) noteWarmLostLocked(c *conn, lost error) {
+	for _, w := range c.site.prefill.warm {
 		if w.err != nil || c.born < w.since {
 			continue
 		}
@@ -140,9 +140,9 @@ func (b *books) warmLostLocked(c *conn, lost error) {
 	}
 }
 
-// fullForSpareLocked reports whether a limit leaves no room for a connection to
+// fullForPrefillLocked reports whether a limit leaves no room for a connection to
 // s, unless something is closed for it.
-func (b *books) fullForSpareLocked(s *site) bool {
+func (b *books) fullForPrefillLocked(s *site) bool {
 	return b.n.kept() >= b.limitLocked() || s.n.kept() >= b.limits.MaxPerAddr
 }
 
@@ -166,14 +166,14 @@ func (b *books) warmableLocked(n int) error {
 
 // here is the number of open connections of s, idle or lent; live adds the dials under
 // way.
-func (s *site) here() int { return int(s.n[idle] + s.n[borrowed]) }
+func (s *site) openHere() int { return int(s.n[phaseIdle] + s.n[phaseBorrowed]) }
 
-func (s *site) live() int { return s.here() + int(s.n[dialing]) }
+func (s *site) openOrDialing() int { return s.openHere() + int(s.n[phaseDialing]) }
 
 // warming is the oldest Warm of s for which another dial may start.
 func (s *site) warming() *warming {
-	for _, w := range s.special.warm {
-		if w.err == nil && s.live() < w.n {
+	for _, w := range s.prefill.warm {
+		if w.err == nil && s.openOrDialing() < w.n {
 			return w
 		}
 	}

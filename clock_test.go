@@ -25,8 +25,8 @@ func TestTheClockIsExactWhereALagCouldBeFelt(t *testing.T) {
 		{func(c *Config) { c.IdleTimeout = 999 * time.Millisecond }, true},
 		{func(c *Config) { c.IdleTimeout = -1 }, false},
 		{func(c *Config) { c.Trace = &Trace{} }, true},
-		{func(c *Config) { c.Check, c.TrustIdle = nop, 10*time.Millisecond }, true},
-		{func(c *Config) { c.Check, c.TrustIdle = nop, time.Minute }, false},
+		{func(c *Config) { c.Check, c.CheckAfterIdle = nop, 10*time.Millisecond }, true},
+		{func(c *Config) { c.Check, c.CheckAfterIdle = nop, time.Minute }, false},
 	} {
 		var cfg Config
 		c.set(&cfg)
@@ -84,7 +84,7 @@ func TestAStepOfTheWallClockIsNoTimeThatPassed(t *testing.T) {
 		synctest.Wait()
 		forward() // in the loan and the waits
 		time.Sleep(time.Second)
-		n.p.reportHolds()
+		n.p.reportLongLoans()
 		tell(c.Age())
 		require.Contains(t, n.p.stillOut(), "(for 1.001s)")
 		cancel()
@@ -128,7 +128,7 @@ func TestAStepOfTheWallClockIsNoTimeThatPassed(t *testing.T) {
 func TestAWallClockThatIsSetToAndFroExpiresNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		checks := 0
-		n := open(t, Config{IdleTimeout: 8 * time.Second, MaxLifetime: time.Minute, TrustIdle: 9 * time.Second, CheckInterval: -1,
+		n := open(t, Config{IdleTimeout: 8 * time.Second, MaxLifetime: time.Minute, CheckAfterIdle: 9 * time.Second, SweepInterval: -1,
 			Check: func(context.Context, Conn) error { checks++; return nil }})
 		var wall atomic.Int64
 		n.p.clock.Read = twoHands(&wall)

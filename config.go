@@ -23,9 +23,9 @@ type DialFunc func(ctx context.Context, addr Addr) (net.Conn, error)
 type FullPolicy uint8
 
 const (
-	Wait     FullPolicy = iota // queue, first come first served, until ctx is done
-	Fail                       // ErrExhausted at once
-	Overflow                   // open one more than MaxPerAddr or MaxOpen; what is too much is closed when given back
+	FullWait     FullPolicy = iota // queue, first come first served, until ctx is done
+	FullFail                       // ErrExhausted at once
+	FullOverflow                   // open one more than MaxPerAddr or MaxOpen; what is too much is closed when given back
 )
 
 func (f FullPolicy) String() string { return nameOf([]string{"wait", "fail", "overflow"}, f) }
@@ -67,19 +67,19 @@ type Config struct {
 	// gets ErrExhausted at once. 0 or negative: no limit.
 	MaxWaiters int
 
-	// MinSpare is how many idle connections (min idle) are kept in reserve for
+	// MinIdlePerAddr is how many idle connections (min idle) are kept in reserve for
 	// each address that is in use. When a loan leaves fewer idle, the next
 	// connection is opened in the background, so that the next borrower need
 	// not wait for it. The reserve outlives IdleTimeout, is checked like every
 	// idle connection, and is refilled when a connection of it dies. While the
 	// address fails, hangs up at once or speaks at once, the reserve is tried
-	// with one dial per CheckInterval, and one for each new connection that
+	// with one dial per SweepInterval, and one for each new connection that
 	// proves good in a loan. The reserve never takes room from a borrower or
 	// from another address. When it was evicted, the next loan of its address
 	// restores it. An address that nobody borrowed from for ten times
 	// IdleTimeout (20 minutes if that is off) loses its reserve.
 	// 0 or negative: none.
-	MinSpare int
+	MinIdlePerAddr int
 
 	// MaxUses limits how often one connection is lent. 0 or negative: no
 	// limit. 1 makes every use dial, and is the right setting for a
@@ -88,7 +88,7 @@ type Config struct {
 	MaxUses int
 
 	// IdleTimeout is how long a connection is kept unused; one that is
-	// older is never lent, MinSpare apart. Time that the machine slept counts.
+	// older is never lent, MinIdlePerAddr apart. Time that the machine slept counts.
 	// 0: 2 minutes; negative: for ever.
 	IdleTimeout time.Duration
 
@@ -102,16 +102,16 @@ type Config struct {
 	// together. 0: 10 seconds; negative: no bound.
 	DialTimeout time.Duration
 
-	// CheckInterval is the period of the sweep, which looks for idle
+	// SweepInterval is the period of the sweep, which looks for idle
 	// connections that died or expired. 0: 20 seconds; negative: no sweep,
 	// so that such a connection is found when its turn to be lent comes.
-	CheckInterval time.Duration
+	SweepInterval time.Duration
 
-	// TrustIdle is how long after its last use (or Check) a connection is
-	// lent without asking Check. 0: CheckInterval, or 20 seconds if that is
+	// CheckAfterIdle is how long after its last use (or Check) a connection is
+	// lent without asking Check. 0: SweepInterval, or 20 seconds if that is
 	// off; negative: no trust, Check precedes every loan of a connection
 	// that has been lent before.
-	TrustIdle time.Duration
+	CheckAfterIdle time.Duration
 
 	// HookTimeout bounds one run of Reset, Check or Push. 0: 5 seconds;
 	// negative: no bound.
@@ -137,7 +137,7 @@ type Config struct {
 	NoIdentity bool
 
 	// WhenFull says what a borrower meets when nothing is idle and MaxPerAddr or
-	// MaxOpen forbids to open one more: Wait (the default), Fail or Overflow.
+	// MaxOpen forbids to open one more: FullWait (the default), FullFail or FullOverflow.
 	WhenFull FullPolicy
 
 	// Dialers opens the connections of the transports it names, in the
@@ -209,7 +209,7 @@ type Config struct {
 	Reset func(ctx context.Context, c Conn) error
 
 	// Check is a ping of the protocol. It runs before a loan if the
-	// connection has been idle for longer than TrustIdle, and in each
+	// connection has been idle for longer than CheckAfterIdle, and in each
 	// sweep. An error, or more time than HookTimeout, closes the connection;
 	// the borrower gets another.
 	Check func(ctx context.Context, c Conn) error
@@ -262,7 +262,7 @@ const (
 	defaultMaxDialing    = 64
 	defaultIdleTimeout   = 2 * time.Minute
 	defaultDialTimeout   = 10 * time.Second
-	defaultCheckInterval = 20 * time.Second
+	defaultSweepInterval = 20 * time.Second
 	defaultHookTimeout   = 5 * time.Second
 )
 
@@ -289,8 +289,8 @@ func (cfg *Config) meant() error {
 		{"IdleTimeout", cfg.IdleTimeout},
 		{"MaxLifetime", cfg.MaxLifetime},
 		{"DialTimeout", cfg.DialTimeout},
-		{"CheckInterval", cfg.CheckInterval},
-		{"TrustIdle", cfg.TrustIdle},
+		{"SweepInterval", cfg.SweepInterval},
+		{"CheckAfterIdle", cfg.CheckAfterIdle},
 		{"HookTimeout", cfg.HookTimeout},
 		{"HoldWarn", cfg.HoldWarn},
 	} {
@@ -326,12 +326,12 @@ func (cfg Config) resolved() (Config, error) {
 		return Config{}, fmt.Errorf("connpool: Config.%s and Config.%s contradict each other: %s", a, b, why)
 	}
 	switch {
-	case cfg.WhenFull > Overflow:
-		return Config{}, fmt.Errorf("connpool: Config.WhenFull is %d: use Wait, Fail or Overflow", cfg.WhenFull)
+	case cfg.WhenFull > FullOverflow:
+		return Config{}, fmt.Errorf("connpool: Config.WhenFull is %d: use FullWait, FullFail or FullOverflow", cfg.WhenFull)
 	case cfg.Push != nil && cfg.NoProbe:
 		return senseless("Push", "NoProbe", "without a look nobody sees what there is to push")
-	case cfg.TrustIdle != 0 && cfg.Check == nil:
-		return senseless("TrustIdle", "Check", "there is no Check to leave out")
+	case cfg.CheckAfterIdle != 0 && cfg.Check == nil:
+		return senseless("CheckAfterIdle", "Check", "there is no Check to leave out")
 	}
 	limits, err := cfg.limits().resolved("Config", cfg.WhenFull)
 	if err != nil {
@@ -362,18 +362,18 @@ func (cfg Config) resolved() (Config, error) {
 	span(&cfg.IdleTimeout, defaultIdleTimeout)
 	span(&cfg.MaxLifetime, 0)
 	span(&cfg.DialTimeout, defaultDialTimeout)
-	span(&cfg.CheckInterval, defaultCheckInterval)
+	span(&cfg.SweepInterval, defaultSweepInterval)
 	span(&cfg.HookTimeout, defaultHookTimeout)
 	span(&cfg.HoldWarn, 0)
 	switch {
-	case cfg.TrustIdle < 0:
-		cfg.TrustIdle = 0
-	case cfg.TrustIdle == 0:
-		if cfg.TrustIdle = cfg.CheckInterval; cfg.TrustIdle == 0 {
-			cfg.TrustIdle = defaultCheckInterval
+	case cfg.CheckAfterIdle < 0:
+		cfg.CheckAfterIdle = 0
+	case cfg.CheckAfterIdle == 0:
+		if cfg.CheckAfterIdle = cfg.SweepInterval; cfg.CheckAfterIdle == 0 {
+			cfg.CheckAfterIdle = defaultSweepInterval
 		}
 	}
-	cfg.TrustIdle = min(cfg.TrustIdle, century)
+	cfg.CheckAfterIdle = min(cfg.CheckAfterIdle, century)
 	dialers := make(map[Transport]DialFunc, len(cfg.Dialers))
 	for t, d := range cfg.Dialers {
 		dialers[t] = d

@@ -32,11 +32,11 @@ func TestSenselessCombinationsAreRefusedByBothNames(t *testing.T) {
 		{Config{MaxIdle: -1, MaxIdlePerAddr: 1}, "MaxIdlePerAddr", "MaxIdle"},
 		{Config{MaxIdle: 1, MaxIdlePerAddr: -1}, "MaxIdlePerAddr", "MaxIdle"},
 		{Config{MaxDialing: 4, MaxDialingPerAddr: 5}, "MaxDialingPerAddr", "MaxDialing"},
-		{Config{MaxOpen: 1, MaxWaiters: 1, WhenFull: Fail}, "MaxWaiters", "WhenFull"},
-		{Config{WhenFull: Overflow}, "WhenFull", "MaxPerAddr"},
-		{Config{WhenFull: Overflow, MaxPerAddr: -1, MaxOpen: -1}, "WhenFull", "MaxPerAddr"},
-		{Config{TrustIdle: time.Second}, "TrustIdle", "Check"},
-		{Config{TrustIdle: -1}, "TrustIdle", "Check"},
+		{Config{MaxOpen: 1, MaxWaiters: 1, WhenFull: FullFail}, "MaxWaiters", "WhenFull"},
+		{Config{WhenFull: FullOverflow}, "WhenFull", "MaxPerAddr"},
+		{Config{WhenFull: FullOverflow, MaxPerAddr: -1, MaxOpen: -1}, "WhenFull", "MaxPerAddr"},
+		{Config{CheckAfterIdle: time.Second}, "CheckAfterIdle", "Check"},
+		{Config{CheckAfterIdle: -1}, "CheckAfterIdle", "Check"},
 	} {
 		p, err := New(tc.cfg)
 		require.Error(t, err, "%s and %s", tc.a, tc.b)
@@ -60,8 +60,8 @@ func TestSenselessCombinationsAreRefusedByBothNames(t *testing.T) {
 		{MaxOpen: 4, MaxPerAddr: 4, MaxIdle: 4, MaxIdlePerAddr: 4, MaxDialing: 4, MaxDialingPerAddr: 4, MaxWaiters: 1},
 		{MaxOpen: -1, MaxPerAddr: 1 << 20, MaxIdle: 1 << 20, MaxIdlePerAddr: 1 << 20, MaxDialing: -1, MaxDialingPerAddr: 1 << 20},
 		{MaxOpen: 4, MaxIdle: -1, MaxIdlePerAddr: -1},
-		{WhenFull: Overflow, MaxOpen: 1}, {WhenFull: Overflow, MaxPerAddr: 1}, {WhenFull: Fail},
-		{TrustIdle: -1, Check: ping}, {TrustIdle: time.Hour, Check: ping},
+		{WhenFull: FullOverflow, MaxOpen: 1}, {WhenFull: FullOverflow, MaxPerAddr: 1}, {WhenFull: FullFail},
+		{CheckAfterIdle: -1, Check: ping}, {CheckAfterIdle: time.Hour, Check: ping},
 		{IdleTimeout: time.Hour, MaxLifetime: time.Minute},
 	} {
 		p, err := New(cfg)
@@ -76,25 +76,25 @@ func TestZeroIsTheDefaultAndNegativeIsOff(t *testing.T) {
 	for name, tc := range map[string]struct{ cfg, want Config }{
 		"zero": {Config{}, Config{
 			MaxOpen: 0, MaxPerAddr: none, MaxIdle: none, MaxIdlePerAddr: none, MaxDialing: 64, MaxDialingPerAddr: 32, MaxWaiters: none, MaxUses: none,
-			IdleTimeout: 2 * time.Minute, DialTimeout: 10 * time.Second, CheckInterval: 20 * time.Second, TrustIdle: 20 * time.Second, HookTimeout: 5 * time.Second,
+			IdleTimeout: 2 * time.Minute, DialTimeout: 10 * time.Second, SweepInterval: 20 * time.Second, CheckAfterIdle: 20 * time.Second, HookTimeout: 5 * time.Second,
 		}},
 		"negative": {Config{
-			MaxOpen: -1, MaxPerAddr: -2, MaxIdle: -3, MaxIdlePerAddr: -4, MaxDialing: -5, MaxDialingPerAddr: -6, MaxWaiters: -7, MaxUses: -8, MinSpare: -9,
-			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, CheckInterval: -4, HookTimeout: -5, HoldWarn: -6,
+			MaxOpen: -1, MaxPerAddr: -2, MaxIdle: -3, MaxIdlePerAddr: -4, MaxDialing: -5, MaxDialingPerAddr: -6, MaxWaiters: -7, MaxUses: -8, MinIdlePerAddr: -9,
+			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, SweepInterval: -4, HookTimeout: -5, HoldWarn: -6,
 		}, Config{
 			MaxOpen: none, MaxPerAddr: none, MaxIdle: 0, MaxIdlePerAddr: 0, MaxDialing: none, MaxDialingPerAddr: none, MaxWaiters: none, MaxUses: none,
-			TrustIdle: 20 * time.Second,
+			CheckAfterIdle: 20 * time.Second,
 		}},
 		"positive": {Config{
-			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinSpare: 3,
-			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, HoldWarn: 6,
+			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinIdlePerAddr: 3,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, SweepInterval: 4, HookTimeout: 5, HoldWarn: 6,
 		}, Config{
-			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinSpare: 3,
-			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, CheckInterval: 4, HookTimeout: 5, HoldWarn: 6, TrustIdle: 4,
+			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinIdlePerAddr: 3,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, SweepInterval: 4, HookTimeout: 5, HoldWarn: 6, CheckAfterIdle: 4,
 		}},
 		"odd MaxDialing": {Config{MaxDialing: 1}, Config{
 			MaxOpen: 0, MaxPerAddr: none, MaxIdle: none, MaxIdlePerAddr: none, MaxDialing: 1, MaxDialingPerAddr: 1, MaxWaiters: none, MaxUses: none,
-			IdleTimeout: 2 * time.Minute, DialTimeout: 10 * time.Second, CheckInterval: 20 * time.Second, TrustIdle: 20 * time.Second, HookTimeout: 5 * time.Second,
+			IdleTimeout: 2 * time.Minute, DialTimeout: 10 * time.Second, SweepInterval: 20 * time.Second, CheckAfterIdle: 20 * time.Second, HookTimeout: 5 * time.Second,
 		}},
 	} {
 		got, err := tc.cfg.resolved()
@@ -102,9 +102,9 @@ func TestZeroIsTheDefaultAndNegativeIsOff(t *testing.T) {
 		got.Dialers = nil
 		require.Equal(t, tc.want, got, name)
 	}
-	got, err := Config{Check: ping, TrustIdle: -1}.resolved()
+	got, err := Config{Check: ping, CheckAfterIdle: -1}.resolved()
 	require.NoError(t, err)
-	require.Zero(t, got.TrustIdle)
+	require.Zero(t, got.CheckAfterIdle)
 	got, err = Config{MaxDialing: -1}.resolved()
 	require.NoError(t, err)
 	require.Greater(t, got.MaxDialingPerAddr, 1<<20, "no limit in all is none for one address")
@@ -169,22 +169,22 @@ func TestADurationWithoutAUnitIsRefused(t *testing.T) {
 // SetLimits.
 func TestAReserveAboveTheLimitsIsRefused(t *testing.T) {
 	for name, l := range map[string]Limits{
-		"a slip": {MinSpare: 1 << 30}, "the largest": {MinSpare: math.MaxInt}, "more than the ports": {MinSpare: 1 << 16}, "without a limit": {MinSpare: 1 << 30, MaxOpen: -1},
-		"above MaxOpen": {MinSpare: math.MaxInt, MaxOpen: 8}, "equal to MaxOpen": {MinSpare: 8, MaxOpen: 8},
-		"above MaxPerAddr": {MinSpare: math.MaxInt, MaxPerAddr: 8}, "above MaxIdle": {MinSpare: 9, MaxIdle: 8}, "above MaxIdlePerAddr": {MinSpare: 9, MaxIdlePerAddr: 8},
+		"a slip": {MinIdlePerAddr: 1 << 30}, "the largest": {MinIdlePerAddr: math.MaxInt}, "more than the ports": {MinIdlePerAddr: 1 << 16}, "without a limit": {MinIdlePerAddr: 1 << 30, MaxOpen: -1},
+		"above MaxOpen": {MinIdlePerAddr: math.MaxInt, MaxOpen: 8}, "equal to MaxOpen": {MinIdlePerAddr: 8, MaxOpen: 8},
+		"above MaxPerAddr": {MinIdlePerAddr: math.MaxInt, MaxPerAddr: 8}, "above MaxIdle": {MinIdlePerAddr: 9, MaxIdle: 8}, "above MaxIdlePerAddr": {MinIdlePerAddr: 9, MaxIdlePerAddr: 8},
 	} {
 		cfg := Config{}
 		cfg.setLimits(l)
 		_, err := New(cfg)
-		require.ErrorContains(t, err, "MinSpare", name)
+		require.ErrorContains(t, err, "MinIdlePerAddr", name)
 		p, err := New(Config{})
 		require.NoError(t, err)
-		require.ErrorContains(t, p.SetLimits(l), "MinSpare", name)
+		require.ErrorContains(t, p.SetLimits(l), "MinIdlePerAddr", name)
 		require.Equal(t, Limits{}, p.Limits())
 		require.NoError(t, p.Close())
 	}
 	for spare, taken := range map[int]bool{0: true, 47: true, 48: false, 1000: false} {
-		err := Limits{MinSpare: spare}.reachable("Config", 48)
+		err := Limits{MinIdlePerAddr: spare}.reachable("Config", 48)
 		require.Equal(t, taken, err == nil, "%d: %v", spare, err)
 		if !taken {
 			require.ErrorContains(t, err, "has room for 48 connections in all")

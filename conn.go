@@ -20,7 +20,7 @@ import (
 // only as drawn here and in moves; a test compares the two:
 //
 //	none     -> dialing   a dial starts
-//	dialing  -> borrowed  the dial has worked; parkLocked takes the connection on from here
+//	dialing  -> borrowed  the dial has worked; releaseLocked takes the connection on from here
 //	dialing  -> none      the dial failed before there was a socket to close
 //	dialing  -> closing   Setup failed
 //	borrowed -> idle      given back, or looked at and fit
@@ -32,21 +32,21 @@ import (
 type phase uint8
 
 const (
-	none     phase = iota
-	dialing        // owned by its dial
-	idle           // owned by nobody, on the stack of its site
-	borrowed       // owned by a borrower, by Push, by a sweep that looks at it, or by the dial that has just ended
-	closing        // owned by whoever closes it
+	phaseNone     phase = iota
+	phaseDialing        // owned by its dial
+	phaseIdle           // owned by nobody, on the stack of its site
+	phaseBorrowed       // owned by a borrower, by Push, by a sweep that looks at it, or by the dial that has just ended
+	phaseClosing        // owned by whoever closes it
 	numPhases
 )
 
 // moves has for each phase the set of those that may follow.
-var moves = [numPhases]uint8{
-	none:     1 << dialing,
-	dialing:  1<<borrowed | 1<<none | 1<<closing,
-	idle:     1<<borrowed | 1<<closing,
-	borrowed: 1<<idle | 1<<closing | 1<<none,
-	closing:  1 << none,
+var phaseMoves = [numPhases]uint8{
+	phaseNone:     1 << phaseDialing,
+	phaseDialing:  1<<phaseBorrowed | 1<<phaseNone | 1<<phaseClosing,
+	phaseIdle:     1<<phaseBorrowed | 1<<phaseClosing,
+	phaseBorrowed: 1<<phaseIdle | 1<<phaseClosing | 1<<phaseNone,
+	phaseClosing:  1 << phaseNone,
 }
 
 func (ph phase) String() string {
@@ -79,33 +79,33 @@ type conn struct {
 	checked clock.Instant // when Config.Check last said yes
 	uses    int           // loans, this one included
 
-	loan atomic.Pointer[lending] // nil while nothing has to be remembered
-	dmu  sync.Mutex              // orders deadlines against the interrupt; nothing else happens under it but SetDeadline
+	loan atomic.Pointer[loanState] // nil while nothing has to be remembered
+	dmu  sync.Mutex                // orders deadlines against the interrupt; nothing else happens under it but SetDeadline
 
 	// Fixed once the dial has ended.
-	nc    net.Conn
-	probe probe
-	state any // what Setup returned
-	id    uint64
-	born  clock.Instant
-	life  time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
-	past  *[]pastLoan   // the last ones, in debug mode; dmu
+	nc          net.Conn
+	sock        socket
+	state       any // what Setup returned
+	id          uint64
+	born        clock.Instant
+	maxAge      time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
+	recentLoans *[]pastLoan   // the last ones, in debug mode; dmu
 
-	more atomic.Pointer[extras] // nil but for MinSpare, Push and Conn.Context
+	cold atomic.Pointer[coldFields] // nil but for MinIdlePerAddr, Push and Conn.Context
 }
 
 // lending is what a connection remembers while it is lent. Most loans remember
 // nothing; the others take one that an earlier loan has left (see forget).
-type lending struct {
-	c     *conn
-	trace *Trace   // nil: none
-	hold  *holding // what is known of who has it; nil if nobody wants to know
+type loanState struct {
+	c      *conn
+	trace  *Trace      // nil: none
+	record *loanRecord // what is known of who has it; nil if nobody wants to know
 
 	// dmu of c guards these once the loan has begun.
-	ctx      context.Context // nil if it can never be done
-	limit    time.Time       // the ctx's deadline, which no deadline of fn's may exceed
-	firstErr error           // of an operation
-	foreign  bool            // ... or of what the operation copied from or to, see blame
+	ctx        context.Context // nil if it can never be done
+	limit      time.Time       // the ctx's deadline, which no deadline of fn's may exceed
+	firstErr   error           // of an operation
+	foreignErr bool            // ... or of what the operation copied from or to, see blame
 
 	over    chan struct{} // a foreign connection's operations are left behind when it is closed, see leavable; nil if none can be
 	left    bool          // it is closed
@@ -116,17 +116,17 @@ type lending struct {
 	interrupt func()      // c.interrupt, made once: a method value allocates
 }
 
-var lendings sync.Pool // of *lending
+var loanStates sync.Pool // of *lending
 
 // remember returns the lending of c, which there is from now on.
-func (c *conn) remember() *lending {
+func (c *conn) loanState() *loanState {
 	for {
 		if l := c.loan.Load(); l != nil {
 			return l
 		}
-		l, _ := lendings.Get().(*lending)
+		l, _ := loanStates.Get().(*loanState)
 		if l == nil {
-			l = new(lending)
+			l = new(loanState)
 			l.interrupt = func() { l.c.interrupt(l) }
 		}
 		l.c = c
@@ -138,18 +138,18 @@ func (c *conn) remember() *lending {
 
 // forget ends what remember began. Only the owner calls it, after a loan that
 // ended in good order: no operation is left that could look, and no watch.
-func (c *conn) forget() {
+func (c *conn) dropLoanState() {
 	if l := c.loan.Load(); l != nil {
 		c.loan.Store(nil)
-		*l = lending{interrupt: l.interrupt}
-		lendings.Put(l)
+		*l = loanState{interrupt: l.interrupt}
+		loanStates.Put(l)
 	}
 }
 
 // observedBy makes t, which has the pool's in it, the trace of the loan.
 func (c *conn) observedBy(t *Trace) {
 	if c.loan.Load() != nil || t != c.site.pool.cfg.Trace {
-		c.remember().trace = t
+		c.loanState().trace = t
 	}
 }
 
@@ -190,20 +190,20 @@ func (c *conn) trace() *Trace {
 // A Conn of this loan that is used later finds lent cleared, or a later generation, and
 // answers ErrReturned.
 const (
-	lent       = 1 << iota // a loan stands
-	hooked                 // ... and it is that of a hook: it cannot end by gone
-	gone                   // the connection was closed or detached by its borrower
-	detached               // ... detached: the guard stays open
-	cut                    // the ctx was done
-	moved                  // bytes were read or written in this loan, or may have been
-	broken                 // an operation failed
-	timedOut               // an operation timed out
-	halfClosed             // closed for writing
-	hungUp                 // the peer was seen to hang up
-	stolen                 // the descriptor is proven to be another socket's
-	shut                   // the pool closes, or has closed, the socket
-	told                   // a borrower has written, in this loan or before; see lived.go
-	heard                  // ... and read
+	flagLent       = 1 << iota // a loan stands
+	flagHooked                 // ... and it is that of a hook: it cannot end by gone
+	flagGone                   // the connection was closed or detached by its borrower
+	flagDetached               // ... detached: the guard stays open
+	flagCut                    // the ctx was done
+	flagMoved                  // bytes were read or written in this loan, or may have been
+	flagBroken                 // an operation failed
+	flagTimedOut               // an operation timed out
+	flagHalfClosed             // closed for writing
+	flagHungUp                 // the peer was seen to hang up
+	flagStolen                 // the descriptor is proven to be another socket's
+	flagShut                   // the pool closes, or has closed, the socket
+	flagWrote                  // a borrower has written, in this loan or before; see lived.go
+	flagRead                   // ... and read
 
 	oneOp    = 1 << 14
 	inFlight = (1<<12 - 1) << 14
@@ -211,7 +211,7 @@ const (
 	lastGen  = 1<<(64-genShift) - 1 // the next one is 1 again
 )
 
-var past = time.Unix(1, 0)
+var aLongTimeAgo = time.Unix(1, 0)
 
 // adopt makes nc the socket of c.
 func (c *conn) adopt(nc net.Conn) {
@@ -220,9 +220,9 @@ func (c *conn) adopt(nc net.Conn) {
 	c.born = p.clock.Exactly()
 	c.since = c.born
 	if m := p.cfg.MaxLifetime; m > 0 {
-		c.life = m - rand.N(m/10+1)
+		c.maxAge = m - rand.N(m/10+1)
 	}
-	c.probe.init(nc, p.sys, &p.cfg)
+	c.sock.init(nc, p.sys, &p.cfg)
 }
 
 // link puts c on the idle stack of its site: on top, or, in order, where its
@@ -256,7 +256,7 @@ func (c *conn) lendAtLocked(now clock.Instant) {
 
 // unusedSince is when c was given back, for one on the idle stack.
 func (c *conn) unusedSince() clock.Instant {
-	if c.phase == idle {
+	if c.phase == phaseIdle {
 		return c.since
 	}
 	return c.since - clock.Instant(c.idleFor)
@@ -270,10 +270,10 @@ func (c *conn) linked() bool { return c.up != nil || c.site.top == c }
 // topLocked is the idle connection of s that was given back last; nil if there is
 // none. What is being looked at, and lies on top of that, is taken off the stack.
 func (s *site) topLocked() *conn {
-	if s.n[idle] == 0 {
+	if s.n[phaseIdle] == 0 {
 		return nil
 	}
-	for s.top.phase != idle {
+	for s.top.phase != phaseIdle {
 		s.top.unlink()
 	}
 	return s.top
@@ -298,13 +298,13 @@ func (c *conn) generation() uint64 { return c.word.Load() >> genShift }
 func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	l := c.loan.Load()
 	if l != nil { // of the loan that this one, a hook's, is part of
-		l.ctx, l.limit, l.firstErr, l.foreign, l.over = nil, time.Time{}, nil, false, nil
+		l.ctx, l.limit, l.firstErr, l.foreignErr, l.over = nil, time.Time{}, nil, false, nil
 	}
 	watch := ctx.Done() != nil
 	if watch {
-		l = c.remember()
+		l = c.loanState()
 		l.ctx = ctx
-		if c.probe.foreign {
+		if c.sock.foreign {
 			l.over, l.left = make(chan struct{}), false
 		}
 		if t, ok := ctx.Deadline(); ok {
@@ -319,7 +319,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
 			gen = 1 // 0 is the guard's
 		}
-		if c.word.CompareAndSwap(w, gen<<genShift|w&(hungUp|stolen|broken|told|heard)|lent|flags) {
+		if c.word.CompareAndSwap(w, gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead)|flagLent|flags) {
 			break
 		}
 	}
@@ -335,7 +335,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 // interrupt makes blocked operations of the loan return. It runs when the
 // loan's ctx is done. If the loan has ended meanwhile, stopping the watch has
 // failed, and the connection is discarded.
-func (c *conn) interrupt(l *lending) {
+func (c *conn) interrupt(l *loanState) {
 	defer func() {
 		if v := recover(); v != nil { // from a ctx of the caller's making
 			c.site.pool.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
@@ -344,13 +344,13 @@ func (c *conn) interrupt(l *lending) {
 	if !c.cutShort() {
 		return
 	}
-	if c.probe.foreign {
+	if c.sock.foreign {
 		c.interruptForeign(l)
 		return
 	}
 	c.dmu.Lock()
 	c.deadlineSet = true
-	err := c.nc.SetDeadline(past)
+	err := c.nc.SetDeadline(aLongTimeAgo)
 	c.dmu.Unlock()
 	if err != nil && !errors.Is(err, net.ErrClosed) {
 		c.revoke()
@@ -363,10 +363,10 @@ func (c *conn) interrupt(l *lending) {
 func (c *conn) cutShort() bool {
 	for {
 		w := c.word.Load()
-		if w&detached != 0 {
+		if w&flagDetached != 0 {
 			return false
 		}
-		if c.word.CompareAndSwap(w, w|cut) {
+		if c.word.CompareAndSwap(w, w|flagCut) {
 			return true
 		}
 	}
@@ -375,14 +375,14 @@ func (c *conn) cutShort() bool {
 // end ends the loan and returns the word as it was. Unless that says gone, the
 // caller is the owner again. Calling it again does nothing.
 func (c *conn) end() uint64 {
-	word := c.word.And(^uint64(lent))
-	if word&gone == 0 || word&hooked != 0 {
+	word := c.word.And(^uint64(flagLent))
+	if word&flagGone == 0 || word&flagHooked != 0 {
 		if !c.stopWatch() {
-			word |= cut
+			word |= flagCut
 		}
-		if word&(inFlight|cut|gone) == 0 && c.deadlineSet { // else somebody else may be at it
+		if word&(inFlight|flagCut|flagGone) == 0 && c.deadlineSet { // else somebody else may be at it
 			if c.clearDeadline() != nil {
-				word |= broken // or it would strike the next borrower
+				word |= flagBroken // or it would strike the next borrower
 			}
 		}
 	}
@@ -392,7 +392,7 @@ func (c *conn) end() uint64 {
 // abort ends a loan whose connection will be discarded, and runs no foreign
 // code. It reports whether the caller is the owner.
 func (c *conn) abort() bool {
-	if c.word.And(^uint64(lent))&gone != 0 {
+	if c.word.And(^uint64(flagLent))&flagGone != 0 {
 		return false
 	}
 	c.stopWatch()
@@ -423,17 +423,17 @@ func (c *conn) enter(gen uint64) error {
 	for {
 		w := c.word.Load()
 		switch {
-		case gen == 0 && w&detached != 0:
-		case w&lent == 0, gen != 0 && w>>genShift != gen, w&detached != 0:
-			c.strayed(gen)
+		case gen == 0 && w&flagDetached != 0:
+		case w&flagLent == 0, gen != 0 && w>>genShift != gen, w&flagDetached != 0:
+			c.reportUseAfterReturn(gen)
 			return ErrReturned
-		case w&(gone|cut) == gone|cut: // by the pool, as deadlines had no effect
+		case w&(flagGone|flagCut) == flagGone|flagCut: // by the pool, as deadlines had no effect
 			return c.note(os.ErrDeadlineExceeded)
-		case w&gone != 0:
+		case w&flagGone != 0:
 			return net.ErrClosed
 		case w&inFlight == inFlight:
 			return errors.New("connpool: too many operations at once on one connection")
-		case w&stolen != 0:
+		case w&flagStolen != 0:
 			return errStolen
 		}
 		if c.word.CompareAndSwap(w, w+oneOp) {
@@ -445,8 +445,8 @@ func (c *conn) enter(gen uint64) error {
 // leave ends an operation that moved n bytes and got err, and returns the error
 // to report.
 func (c *conn) leave(n int64, err error) error {
-	if n > 0 && c.word.Load()&moved == 0 {
-		c.word.Or(moved)
+	if n > 0 && c.word.Load()&flagMoved == 0 {
+		c.word.Or(flagMoved)
 	}
 	if err != nil {
 		err = c.note(err)
@@ -457,18 +457,18 @@ func (c *conn) leave(n int64, err error) error {
 
 // leaveRead is leave for an operation that read.
 func (c *conn) leaveRead(n int64, err error) error {
-	if sock := c.probe.sock(); sock != nil {
+	if sock := c.sock.belowTLS(); sock != nil {
 		sock.record.Delivered(n)
-	} else if err != nil && c.probe.tls != nil {
+	} else if err != nil && c.sock.tls != nil {
 		// A dialer's crypto/tls may have read what it did not hand over,
 		// so it is asked. What the error says depends on moved.
 		err = c.note(err)
-		c.word.Or(moved)
+		c.word.Or(flagMoved)
 		c.word.Add(^uint64(oneOp - 1))
 		return err
 	}
 	if n > 0 {
-		c.moves(heard)
+		c.noteTraffic(flagRead)
 	}
 	return c.leave(n, err)
 }
@@ -478,10 +478,10 @@ func (c *conn) leaveRead(n int64, err error) error {
 // again.
 func (c *conn) leaveWrite(n int64, err error) error {
 	if err != nil {
-		c.word.Or(broken)
+		c.word.Or(flagBroken)
 	}
 	if n > 0 {
-		c.moves(told)
+		c.noteTraffic(flagWrote)
 	}
 	return c.leave(n, err)
 }
@@ -491,7 +491,7 @@ func (c *conn) note(err error) error {
 	if _, known := err.(*net.OpError); !known && err != io.EOF {
 		err = tame(err) // it is a foreign connection's, or of the other end of a copy
 	}
-	if errors.Is(err, net.ErrClosed) && c.word.Load()&(gone|cut) == gone {
+	if errors.Is(err, net.ErrClosed) && c.word.Load()&(flagGone|flagCut) == flagGone {
 		return err
 	}
 	// The system's own ETIMEDOUT says Timeout, too, but no deadline passed: the peer
@@ -504,21 +504,21 @@ func (c *conn) note(err error) error {
 	late := ok && ne.Timeout() && !errors.Is(err, sock.ErrTimedOut)
 	_, left := err.(*lateError) // the operation still runs, and may yet read what is for others
 	if late && !left {
-		c.word.Or(timedOut)
+		c.word.Or(flagTimedOut)
 	} else {
-		c.word.Or(broken)
+		c.word.Or(flagBroken)
 	}
 	word := c.word.Load()
-	if word&detached != 0 {
+	if word&flagDetached != 0 {
 		if late {
 			err = ioErrorOf(word, err)
 		}
 		return err
 	}
-	l := c.remember()
+	l := c.loanState()
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	if late || word&cut != 0 {
+	if late || word&flagCut != 0 {
 		ioe := ioErrorOf(word, err)
 		switch {
 		case l.ctx == nil:
@@ -530,7 +530,7 @@ func (c *conn) note(err error) error {
 		case !l.limit.IsZero() && !c.site.pool.clock.Read().Before(l.limit):
 			// The socket's clock was a moment faster than the ctx's.
 			ioe.cause = context.DeadlineExceeded
-			c.word.Or(cut)
+			c.word.Or(flagCut)
 		}
 		err = ioe
 	}
@@ -542,7 +542,7 @@ func (c *conn) note(err error) error {
 
 func ioErrorOf(word uint64, err error) *ioError {
 	ioe := &ioError{kind: KindTimeout, err: spent(err)}
-	if word&moved != 0 {
+	if word&flagMoved != 0 {
 		ioe.kind = KindTimeoutInTransfer
 	}
 	return ioe
@@ -571,12 +571,12 @@ func (c *conn) interruption() error {
 
 // setDeadline applies a deadline of fn's. The ctx has the last word.
 func (c *conn) setDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
-	if c.probe.foreign {
+	if c.sock.foreign {
 		return c.setForeignDeadline(t, set)
 	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	if c.word.Load()&cut != 0 {
+	if c.word.Load()&flagCut != 0 {
 		return nil // interrupted: the past deadline stays
 	}
 	c.deadlineSet = true

@@ -30,19 +30,19 @@ func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 	left := in.unread > 0
 	var err error
 	if !left {
-		left, err = c.probe.leftovers(word&moved != 0)
-		c.keepAhead(err)
+		left, err = c.sock.leftovers(word&flagMoved != 0)
+		c.keepPushback(err)
 		c.site.pool.outlived(err, c.site.addr)
 	}
-	if left && c.probe.keep && !isLate(err) && !errors.Is(err, errUnproven) {
-		c.extra().unread = true
+	if left && c.sock.keep && !isLate(err) && !errors.Is(err, errUnproven) {
+		c.ensureCold().unread = true
 		return false
 	}
 	return left
 }
 
 func (c *conn) unprobed() bool {
-	return c.nc != nil && !c.probe.can() && c.probe.prober(c.nc) == nil
+	return c.nc != nil && !c.sock.canPeek() && c.sock.prober(c.nc) == nil
 }
 
 // closesAtOnce reports whether closing for this reason cannot block and runs
@@ -51,7 +51,7 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 	if _, ok := c.state.(io.Closer); ok {
 		return false
 	}
-	return c.probe.plain && (c.probe.tls == nil || !reason.clean()) && !c.probe.lingers()
+	return c.sock.plain && (c.sock.tls == nil || !reason.clean()) && !c.sock.lingers()
 }
 
 // seal is the last step before the socket is closed: it finds out whether the
@@ -61,11 +61,11 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 func (c *conn) seal() (first, own bool) {
 	for {
 		w := c.word.Load()
-		if w&stolen != 0 || c.probe.isStolen() {
+		if w&flagStolen != 0 || c.sock.isStolen() {
 			break
 		}
-		if c.word.CompareAndSwap(w, w|shut) { // or it was marked stolen just now
-			return w&shut == 0, true
+		if c.word.CompareAndSwap(w, w|flagShut) { // or it was marked stolen just now
+			return w&flagShut == 0, true
 		}
 	}
 	quarantine.add(c.nc)
@@ -75,19 +75,19 @@ func (c *conn) seal() (first, own bool) {
 // wake makes those return who are blocked in a connection that is not to be closed:
 // a deadline does not touch the descriptor.
 func (c *conn) wake() {
-	if c.probe.foreign {
-		c.tellDeadline(c.remember(), false, func() error { return c.nc.SetDeadline(past) })
+	if c.sock.foreign {
+		c.tellDeadline(c.loanState(), false, func() error { return c.nc.SetDeadline(aLongTimeAgo) })
 		return
 	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	c.nc.SetDeadline(past)
+	c.nc.SetDeadline(aLongTimeAgo)
 }
 
 // strike closes the socket under a loan of a hook, whose caller remains the owner
 // and frees the slot.
 func (c *conn) strike() {
-	e := c.extra()
+	e := c.ensureCold()
 	c.dmu.Lock()
 	if e.struck != nil {
 		c.dmu.Unlock()
@@ -108,7 +108,7 @@ func (c *conn) strike() {
 // awaitStrike is for the owner who finds that the socket is somebody else's to
 // close: it waits until that has been done.
 func (c *conn) awaitStrike() {
-	e := c.more.Load()
+	e := c.cold.Load()
 	if e == nil {
 		return
 	}
@@ -123,14 +123,14 @@ func (c *conn) awaitStrike() {
 // quarantine holds the connections whose descriptor has become somebody
 // else's, for as long as the process lives. They are never touched again, and
 // never garbage either: the finalizer of package net would close the number.
-var quarantine strays
+var quarantine quarantined
 
-type strays struct {
+type quarantined struct {
 	mu    sync.Mutex // guards conns
 	conns []net.Conn
 }
 
-func (s *strays) add(nc net.Conn) {
+func (s *quarantined) add(nc net.Conn) {
 	s.mu.Lock()
 	s.conns = append(s.conns, nc)
 	s.mu.Unlock()
@@ -138,7 +138,7 @@ func (s *strays) add(nc net.Conn) {
 
 // closeAbruptly closes the socket without a farewell.
 func (c *conn) closeAbruptly() {
-	if t := c.probe.tls; t != nil {
+	if t := c.sock.tls; t != nil {
 		t.NetConn().Close() // crypto/tls would say goodbye
 		return
 	}
@@ -201,14 +201,14 @@ func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 // closeSocket closes what carries the connection, after a farewell if the peer is
 // in step.
 func (c *conn) closeSocket(reason CloseReason) {
-	t := c.probe.tls
+	t := c.sock.tls
 	switch {
 	case t == nil:
 		c.nc.Close()
 	case !reason.clean():
 		c.closeAbruptly()
-	case c.probe.plain && c.probe.sock() != nil:
-		c.probe.sock().sayGoodbye()
+	case c.sock.plain && c.sock.belowTLS() != nil:
+		c.sock.belowTLS().sayGoodbye()
 		c.nc.Close()
 	default:
 		// Whatever becomes of the goodbye, the socket is closed, and once.
@@ -225,8 +225,8 @@ func (c *conn) closeSocket(reason CloseReason) {
 func (c *conn) closeBelow() {
 	defer func() { _ = recover() }()
 	nc := c.nc
-	if c.probe.tls != nil {
-		nc = c.probe.tls.NetConn()
+	if c.sock.tls != nil {
+		nc = c.sock.tls.NetConn()
 	}
 	if sock, ok := nc.(*tlsSocket); ok {
 		nc = sock.Conn

@@ -28,33 +28,33 @@ type HeldInfo struct {
 }
 
 // holding is one connection that is out.
-type holding struct {
+type loanRecord struct {
 	addr  Addr
 	id    uint64
 	since clock.Instant
 	stack []uintptr
 	trace *Trace // of the borrow, which has the pool's in it
 
-	next, prev *holding // in holds
+	next, prev *loanRecord // in holds
 	listed     bool
 	out        *list.Element // in Pool.out
 }
 
 // holds is the list of what is out and has not been reported yet, longest held
 // first. Its timer runs while there is anything in it.
-type holds struct {
+type loanLog struct {
 	mu             sync.Mutex // guards the list and the timer; no hook, log line or other lock under it
-	oldest, newest *holding
+	oldest, newest *loanRecord
 	timer          *time.Timer
 }
 
 // hold begins a hold of c by the caller's caller, skip frames further up. Only
 // the owner of c calls it.
-func (p *Pool) hold(c *conn, skip int) {
+func (p *Pool) recordLoan(c *conn, skip int) {
 	var pcs [64]uintptr
 	n := runtime.Callers(skip+2, pcs[:])
-	h := &holding{addr: c.site.addr, id: c.id, since: p.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
-	c.remember().hold = h
+	h := &loanRecord{addr: c.site.addr, id: c.id, since: p.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
+	c.loanState().record = h
 	p.out.add(h)
 	if p.cfg.Profile != nil {
 		p.cfg.Profile.Add(h, skip+2)
@@ -62,7 +62,7 @@ func (p *Pool) hold(c *conn, skip int) {
 	if p.cfg.HoldWarn <= 0 {
 		return
 	}
-	l := p.holds
+	l := p.loanLog
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	h.listed, h.prev = true, l.newest
@@ -73,7 +73,7 @@ func (p *Pool) hold(c *conn, skip int) {
 	}
 	l.oldest = h
 	if l.timer == nil {
-		l.timer = time.AfterFunc(p.cfg.HoldWarn, p.reportHolds)
+		l.timer = time.AfterFunc(p.cfg.HoldWarn, p.reportLongLoans)
 	} else {
 		l.timer.Reset(p.cfg.HoldWarn)
 	}
@@ -81,9 +81,9 @@ func (p *Pool) hold(c *conn, skip int) {
 
 // unhold ends the hold that lent knows of. Only the owner of the connection calls
 // it, and is about to give it up.
-func (p *Pool) unhold(lent *lending) {
-	h := lent.hold
-	lent.hold = nil
+func (p *Pool) dropRecord(lent *loanState) {
+	h := lent.record
+	lent.record = nil
 	p.out.remove(h)
 	if p.cfg.Profile != nil {
 		p.cfg.Profile.Remove(h)
@@ -91,7 +91,7 @@ func (p *Pool) unhold(lent *lending) {
 	if p.cfg.HoldWarn <= 0 {
 		return
 	}
-	l := p.holds
+	l := p.loanLog
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if h.listed {
@@ -103,7 +103,7 @@ func (p *Pool) unhold(lent *lending) {
 }
 
 // remove needs mu.
-func (l *holds) remove(h *holding) {
+func (l *loanLog) remove(h *loanRecord) {
 	if h.prev == nil {
 		l.oldest = h.next
 	} else {
@@ -117,11 +117,11 @@ func (l *holds) remove(h *holding) {
 	h.prev, h.next, h.listed = nil, nil, false
 }
 
-// reportHolds tells of each connection that has been out for HoldWarn, once.
-func (p *Pool) reportHolds() {
+// reportLongLoans tells of each connection that has been out for HoldWarn, once.
+func (p *Pool) reportLongLoans() {
 	now := p.clock.Exactly()
-	var late []*holding
-	l := p.holds
+	var late []*loanRecord
+	l := p.loanLog
 	l.mu.Lock()
 	for h := l.oldest; h != nil; h = l.oldest {
 		left := p.cfg.HoldWarn - now.Sub(h.since)
@@ -143,7 +143,7 @@ func (p *Pool) reportHolds() {
 	}
 }
 
-func (h *holding) info(now clock.Instant) HeldInfo {
+func (h *loanRecord) info(now clock.Instant) HeldInfo {
 	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.Sub(h.since)}
 	var b strings.Builder
 	frames := runtime.CallersFrames(h.stack)
@@ -161,19 +161,19 @@ func (h *holding) info(now clock.Instant) HeldInfo {
 
 // forgotten takes back the connection of a lease or session that nobody can
 // reach any more.
-func forgotten(c *conn) {
+func leakedLease(c *conn) {
 	go func() { // the caller is the runtime, and its other clean-ups wait
 		if c.abort() {
-			c.site.pool.leaked(c)
+			c.site.pool.noteLeaked(c)
 		}
 	}()
 }
 
 // leaked closes a connection that the caller owns because nobody else can.
-func (p *Pool) leaked(c *conn) {
-	t, h := c.trace(), c.remember().hold
+func (p *Pool) noteLeaked(c *conn) {
+	t, h := c.trace(), c.loanState().record
 	if h == nil { // nobody wanted to know; only leases are always written down
-		h = &holding{addr: c.site.addr, id: c.id, since: c.since}
+		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}
 	}
 	info := h.info(p.clock.Exactly())
 	p.mu.Lock()

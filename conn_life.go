@@ -5,25 +5,25 @@ import (
 	"fmt"
 )
 
-// extras are the fields that only MinSpare, Push, Conn.Context and slow closes need.
+// extras are the fields that only MinIdlePerAddr, Push, Conn.Context and slow closes need.
 // They are allocated on first use, so that a plain connection stays small.
-type extras struct {
-	looked  bool          // it is being looked at; Pool.mu
-	reserve bool          // it was lent from its address's reserve, however long it had been idle; the owner's
-	unread  bool          // the last loan left something for Push; the owner's
-	back    *putAhead     // what a look took out, for the next loan to read; the owner's, see pool_push.go
-	inPool  life          // dmu
-	struck  chan struct{} // the socket was closed under a hook's loan; closed when that is done; dmu
-	slow    bool          // it is being closed, and that takes its time; Pool.mu
-	end     error         // the end of the peer that the look after Setup has met; the owner's, see conn.ended
+type coldFields struct {
+	checking    bool          // it is being looked at; Pool.mu
+	fromReserve bool          // it was lent from its address's reserve, however long it had been idle; the owner's
+	unread      bool          // the last loan left something for Push; the owner's
+	pushback    *pushback     // what a look took out, for the next loan to read; the owner's, see pool_push.go
+	ctx         connCtx       // dmu
+	struck      chan struct{} // the socket was closed under a hook's loan; closed when that is done; dmu
+	slow        bool          // it is being closed, and that takes its time; Pool.mu
+	end         error         // the end of the peer that the look after Setup has met; the owner's, see conn.ended
 }
 
-func (c *conn) extra() *extras {
+func (c *conn) ensureCold() *coldFields {
 	for {
-		if e := c.more.Load(); e != nil {
+		if e := c.cold.Load(); e != nil {
 			return e
 		}
-		if e := new(extras); c.more.CompareAndSwap(nil, e) {
+		if e := new(coldFields); c.cold.CompareAndSwap(nil, e) {
 			return e
 		}
 	}
@@ -31,10 +31,10 @@ func (c *conn) extra() *extras {
 
 // life is the ctx of a connection's time in the pool, made when somebody asks
 // for it. Guarded by conn.dmu.
-type life struct {
-	ctx  context.Context
-	end  context.CancelCauseFunc
-	over error // why the connection has left, nil while it has not
+type connCtx struct {
+	ctx   context.Context
+	end   context.CancelCauseFunc
+	cause error // why the connection has left, nil while it has not
 }
 
 // Context is done when the connection leaves the pool, whichever way: evicted,
@@ -56,30 +56,30 @@ func (h Conn) Context() context.Context {
 		return ctx
 	}
 	defer h.c.leave(0, nil)
-	c, e := h.c, h.c.extra()
+	c, e := h.c, h.c.ensureCold()
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	if e.inPool.ctx == nil {
-		e.inPool.ctx, e.inPool.end = context.WithCancelCause(context.Background())
+	if e.ctx.ctx == nil {
+		e.ctx.ctx, e.ctx.end = context.WithCancelCause(context.Background())
 		switch { // an operation may have outlived its loan
-		case e.inPool.over != nil:
-			e.inPool.end(e.inPool.over)
-		case c.word.Load()&(shut|stolen|detached) != 0:
-			e.inPool.end(ErrReturned)
+		case e.ctx.cause != nil:
+			e.ctx.end(e.ctx.cause)
+		case c.word.Load()&(flagShut|flagStolen|flagDetached) != 0:
+			e.ctx.end(ErrReturned)
 		}
 	}
-	return e.inPool.ctx
+	return e.ctx.ctx
 }
 
 // endLife ends the ctx of a connection that has left the pool.
 func (c *conn) endLife(reason CloseReason) {
-	e := c.more.Load()
+	e := c.cold.Load()
 	if e == nil {
 		return // nobody asked, and who asks now finds it shut
 	}
 	c.dmu.Lock()
-	e.inPool.over = leftPool(reason)
-	end := e.inPool.end
+	e.ctx.cause = leftPool(reason)
+	end := e.ctx.end
 	c.dmu.Unlock()
 	if end != nil {
 		end(leftPool(reason))

@@ -30,16 +30,16 @@ type Prober interface{ Probe() error }
 // unfit says why an idle connection may not be lent, ClosedUnknown if it may.
 // The caller owns it. Age comes first, because it is cheap; then one look into
 // the socket; then, for one that has long been idle, the protocol's own ping.
-func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
+func (p *Pool) whyUnfit(ctx context.Context, c *conn) (CloseReason, error) {
 	unproven := p.clock.Age(c.since-clock.Instant(c.idleFor), c.since)
 	idleFor := unproven
-	if e := c.more.Load(); e != nil && e.reserve {
+	if e := c.cold.Load(); e != nil && e.fromReserve {
 		idleFor = 0
 	}
 	if reason := p.aged(c, idleFor, c.since); reason != ClosedUnknown {
 		return reason, nil
 	}
-	if reason, err := c.ask(); reason != ClosedUnknown {
+	if reason, err := c.probe(); reason != ClosedUnknown {
 		return reason, err
 	}
 	if p.cfg.Check == nil {
@@ -50,7 +50,7 @@ func (p *Pool) unfit(ctx context.Context, c *conn) (CloseReason, error) {
 	}
 	// c.since may be older than the latest answer of Check: the borrower's clock
 	// was read before the lock. That is no reason to trust a peer where nothing is.
-	if max(0, unproven) < p.cfg.TrustIdle {
+	if max(0, unproven) < p.cfg.CheckAfterIdle {
 		return ClosedUnknown, nil
 	}
 	return p.ping(ctx, c)
@@ -80,7 +80,7 @@ func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
 			return ClosedDirty, ErrUnread
 		}
 	}
-	return c.ask() // the answer may have been longer than Check read
+	return c.probe() // the answer may have been longer than Check read
 }
 
 // system is the seam through which every system call of the pool's own passes.
@@ -113,7 +113,7 @@ var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.R
 // peek shows bytes, crypto/tls reads once, over a socket that does not wait: it
 // eats tickets and finds nothing (alive), finds plaintext (dirty), or finds the
 // end (stale).
-type probe struct {
+type socket struct {
 	sys *system
 	raw syscall.RawConn // nil: no descriptor
 	tls *tls.Conn       // nil: no crypto/tls above
@@ -128,8 +128,8 @@ type probe struct {
 
 // look is one visit to a descriptor: what it is to find out, and what it found.
 // It is used again and again, because a closure allocates.
-type look struct {
-	probe   *probe
+type fdVisit struct {
+	sock    *socket
 	peek    bool          // not only compare the identity
 	visit   func(uintptr) // made once
 	stolen  bool
@@ -137,10 +137,10 @@ type look struct {
 	scratch [1]byte // for readThrough
 }
 
-var looks = sync.Pool{New: func() any {
-	l := new(look)
+var fdVisits = sync.Pool{New: func() any {
+	l := new(fdVisit)
 	l.visit = func(fd uintptr) {
-		p := l.probe
+		p := l.sock
 		l.stolen = p.known && !p.sys.stillIs(fd, p.who)
 		if l.seen = (sock.Seen{}); l.peek && !l.stolen {
 			l.seen = p.sys.peek(fd)
@@ -149,28 +149,28 @@ var looks = sync.Pool{New: func() any {
 	return l
 }}
 
-func newLook(p *probe, peek bool) *look {
-	l := looks.Get().(*look)
-	l.probe, l.peek = p, peek
+func newFDVisit(p *socket, peek bool) *fdVisit {
+	l := fdVisits.Get().(*fdVisit)
+	l.sock, l.peek = p, peek
 	return l
 }
 
-func (l *look) done() {
-	l.probe, l.seen = nil, sock.Seen{}
-	looks.Put(l)
+func (l *fdVisit) done() {
+	l.sock, l.seen = nil, sock.Seen{}
+	fdVisits.Put(l)
 }
 
-func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
+func (p *socket) init(nc net.Conn, sys *system, cfg *Config) {
 	p.sys, p.keep = sys, cfg.Push != nil
 	below := nc
 	if t, ok := nc.(*tls.Conn); ok {
 		p.tls = t
 		below = t.NetConn()
-		if sock := p.sock(); sock != nil {
+		if sock := p.belowTLS(); sock != nil {
 			below = sock.Conn
 		}
 	}
-	p.plain, p.foreign = mannersOf(nc, below, p.sock() != nil)
+	p.plain, p.foreign = mannersOf(nc, below, p.belowTLS() != nil)
 	for range wrappings {
 		u, ok := below.(interface{ NetConn() net.Conn })
 		if !ok {
@@ -203,7 +203,7 @@ func (p *probe) init(nc net.Conn, sys *system, cfg *Config) {
 const wrappings = 16
 
 // sock is what crypto/tls reads from; nil without TLS, or if a custom dialer made it.
-func (p *probe) sock() *tlsSocket {
+func (p *socket) belowTLS() *tlsSocket {
 	if p.tls == nil {
 		return nil
 	}
@@ -212,10 +212,10 @@ func (p *probe) sock() *tlsSocket {
 }
 
 // can reports whether there is a descriptor to ask.
-func (p *probe) can() bool { return p.raw != nil && sock.CanPeek }
+func (p *socket) canPeek() bool { return p.raw != nil && sock.CanPeek }
 
 // prober is nc as a Prober, nil if it is none. Only foreign connections are.
-func (p *probe) prober(nc net.Conn) Prober {
+func (p *socket) prober(nc net.Conn) Prober {
 	if !p.foreign {
 		return nil
 	}
@@ -224,10 +224,10 @@ func (p *probe) prober(nc net.Conn) Prober {
 }
 
 // fd is the number of the descriptor, if raw is there.
-func (p *probe) fd() uintptr { return uintptr(p.number) }
+func (p *socket) fd() uintptr { return uintptr(p.number) }
 
 // isStolen reports whether the descriptor has become another socket's.
-func (p *probe) isStolen() (stolen bool) {
+func (p *socket) isStolen() (stolen bool) {
 	if !p.known {
 		return false
 	}
@@ -237,7 +237,7 @@ func (p *probe) isStolen() (stolen bool) {
 
 // lingers reports whether the socket was told to wait in its close (SO_LINGER).
 // Whoever made it, or had it on loan, may have done that.
-func (p *probe) lingers() (yes bool) {
+func (p *socket) lingers() (yes bool) {
 	if p.raw == nil {
 		return false
 	}
@@ -246,28 +246,28 @@ func (p *probe) lingers() (yes bool) {
 }
 
 // ask looks whether the connection may be lent. The caller owns it.
-func (c *conn) ask() (CloseReason, error) {
-	if c.word.Load()&hungUp != 0 {
-		c.word.And(^uint64(hungUp)) // before the look, so that the next one is not missed
-		if e := c.more.Load(); e != nil && e.end != nil {
+func (c *conn) probe() (CloseReason, error) {
+	if c.word.Load()&flagHungUp != 0 {
+		c.word.And(^uint64(flagHungUp)) // before the look, so that the next one is not missed
+		if e := c.cold.Load(); e != nil && e.end != nil {
 			return ClosedStale, e.end
 		}
 	}
 	if reason, err := c.condemned(); reason != ClosedUnknown {
 		return reason, err
 	}
-	reason, err := c.probe.ask(&c.site.pool.cfg, c.nc)
+	reason, err := c.sock.probe(&c.site.pool.cfg, c.nc)
 	c.site.pool.outlived(err, c.site.addr)
-	if reason == ClosedDirty && c.probe.keep {
-		c.keepAhead(err)
+	if reason == ClosedDirty && c.sock.keep {
+		c.keepPushback(err)
 	}
 	return reason, err
 }
 
-func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
+func (p *socket) probe(cfg *Config, nc net.Conn) (CloseReason, error) {
 	var seen sock.Seen
 	if p.raw != nil && (p.known || !cfg.NoProbe) {
-		l := newLook(p, !cfg.NoProbe)
+		l := newFDVisit(p, !cfg.NoProbe)
 		err := p.raw.Control(l.visit)
 		stolen := l.stolen
 		seen = l.seen
@@ -276,7 +276,7 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 		case err != nil:
 			return ClosedStale, err
 		case stolen:
-			return Quarantined, errStolen
+			return ClosedQuarantined, errStolen
 		}
 	}
 	if cfg.NoProbe {
@@ -300,7 +300,7 @@ func (p *probe) ask(cfg *Config, nc net.Conn) (CloseReason, error) {
 	case p.tls == nil:
 		return ClosedDirty, ErrUnread
 	}
-	return p.readThrough(noWait, lookPatience)
+	return p.readThrough(tlsNoWait, probePatience)
 }
 
 func askProber(pr Prober) error {
@@ -309,10 +309,10 @@ func askProber(pr Prober) error {
 	return k.await(foreignPatience)
 }
 
-// lookPatience bounds what a look may wait for where it cannot do without
+// probePatience bounds what a look may wait for where it cannot do without
 // waiting: for crypto/tls over a foreign connection, and for the answer that
 // TLS 1.3 owes to a key update.
-const lookPatience = time.Millisecond
+const probePatience = time.Millisecond
 
 var (
 	errPartial  = fmt.Errorf("%w: a part of a TLS record", ErrUnread)
@@ -325,8 +325,8 @@ var (
 // made it read all the same: a read that timed out in the middle of a record, or
 // of a renegotiation, moves nothing. Over a socket of the pool's own its reads
 // are known; of a dialer's *tls.Conn only what the borrower did is.
-func (p *probe) leftovers(moved bool) (bool, error) {
-	switch sock := p.sock(); {
+func (p *socket) leftovers(moved bool) (bool, error) {
+	switch sock := p.belowTLS(); {
 	case p.tls == nil:
 		return false, nil
 	case sock == nil && !moved:
@@ -334,7 +334,7 @@ func (p *probe) leftovers(moved bool) (bool, error) {
 	case sock != nil && (sock.record.Untouched() || sock.record.Drained()):
 		return false, nil
 	}
-	reason, err := p.readThrough(sealed, -1)
+	reason, err := p.readThrough(tlsSealed, -1)
 	return reason != ClosedUnknown, err
 }
 
@@ -344,9 +344,9 @@ func (p *probe) leftovers(moved bool) (bool, error) {
 //
 // A foreign connection that takes no deadline is not read: what nobody can ask is
 // not proven clean. Of the pool's own TLS over it crypto/tls alone is asked.
-func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
-	if !p.foreign || mode == sealed && p.sock() != nil {
-		l := newLook(p, false)
+func (p *socket) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
+	if !p.foreign || mode == tlsSealed && p.belowTLS() != nil {
+		l := newFDVisit(p, false)
 		defer l.done()
 		var step string
 		return p.readThroughNow(mode, patience, &l.scratch, &step)
@@ -370,7 +370,7 @@ func (p *probe) readThrough(mode tlsMode, patience time.Duration) (reason CloseR
 
 // readThroughNow writes to step which method of the connection it is about to call:
 // code that is not the pool's may panic in it, or end the goroutine.
-func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1]byte, step *string) (reason CloseReason, err error) {
+func (p *socket) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1]byte, step *string) (reason CloseReason, err error) {
 	defer func() {
 		if err != nil && reason == ClosedUnknown {
 			reason = ClosedStale
@@ -378,21 +378,21 @@ func (p *probe) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1
 	}()
 	*step = "the connection under TLS"
 	defer recoverAt(&err, step)
-	sock := p.sock()
+	sock := p.belowTLS()
 	switch {
-	case sock != nil && (mode == sealed || sock.raw != nil):
+	case sock != nil && (mode == tlsSealed || sock.raw != nil):
 		sock.enter(mode)
-		defer sock.enter(normal)
+		defer sock.enter(tlsNormal)
 	case !p.tls.ConnectionState().HandshakeComplete:
 		return ClosedUnknown, nil
 	default:
-		deadline := past
+		deadline := aLongTimeAgo
 		if patience > 0 {
 			deadline = time.Now().Add(patience)
 		}
 		*step = "SetDeadline of the connection under TLS"
 		if err := p.tls.SetDeadline(deadline); err != nil && sock != nil {
-			return p.readThroughNow(sealed, patience, scratch, step)
+			return p.readThroughNow(tlsSealed, patience, scratch, step)
 		} else if err != nil {
 			return ClosedStale, fmt.Errorf("%w: %w", errUnproven, err)
 		}

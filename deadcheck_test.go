@@ -106,7 +106,7 @@ func stale(p *Pool, addr Addr) (n int) {
 		return 0
 	}
 	for c := s.top; c != nil; c = c.down {
-		c.probe.raw.Control(func(fd uintptr) {
+		c.sock.raw.Control(func(fd uintptr) {
 			if sock.Peek(fd) != (sock.Seen{}) {
 				n++
 			}

@@ -18,7 +18,7 @@ func TestASlowTraceClosedDelaysNoDeath(t *testing.T) {
 	defer close(never)
 	n := startSock(t, "tcp", faultnet.Options{})
 	p := n.pool(t, func(c *Config) {
-		c.CheckInterval = -1 // the watcher alone
+		c.SweepInterval = -1 // the watcher alone
 		c.Trace = &Trace{Closed: func(CloseInfo) { <-never }}
 	})
 	var out []held

@@ -19,10 +19,10 @@ import (
 
 func TestChecksThatHangDelayNoOtherAddress(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		const hung = 3 * checkers
+		const hung = 3 * maxCheckers
 		var mu sync.Mutex
 		var asked []time.Time // when b was
-		n := open(t, Config{MaxOpen: -1, IdleTimeout: 50 * time.Second, CheckInterval: 20 * time.Second, Check: func(ctx context.Context, c Conn) error {
+		n := open(t, Config{MaxOpen: -1, IdleTimeout: 50 * time.Second, SweepInterval: 20 * time.Second, Check: func(ctx context.Context, c Conn) error {
 			if c.Addr() == at("b") {
 				mu.Lock()
 				defer mu.Unlock()
@@ -42,7 +42,7 @@ func TestChecksThatHangDelayNoOtherAddress(t *testing.T) {
 		require.Len(t, asked, 4, "each connection of b, in each of two sweeps")
 		for i, when := range asked {
 			due := time.Duration(1+i/2) * 20 * time.Second
-			require.LessOrEqual(t, when.Sub(start), due+(hung/checkers+1)*foreignPatience)
+			require.LessOrEqual(t, when.Sub(start), due+(hung/maxCheckers+1)*foreignPatience)
 		}
 		mu.Unlock()
 		time.Sleep(16 * time.Second)
@@ -57,7 +57,7 @@ func TestChecksThatHangDelayNoOtherAddress(t *testing.T) {
 func TestAHungCheckEndsTheRoundOfItsAddress(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		var calls atomic.Int64
-		n := open(t, Config{CheckInterval: 20 * time.Second, IdleTimeout: -1, Check: func(ctx context.Context, c Conn) error {
+		n := open(t, Config{SweepInterval: 20 * time.Second, IdleTimeout: -1, Check: func(ctx context.Context, c Conn) error {
 			calls.Add(1)
 			<-ctx.Done()
 			return ctx.Err()

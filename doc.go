@@ -60,7 +60,7 @@
 // # Before it is needed
 //
 // [Pool.Warm] opens a first set of connections to an address, several at a
-// time, and tells at start whether the peer is there. Config.MinSpare keeps some
+// time, and tells at start whether the peer is there. Config.MinIdlePerAddr keeps some
 // in reserve for each address that is in use: while the last one is lent, the
 // next is opened. Neither takes room from a borrower or from what is idle, and
 // an address that nobody uses any more loses its reserve.

@@ -27,7 +27,7 @@ var (
 	ErrReturned = errors.New("connpool: connection was given back: a Conn is valid only until fn returns")
 
 	// ErrExhausted says that a limit was reached and the pool was told not
-	// to wait: [Fail] is in force, or MaxWaiters borrowers wait already.
+	// to wait: [FullFail] is in force, or MaxWaiters borrowers wait already.
 	ErrExhausted = errors.New("connpool: limit reached")
 
 	// ErrSessionLost says that the connection a [Pool.Session] kept for an

@@ -40,7 +40,7 @@ func ExamplePool_Warm() {
 func ExampleConfig_minSpare() {
 	address, stop := serve(lines(strings.ToUpper))
 	defer stop()
-	pool, err := connpool.New(connpool.Config{MinSpare: 1})
+	pool, err := connpool.New(connpool.Config{MinIdlePerAddr: 1})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -118,7 +118,7 @@ func ExampleConfig_push() {
 			feed <- strings.TrimSpace(line)
 			return nil
 		},
-		CheckInterval: 20 * time.Millisecond, // how soon, where nothing tells the pool at once
+		SweepInterval: 20 * time.Millisecond, // how soon, where nothing tells the pool at once
 	})
 	if err != nil {
 		log.Fatal(err)

@@ -282,7 +282,7 @@ func ExampleParseAddr() {
 func ExampleError() {
 	address, stop := serve(lines(func(string) string { return "" }))
 	defer stop()
-	pool, err := connpool.New(connpool.Config{MaxPerAddr: 1, WhenFull: connpool.Fail})
+	pool, err := connpool.New(connpool.Config{MaxPerAddr: 1, WhenFull: connpool.FullFail})
 	if err != nil {
 		log.Fatal(err)
 	}

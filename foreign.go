@@ -197,7 +197,7 @@ func (k *call) awaitLong(patience time.Duration) bool {
 func (p *Pool) outlived(err error, addr Addr) bool {
 	switch err := err.(type) {
 	case *lateError:
-		p.abandoned(err.what, addr)
+		p.noteAbandoned(err.what, addr)
 	case *hookPanic:
 		return p.outlived(err.pan, addr)
 	case *PanicError:
@@ -306,13 +306,13 @@ func (l leavable) Write(b []byte) (int, error) {
 
 // isOverdue reports whether the ctx of the loan is done. On a socket the past
 // deadline says so; a foreign connection may not have listened to it.
-func (c *conn) isOverdue() bool { return c.word.Load()&(cut|detached) == cut }
+func (c *conn) isOverdue() bool { return c.word.Load()&(flagCut|flagDetached) == flagCut }
 
 // over is closed when the operations of the loan are left behind. nil: a loan
 // whose ctx can never be done waits for them.
 func (c *conn) over() <-chan struct{} {
 	l := c.loan.Load()
-	if l == nil || !c.probe.foreign {
+	if l == nil || !c.sock.foreign {
 		return nil
 	}
 	c.dmu.Lock()
@@ -322,11 +322,11 @@ func (c *conn) over() <-chan struct{} {
 
 // source is where the bytes of a loan come from.
 func (c *conn) source() io.Reader {
-	e := c.more.Load()
-	if e == nil || e.back == nil {
+	e := c.cold.Load()
+	if e == nil || e.pushback == nil {
 		return c.nc
 	}
-	return readerFunc(func(p []byte) (int, error) { return e.back.read(c.nc, p) })
+	return readerFunc(func(p []byte) (int, error) { return e.pushback.read(c.nc, p) })
 }
 
 // reader is what a loan reads from, writer what it writes to.
@@ -425,8 +425,8 @@ func (c *conn) query(what string, ask func() error) error {
 
 // startDeadline sets the deadline with which a loan begins. A connection that
 // refuses it is lent all the same, and closed when the ctx is done.
-func (c *conn) startDeadline(l *lending, t time.Time) {
-	if !c.probe.foreign {
+func (c *conn) startDeadline(l *loanState, t time.Time) {
+	if !c.sock.foreign {
 		c.deadlineSet = true
 		c.nc.SetDeadline(t)
 		return
@@ -447,7 +447,7 @@ var errMute = errors.New("SetDeadline of the connection has not returned, or pan
 // or has not returned, is not asked again, and closed after the loan.
 //
 // dmu is not held while set runs: who wants it would wait as long.
-func (c *conn) tellDeadline(l *lending, unlessCut bool, set func() error) error {
+func (c *conn) tellDeadline(l *loanState, unlessCut bool, set func() error) error {
 	c.dmu.Lock()
 	for l.setting != nil {
 		setting := l.setting
@@ -456,7 +456,7 @@ func (c *conn) tellDeadline(l *lending, unlessCut bool, set func() error) error 
 		c.dmu.Lock()
 	}
 	switch {
-	case unlessCut && c.word.Load()&cut != 0:
+	case unlessCut && c.word.Load()&flagCut != 0:
 		c.dmu.Unlock()
 		return nil
 	case l.mute:
@@ -484,7 +484,7 @@ func (c *conn) tellDeadline(l *lending, unlessCut bool, set func() error) error 
 		if l.firstErr == nil {
 			l.firstErr = err
 		}
-		c.word.Or(broken)
+		c.word.Or(flagBroken)
 	}
 	c.dmu.Unlock()
 	c.site.pool.outlived(err, c.site.addr)
@@ -493,10 +493,10 @@ func (c *conn) tellDeadline(l *lending, unlessCut bool, set func() error) error 
 
 // setForeignDeadline is setDeadline for a foreign connection.
 func (c *conn) setForeignDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
-	if c.word.Load()&detached != 0 {
+	if c.word.Load()&flagDetached != 0 {
 		return set(c.nc, t)
 	}
-	l := c.remember()
+	l := c.loanState()
 	c.dmu.Lock()
 	limited := c.limited(t)
 	c.dmu.Unlock()
@@ -506,10 +506,10 @@ func (c *conn) setForeignDeadline(t time.Time, set func(net.Conn, time.Time) err
 // clearDeadline is for the owner, after a loan in which one was set.
 func (c *conn) clearDeadline() error {
 	var err error
-	if !c.probe.foreign {
+	if !c.sock.foreign {
 		err = c.nc.SetDeadline(time.Time{})
 	} else {
-		err = c.tellDeadline(c.remember(), false, func() error {
+		err = c.tellDeadline(c.loanState(), false, func() error {
 			err := c.nc.SetDeadline(time.Time{})
 			if err != nil && c.clearHalves() == nil {
 				return nil
@@ -521,13 +521,13 @@ func (c *conn) clearDeadline() error {
 	if err == nil {
 		return nil
 	}
-	l := c.remember()
+	l := c.loanState()
 	c.dmu.Lock()
 	if l.firstErr == nil {
 		l.firstErr = err
 	}
 	c.dmu.Unlock()
-	c.word.Or(broken)
+	c.word.Or(flagBroken)
 	return err
 }
 
@@ -535,15 +535,15 @@ func (c *conn) clearDeadline() error {
 // First the connection is asked to let go of what is blocked in it; then, at once if
 // it refuses, it is closed; then its operations are left behind. None begins any
 // more, see isOverdue. Nobody waits for that, so each step is a timer's.
-func (c *conn) interruptForeign(l *lending) {
+func (c *conn) interruptForeign(l *loanState) {
 	p := c.site.pool
-	err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(past) })
+	err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(aLongTimeAgo) })
 	leave := func() {
 		if !c.blocked() {
 			return
 		}
 		if err != nil {
-			p.abandoned("an operation of a connection that was closed", c.site.addr)
+			p.noteAbandoned("an operation of a connection that was closed", c.site.addr)
 		}
 		c.dmu.Lock()
 		defer c.dmu.Unlock()
@@ -558,13 +558,13 @@ func (c *conn) interruptForeign(l *lending) {
 	}
 	switch {
 	case !c.blocked():
-	case err != nil && (!errors.Is(err, net.ErrClosed) || c.word.Load()&(gone|shut) == 0):
+	case err != nil && (!errors.Is(err, net.ErrClosed) || c.word.Load()&(flagGone|flagShut) == 0):
 		refuse()
 	default:
 		err = nil
 		time.AfterFunc(foreignPatience, func() {
 			if c.blocked() {
-				p.abandoned("an operation that takes no notice of its deadline", c.site.addr)
+				p.noteAbandoned("an operation that takes no notice of its deadline", c.site.addr)
 				refuse()
 			}
 		})
@@ -582,13 +582,13 @@ func (c *conn) revoke() {
 	for {
 		w := c.word.Load()
 		switch {
-		case w&lent == 0, w&(gone|detached) != 0:
+		case w&flagLent == 0, w&(flagGone|flagDetached) != 0:
 			return
-		case w&hooked != 0: // the hook's caller remains the owner
+		case w&flagHooked != 0: // the hook's caller remains the owner
 			c.strike()
 			return
 		}
-		if c.word.CompareAndSwap(w, w|gone) {
+		if c.word.CompareAndSwap(w, w|flagGone) {
 			c.site.pool.discard(c, ClosedCanceled, c.interruption())
 			return
 		}

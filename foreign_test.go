@@ -379,7 +379,7 @@ func TestHooksOverADeafConnectionEndInTime(t *testing.T) {
 		for name, cfg := range map[string]Config{
 			"Setup": {DialTimeout: time.Second, Setup: func(ctx context.Context, _ Addr, nc net.Conn) (any, error) { return nil, readOne(nc) }},
 			"Reset": {HookTimeout: time.Second, Reset: blocks},
-			"Check": {HookTimeout: time.Second, TrustIdle: -1, Check: blocks},
+			"Check": {HookTimeout: time.Second, CheckAfterIdle: -1, Check: blocks},
 			"Push":  {HookTimeout: time.Second, Push: blocks, Setup: func(context.Context, Addr, net.Conn) (any, error) { return buffered(1), nil }},
 		} {
 			t.Run(how.name+"/"+name, func(t *testing.T) {
@@ -728,7 +728,7 @@ func TestACtxThatPanicsLosesNoConnection(t *testing.T) {
 	for _, where := range []string{"queue", "Check"} {
 		bubble(t, func(t *testing.T) {
 			var fails atomic.Bool
-			n := open(t, Config{MaxPerAddr: 1, TrustIdle: -1, Check: func(context.Context, Conn) error {
+			n := open(t, Config{MaxPerAddr: 1, CheckAfterIdle: -1, Check: func(context.Context, Conn) error {
 				fails.Store(true)
 				return nil
 			}})

@@ -398,7 +398,7 @@ func TestOutOfHandlesTheLeastRecentlyUsedMakeRoomInExactOrder(t *testing.T) {
 	}
 	control, err := net.Dial("tcp4", net.JoinHostPort(peers["tcp"].Host, strconv.Itoa(int(peers["tcp"].Port))))
 	require.NoError(t, err)
-	p, err := New(Config{MaxOpen: -1, CheckInterval: -1}) // no other limit than the system's
+	p, err := New(Config{MaxOpen: -1, SweepInterval: -1}) // no other limit than the system's
 	require.NoError(t, err)
 	defer p.Close()
 	serials := make(map[int]string) // by address
@@ -453,7 +453,7 @@ func TestExhaustionHiddenBehindTheLookupOfANameEvicts(t *testing.T) {
 	if !child {
 		return
 	}
-	p, err := New(Config{MaxOpen: -1, CheckInterval: -1})
+	p, err := New(Config{MaxOpen: -1, SweepInterval: -1})
 	require.NoError(t, err)
 	defer p.Close()
 	for i := range 8 {

@@ -22,7 +22,7 @@ import (
 )
 
 // useUp takes every file handle that the process may still have, under a limit
-// that is not far away. giveBack frees some of them; the test's end frees all,
+// that is not far away. release frees some of them; the test's end frees all,
 // and puts the limit back. (G-06)
 func useUp(t *testing.T) (giveBack func(n int)) {
 	t.Helper()

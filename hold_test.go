@@ -134,11 +134,11 @@ func TestReportsComeInTimeForEach(t *testing.T) {
 			require.Equal(t, fmt.Sprint("h", i), told[0].Addr.Host)
 			require.Equal(t, 10*time.Second, told[0].Held)
 		}
-		n.p.holds.mu.Lock()
-		require.Nil(t, n.p.holds.oldest)
-		require.Nil(t, n.p.holds.newest)
-		require.False(t, n.p.holds.timer.Stop(), "it runs only while something is out")
-		n.p.holds.mu.Unlock()
+		n.p.loanLog.mu.Lock()
+		require.Nil(t, n.p.loanLog.oldest)
+		require.Nil(t, n.p.loanLog.newest)
+		require.False(t, n.p.loanLog.timer.Stop(), "it runs only while something is out")
+		n.p.loanLog.mu.Unlock()
 		// However a hold ends, it ends.
 		for _, how := range []func(Conn) error{discard, Conn.Close, func(Conn) error { panic(errBoom) },
 			func(Conn) error { runtime.Goexit(); return nil }, func(c Conn) error { nc, err := c.Detach(); nc.Close(); return err }} {
@@ -146,10 +146,10 @@ func TestReportsComeInTimeForEach(t *testing.T) {
 			b.conn()
 			b.finish(how)
 			synctest.Wait()
-			n.p.holds.mu.Lock()
-			require.Nil(t, n.p.holds.oldest)
-			require.False(t, n.p.holds.timer.Stop())
-			n.p.holds.mu.Unlock()
+			n.p.loanLog.mu.Lock()
+			require.Nil(t, n.p.loanLog.oldest)
+			require.False(t, n.p.loanLog.timer.Stop())
+			n.p.loanLog.mu.Unlock()
 		}
 		time.Sleep(time.Hour)
 		require.Empty(t, reports.take())
@@ -211,7 +211,7 @@ func TestAProfileShowsWhatIsInUseAndByWhom(t *testing.T) {
 func TestNobodyPaysForReportsThatNobodyWants(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
-		require.Nil(t, n.p.holds)
+		require.Nil(t, n.p.loanLog)
 		b := n.borrow(bg, at("a"))
 		require.Nil(t, holdOf(b.conn().c))
 		require.NoError(t, b.giveBack())
@@ -228,9 +228,9 @@ func TestNobodyPaysForReportsThatNobodyWants(t *testing.T) {
 	require.LessOrEqual(t, runtime.NumGoroutine(), before)
 }
 
-func holdOf(c *conn) *holding {
+func holdOf(c *conn) *loanRecord {
 	if l := c.loan.Load(); l != nil {
-		return l.hold
+		return l.record
 	}
 	return nil
 }

@@ -87,7 +87,7 @@ func (f *fakeSystem) pool(t testing.TB, cfg Config) *Pool {
 		handleLimit:  func() (int, bool) { return 0, false },
 		noHandleFree: func() bool { return false },
 	}
-	p.lookAtHandles()
+	p.refreshHandleLimit()
 	return p
 }
 
@@ -195,7 +195,7 @@ func TestEachStepFindsTheTheftBeforeItTouchesTheDescriptor(t *testing.T) {
 				f := newFakeSystem(t)
 				cfg := Config{MaxOpen: 1}
 				if check != "" {
-					cfg.TrustIdle = -1
+					cfg.CheckAfterIdle = -1
 					cfg.Check = func(_ context.Context, c Conn) error { return echo(c, "ping") }
 				}
 				p := f.pool(t, cfg)
@@ -205,7 +205,7 @@ func TestEachStepFindsTheTheftBeforeItTouchesTheDescriptor(t *testing.T) {
 				closed, wrong := f.sock(0).state()
 				require.False(t, closed)
 				require.Empty(t, wrong)
-				require.Equal(t, uint64(1), p.Stats().Closed[Quarantined])
+				require.Equal(t, uint64(1), p.Stats().Closed[ClosedQuarantined])
 				p.check(t)
 				require.NoError(t, p.Close())
 				closed, _ = f.sock(0).state()
@@ -252,10 +252,10 @@ func TestEachStepFindsTheTheftBeforeItTouchesTheDescriptor(t *testing.T) {
 				}()
 				<-done
 				if reset {
-					require.Equal(t, uint64(1), p.Stats().Closed[Quarantined], "found when it is given back")
+					require.Equal(t, uint64(1), p.Stats().Closed[ClosedQuarantined], "found when it is given back")
 				}
 				p.CloseIdle()
-				require.Equal(t, uint64(1), p.Stats().Closed[Quarantined])
+				require.Equal(t, uint64(1), p.Stats().Closed[ClosedQuarantined])
 				require.Equal(t, 0, p.Stats().Open)
 				closed, wrong := f.sock(0).state()
 				require.False(t, closed)
@@ -283,7 +283,7 @@ func TestEachStepFindsTheTheftBeforeItTouchesTheDescriptor(t *testing.T) {
 			closed, wrong := f.sock(0).state()
 			require.False(t, closed)
 			require.Empty(t, wrong)
-			soon(t, "the stolen one in quarantine", func() bool { return p.Stats().Closed[Quarantined] == 1 })
+			soon(t, "the stolen one in quarantine", func() bool { return p.Stats().Closed[ClosedQuarantined] == 1 })
 			require.NoError(t, use(p))
 			p.check(t)
 		})
@@ -353,7 +353,7 @@ func TestDisownedBetweenTheLookAndTheLoanIsStillStolen(t *testing.T) {
 	closed, wrong := f.sock(0).state()
 	require.Empty(t, wrong)
 	require.False(t, closed)
-	require.Equal(t, uint64(1), p.Stats().Closed[Quarantined])
+	require.Equal(t, uint64(1), p.Stats().Closed[ClosedQuarantined])
 	p.check(t)
 }
 
@@ -372,7 +372,7 @@ func TestAStolenConnectionCannotBeDetached(t *testing.T) {
 	require.Empty(t, wrong)
 	require.False(t, closed)
 	st := p.Stats()
-	require.Equal(t, uint64(1), st.Closed[Quarantined])
+	require.Equal(t, uint64(1), st.Closed[ClosedQuarantined])
 	require.Zero(t, st.Open)
 	require.Zero(t, st.Detached)
 	p.check(t)
@@ -412,7 +412,7 @@ func TestMarkDeadGoesByNumberAndByIdentity(t *testing.T) {
 	thief := &fakeSock{sys: f, fd: fakeNumber + 1}
 	who[thief.fd] = a
 	require.Equal(t, 1, p.MarkDead(thief))
-	require.Equal(t, map[CloseReason]uint64{ClosedMarkedDead: 1, Quarantined: 1}, p.Stats().Closed)
+	require.Equal(t, map[CloseReason]uint64{ClosedMarkedDead: 1, ClosedQuarantined: 1}, p.Stats().Closed)
 	closed, _ = f.sock(1).state()
 	require.False(t, closed)
 	require.Equal(t, 0, p.MarkDead(thief))

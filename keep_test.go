@@ -280,7 +280,7 @@ func TestAnErrorThatTellsOfAPanicIsNoPanic(t *testing.T) {
 			"CloseInfo.Err": func(context.Context, Conn) error { return told },
 			"a PanicError":  func(context.Context, Conn) error { return &PanicError{Where: "?", Value: 1} },
 		} {
-			for where, cfg := range map[string]Config{"Check": {Check: hook, TrustIdle: -1}, "Reset": {Reset: hook}} {
+			for where, cfg := range map[string]Config{"Check": {Check: hook, CheckAfterIdle: -1}, "Reset": {Reset: hook}} {
 				n := open(t, cfg)
 				for i := range 3 {
 					require.NotPanics(t, func() {
@@ -296,7 +296,7 @@ func TestAnErrorThatTellsOfAPanicIsNoPanic(t *testing.T) {
 			}
 		}
 		for where, cfg := range map[string]func(func(context.Context, Conn) error) Config{
-			"Config.Check": func(f func(context.Context, Conn) error) Config { return Config{Check: f, TrustIdle: -1} },
+			"Config.Check": func(f func(context.Context, Conn) error) Config { return Config{Check: f, CheckAfterIdle: -1} },
 			"Config.Reset": func(f func(context.Context, Conn) error) Config { return Config{Reset: f} },
 		} {
 			n := open(t, cfg(func(context.Context, Conn) error { panic("here") }))
@@ -321,7 +321,7 @@ func TestAnErrorThatTellsOfAPanicIsNoPanic(t *testing.T) {
 // of this dial a failure like any other; only what the dial itself lacks is none.
 func TestTheWantOfAnotherPoolIsAFailureOfTheDial(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		m := open(t, Config{MaxOpen: 1, WhenFull: Fail})
+		m := open(t, Config{MaxOpen: 1, WhenFull: FullFail})
 		m.borrow(bg, at("tokens")).conn()
 		n := open(t, Config{Setup: func(ctx context.Context, _ Addr, _ net.Conn) (any, error) {
 			return nil, m.p.With(ctx, at("tokens"), nil2)

@@ -161,7 +161,7 @@ func TestEachKindOfErrorIsToldApart(t *testing.T) {
 		}
 	})
 	t.Run("resource", func(t *testing.T) {
-		n, p := with(t, func(c *Config) { c.MaxPerAddr, c.WhenFull = 1, Fail })
+		n, p := with(t, func(c *Config) { c.MaxPerAddr, c.WhenFull = 1, FullFail })
 		h := hold(t, p, n.addr)
 		err := p.With(t.Context(), n.addr, notRun(t))
 		failsWith(t, err, StageWait, KindResource)

@@ -129,7 +129,7 @@ func TestASmallFixedLimitWithWaiting(t *testing.T) {
 
 // ORA-35
 func TestThePolicyDecidesWhatTheFourthOfThreeMeets(t *testing.T) {
-	for policy, after := range map[FullPolicy]reasons{Wait: {}, Fail: {}, Overflow: {ClosedSurplus: 1}} {
+	for policy, after := range map[FullPolicy]reasons{FullWait: {}, FullFail: {}, FullOverflow: {ClosedSurplus: 1}} {
 		for name, borrow := range map[string]func(*testnet, context.Context) (func() error, error){
 			"With": func(n *testnet, ctx context.Context) (func() error, error) {
 				b := n.borrow(ctx, at("a"))
@@ -167,14 +167,14 @@ func TestThePolicyDecidesWhatTheFourthOfThreeMeets(t *testing.T) {
 					time.AfterFunc(time.Second, func() { first() })
 					giveBack, err := borrow(n, bg)
 					switch policy {
-					case Wait:
+					case FullWait:
 						require.NoError(t, err)
 						require.Equal(t, time.Second, time.Since(start))
 						n.gauges(3, 0, 0)
-					case Fail:
+					case FullFail:
 						require.ErrorIs(t, err, ErrExhausted)
 						require.Equal(t, time.Duration(0), time.Since(start))
-					case Overflow:
+					case FullOverflow:
 						require.NoError(t, err)
 						require.Equal(t, time.Duration(0), time.Since(start))
 						n.gauges(4, 0, 0)

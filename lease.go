@@ -80,11 +80,11 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 		return nil, err
 	}
 	defer k.rescue()
-	k.hold(1)
+	k.record(1)
 	l := &Lease{c: k.c, ctx: context.WithoutCancel(ctx), trace: k.trace}
 	l.gen = k.start(l.ctx).gen
 	k.got()
-	l.cleanup = runtime.AddCleanup(l, forgotten, k.c)
+	l.cleanup = runtime.AddCleanup(l, leakedLease, k.c)
 	k.owned = false // the lease is the owner
 	return l, nil
 }
@@ -115,13 +115,13 @@ func (l *Lease) Return() error {
 	}
 	l.mu.Unlock()
 	if was == leaseHeld {
-		l.giveBack()
+		l.release()
 	}
 	return nil
 }
 
-// giveBack is for the owner of a connection on which a loan stands.
-func (l *Lease) giveBack() {
+// release is for the owner of a connection on which a loan stands.
+func (l *Lease) release() {
 	l.cleanup.Stop()
 	k := l.checkout()
 	defer k.rescue()

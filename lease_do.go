@@ -41,25 +41,25 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 	defer func() { l.resume(again) }()
 	defer k.rescue()
 	before := c.end()
-	h := c.begin(ctx, before&moved)
+	h := c.begin(ctx, before&flagMoved)
 	if !l.began(h) {
 		k.owned = false
 		return usage(c.site.addr, leaseError{})
 	}
 	err := fn(h)
 	if err == nil {
-		c.content()
+		c.noteContent()
 	}
 	word, mine := k.end()
 	if !mine {
 		return unkeep(err)
 	}
-	if reason, why := c.verdict(ctx, word&^halfClosed, err); reason != ClosedUnknown {
+	if reason, why := c.verdict(ctx, word&^flagHalfClosed, err); reason != ClosedUnknown {
 		k.close(reason, why)
 		return unkeep(err)
 	}
 	// The loan that stands from now on is judged by what was before, too.
-	again, k.owned = c.begin(l.ctx, before&(timedOut|halfClosed)|word&(moved|halfClosed)), false
+	again, k.owned = c.begin(l.ctx, before&(flagTimedOut|flagHalfClosed)|word&(flagMoved|flagHalfClosed)), false
 	return unkeep(err)
 }
 
@@ -70,7 +70,7 @@ func (l *Lease) pause() error {
 	if err := l.unusableLocked(); err != nil {
 		return err
 	}
-	switch word, ok := l.c.hush(l.gen); {
+	switch word, ok := l.c.endIfQuiet(l.gen); {
 	case ok:
 		l.state, l.gen = leaseDoing, 0
 		return nil
@@ -82,13 +82,13 @@ func (l *Lease) pause() error {
 
 // hush ends the loan gen unless an operation is running or the connection is
 // gone, and returns the word as it was.
-func (c *conn) hush(gen uint64) (word uint64, ok bool) {
+func (c *conn) endIfQuiet(gen uint64) (word uint64, ok bool) {
 	for {
 		w := c.word.Load()
-		if w&(inFlight|gone) != 0 || w&lent == 0 || w>>genShift != gen {
+		if w&(inFlight|flagGone) != 0 || w&flagLent == 0 || w>>genShift != gen {
 			return w, false
 		}
-		if c.word.CompareAndSwap(w, w&^lent) {
+		if c.word.CompareAndSwap(w, w&^flagLent) {
 			return w, true
 		}
 	}
@@ -132,6 +132,6 @@ func (l *Lease) resume(again Conn) {
 		l.cleanup.Stop()
 		again.Close()
 	case wanted:
-		l.giveBack()
+		l.release()
 	}
 }

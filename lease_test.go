@@ -20,7 +20,7 @@ import (
 func forget(l *Lease) {
 	l.cleanup.Stop()
 	l.state = leaseOver
-	forgotten(l.c)
+	leakedLease(l.c)
 	settleBubble()
 }
 

@@ -97,7 +97,7 @@ func TestPressureIsDoubtedWhereNoDescriptorTells(t *testing.T) {
 func TestAConnectionIsNoReserveAnyMoreWhenThereIsNone(t *testing.T) {
 	for _, handedOver := range []bool{false, true} {
 		bubble(t, func(t *testing.T) {
-			n := open(t, Config{IdleTimeout: time.Minute, MinSpare: 1, CheckInterval: -1, MaxPerAddr: 2})
+			n := open(t, Config{IdleTimeout: time.Minute, MinIdlePerAddr: 1, SweepInterval: -1, MaxPerAddr: 2})
 			n.use(at("a"))
 			synctest.Wait()
 			time.Sleep(2 * time.Minute)
@@ -106,14 +106,14 @@ func TestAConnectionIsNoReserveAnyMoreWhenThereIsNone(t *testing.T) {
 			b.conn()
 			require.NoError(t, b.giveBack())
 			synctest.Wait()
-			n.change(func(l *Limits) { l.MinSpare = 0 })
+			n.change(func(l *Limits) { l.MinIdlePerAddr = 0 })
 			time.Sleep(time.Hour)
 			before := n.p.Stats()
 			if handedOver {
 				// It is being looked at when the borrower comes.
 				n.p.mu.Lock()
 				c := n.p.sites.find(at("a")).top
-				at := sighting{c, c.generation()}
+				at := idleRef{c, c.generation()}
 				n.p.mu.Unlock()
 				n.p.examine(at, false)
 			}
@@ -131,13 +131,13 @@ func TestAConnectionIsNoReserveAnyMoreWhenThereIsNone(t *testing.T) {
 func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
 	for _, reserve := range []bool{true, false} {
 		bubble(t, func(t *testing.T) {
-			n := open(t, Config{IdleTimeout: time.Minute, MinSpare: 1, CheckInterval: -1, MaxPerAddr: 2})
+			n := open(t, Config{IdleTimeout: time.Minute, MinIdlePerAddr: 1, SweepInterval: -1, MaxPerAddr: 2})
 			n.idle(at("a"), 2)
 			time.Sleep(2 * time.Minute)
 			n.use(at("a"))
 			synctest.Wait()
 			if !reserve {
-				n.change(func(l *Limits) { l.MinSpare = 0 })
+				n.change(func(l *Limits) { l.MinIdlePerAddr = 0 })
 			}
 			time.Sleep(2 * time.Minute)
 			var looked []*conn
@@ -145,7 +145,7 @@ func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
 				n.p.mu.Lock()
 				n.p.takeLocked(c)
 				c.lendAtLocked(n.p.clock.Now())
-				n.p.lookedAtLocked(c, true)
+				n.p.setCheckingLocked(c, true)
 				n.p.mu.Unlock()
 				looked = append(looked, c)
 			}
@@ -153,11 +153,11 @@ func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
 			n.Host("a").SetLatency(5 * time.Second)
 			expired := n.p.Stats().Closed[ClosedIdleTimeout]
 			b := n.queue(1, at("a"))[0]
-			n.p.park(looked[0], untouched)
+			n.p.releaseFrom(looked[0], fromCheck)
 			synctest.Wait()
 			require.Equal(t, reserve, b.holds(), "lent, or closed, and a dial serves the borrower")
 			for _, c := range looked[1:] {
-				n.p.park(c, untouched)
+				n.p.releaseFrom(c, fromCheck)
 			}
 			b.conn()
 			synctest.Wait()
@@ -173,7 +173,7 @@ func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
 func TestALookThatIsOverCountsForNoReserve(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		looking := make(chan struct{}, 100)
-		n := open(t, Config{CheckInterval: time.Minute, IdleTimeout: -1, Check: func(context.Context, Conn) error {
+		n := open(t, Config{SweepInterval: time.Minute, IdleTimeout: -1, Check: func(context.Context, Conn) error {
 			looking <- struct{}{}
 			time.Sleep(time.Second)
 			return nil
@@ -183,7 +183,7 @@ func TestALookThatIsOverCountsForNoReserve(t *testing.T) {
 		require.NotEmpty(t, looking)
 		time.Sleep(10 * time.Second)
 		n.check()
-		n.change(func(l *Limits) { l.MinSpare = 3 })
+		n.change(func(l *Limits) { l.MinIdlePerAddr = 3 })
 		b := n.borrow(bg, at("a"))
 		b.conn()
 		synctest.Wait()
@@ -194,11 +194,11 @@ func TestALookThatIsOverCountsForNoReserve(t *testing.T) {
 			<-looking
 		}
 		<-looking
-		n.change(func(l *Limits) { l.MinSpare = 0 })
+		n.change(func(l *Limits) { l.MinIdlePerAddr = 0 })
 		time.Sleep(30 * time.Second)
 		n.check()
 		n.p.mu.Lock()
-		require.Zero(t, n.p.looked)
+		require.Zero(t, n.p.checking)
 		n.p.mu.Unlock()
 		require.NoError(t, b.giveBack())
 	})
@@ -211,7 +211,7 @@ func TestALookHandsOverWithTheRightTimes(t *testing.T) {
 		checking := make(chan struct{})
 		var put PutInfo
 		var got GotInfo
-		n := open(t, Config{MaxPerAddr: 1, CheckInterval: time.Minute, TrustIdle: 2 * time.Minute, IdleTimeout: -1,
+		n := open(t, Config{MaxPerAddr: 1, SweepInterval: time.Minute, CheckAfterIdle: 2 * time.Minute, IdleTimeout: -1,
 			Check: func(ctx context.Context, c Conn) error { <-checking; return nil },
 			Trace: &Trace{PutConn: func(i PutInfo) { put = i }, GotConn: func(i GotInfo) { got = i }}})
 		n.use(at("a"))
@@ -238,13 +238,13 @@ func TestALookHandsOverWithTheRightTimes(t *testing.T) {
 // up as it was handed over.
 func TestALookThatFindsNothingLeavesTheAgeAsItIs(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{IdleTimeout: time.Minute, CheckInterval: -1, MaxPerAddr: 1})
+		n := open(t, Config{IdleTimeout: time.Minute, SweepInterval: -1, MaxPerAddr: 1})
 		n.use(at("a"))
 		c := n.p.every()[0]
 		since := c.since
 		for range 5 {
 			time.Sleep(10 * time.Second)
-			n.p.examine(sighting{c, c.generation()}, false)
+			n.p.examine(idleRef{c, c.generation()}, false)
 			require.Equal(t, since, c.since)
 		}
 		// To a waiter, which has gone when it looks.
@@ -257,10 +257,10 @@ func TestALookThatFindsNothingLeavesTheAgeAsItIs(t *testing.T) {
 		n.p.refreshLocked(s)
 		n.p.mu.Unlock()
 		time.Sleep(time.Second)
-		n.p.park(c, untouched)
+		n.p.releaseFrom(c, fromCheck)
 		<-w.ready
 		require.Equal(t, 51*time.Second, c.idleFor)
-		n.p.declined(w)
+		n.p.noteDeclined(w)
 		require.Equal(t, since, c.since)
 		time.Sleep(9 * time.Second)
 		require.Equal(t, "a#2", n.use(at("a")), "a minute has passed since its last loan")
@@ -272,7 +272,7 @@ func TestALookThatFindsNothingLeavesTheAgeAsItIs(t *testing.T) {
 // keep it.
 func TestDialContextKeepsMaxOpenUnderOverflow(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.MaxOpen, c.WhenFull = 2, Overflow })
+	p := n.pool(t, func(c *Config) { c.MaxOpen, c.WhenFull = 2, FullOverflow })
 	network, address := n.target()
 	var own []net.Conn
 	for range 2 {
@@ -316,16 +316,16 @@ func TestDialContextKeepsMaxOpenUnderOverflow(t *testing.T) {
 // TRY-49: counts near the end of their range are compared, not added to.
 func TestAReserveThatIsAsLargeAsCanBeIsCompared(t *testing.T) {
 	for _, cfg := range []Config{
-		{MaxOpen: 10, MinSpare: math.MaxInt},
-		{MaxPerAddr: 10, MinSpare: math.MaxInt},
-		{MaxOpen: 10, MinSpare: 10},
-		{MaxPerAddr: math.MaxInt, MinSpare: math.MaxInt},
+		{MaxOpen: 10, MinIdlePerAddr: math.MaxInt},
+		{MaxPerAddr: 10, MinIdlePerAddr: math.MaxInt},
+		{MaxOpen: 10, MinIdlePerAddr: 10},
+		{MaxPerAddr: math.MaxInt, MinIdlePerAddr: math.MaxInt},
 	} {
 		_, err := New(cfg)
-		require.ErrorContains(t, err, "MinSpare", "%+v", cfg.limits())
+		require.ErrorContains(t, err, "MinIdlePerAddr", "%+v", cfg.limits())
 	}
 	for _, cfg := range []Config{
-		{MaxOpen: 1}, {MaxPerAddr: 1}, {MaxOpen: 1, MinSpare: -1}, {MaxOpen: 10, MinSpare: 9}, {MaxOpen: math.MaxInt, MinSpare: 3},
+		{MaxOpen: 1}, {MaxPerAddr: 1}, {MaxOpen: 1, MinIdlePerAddr: -1}, {MaxOpen: 10, MinIdlePerAddr: 9}, {MaxOpen: math.MaxInt, MinIdlePerAddr: 3},
 	} {
 		p, err := New(cfg)
 		require.NoError(t, err, "%+v", cfg.limits())

@@ -220,21 +220,21 @@ func TestTheReserveFollowsItsLimit(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
 		n.use(at("a"))
-		n.change(func(l *Limits) { l.MinSpare = 3 })
+		n.change(func(l *Limits) { l.MinIdlePerAddr = 3 })
 		synctest.Wait()
 		n.gauges(0, 1, 0)
 		n.use(at("a")) // an address has its reserve with its next loan
 		synctest.Wait()
 		require.GreaterOrEqual(t, n.p.Stats().Idle, 3)
 		n.check()
-		n.change(func(l *Limits) { l.MinSpare = 5 })
+		n.change(func(l *Limits) { l.MinIdlePerAddr = 5 })
 		synctest.Wait()
 		require.GreaterOrEqual(t, n.p.Stats().Idle, 5)
-		n.change(func(l *Limits) { l.MinSpare = 1 })
+		n.change(func(l *Limits) { l.MinIdlePerAddr = 1 })
 		time.Sleep(3 * defaultIdleTimeout)
 		synctest.Wait() // for the sweep of that moment
 		n.gauges(0, 1, 0)
-		n.change(func(l *Limits) { l.MinSpare = 0 })
+		n.change(func(l *Limits) { l.MinIdlePerAddr = 0 })
 		time.Sleep(3 * defaultIdleTimeout)
 		synctest.Wait()
 		n.gauges(0, 0, 0)
@@ -244,22 +244,22 @@ func TestTheReserveFollowsItsLimit(t *testing.T) {
 
 // ORA-16
 func TestLimitsAreCheckedAsConfigIs(t *testing.T) {
-	p, err := New(Config{MaxOpen: 8, MinSpare: 2})
+	p, err := New(Config{MaxOpen: 8, MinIdlePerAddr: 2})
 	require.NoError(t, err)
 	before := p.Limits()
-	require.Equal(t, Limits{MaxOpen: 8, MinSpare: 2}, before)
+	require.Equal(t, Limits{MaxOpen: 8, MinIdlePerAddr: 2}, before)
 	for _, tc := range []struct {
 		l    Limits
 		a, b string
 	}{
 		{Limits{MaxOpen: 4, MaxPerAddr: 5}, "MaxPerAddr", "MaxOpen"},
 		{Limits{MaxIdle: -1, MaxIdlePerAddr: 1}, "MaxIdle", "MaxIdlePerAddr"},
-		{Limits{MinSpare: 1, MaxIdle: -1}, "MinSpare", "MaxIdle"},
-		{Limits{MinSpare: 1, MaxIdlePerAddr: -1}, "MinSpare", "MaxIdlePerAddr"},
-		{Limits{MinSpare: 2, MaxIdle: 1}, "MinSpare", "MaxIdle"},
-		{Limits{MinSpare: 2, MaxIdlePerAddr: 1}, "MinSpare", "MaxIdlePerAddr"},
-		{Limits{MinSpare: 2, MaxPerAddr: 2}, "MinSpare", "MaxPerAddr"},
-		{Limits{MinSpare: 2, MaxOpen: 2}, "MinSpare", "MaxOpen"},
+		{Limits{MinIdlePerAddr: 1, MaxIdle: -1}, "MinIdlePerAddr", "MaxIdle"},
+		{Limits{MinIdlePerAddr: 1, MaxIdlePerAddr: -1}, "MinIdlePerAddr", "MaxIdlePerAddr"},
+		{Limits{MinIdlePerAddr: 2, MaxIdle: 1}, "MinIdlePerAddr", "MaxIdle"},
+		{Limits{MinIdlePerAddr: 2, MaxIdlePerAddr: 1}, "MinIdlePerAddr", "MaxIdlePerAddr"},
+		{Limits{MinIdlePerAddr: 2, MaxPerAddr: 2}, "MinIdlePerAddr", "MaxPerAddr"},
+		{Limits{MinIdlePerAddr: 2, MaxOpen: 2}, "MinIdlePerAddr", "MaxOpen"},
 	} {
 		err := p.SetLimits(tc.l)
 		require.Equal(t, KindUsage, KindOf(err))
@@ -273,7 +273,7 @@ func TestLimitsAreCheckedAsConfigIs(t *testing.T) {
 		require.ErrorContains(t, err, "Config."+tc.b)
 	}
 	require.NoError(t, p.SetLimits(p.Limits()))
-	require.NoError(t, p.SetLimits(Limits{MinSpare: 2, MaxPerAddr: 3, MaxIdlePerAddr: 2, MaxOpen: 3}))
+	require.NoError(t, p.SetLimits(Limits{MinIdlePerAddr: 2, MaxPerAddr: 3, MaxIdlePerAddr: 2, MaxOpen: 3}))
 	require.NoError(t, p.SetLimits(Limits{}))
 	require.Equal(t, math.MaxInt, p.limits.MaxIdle, "0 means here what it means there")
 	require.NoError(t, p.SetLimits(Limits{MaxIdle: -1, MaxIdlePerAddr: -1, MaxOpen: -1}))
@@ -284,7 +284,7 @@ func TestLimitsAreCheckedAsConfigIs(t *testing.T) {
 	require.ErrorIs(t, new(Pool).SetLimits(Limits{}), ErrClosed)
 	require.Zero(t, new(Pool).Limits())
 
-	q, err := New(Config{WhenFull: Overflow, MaxOpen: 3})
+	q, err := New(Config{WhenFull: FullOverflow, MaxOpen: 3})
 	require.NoError(t, err)
 	defer q.Close()
 	err = q.SetLimits(Limits{})
@@ -344,7 +344,7 @@ func TestStressLimitsMoveUnderTraffic(t *testing.T) {
 				default:
 				}
 				l := Limits{MaxOpen: 2 + rng.IntN(8), MaxDialing: 1 + rng.IntN(4), MaxIdle: rng.IntN(3) - 1, MaxPerAddr: rng.IntN(3)}
-				l.MinSpare = rng.IntN(2)
+				l.MinIdlePerAddr = rng.IntN(2)
 				p.setLimits(l) // or not, if it makes no sense
 				p.Limits()
 			}

@@ -24,10 +24,10 @@ func TestAnEvictionPassesWhatIsHeldOnce(t *testing.T) {
 		return c
 	}
 	for range 1000 {
-		add(borrowed)
+		add(phaseBorrowed)
 	}
 	for range 100 {
-		c := add(idle)
+		c := add(phaseIdle)
 		require.Same(t, c, rec.oldestIdle(1))
 		require.Same(t, c, rec.lent.younger, "the next search begins with it")
 		require.True(t, rec.remove(c))
@@ -36,7 +36,7 @@ func TestAnEvictionPassesWhatIsHeldOnce(t *testing.T) {
 	// One that comes back is met again, and in its order.
 	held := rec.all()
 	for _, i := range []int{7, 3, 999} {
-		held[i].phase = idle
+		held[i].phase = phaseIdle
 		rec.touch(held[i])
 	}
 	for _, i := range []int{7, 3, 999} {
@@ -52,13 +52,13 @@ func TestAnEvictionPassesWhatIsHeldOnce(t *testing.T) {
 func TestAnEvictionFindsWhatWasLookedAtMeanwhile(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		looking := make(chan struct{})
-		n := open(t, Config{MaxOpen: 2, CheckInterval: -1, TrustIdle: -1, Check: func(context.Context, Conn) error { <-looking; return nil }})
+		n := open(t, Config{MaxOpen: 2, SweepInterval: -1, CheckAfterIdle: -1, Check: func(context.Context, Conn) error { <-looking; return nil }})
 		n.use(at("a"))
 		time.Sleep(time.Second)
 		n.use(at("b"))
 		c := n.p.every()[0]
 		require.Equal(t, "a", c.site.addr.Host)
-		go n.p.examine(sighting{c, c.generation()}, true)
+		go n.p.examine(idleRef{c, c.generation()}, true)
 		synctest.Wait()
 		addr, ok := n.p.EvictLRU() // passes it
 		require.Equal(t, [2]any{at("b"), true}, [2]any{addr, ok})
@@ -75,7 +75,7 @@ func TestAnEvictionFindsWhatWasLookedAtMeanwhile(t *testing.T) {
 func TestALookEndsWhereItBegan(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		looking := make(chan struct{})
-		n := open(t, Config{IdleTimeout: -1, CheckInterval: -1, TrustIdle: time.Hour, Check: func(context.Context, Conn) error { <-looking; return nil }})
+		n := open(t, Config{IdleTimeout: -1, SweepInterval: -1, CheckAfterIdle: time.Hour, Check: func(context.Context, Conn) error { <-looking; return nil }})
 		var all []*scripted
 		for range 5 {
 			b := n.borrow(bg, at("a"))
@@ -96,7 +96,7 @@ func TestALookEndsWhereItBegan(t *testing.T) {
 		}
 		before := stack()
 		for _, c := range n.p.every() {
-			go n.p.examine(sighting{c, c.generation()}, true)
+			go n.p.examine(idleRef{c, c.generation()}, true)
 			synctest.Wait()
 			require.True(t, c.linked())
 			require.Equal(t, before, stack())
@@ -108,7 +108,7 @@ func TestALookEndsWhereItBegan(t *testing.T) {
 		}
 		// A borrower takes the one below.
 		top := n.p.every()[4]
-		go n.p.examine(sighting{top, top.generation()}, true)
+		go n.p.examine(idleRef{top, top.generation()}, true)
 		synctest.Wait()
 		b := n.borrow(bg, at("a"))
 		require.Equal(t, before[1], b.conn().ID())
@@ -121,7 +121,7 @@ func TestALookEndsWhereItBegan(t *testing.T) {
 		n.check()
 		// All that is there is being looked at: a borrower dials.
 		for _, c := range n.p.every() {
-			go n.p.examine(sighting{c, c.generation()}, true)
+			go n.p.examine(idleRef{c, c.generation()}, true)
 		}
 		synctest.Wait()
 		n.use(at("a"))
@@ -140,7 +140,7 @@ func TestLooksAtRandomLeaveTheStacksInOrder(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 6))
 			var checks atomic.Uint64 // r is the test's alone
-			n := open(t, Config{MaxOpen: 12, IdleTimeout: -1, CheckInterval: -1, TrustIdle: time.Hour,
+			n := open(t, Config{MaxOpen: 12, IdleTimeout: -1, SweepInterval: -1, CheckAfterIdle: time.Hour,
 				Check: func(context.Context, Conn) error {
 					k := checks.Add(1) * (seed + 7)
 					time.Sleep(time.Duration(k%5) * time.Second)
@@ -166,7 +166,7 @@ func TestLooksAtRandomLeaveTheStacksInOrder(t *testing.T) {
 				case 3, 4:
 					for _, c := range n.p.every() {
 						if r.IntN(3) == 0 {
-							go n.p.examine(sighting{c, c.generation()}, true)
+							go n.p.examine(idleRef{c, c.generation()}, true)
 						}
 					}
 					synctest.Wait()
@@ -187,7 +187,7 @@ func TestLooksAtRandomLeaveTheStacksInOrder(t *testing.T) {
 
 // TRY-52: a sweep, or Addrs, over all addresses lets others pass in between.
 func TestNobodyWaitsForAllAddresses(t *testing.T) {
-	p, err := New(Config{MaxOpen: -1, CheckInterval: -1, Dialers: map[Transport]DialFunc{memory: func(context.Context, Addr) (net.Conn, error) { return nil, errBoom }}})
+	p, err := New(Config{MaxOpen: -1, SweepInterval: -1, Dialers: map[Transport]DialFunc{memory: func(context.Context, Addr) (net.Conn, error) { return nil, errBoom }}})
 	require.NoError(t, err)
 	const k = 100 * atOnce
 	for i := range k {
@@ -205,8 +205,8 @@ func TestNobodyWaitsForAllAddresses(t *testing.T) {
 			<-time.After(50 * time.Microsecond)
 		}
 		if visited%2 == 0 { // what is forgotten meanwhile does not disturb
-			s.trouble = nil
-			p.forgetLocked(s)
+			s.backoff = nil
+			p.dropIfEmptyLocked(s)
 		}
 	})
 	require.Equal(t, k, visited)

@@ -29,7 +29,7 @@ import (
 // The flags told and heard of the state word say how far a connection has come.
 // They last from the dial to the close; both of them mean that it has lived, or
 // that its end is booked.
-const lived = told | heard
+const flagsLived = flagWrote | flagRead
 
 // youth is for how long after its dial the loss of a connection speaks against
 // its address. A peer that hangs up on what nobody has used for longer does what
@@ -40,21 +40,21 @@ const youth = 2 * time.Second
 const maxHollow = 3
 
 // moves books that a loan has moved bytes in one direction.
-func (c *conn) moves(way uint64) {
-	if w := c.word.Load(); w&way != 0 || w&(hooked|detached) != 0 {
+func (c *conn) noteTraffic(way uint64) {
+	if w := c.word.Load(); w&way != 0 || w&(flagHooked|flagDetached) != 0 {
 		return // Setup and the other hooks are part of what makes a connection fit
 	}
-	if (c.word.Or(way)|way)&lived == lived {
-		c.site.pool.lives(c, true)
+	if (c.word.Or(way)|way)&flagsLived == flagsLived {
+		c.site.pool.noteLived(c, true)
 	}
 }
 
 // lives books that c has lived: in a loan, or idle.
-func (p *Pool) lives(c *conn, inLoan bool) {
+func (p *Pool) noteLived(c *conn, inLoan bool) {
 	var todo agenda
 	p.mu.Lock()
 	// An operation may outlive its connection's time in the pool.
-	if c.phase != none && p.livedLocked(c, inLoan) {
+	if c.phase != phaseNone && p.noteLivedLocked(c, inLoan) {
 		p.admitLocked(&todo)
 	}
 	p.mu.Unlock()
@@ -62,36 +62,36 @@ func (p *Pool) lives(c *conn, inLoan bool) {
 }
 
 // stood books that c was found fit in a sweep, if it has stood for long enough.
-func (p *Pool) stood(c *conn, now clock.Instant) {
-	if c.word.Load()&lived != lived && now.Sub(c.born) >= p.sweepPeriod() {
-		p.lives(c, false)
+func (p *Pool) noteStood(c *conn, now clock.Instant) {
+	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= p.sweepPeriod() {
+		p.noteLived(c, false)
 	}
 }
 
 // judge is told that c leaves the pool. Only its owner calls it.
-func (p *Pool) judge(c *conn, reason CloseReason, err error) {
-	if c.word.Load()&lived == lived {
+func (p *Pool) noteLoss(c *conn, reason CloseReason, err error) {
+	if c.word.Load()&flagsLived == flagsLived {
 		return
 	}
 	if why := c.hollowness(reason, err); why != nil {
-		p.hollow(c, why)
+		p.noteHollow(c, why)
 	}
 }
 
 // hollow books that c was, and reports whether its borrower has to be told: if
 // the address is backing off, and if others wait for it or dial, each of whom
 // would go on to the next one as well.
-func (p *Pool) hollow(c *conn, why error) bool {
+func (p *Pool) noteHollow(c *conn, why error) bool {
 	now := p.clock.Exactly()
 	var todo agenda
 	p.mu.Lock()
 	s := c.site
-	if w := c.word.Or(lived); w&lived != lived && !p.closed {
-		p.failureLocked(s, why, now, c.id, true)
+	if w := c.word.Or(flagsLived); w&flagsLived != flagsLived && !p.closed {
+		p.noteFailureLocked(s, why, now, c.id, true)
 		p.pauseLocked(s, &todo)
 		p.refreshLocked(s)
 	}
-	told := s.backingOff() || s.queue.len+int(s.n[dialing]) > 0
+	told := s.backingOff() || s.queue.len+int(s.n[phaseDialing]) > 0
 	p.mu.Unlock()
 	todo.run(p)
 	return told
@@ -100,7 +100,7 @@ func (p *Pool) hollow(c *conn, why error) bool {
 // hollowness is why the end of c speaks against its address, nil if it does not.
 func (c *conn) hollowness(reason CloseReason, err error) error {
 	p, word := c.site.pool, c.word.Load()
-	if c.site.tracked() || reason.innocent() || c.idleFor+p.clock.Exactly().Sub(c.since) >= youth {
+	if c.site.unpooled() || reason.innocent() || c.idleFor+p.clock.Exactly().Sub(c.since) >= youth {
 		return nil
 	}
 	if c.uses == 0 {
@@ -115,11 +115,11 @@ func (c *conn) hollowness(reason CloseReason, err error) error {
 	// The first loan has ended. Its borrower may be at fault, unless the peer
 	// was seen to go away before it had said anything.
 	if reason != ClosedStale {
-		if err = c.failure(); word&broken == 0 || err == nil {
+		if err = c.failure(); word&flagBroken == 0 || err == nil {
 			return nil
 		}
 	}
-	if word&(heard|halfClosed|cut|timedOut) != 0 || c.blamed() {
+	if word&(flagRead|flagHalfClosed|flagCut|flagTimedOut) != 0 || c.hasForeignError() {
 		return nil
 	}
 	switch KindOf(err) {
@@ -148,7 +148,7 @@ func unborn(reason CloseReason, err error) error {
 func (r CloseReason) innocent() bool {
 	switch r {
 	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
-		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, Quarantined, ClosedCanceled,
+		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
 		ClosedPanic, ClosedGoexit, ClosedLeaked,
 		ClosedSetupFailed: // is booked as the dial's failure
 		return true
@@ -158,27 +158,27 @@ func (r CloseReason) innocent() bool {
 
 // blame is told how an operation with two ends ended: of its error nobody knows
 // whose it is, so it speaks against no peer.
-func (c *conn) blame(err error) {
+func (c *conn) noteForeignError(err error) {
 	if err == nil {
 		return
 	}
-	l := c.remember()
+	l := c.loanState()
 	c.dmu.Lock()
-	l.foreign = true
+	l.foreignErr = true
 	c.dmu.Unlock()
 }
 
-func (c *conn) blamed() bool {
+func (c *conn) hasForeignError() bool {
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	l := c.loan.Load()
-	return l != nil && l.foreign
+	return l != nil && l.foreignErr
 }
 
 // content is told that fn is content with a loan: an end of stream that it has
 // met was no surprise to it.
-func (c *conn) content() {
-	if w := c.word.Load(); w&broken != 0 && w&lived != lived {
-		c.word.Or(halfClosed)
+func (c *conn) noteContent() {
+	if w := c.word.Load(); w&flagBroken != 0 && w&flagsLived != flagsLived {
+		c.word.Or(flagHalfClosed)
 	}
 }

@@ -64,10 +64,10 @@ func (n *testnet) heed(c *conn) {
 		switch gone := !slices.ContainsFunc(n.Host(c.site.addr.Host).Conns(), is); {
 		case gone && !heard:
 			heard = true // once, as the watcher does
-			c.word.Or(hungUp)
-			n.p.examine(sighting{c, c.generation()}, false)
+			c.word.Or(flagHungUp)
+			n.p.examine(idleRef{c, c.generation()}, false)
 		case n.p.cfg.Push != nil && errors.Is(sock.Probe(), ErrUnread):
-			n.p.examine(sighting{c, c.generation()}, false)
+			n.p.examine(idleRef{c, c.generation()}, false)
 		}
 	}
 }
@@ -385,7 +385,7 @@ func TestAConnectionThatOnlyStandsLeavesTheOthersAPace(t *testing.T) {
 		}
 		n.check()
 		n.p.CloseIdle()
-		time.Sleep(failureMemory + 2*defaultCheckInterval)
+		time.Sleep(failureMemory + 2*defaultSweepInterval)
 		require.False(t, n.stats(at("a")).BackingOff, "it is forgotten")
 	})
 }
@@ -405,7 +405,7 @@ func TestAConnectionThatStoodForASweepHasLived(t *testing.T) {
 				n.Host("a").Serve(answers)
 				require.NoError(t, n.p.Warm(bg, at("a"), 1))
 				require.True(t, n.stats(at("a")).BackingOff)
-				time.Sleep(2 * defaultCheckInterval)
+				time.Sleep(2 * defaultSweepInterval)
 				synctest.Wait()
 				require.False(t, n.stats(at("a")).BackingOff)
 				n.check()
@@ -485,7 +485,7 @@ func TestAnAlertThatAnEarlierLookHasReadIsToldOf(t *testing.T) {
 			cfg := Config{TLS: &tls.Config{RootCAs: ca.Pool()}, Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
 				c := nc.(Conn).c
 				soon(t, "the server's alert", func() (said bool) {
-					c.probe.raw.Control(func(fd uintptr) { said = p.sys.peek(fd).Bytes })
+					c.sock.raw.Control(func(fd uintptr) { said = p.sys.peek(fd).Bytes })
 					return said
 				})
 				return nil, nil
@@ -532,7 +532,7 @@ func TestAReserveIsTriedOncePerSweepAndAddress(t *testing.T) {
 		for _, push := range []bool{false, true} {
 			t.Run(fmt.Sprint(name, ", Push ", push), func(t *testing.T) {
 				bubble(t, func(t *testing.T) {
-					cfg := Config{MinSpare: 2, IdleTimeout: time.Hour}
+					cfg := Config{MinIdlePerAddr: 2, IdleTimeout: time.Hour}
 					if push {
 						cfg.Push = func(_ context.Context, c Conn) error {
 							c.Read(make([]byte, 100))
@@ -543,10 +543,10 @@ func TestAReserveIsTriedOncePerSweepAndAddress(t *testing.T) {
 					n.Host("a").Serve(serve)
 					require.NoError(t, n.p.With(bg, at("a"), question))
 					synctest.Wait()
-					time.Sleep(defaultCheckInterval / 2)
+					time.Sleep(defaultSweepInterval / 2)
 					const sweeps = 30
 					before := n.Host("a").Accepts()
-					time.Sleep(sweeps * defaultCheckInterval)
+					time.Sleep(sweeps * defaultSweepInterval)
 					synctest.Wait()
 					require.LessOrEqual(t, n.Host("a").Accepts()-before, sweeps, "with nobody there")
 					n.check()
@@ -558,7 +558,7 @@ func TestAReserveIsTriedOncePerSweepAndAddress(t *testing.T) {
 						err := n.p.With(bg, at("a"), question)
 						require.True(t, err == nil || name == "hangs up a bit later", "%v", err)
 						// Not in the very moment of a sweep, which may be looking at the good one.
-						time.Sleep(defaultCheckInterval/20 + time.Millisecond)
+						time.Sleep(defaultSweepInterval/20 + time.Millisecond)
 					}
 					limit := 2*10 + 2
 					if name == "hangs up a bit later" {
@@ -577,7 +577,7 @@ func TestAReserveWhoseDialsFailNowAndThenIsNoStorm(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		var dials atomic.Int64
-		n.open(Config{MinSpare: 3, MaxUses: 1, Dialers: map[Transport]DialFunc{memory: func(ctx context.Context, a Addr) (net.Conn, error) {
+		n.open(Config{MinIdlePerAddr: 3, MaxUses: 1, Dialers: map[Transport]DialFunc{memory: func(ctx context.Context, a Addr) (net.Conn, error) {
 			if dials.Add(1)%2 == 0 {
 				return nil, &net.OpError{Op: "dial", Net: "mem", Err: syscall.ECONNREFUSED}
 			}
@@ -595,7 +595,7 @@ func TestAReserveWhoseDialsFailNowAndThenIsNoStorm(t *testing.T) {
 		require.LessOrEqual(t, dials.Load(), int64(3*100), "a borrower's, one for each loan, and what failed")
 		n.check()
 		before := dials.Load()
-		time.Sleep(10 * defaultCheckInterval)
+		time.Sleep(10 * defaultSweepInterval)
 		require.LessOrEqual(t, dials.Load()-before, int64(10))
 	})
 }
@@ -603,17 +603,17 @@ func TestAReserveWhoseDialsFailNowAndThenIsNoStorm(t *testing.T) {
 // The reserve is whole again when the peer is.
 func TestAReserveComesBackWithItsPeer(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := heeding(t, Config{MinSpare: 3}, 0)
+		n := heeding(t, Config{MinIdlePerAddr: 3}, 0)
 		n.Host("a").Serve(answers)
 		require.NoError(t, n.p.With(bg, at("a"), question))
 		n.Host("a").Serve(hangsUp)
 		for _, c := range n.Host("a").Conns() {
 			c.Close()
 		}
-		time.Sleep(10*defaultCheckInterval + time.Second)
+		time.Sleep(10*defaultSweepInterval + time.Second)
 		n.gauges(0, 0, 0)
 		n.Host("a").Serve(answers)
-		time.Sleep(5 * defaultCheckInterval)
+		time.Sleep(5 * defaultSweepInterval)
 		synctest.Wait()
 		require.GreaterOrEqual(t, n.p.Stats().Idle, 3)
 		n.check()
@@ -622,13 +622,13 @@ func TestAReserveComesBackWithItsPeer(t *testing.T) {
 
 func TestAReserveThatIsBornTooOldIsNoStorm(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MinSpare: 1, MaxLifetime: 5 * time.Millisecond, Setup: func(context.Context, Addr, net.Conn) (any, error) {
+		n := open(t, Config{MinIdlePerAddr: 1, MaxLifetime: 5 * time.Millisecond, Setup: func(context.Context, Addr, net.Conn) (any, error) {
 			time.Sleep(10 * time.Millisecond)
 			return nil, nil
 		}})
 		n.use(at("a"))
 		before := n.p.Stats().Dials
-		time.Sleep(10 * defaultCheckInterval)
+		time.Sleep(10 * defaultSweepInterval)
 		require.LessOrEqual(t, n.p.Stats().Dials-before, uint64(11))
 		n.check()
 	})

@@ -31,7 +31,7 @@ func TestPeerThatAsksForKeyUpdatesAndDoesNotReadHoldsUpNobody(t *testing.T) {
 			cfg := tlVersion(tls.VersionTLS13)
 			cfg.SessionTicketsDisabled = true
 			s := tlServe(t, cfg)
-			p := tlPool(t, false, func(cfg *Config) { cfg.CheckInterval = time.Hour }, foreign)
+			p := tlPool(t, false, func(cfg *Config) { cfg.SweepInterval = time.Hour }, foreign)
 			_, err := tlWith(t, p, s.addr(), func(c Conn) error {
 				if err := errors.Join(tlChat(c), tlSay(c, "deaf")); err != nil {
 					return err

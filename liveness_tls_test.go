@@ -255,7 +255,7 @@ func (s *tlServer) addr() Addr {
 // hang-ups at once; otherwise the look before a loan is all there is.
 func tlPool(t testing.TB, watched bool, change ...func(*Config)) *Pool {
 	t.Helper()
-	cfg := Config{CheckInterval: -1, MaxOpen: 100, TLS: &tls.Config{RootCAs: tlAuthority().RootCAs}}
+	cfg := Config{SweepInterval: -1, MaxOpen: 100, TLS: &tls.Config{RootCAs: tlAuthority().RootCAs}}
 	for _, f := range change {
 		f(&cfg)
 	}
@@ -355,7 +355,7 @@ func tlSettle(t testing.TB, p *Pool, addr Addr) {
 	if c == nil {
 		return
 	}
-	if err := tlSomething(c.probe.raw); err != nil {
+	if err := tlSomething(c.sock.raw); err != nil {
 		require.ErrorIs(t, err, net.ErrClosed)
 	}
 }
@@ -410,7 +410,7 @@ type tlFault struct {
 var errTLKept = errors.New("the exchange went wrong for its own reasons")
 
 func tlPoison(c Conn) error {
-	if err := c.SetWriteDeadline(past); err != nil {
+	if err := c.SetWriteDeadline(aLongTimeAgo); err != nil {
 		return err
 	}
 	if n, err := c.Write(make([]byte, 100)); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -592,11 +592,11 @@ var tlHarmless = []struct {
 		return nil
 	}},
 	{name: "past deadlines left behind", loan: func(c Conn) error {
-		return errors.Join(tlChat(c), c.SetDeadline(past))
+		return errors.Join(tlChat(c), c.SetDeadline(aLongTimeAgo))
 	}},
-	{name: "past deadlines left behind without I/O", loan: func(c Conn) error { return c.SetDeadline(past) }},
+	{name: "past deadlines left behind without I/O", loan: func(c Conn) error { return c.SetDeadline(aLongTimeAgo) }},
 	{name: "read that timed out, kept", loan: func(c Conn) error {
-		err := c.SetReadDeadline(past)
+		err := c.SetReadDeadline(aLongTimeAgo)
 		if _, rerr := c.Read(make([]byte, 1)); !errors.Is(rerr, os.ErrDeadlineExceeded) {
 			return fmt.Errorf("read in the past: %w", rerr)
 		}
@@ -667,7 +667,7 @@ func TestPastDeadlineDoesNotHideAnEnd(t *testing.T) {
 		s := how.serve(t)
 		p := tlPool(t, false, how.config)
 		for range nth {
-			_, err := tlWith(t, p, s.addr(), func(c Conn) error { return errors.Join(tlChat(c), c.SetDeadline(past)) })
+			_, err := tlWith(t, p, s.addr(), func(c Conn) error { return errors.Join(tlChat(c), c.SetDeadline(aLongTimeAgo)) })
 			require.NoError(t, err)
 		}
 		s.last().Conn.Close()
@@ -725,7 +725,7 @@ func TestDeathOfAllParkedConnectionsCostsNobodyAnError(t *testing.T) {
 						kill(c)
 					}
 					for _, c := range idles {
-						if err := tlSomething(c.probe.raw); err != nil {
+						if err := tlSomething(c.sock.raw); err != nil {
 							require.ErrorIs(t, err, net.ErrClosed)
 						}
 					}
@@ -842,7 +842,7 @@ func TestSilentPeerIsDroppedWithinTheTimeOfTheCheck(t *testing.T) {
 		s := how.serve(t)
 		p := tlPool(t, false, how.config, func(cfg *Config) {
 			cfg.Check = func(_ context.Context, c Conn) error { return tlChat(c) }
-			cfg.TrustIdle, cfg.HookTimeout = -1, 200*time.Millisecond
+			cfg.CheckAfterIdle, cfg.HookTimeout = -1, 200*time.Millisecond
 		})
 		for range nth - 1 {
 			id, err := tlWith(t, p, s.addr(), tlChat)
@@ -873,7 +873,7 @@ func TestCheckIsLeftOutWhileAConnectionIsTrusted(t *testing.T) {
 		var checks []time.Duration
 		began := time.Now()
 		p, err := New(Config{
-			TrustIdle: time.Second, CheckInterval: -1,
+			CheckAfterIdle: time.Second, SweepInterval: -1,
 			Check: func(context.Context, Conn) error { checks = append(checks, time.Since(began)); return nil },
 			Dialers: map[Transport]DialFunc{"mem": func(ctx context.Context, a Addr) (net.Conn, error) {
 				return mem.Dial(ctx, a.Host)
@@ -908,7 +908,7 @@ func TestTenThousandFailedChecksLeaveNoDescriptorBehind(t *testing.T) {
 	t.Cleanup(s.Close)
 	failed := errors.New("no")
 	p := tlPool(t, true, func(cfg *Config) {
-		cfg.Check, cfg.TrustIdle = func(context.Context, Conn) error { return failed }, -1
+		cfg.Check, cfg.CheckAfterIdle = func(context.Context, Conn) error { return failed }, -1
 	})
 	addr := Addr{Transport: Unix, Host: s.Host()}
 	_, err = tlWith(t, p, addr, tlNothing)
@@ -1024,7 +1024,7 @@ func TestTLSOfACustomDialerIsLookedInto(t *testing.T) {
 					c := p.sites.find(s.addr()).top
 					p.mu.Unlock()
 					began := time.Now()
-					reason, err := c.probe.readThrough(noWait, time.Millisecond)
+					reason, err := c.sock.readThrough(tlsNoWait, time.Millisecond)
 					longest = max(longest, time.Since(began))
 					require.NoError(t, err)
 					require.Equal(t, ClosedUnknown, reason)
@@ -1111,16 +1111,16 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			all := p.recency.all()
 			p.mu.Unlock()
 			for _, c := range all {
-				c.probe.sys = &sys
-				reason, err := c.probe.ask(&p.cfg, c.nc)
+				c.sock.sys = &sys
+				reason, err := c.sock.probe(&p.cfg, c.nc)
 				require.NoError(t, err)
 				require.Equal(t, ClosedUnknown, reason)
 			}
 			require.Equal(t, many, looks)
 			if !raceEnabled {
 				c := all[0]
-				c.probe.sys = &realSystem
-				require.Zero(t, testing.AllocsPerRun(100, func() { c.probe.ask(&p.cfg, c.nc) }), "a timer, a goroutine, a closure: all of them allocate")
+				c.sock.sys = &realSystem
+				require.Zero(t, testing.AllocsPerRun(100, func() { c.sock.probe(&p.cfg, c.nc) }), "a timer, a goroutine, a closure: all of them allocate")
 			}
 		})
 	}

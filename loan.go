@@ -38,7 +38,7 @@ func (h Conn) Read(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	if h.c.probe.foreign || h.c.more.Load() != nil {
+	if h.c.sock.foreign || h.c.cold.Load() != nil {
 		n, err := h.c.reader().Read(b)
 		return n, h.c.leaveRead(int64(n), err)
 	}
@@ -51,7 +51,7 @@ func (h Conn) Write(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
 	}
-	if h.c.probe.foreign {
+	if h.c.sock.foreign {
 		n, err := h.c.writer().Write(b)
 		return n, h.c.leaveWrite(int64(n), err)
 	}
@@ -67,7 +67,7 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 		return 0, err
 	}
 	n, err := h.c.copyIn(r)
-	h.c.blame(err)
+	h.c.noteForeignError(err)
 	return n, h.c.leaveWrite(n, err)
 }
 
@@ -78,7 +78,7 @@ func readFrom(nc io.Writer, r io.Reader) (int64, error) {
 			return 0, err
 		}
 		n, err := readFrom(nc, src.c.source())
-		src.c.blame(err)
+		src.c.noteForeignError(err)
 		return n, src.c.leaveRead(n, err)
 	}
 	if rf, ok := nc.(io.ReaderFrom); ok {
@@ -106,7 +106,7 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 		return 0, err
 	}
 	n, err := h.c.copyOut(w)
-	h.c.blame(err)
+	h.c.noteForeignError(err)
 	return n, h.c.leaveRead(n, err)
 }
 
@@ -117,7 +117,7 @@ func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 			return 0, err
 		}
 		n, err := writeTo(nc, dst.c.nc)
-		dst.c.blame(err)
+		dst.c.noteForeignError(err)
 		return n, dst.c.leaveWrite(n, err)
 	}
 	if wt, ok := nc.(io.WriterTo); ok {
@@ -130,11 +130,11 @@ func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 // its slot is free for the next borrower. It interrupts operations that are
 // blocked. A second Close is net.ErrClosed.
 func (h Conn) Close() error {
-	word, err := h.leaveFor(gone)
+	word, err := h.leaveFor(flagGone)
 	if err != nil {
 		return err
 	}
-	if word&hooked != 0 { // the hook's caller finds it broken
+	if word&flagHooked != 0 { // the hook's caller finds it broken
 		h.c.strike()
 		return nil
 	}
@@ -149,30 +149,30 @@ func (h Conn) Close() error {
 // operation is running, when ctx is done (or that of a use inside this one was),
 // in a hook, and if the descriptor has become another socket's.
 func (h Conn) Detach() (net.Conn, error) {
-	word, err := h.leaveFor(gone | detached)
+	word, err := h.leaveFor(flagGone | flagDetached)
 	if err != nil {
 		return nil, err
 	}
 	c, p := h.c, h.c.site.pool
-	if !c.stopWatch() || word&cut != 0 {
-		c.word.And(^uint64(detached))
+	if !c.stopWatch() || word&flagCut != 0 {
+		c.word.And(^uint64(flagDetached))
 		why := c.interruption()
 		p.discard(c, ClosedCanceled, why)
 		return nil, why
 	}
-	if word&stolen != 0 || c.probe.isStolen() {
-		c.word.And(^uint64(detached))
-		p.discard(c, Quarantined, errStolen)
+	if word&flagStolen != 0 || c.sock.isStolen() {
+		c.word.And(^uint64(flagDetached))
+		p.discard(c, ClosedQuarantined, errStolen)
 		return nil, errStolen
 	}
 	if c.deadlineSet {
 		if err := c.clearDeadline(); err != nil {
-			c.word.And(^uint64(detached))
+			c.word.And(^uint64(flagDetached))
 			p.discard(c, ClosedBroken, err)
 			return nil, err
 		}
 	}
-	p.detached(c)
+	p.noteDetached(c)
 	return c.nc, nil
 }
 
@@ -186,13 +186,13 @@ func (h Conn) leaveFor(flags uint64) (uint64, error) {
 	for {
 		w := c.word.Load()
 		switch {
-		case w&lent == 0, h.gen != 0 && w>>genShift != h.gen, w&detached != 0:
+		case w&flagLent == 0, h.gen != 0 && w>>genShift != h.gen, w&flagDetached != 0:
 			return 0, ErrReturned
-		case w&gone != 0:
+		case w&flagGone != 0:
 			return 0, net.ErrClosed
-		case flags&detached != 0 && w&hooked != 0:
+		case flags&flagDetached != 0 && w&flagHooked != 0:
 			return 0, errors.New("connpool: a hook cannot detach a connection")
-		case flags&detached != 0 && w&inFlight != 0:
+		case flags&flagDetached != 0 && w&inFlight != 0:
 			return 0, errors.New("connpool: cannot detach while an operation is running")
 		}
 		if c.word.CompareAndSwap(w, w|flags) {
@@ -213,7 +213,7 @@ func (h Conn) CloseWrite() error {
 		h.c.leave(0, nil)
 		return errors.ErrUnsupported
 	}
-	h.c.word.Or(halfClosed)
+	h.c.word.Or(flagHalfClosed)
 	return h.c.leave(0, h.c.query("CloseWrite of the connection", cw.CloseWrite))
 }
 
@@ -228,7 +228,7 @@ func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
 		return nil
 	}
 	defer h.c.leave(0, nil)
-	if !h.c.probe.foreign {
+	if !h.c.sock.foreign {
 		return of(h.c.nc)
 	}
 	return answer(h.c, "an address of the connection", func() net.Addr { return of(h.c.nc) })
@@ -274,7 +274,7 @@ func (h Conn) SyscallConn() (syscall.RawConn, error) {
 		return nil, err
 	}
 	defer h.c.leave(0, nil)
-	if h.c.probe.raw == nil {
+	if h.c.sock.raw == nil {
 		return nil, errors.ErrUnsupported
 	}
 	return rawLoan{h}, nil
@@ -288,7 +288,7 @@ func (r rawLoan) during(op func(syscall.RawConn) error) error {
 		return err
 	}
 	defer r.h.c.leave(0, nil)
-	return op(r.h.c.probe.raw)
+	return op(r.h.c.sock.raw)
 }
 
 func (r rawLoan) Control(f func(uintptr)) error {

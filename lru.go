@@ -82,7 +82,7 @@ func (r *recency) oldestIdle(n int) *conn {
 	for c := r.lent.younger; n > 0 && c != &r.ends; {
 		next := c.younger
 		switch {
-		case c.phase == idle:
+		case c.phase == phaseIdle:
 			return c
 		case c.site != nil: // else the mark of a walk
 			r.cut(c)

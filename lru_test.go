@@ -22,7 +22,7 @@ func TestVictimsAgreeWithTheNaiveModel(t *testing.T) {
 		used := make(map[*conn]int)      // when each was last given back
 		idleOnes := func() (n []*conn) { // least recently used first
 			for _, c := range all {
-				if c.phase == idle {
+				if c.phase == phaseIdle {
 					n = append(n, c)
 				}
 			}
@@ -36,27 +36,27 @@ func TestVictimsAgreeWithTheNaiveModel(t *testing.T) {
 		for now := range 300 {
 			switch r.IntN(6) {
 			case 0: // a dial ends
-				c := &conn{site: s, phase: borrowed}
+				c := &conn{site: s, phase: phaseBorrowed}
 				if r.IntN(2) == 0 {
-					c.phase = idle
+					c.phase = phaseIdle
 				}
 				rec.add(c)
 				used[c] = now
 				all = append(all, c)
 			case 1: // a loan begins
 				if free := idleOnes(); len(free) > 0 {
-					free[r.IntN(len(free))].phase = borrowed
+					free[r.IntN(len(free))].phase = phaseBorrowed
 				}
 			case 2, 3: // a loan ends
 				if len(all) > 0 {
-					if c := all[r.IntN(len(all))]; c.phase == borrowed {
+					if c := all[r.IntN(len(all))]; c.phase == phaseBorrowed {
 						if r.IntN(4) == 0 {
 							drop(c)
 							break
 						}
 						rec.touch(c)
 						used[c] = now
-						c.phase = idle
+						c.phase = phaseIdle
 					}
 				}
 			case 4, 5: // room is needed
@@ -82,9 +82,9 @@ func TestTheSearchForAVictimPassesALentConnectionOnce(t *testing.T) {
 	const k = 1000
 	conns := make([]*conn, 2*k)
 	for i := range conns {
-		conns[i] = &conn{site: new(site), phase: idle}
+		conns[i] = &conn{site: new(site), phase: phaseIdle}
 		if i < k {
-			conns[i].phase = borrowed
+			conns[i].phase = phaseBorrowed
 		}
 		rec.add(conns[i])
 	}
@@ -150,7 +150,7 @@ func TestEvictionAgreesWithTheNaiveModelThroughThePool(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			const limit = 6
 			r := rand.New(rand.NewPCG(seed, 3))
-			n := open(t, Config{MaxOpen: limit, IdleTimeout: -1, CheckInterval: -1})
+			n := open(t, Config{MaxOpen: limit, IdleTimeout: -1, SweepInterval: -1})
 			var idleHosts []string // least recently used first
 			var out []*scripted
 			hosts := make(map[*scripted]string)
@@ -225,9 +225,9 @@ func TestAWalkMeetsEachConnectionThatStays(t *testing.T) {
 		s := &site{}
 		var all []*conn
 		add := func() {
-			c := &conn{site: s, phase: borrowed + phase(r.IntN(2))}
-			if c.phase != borrowed {
-				c.phase = idle
+			c := &conn{site: s, phase: phaseBorrowed + phase(r.IntN(2))}
+			if c.phase != phaseBorrowed {
+				c.phase = phaseIdle
 			}
 			rec.add(c)
 			all = append(all, c)
@@ -256,7 +256,7 @@ func TestAWalkMeetsEachConnectionThatStays(t *testing.T) {
 				case 3:
 					n := 0
 					for _, c := range all {
-						if c.phase == idle {
+						if c.phase == phaseIdle {
 							n++
 						}
 					}

@@ -109,7 +109,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			defer end()
 			require.NoError(t, m.use(ctx))
 			m.mark()
-			ctx.Value(sessionKey{m.p}).(*session).forgotten()
+			ctx.Value(sessionKey{m.p}).(*session).leakedSession()
 		}, ClosedLeaked},
 		"in the look before a loan": {nil, func(t *testing.T, m *marking) {
 			require.NoError(t, m.use(bg))
@@ -121,14 +121,14 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			require.NoError(t, m.use(bg))
 			c := m.p.every()[0]
 			m.inLook = m.mark
-			m.p.examine(sighting{c, c.generation()}, true)
+			m.p.examine(idleRef{c, c.generation()}, true)
 			require.Nil(t, m.inLook)
 		}, ClosedMarkedDead},
 		"taken for a look": {nil, func(t *testing.T, m *marking) {
 			require.NoError(t, m.use(bg))
 			c := m.take()
 			m.mark()
-			reason, _ := m.p.unfit(bg, c)
+			reason, _ := m.p.whyUnfit(bg, c)
 			require.Equal(t, ClosedMarkedDead, reason)
 			m.p.discard(c, reason, nil)
 		}, ClosedMarkedDead},
@@ -136,7 +136,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			require.NoError(t, m.use(bg))
 			c := m.take()
 			m.mark()
-			m.p.declined(&waiter{c: c})
+			m.p.noteDeclined(&waiter{c: c})
 		}, ClosedMarkedDead},
 		"on its way to a waiter": {func(**marking) Config { return Config{MaxPerAddr: 1} }, func(t *testing.T, m *marking) {
 			second := make(chan error)
@@ -156,7 +156,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			go func() { second <- m.use(bg) }()
 			soon(t, "a waiter", func() bool { return m.p.Stats().Waiting == 1 })
 			m.mark()
-			require.False(t, m.p.park(c, justBorn))
+			require.False(t, m.p.releaseFrom(c, fromDial))
 			require.NoError(t, <-second)
 		}, ClosedMarkedDead},
 		"warmed": {nil, func(t *testing.T, m *marking) {
@@ -193,7 +193,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 		"in Reset": {func(m **marking) Config { return Config{Reset: inHook(m, new(int))} }, func(t *testing.T, m *marking) {
 			require.NoError(t, m.use(bg))
 		}, ClosedResetFailed},
-		"in Check": {func(m **marking) Config { return Config{TrustIdle: -1, Check: inHook(m, new(int))} }, func(t *testing.T, m *marking) {
+		"in Check": {func(m **marking) Config { return Config{CheckAfterIdle: -1, Check: inHook(m, new(int))} }, func(t *testing.T, m *marking) {
 			require.NoError(t, m.use(bg))
 			require.NoError(t, m.use(bg))
 		}, ClosedCheckFailed},
@@ -203,7 +203,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			require.NoError(t, m.use(bg))
 			c := m.take()
 			m.mark()
-			c.extra().back = &putAhead{bytes: []byte("x")}
+			c.ensureCold().pushback = &pushback{bytes: []byte("x")}
 			m.p.push(c)
 		}, ClosedMarkedDead},
 		"after Push": {func(m **marking) Config {
@@ -215,7 +215,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 		}, func(t *testing.T, m *marking) {
 			require.NoError(t, m.use(bg))
 			c := m.take()
-			c.extra().back = &putAhead{bytes: []byte("x")}
+			c.ensureCold().pushback = &pushback{bytes: []byte("x")}
 			m.p.push(c)
 		}, ClosedMarkedDead},
 	} {
@@ -225,7 +225,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			if c.cfg != nil {
 				cfg = c.cfg(&m)
 			}
-			cfg.CheckInterval = -1
+			cfg.SweepInterval = -1
 			m = newMarking(t, cfg)
 			c.scene(t, m)
 			soon(t, "the close", func() bool { closed, _ := m.sock(0).state(); return closed })
@@ -277,10 +277,10 @@ func TestMarkDeadOfAConnectionInSetupFailsItsDial(t *testing.T) {
 func TestOfMarkDeadAndDetachTheFirstWins(t *testing.T) {
 	m := newMarking(t, Config{})
 	require.NoError(t, m.p.With(bg, home, func(c Conn) error {
-		_, err := c.leaveFor(gone | detached) // the first half of Detach
+		_, err := c.leaveFor(flagGone | flagDetached) // the first half of Detach
 		require.NoError(t, err)
 		require.Zero(t, m.p.MarkDead(m.elsewhere))
-		c.c.word.And(^uint64(gone | detached))
+		c.c.word.And(^uint64(flagGone | flagDetached))
 		nc, err := c.Detach()
 		require.NoError(t, err)
 		require.Zero(t, m.p.MarkDead(m.elsewhere))
@@ -289,14 +289,14 @@ func TestOfMarkDeadAndDetachTheFirstWins(t *testing.T) {
 	m = newMarking(t, Config{})
 	require.NoError(t, m.p.With(bg, home, func(c Conn) error {
 		m.p.mu.Lock()
-		require.True(t, m.p.disownLocked(c.c, new(agenda)))
-		require.False(t, m.p.disownLocked(c.c, new(agenda)))
+		require.True(t, m.p.markStolenLocked(c.c, new(agenda)))
+		require.False(t, m.p.markStolenLocked(c.c, new(agenda)))
 		m.p.mu.Unlock()
 		_, err := c.Detach()
 		require.ErrorIs(t, err, errStolen)
 		return nil
 	}))
-	require.Equal(t, reasons{Quarantined: 1}, m.p.Stats().Closed)
+	require.Equal(t, reasons{ClosedQuarantined: 1}, m.p.Stats().Closed)
 	closed, _ := m.sock(0).state()
 	require.False(t, closed)
 }
@@ -347,7 +347,7 @@ func TestMarkDeadOfThePoolsOwnHandleHarmsNothing(t *testing.T) {
 			_, err = ask(nc, newToken())
 			require.NoError(t, err)
 			require.NoError(t, nc.Close())
-			require.Zero(t, p.Stats().Closed[Quarantined])
+			require.Zero(t, p.Stats().Closed[ClosedQuarantined])
 		})
 	}
 }

@@ -127,7 +127,7 @@ func matrixPool(t *testing.T) (lend func(Addr) (uint64, error), dialed func() ma
 		t.Cleanup(func() { far.Close() })
 		return near, nil
 	}
-	p, err := New(Config{MaxOpen: -1, CheckInterval: -1, Dialers: map[Transport]DialFunc{TCP: dial, TLS: dial, "other": dial}})
+	p, err := New(Config{MaxOpen: -1, SweepInterval: -1, Dialers: map[Transport]DialFunc{TCP: dial, TLS: dial, "other": dial}})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, p.Close()); p.check(t) })
 	lend = func(addr Addr) (id uint64, err error) {

@@ -40,7 +40,7 @@ type visit struct {
 	ctx    context.Context
 	end    func()
 	cancel context.CancelFunc // of the ctx it was begun under
-	seats  *seats
+	seats  *sessionConns
 
 	// Under world.mu.
 	ended bool
@@ -86,7 +86,7 @@ func (w *world) beginVisit() {
 	parent, cancel := context.WithCancel(context.Background())
 	v := &visit{cancel: cancel, last: make(map[Addr]uint64)}
 	v.ctx, v.end = w.pool.Session(parent)
-	v.seats = v.ctx.Value(sessionKey{w.pool}).(*session).seats
+	v.seats = v.ctx.Value(sessionKey{w.pool}).(*session).sessionConns
 	w.visits = append(w.visits, v)
 	before := w.pool.inSession.Load()
 	if ctx, end := w.pool.Session(v.ctx); ctx != v.ctx || w.pool.inSession.Load() != before {
@@ -175,7 +175,7 @@ func (w *world) nest(ctx context.Context, b *borrower, c Conn) {
 			}
 			return end(cancel)
 		})
-		if err != nil && !ran && ctx.Err() == nil && c.c.word.Load()&(cut|stolen|broken) == 0 {
+		if err != nil && !ran && ctx.Err() == nil && c.c.word.Load()&(flagCut|flagStolen|flagBroken) == 0 {
 			w.failed("call %d was refused its own connection: %v", b.order, err)
 		}
 	}
@@ -253,7 +253,7 @@ func (w *world) useLease(ctx context.Context, pool *Pool, b *borrower, top []uin
 		if b.nested == 0 { // nobody can reach it any more
 			l.cleanup.Stop()
 			over, l.state = true, leaseOver
-			forgotten(l.c)
+			leakedLease(l.c)
 		}
 	case vKeep, vError, vPanic, vGoexit:
 		return l.Do(context.Background(), func(c Conn) error { return w.obey(ctx, order, c) })
@@ -316,7 +316,7 @@ func (w *world) holdsInconsistent() error {
 }
 
 // inconsistency needs Pool.mu.
-func (b *seats) inconsistency() error {
+func (b *sessionConns) inconsistency() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	taken := 0
@@ -324,16 +324,16 @@ func (b *seats) inconsistency() error {
 		switch {
 		case st.addr != addr:
 			return fmt.Errorf("the seat of %v is filed under %v", st.addr, addr)
-		case st.by != 0:
+		case st.owner != 0:
 			taken++
-			modelHolds.turns.Add(uint64(min(1, len(st.line))))
-		case len(st.line) > 0:
-			return fmt.Errorf("%d wait for the free seat of %v", len(st.line), addr)
+			modelHolds.turns.Add(uint64(min(1, len(st.queue))))
+		case len(st.queue) > 0:
+			return fmt.Errorf("%d wait for the free seat of %v", len(st.queue), addr)
 		case st.c == nil:
 			return fmt.Errorf("the empty seat of %v was kept", addr)
-		case st.c.phase != borrowed || st.c.site.addr != addr:
+		case st.c.phase != phaseBorrowed || st.c.site.addr != addr:
 			return fmt.Errorf("a session has a connection of %v in phase %d", st.c.site.addr, st.c.phase)
-		case st.c.word.Load()&(lent|gone|inFlight|broken) != 0:
+		case st.c.word.Load()&(flagLent|flagGone|inFlight|flagBroken) != 0:
 			return fmt.Errorf("a connection that a session keeps has the word %#x", st.c.word.Load())
 		case st.c.deadlineSet || st.c.watched():
 			return fmt.Errorf("a connection that a session keeps remembers its last use")
@@ -342,8 +342,8 @@ func (b *seats) inconsistency() error {
 	switch {
 	case b.ended:
 		return errors.New("a session has ended by itself")
-	case taken != b.taken:
-		return fmt.Errorf("a session counts %d uses of %d", b.taken, taken)
+	case taken != b.inUse:
+		return fmt.Errorf("a session counts %d uses of %d", b.inUse, taken)
 	}
 	return nil
 }
@@ -356,21 +356,21 @@ func (c *conn) watched() bool {
 
 // holdsInconsistency needs mu.
 func (p *Pool) holdsInconsistency() error {
-	if p.holds == nil {
+	if p.loanLog == nil {
 		return nil
 	}
-	l := p.holds
+	l := p.loanLog
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := 0
-	var prev *holding
+	var prev *loanRecord
 	for h := l.oldest; h != nil; prev, h = h, h.next {
 		if n++; h.prev != prev || !h.listed || prev != nil && h.since < prev.since {
 			return errors.New("the list of what is held is torn or out of order")
 		}
 	}
-	if l.newest != prev || n > int(p.n[borrowed]) {
-		return fmt.Errorf("%d are held, %d are in use", n, p.n[borrowed])
+	if l.newest != prev || n > int(p.n[phaseBorrowed]) {
+		return fmt.Errorf("%d are held, %d are in use", n, p.n[phaseBorrowed])
 	}
 	return nil
 }

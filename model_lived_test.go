@@ -57,7 +57,7 @@ func (w *world) setup(_ context.Context, a Addr, nc net.Conn) (any, error) {
 	time.Sleep(time.Millisecond)
 	c := nc.(Conn).c
 	if errors.Is(c.nc.(Prober).Probe(), io.EOF) {
-		c.word.Or(hungUp)
+		c.word.Or(flagHungUp)
 		w.mu.Lock()
 		w.hollow++
 		w.vain[a.Host] = true
@@ -72,7 +72,7 @@ func (w *world) setup(_ context.Context, a Addr, nc net.Conn) (any, error) {
 // per sweep and one per new connection that has proven good.
 func (w *world) stormed(p *Pool, before uint64, took time.Duration) error {
 	dials := p.Stats().Dials - before
-	if limit := 100 + 8*uint64(took/defaultCheckInterval); dials > limit {
+	if limit := 100 + 8*uint64(took/defaultSweepInterval); dials > limit {
 		return fmt.Errorf("%d dials in one step of %v", dials, took)
 	}
 	return nil

@@ -16,7 +16,7 @@ import (
 )
 
 // What takes part in the random histories beside borrowers: Warm, connections
-// of DialContext, limits that change, and reserves (MinSpare in the shapes of
+// of DialContext, limits that change, and reserves (MinIdlePerAddr in the shapes of
 // world.reopen).
 
 type primes struct {
@@ -47,7 +47,7 @@ type dialCall struct {
 
 // spareShape is the part of a random shape that concerns this file.
 func (w *world) spareShape(cfg *Config, of func(...int) int) {
-	cfg.MinSpare = of(0, 0, 1, 2)
+	cfg.MinIdlePerAddr = of(0, 0, 1, 2)
 	if of(0, 1) == 1 {
 		cfg.Push = w.push
 		cfg.Dialers["mem"] = func(ctx context.Context, a Addr) (net.Conn, error) {
@@ -229,7 +229,7 @@ func (w *world) changeLimits() {
 		case 5:
 			l.MaxWaiters = v
 		case 6:
-			l.MinSpare = v
+			l.MinIdlePerAddr = v
 		}
 	}
 	before := w.pool.Limits()
@@ -276,7 +276,7 @@ func (w *world) primesAfter() error {
 	if st.Tracked != held {
 		return fmt.Errorf("%d connections of DialContext, Stats say %d", held, st.Tracked)
 	}
-	if w.cfg.WhenFull == Overflow {
+	if w.cfg.WhenFull == FullOverflow {
 		return nil
 	}
 	open, perAddr := w.sizes()

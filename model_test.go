@@ -64,7 +64,7 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	for r := ClosedEvicted; r < numCloseReasons; r++ {
 		switch r {
 		case ClosedDirty, ClosedSetupFailed, ClosedResetFailed, ClosedCheckFailed,
-			ClosedLowHandles, ClosedMarkedDead, Quarantined:
+			ClosedLowHandles, ClosedMarkedDead, ClosedQuarantined:
 			continue // this network has no descriptors, these hooks do not fail
 		}
 		require.Greater(t, sum.Closed[r], uint64(steps/20_000), "connections closed as %v", r)
@@ -252,7 +252,7 @@ func (w *world) reopen() {
 	w.spareShape(&cfg, of)
 	p, err := New(cfg)
 	if err != nil { // the shape makes no sense: the plainest that is near it
-		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull, cfg.MinSpare = 0, 0, 0, 0, 0, Wait, 0
+		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull, cfg.MinIdlePerAddr = 0, 0, 0, 0, 0, FullWait, 0
 		if p, err = New(cfg); err != nil {
 			panic(err)
 		}
@@ -600,7 +600,7 @@ func (w *world) obey(ctx context.Context, order verdict, c Conn) error {
 		}
 	case vDetach:
 		nc, err := c.Detach()
-		if err != nil && ctx.Err() == nil && c.c.word.Load()&cut == 0 { // cut: by the ctx of a use inside
+		if err != nil && ctx.Err() == nil && c.c.word.Load()&flagCut == 0 { // cut: by the ctx of a use inside
 			w.failed("Detach: %v", err)
 		}
 		if err == nil {

@@ -113,7 +113,7 @@ func TestNumbersOfUsesAreTheirOwn(t *testing.T) {
 		s := ctx.Value(sessionKey{n.p}).(*session)
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return s.byAddr[at("a")].by
+		return s.byAddr[at("a")].owner
 	}
 	var panicked uint64
 	func() {

@@ -19,7 +19,7 @@ func TestAnErrorOfDialContextIsThatOfADialer(t *testing.T) {
 	require.NoError(t, err)
 	nobody := ln.Addr().String()
 	require.NoError(t, ln.Close())
-	p, err := New(Config{MaxOpen: 1, WhenFull: Fail})
+	p, err := New(Config{MaxOpen: 1, WhenFull: FullFail})
 	require.NoError(t, err)
 	defer p.Close()
 	done, cancel := context.WithCancel(bg)

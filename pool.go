@@ -25,7 +25,7 @@ import (
 //     it off the list under mu is the only way to become owner, and only the
 //     owner does I/O on it or closes it.
 //  3. open = dialing + idle + borrowed + closing, per site and in total, and
-//     never exceeds a limit (Overflow apart). A slot is free when the socket
+//     never exceeds a limit (FullOverflow apart). A slot is free when the socket
 //     is closed, not before, and it is freed in one function, removed.
 //  4. No waiter sits beside an idle connection of its site. A waiter has a dial
 //     under way, or none may start: looking for an idle one, for room, and
@@ -46,8 +46,8 @@ type Pool struct {
 	sys *system
 
 	inSession atomic.Int64 // sessions that have not ended; With looks into its ctx only if there are any
-	holds     *holds       // nil unless somebody wants to know who holds what
-	out       outs         // what is known of that
+	loanLog   *loanLog     // nil unless somebody wants to know who holds what
+	out       loansOut     // what is known of that
 
 	sessions *sessionCaches // for TLS
 
@@ -64,12 +64,12 @@ type Pool struct {
 	mu sync.Mutex
 	books
 
-	watching watching       // how it stands with watcher
-	watcher  *sock.Watcher  // nil where there is none, and before the first connection
-	sweeping bool           // a sweep is under way
-	lookers  int            // goroutines of the pool's that look at idle connections
-	checking map[*site]bool // whose connections one of them asks Check; nil before the first
-	sweeper  *time.Timer    // nil until there is something to sweep
+	watching      watching       // how it stands with watcher
+	watcher       *sock.Watcher  // nil where there is none, and before the first connection
+	sweeping      bool           // a sweep is under way
+	examiners     int            // goroutines of the pool's that look at idle connections
+	checkingSites map[*site]bool // whose connections one of them asks Check; nil before the first
+	sweeper       *time.Timer    // nil until there is something to sweep
 }
 
 // site is the books of one address. It exists while there is a connection, a
@@ -89,8 +89,8 @@ type site struct {
 	rank      int8     // as of the last refreshLocked, see books_silence.go
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on
-	trouble   *trouble // nil after a dial that worked
-	special   *special // nil but for Warm, MinSpare and DialContext
+	backoff   *backoff // nil after a dial that worked
+	prefill   *prefill // nil but for Warm, MinIdlePerAddr and DialContext
 
 	loans, dials, dialErrors uint64
 }
@@ -104,10 +104,12 @@ func (p *Pool) newSite(addr Addr) *site {
 type tally [numPhases]int32
 
 // open counts those that hold a slot.
-func (n *tally) open() int { return int(n[dialing] + n[idle] + n[borrowed] + n[closing]) }
+func (n *tally) open() int {
+	return int(n[phaseDialing] + n[phaseIdle] + n[phaseBorrowed] + n[phaseClosing])
+}
 
 // kept counts those of them that are not being given up.
-func (n *tally) kept() int { return int(n[dialing] + n[idle] + n[borrowed]) }
+func (n *tally) kept() int { return int(n[phaseDialing] + n[phaseIdle] + n[phaseBorrowed]) }
 
 // New makes a pool. It starts no goroutine and opens nothing. The error names
 // both fields of a combination that makes no sense, and is fs.ErrInvalid.
@@ -124,7 +126,7 @@ func New(cfg Config) (*Pool, error) {
 		cfg:      cfg,
 		sys:      &realSystem,
 		sessions: newSessionCaches(),
-		checkers: make(chan struct{}, checkers),
+		checkers: make(chan struct{}, maxCheckers),
 
 		newWatcher: sock.NewWatcher,
 		addWatch:   (*sock.Watcher).Add,
@@ -133,12 +135,12 @@ func New(cfg Config) (*Pool, error) {
 	// Who asks for short times, or watches, gets them exactly.
 	p.clock.Read = time.Now
 	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
-		cfg.Check != nil && cfg.TrustIdle < 100*clock.Tick || cfg.Trace != nil
+		cfg.Check != nil && cfg.CheckAfterIdle < 100*clock.Tick || cfg.Trace != nil
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	if cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug {
-		p.holds = &holds{}
+		p.loanLog = &loanLog{}
 	}
-	p.lookAtHandles()
+	p.refreshHandleLimit()
 	if err := given.reachable("Config", int(p.handles.Load())); err != nil {
 		p.stop()
 		return nil, &configError{err}
@@ -198,14 +200,14 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 		return err
 	}
 	defer k.rescue()
-	if p.holds != nil {
-		k.hold(1)
+	if p.loanLog != nil {
+		k.record(1)
 	}
 	loan := k.start(ctx)
 	k.got()
 	err := fn(loan)
 	if err == nil {
-		k.c.content()
+		k.c.noteContent()
 	}
 	return k.finish(ctx, err)
 }
@@ -239,7 +241,7 @@ type claim struct {
 func (p *Pool) claim(ctx context.Context, r *request, now clock.Instant, todo *agenda) claim {
 	p.mu.Lock()
 	for _, o := range todo.closes {
-		p.moveLocked(o.c, closing)
+		p.moveLocked(o.c, phaseClosing)
 	}
 	s := p.sites.get(r.hash, r.addr)
 	if s == nil && r.known && !p.closed {
@@ -284,8 +286,8 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 				return nil, 0, p.failed(*r.addr, stage, err, r.start)
 			}
 			fresh := got.w.fresh
-			dead = fresh || c.uses == 0 && c.word.Load()&hungUp != 0
-			if fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() { // Setup may have taken its time
+			dead = fresh || c.uses == 0 && c.word.Load()&flagHungUp != 0
+			if fresh && c.word.Load()&(flagHungUp|flagStolen|flagBroken) == 0 && !c.sock.isStolen() { // Setup may have taken its time
 				return c, waited, nil
 			}
 		case got.refused != nil:
@@ -304,7 +306,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			r.addr, r.known, r.hash = &canonical, true, p.sites.hash(&canonical)
 			continue
 		}
-		reason, err := p.unfit(ctx, c)
+		reason, err := p.whyUnfit(ctx, c)
 		if reason == ClosedUnknown {
 			return c, waited, nil
 		}
@@ -312,11 +314,11 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		if dead {
 			hollow++
 			why := unborn(reason, err)
-			if !reason.innocent() && p.hollow(c, why) || hollow >= maxHollow {
+			if !reason.innocent() && p.noteHollow(c, why) || hollow >= maxHollow {
 				vain = why
 			}
 		}
-		if p.pushes(reason) {
+		if p.isForPush(reason) {
 			// It goes to Push, and this borrower takes another, or it
 			// when Push is done.
 			p.push(c)

@@ -51,9 +51,9 @@ func (k *checkout) borrow(ctx context.Context, addr *Addr) (err error) {
 
 // hold writes down who has the connection: the caller's caller, skip frames further
 // up.
-func (k *checkout) hold(skip int) {
+func (k *checkout) record(skip int) {
 	k.c.observedBy(k.trace) // a hold that lasts too long is told to the borrower's Trace
-	k.p.hold(k.c, skip+1)
+	k.p.recordLoan(k.c, skip+1)
 }
 
 // start begins the loan.
@@ -85,7 +85,7 @@ func (k *checkout) tellGot() {
 // connection is still the checkout's: the borrower may have closed or detached it.
 func (k *checkout) end() (word uint64, mine bool) {
 	word = k.c.end()
-	if word&gone != 0 {
+	if word&flagGone != 0 {
 		k.owned = false
 	}
 	return word, k.owned
@@ -126,7 +126,7 @@ func (k *checkout) finish(ctx context.Context, err error) error {
 // kept it.
 func (k *checkout) release() (kept bool) {
 	k.owned = false
-	return k.p.giveBack(k.c)
+	return k.p.release(k.c)
 }
 
 // put tells Trace.PutConn of a connection that was lent at that moment and kept.
@@ -160,19 +160,19 @@ func (k *checkout) rescue() {
 func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason, error) {
 	forgiven := err != nil && isKept(err)
 	switch {
-	case word&stolen != 0:
-		return Quarantined, errStolen
-	case word&cut != 0 || ctx.Err() != nil:
+	case word&flagStolen != 0:
+		return ClosedQuarantined, errStolen
+	case word&flagCut != 0 || ctx.Err() != nil:
 		return ClosedCanceled, causeOf(ctx)
 	case err != nil && !forgiven:
 		return ClosedFnError, err
 	case word&inFlight != 0:
 		return ClosedInFlight, nil
-	case word&broken != 0:
+	case word&flagBroken != 0:
 		return ClosedBroken, c.failure()
-	case word&halfClosed != 0:
+	case word&flagHalfClosed != 0:
 		return ClosedHalfClosed, nil
-	case word&timedOut != 0 && !forgiven:
+	case word&flagTimedOut != 0 && !forgiven:
 		return ClosedTimeout, c.failure()
 	}
 	return ClosedUnknown, nil
@@ -194,15 +194,15 @@ func (k *checkout) reset(ctx context.Context) bool {
 	p, c := k.p, k.c
 	own := false // why is of Reset, which ran for this borrower
 	reason, why := c.condemned()
-	if reason == ClosedUnknown && c.word.Load()&hungUp != 0 {
-		if reason, why = c.ask(); p.pushes(reason) {
+	if reason == ClosedUnknown && c.word.Load()&flagHungUp != 0 {
+		if reason, why = c.probe(); p.isForPush(reason) {
 			reason = ClosedUnknown
-			c.extra().unread = true
+			c.ensureCold().unread = true
 		}
 	}
 	if reason == ClosedUnknown && p.cfg.Reset != nil {
-		if c.probe.isStolen() {
-			reason, why = Quarantined, errStolen
+		if c.sock.isStolen() {
+			reason, why = ClosedQuarantined, errStolen
 		} else if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
 			reason, own = ClosedResetFailed, true
 		}

@@ -35,7 +35,7 @@ func (p *Pool) Retire(addr Addr) {
 	if err != nil {
 		return
 	}
-	p.sessions.forget(addr)
+	p.sessions.drop(addr)
 	var todo agenda
 	p.mu.Lock()
 	if s := p.sites.find(addr); s != nil {
@@ -73,13 +73,13 @@ func (p *Pool) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeGrace)
 	defer cancel()
 	if p.awaitLeft(ctx, func() bool {
-		return p.n[closing]+p.n[dialing] == 0 && !p.sweeping && p.lookers == 0 && p.watching.running == 0
+		return p.n[phaseClosing]+p.n[phaseDialing] == 0 && !p.sweeping && p.examiners == 0 && p.watching.running == 0
 	}) {
 		return nil
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return fmt.Errorf("connpool: closed, but %d closes and %d dials have not ended after %v", p.n[closing], p.n[dialing], closeGrace)
+	return fmt.Errorf("connpool: closed, but %d closes and %d dials have not ended after %v", p.n[phaseClosing], p.n[phaseDialing], closeGrace)
 }
 
 // Shutdown closes the pool as Close does, and waits until every borrowed
@@ -91,7 +91,7 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 		return usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
 	p.shut()
-	if p.awaitLeft(ctx, func() bool { return p.n.open() == 0 && !p.sweeping && p.lookers == 0 }) {
+	if p.awaitLeft(ctx, func() bool { return p.n.open() == 0 && !p.sweeping && p.examiners == 0 }) {
 		return nil
 	}
 	return &cutShort{causeOf(ctx), p.stillOut()}
@@ -116,7 +116,7 @@ func (p *Pool) shut() bool {
 	for s := range p.sites.all() {
 		p.shutSiteLocked(s, &todo)
 	}
-	for s := range p.tracked {
+	for s := range p.unpooled {
 		p.shutSiteLocked(s, &todo)
 	}
 	p.mu.Unlock()
@@ -179,7 +179,7 @@ func (p *Pool) stillOut() string {
 	byAddr := make(map[Addr]out)
 	p.mu.Lock()
 	for _, c := range p.recency.all() {
-		if c.phase != borrowed {
+		if c.phase != phaseBorrowed {
 			continue
 		}
 		o, known := byAddr[c.site.addr]
@@ -190,7 +190,7 @@ func (p *Pool) stillOut() string {
 		o.held = max(o.held, now.Sub(c.since))
 		byAddr[c.site.addr] = o
 	}
-	dials, closes := p.n[dialing], p.n[closing]
+	dials, closes := p.n[phaseDialing], p.n[phaseClosing]
 	p.mu.Unlock()
 	var b strings.Builder
 	for _, a := range order {

@@ -147,7 +147,7 @@ func TestWhatIsDialedIsClosedExactlyOnce(t *testing.T) {
 		var dials, closes, setups, states atomic.Int64
 		n := newTestnet(t)
 		n.open(Config{
-			MaxOpen: 6, MaxPerAddr: 3, MaxIdle: 4, MaxUses: 10, MaxLifetime: time.Second, IdleTimeout: 100 * time.Millisecond, CheckInterval: 50 * time.Millisecond,
+			MaxOpen: 6, MaxPerAddr: 3, MaxIdle: 4, MaxUses: 10, MaxLifetime: time.Second, IdleTimeout: 100 * time.Millisecond, SweepInterval: 50 * time.Millisecond,
 			Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
 				dials.Add(1)
 				return &strange{Conn: c, close: sync.OnceValue(func() error { closes.Add(1); return c.Close() })}
@@ -339,7 +339,7 @@ func TestForeignCodeMayUseThePool(t *testing.T) {
 		var fail atomic.Bool
 		fail.Store(true)
 		n.open(Config{
-			CheckInterval: time.Second, TrustIdle: -1,
+			SweepInterval: time.Second, CheckAfterIdle: -1,
 			Dialers: map[Transport]DialFunc{memory: func(ctx context.Context, addr Addr) (net.Conn, error) {
 				nosy("dialer")
 				if addr.Host == "full" && fail.Load() {
@@ -405,7 +405,7 @@ func TestStressAHundredPoolsAreClosedUnderTraffic(t *testing.T) {
 		var all sync.WaitGroup
 		for i := range 100 {
 			n := newTestnet(t)
-			n.open(Config{MaxOpen: 3, MaxPerAddr: 2, CheckInterval: time.Millisecond, IdleTimeout: 2 * time.Millisecond})
+			n.open(Config{MaxOpen: 3, MaxPerAddr: 2, SweepInterval: time.Millisecond, IdleTimeout: 2 * time.Millisecond})
 			for _, host := range []string{"a", "b"} {
 				n.Host(host).SetLatency(time.Duration(i%4) * time.Millisecond)
 			}
@@ -463,7 +463,7 @@ func TestAProbeThatPanicsCostsItsConnectionOnly(t *testing.T) {
 		n.closed(reasons{ClosedStale: 1})
 		n.check()
 		require.Equal(t, "a#2", n.use(at("a")))
-		time.Sleep(defaultCheckInterval) // the sweep asks, too
+		time.Sleep(defaultSweepInterval) // the sweep asks, too
 		synctest.Wait()
 		n.gauges(0, 0, 0)
 		n.closed(reasons{ClosedStale: 2})

@@ -66,7 +66,7 @@ type attempt struct {
 	displaced    bool               // ... for another address
 	quiet        bool               // it has gone without an answer for a while, see silence.go
 	brokenOff    bool               // when it ended, the pool was the cause, whatever its error says
-	spare        bool               // it was started for no waiter, and is never surplus
+	prefill      bool               // it was started for no waiter, and is never surplus
 	warm         *warming           // for which it was started, if for one
 	giveUp       context.CancelFunc // nil before it runs
 
@@ -84,7 +84,7 @@ type attempt struct {
 	mu      sync.Mutex // guards what follows; nothing else happens under it
 	socket  net.Conn   // what was dialled and c has not adopted: whoever books a failure closes it
 	adopted bool       // c has its socket, and the guard of Setup is open
-	settled bool       // somebody has booked, or is booking, the outcome
+	claimed bool       // somebody has booked, or is booking, the outcome
 }
 
 // enter says how far the dial has come.
@@ -119,29 +119,29 @@ func (p *Pool) closeSocket(a *attempt) {
 	a.socket = nil
 	a.mu.Unlock()
 	if nc != nil {
-		p.closeStray(nc, a.c.site.addr)
+		p.closeUnowned(nc, a.c.site.addr)
 	}
 }
 
 // settle makes the caller the one who books the outcome, if nobody was before.
-func (a *attempt) settle() (mine, adopted bool) {
+func (a *attempt) claim() (mine, adopted bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	mine = !a.settled
-	a.settled = true
+	mine = !a.claimed
+	a.claimed = true
 	return mine, a.adopted
 }
 
-func (a *attempt) isSettled() bool {
+func (a *attempt) isClaimed() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.settled
+	return a.claimed
 }
 
 // dial opens c for the pool and books the outcome, whatever the dialer and the
 // hooks do: return, panic, end their goroutine, or never come back.
 func (p *Pool) dial(a *attempt) {
-	p.lookAtHandles()
+	p.refreshHandleLimit()
 	t := p.cfg.Trace
 	cancel := context.CancelFunc(func() {})
 	c, start := a.c, p.clock.Exactly()
@@ -150,8 +150,8 @@ func (p *Pool) dial(a *attempt) {
 	var late *time.Timer
 	if p.cfg.DialTimeout > 0 {
 		late = time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
-			if mine, adopted := a.settle(); mine {
-				p.abandoned("a dial", c.site.addr)
+			if mine, adopted := a.claim(); mine {
+				p.noteAbandoned("a dial", c.site.addr)
 				p.abandonDial(a, adopted, start, traced.Load())
 			}
 		})
@@ -169,13 +169,13 @@ func (p *Pool) dial(a *attempt) {
 	t = p.trace(a.ctx)
 	traced.Store(t)
 	ctx := a.ctx
-	if !c.site.tracked() { // else it can serve nobody but the caller
+	if !c.site.unpooled() { // else it can serve nobody but the caller
 		ctx = context.WithoutCancel(ctx)
 	}
 	ctx, cancel = p.within(ctx, p.cfg.DialTimeout)
 	a.enter(StageDial)
 	p.mu.Lock()
-	if a.isSettled() { // the borrower's ctx took too long, and the outcome is booked, or about to be
+	if a.isClaimed() { // the borrower's ctx took too long, and the outcome is booked, or about to be
 		p.mu.Unlock()
 		a.err, a.ended = ctx.Err(), true
 		return
@@ -199,7 +199,7 @@ func (p *Pool) dialEnded(a *attempt, start clock.Instant, t *Trace, cancel conte
 	if a.err != nil {
 		p.closeSocket(a)
 	}
-	if mine, _ := a.settle(); !mine {
+	if mine, _ := a.claim(); !mine {
 		p.closeSocket(a)
 		if s, ok := a.state.(io.Closer); ok {
 			defer func() { _ = recover() }()
@@ -209,7 +209,7 @@ func (p *Pool) dialEnded(a *attempt, start clock.Instant, t *Trace, cancel conte
 	}
 	a.handState()
 	if a.err == nil {
-		p.dialed(a, start, t, nil)
+		p.noteDialed(a, start, t, nil)
 		return
 	}
 	p.dialFailed(a, start, t, a.err)
@@ -218,7 +218,7 @@ func (p *Pool) dialEnded(a *attempt, start clock.Instant, t *Trace, cancel conte
 // dialFailed books a dial that came to nothing. If there is a socket already,
 // the slot is free when it is closed.
 func (p *Pool) dialFailed(a *attempt, start clock.Instant, t *Trace, err error) {
-	p.dialed(a, start, t, failedDial(a.stage, err))
+	p.noteDialed(a, start, t, failedDial(a.stage, err))
 	if a.stage == StageSetup {
 		p.discard(a.c, ClosedSetupFailed, err)
 	}
@@ -230,12 +230,12 @@ func (p *Pool) abandonDial(a *attempt, adopted bool, start clock.Instant, t *Tra
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
 	if !adopted {
 		go p.closeSocket(a)
-		p.dialed(a, start, t, failedDial(StageDial, fmt.Errorf("dialer: %w", late)))
+		p.noteDialed(a, start, t, failedDial(StageDial, fmt.Errorf("dialer: %w", late)))
 		return
 	}
-	a.c.word.And(^uint64(lent)) // shuts the guard
+	a.c.word.And(^uint64(flagLent)) // shuts the guard
 	late = fmt.Errorf("Config.Setup: %w", late)
-	p.dialed(a, start, t, failedDial(StageSetup, late))
+	p.noteDialed(a, start, t, failedDial(StageSetup, late))
 	p.discard(a.c, ClosedSetupFailed, late)
 }
 
@@ -251,14 +251,14 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	a.enter(StageSetup)
 	a.where = "Config.Setup"
 	setup := p.cfg.Setup
-	if c.site.tracked() {
+	if c.site.unpooled() {
 		setup = nil
 	}
 	if setup != nil {
-		c.begin(ctx, hooked)
+		c.begin(ctx, flagHooked)
 	}
 	a.mu.Lock()
-	late := a.settled
+	late := a.claimed
 	if a.adopted = !late; a.adopted {
 		a.socket = nil
 	}
@@ -266,7 +266,7 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	if late { // and closed by dialEnded
 		return ctx.Err()
 	}
-	p.enroll(c)
+	p.registerFD(c)
 	if setup == nil {
 		return nil
 	}
@@ -274,13 +274,13 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	word := c.end()
 	switch {
 	case err != nil:
-	case word&stolen != 0:
+	case word&flagStolen != 0:
 		err = errStolen
-	case word&cut != 0:
+	case word&flagCut != 0:
 		err = causeOf(ctx)
 	case word&inFlight != 0:
 		err = &brokenContract{"Config.Setup left an operation running"}
-	case word&(gone|broken|timedOut|halfClosed) != 0:
+	case word&(flagGone|flagBroken|flagTimedOut|flagHalfClosed) != 0:
 		err = c.failureOf(word, "Config.Setup closed the connection")
 	}
 	if err == nil {
@@ -342,7 +342,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	a.ours = below == nil
 	if below == nil {
 		below = p.sys.dial
-		if f := a.c.site.family; f > anyFamily {
+		if f := a.c.site.family; f > familyAny {
 			below = f.dial
 		}
 	}
@@ -356,7 +356,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	switch {
 	case err != nil:
 		if !isNil(nc) {
-			go p.closeStray(nc, addr)
+			go p.closeUnowned(nc, addr)
 		}
 		return nil, err
 	case isNil(nc):
@@ -375,9 +375,9 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	return tc, nil
 }
 
-// closeStray closes a connection that never got into the books. A foreign one
+// closeUnowned closes a connection that never got into the books. A foreign one
 // may take its time over it.
-func (p *Pool) closeStray(nc net.Conn, addr Addr) {
+func (p *Pool) closeUnowned(nc net.Conn, addr Addr) {
 	p.outlived(briefly("Close of the connection", closeTimeout, nc.Close), addr)
 }
 
@@ -409,7 +409,7 @@ func (p *Pool) resolve(addr Addr) (Addr, error) {
 }
 
 // dialed books the outcome of a dial.
-func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialError) {
+func (p *Pool) noteDialed(a *attempt, start clock.Instant, t *Trace, failure *dialError) {
 	now := p.clock.Exactly()
 	var todo agenda
 	c, s := a.c, a.c.site
@@ -423,8 +423,8 @@ func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialEr
 		s.dropLocked(a)
 		s.queue.dialEnded()
 	}
-	if a.spare {
-		s.special.dials--
+	if a.prefill {
+		s.prefill.dials--
 	}
 	if failure == nil {
 		p.lastID++
@@ -434,16 +434,16 @@ func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialEr
 		if c.unprobed() {
 			p.counts.Unprobed++
 		}
-		p.reachedLocked(s, &todo)
-		s.answeredLocked()
-		p.moveLocked(c, borrowed)
-		p.parkLocked(c, justBorn, now, &todo)
+		p.noteReachedLocked(s, &todo)
+		s.noteAnsweredLocked()
+		p.moveLocked(c, phaseBorrowed)
+		p.releaseLocked(c, fromDial, now, &todo)
 	} else {
 		info.Err = failure.err
-		p.dialFailedLocked(a, failure, now, &todo)
+		p.noteDialFailedLocked(a, failure, now, &todo)
 	}
 	if a.warm != nil {
-		p.warmDialedLocked(a, failure, todo.reasonOf(c))
+		p.noteWarmDialedLocked(a, failure, todo.reasonOf(c))
 	}
 	if s.queue.dials == 0 && s.queue.silent {
 		s.queue.silent = false // nobody dials it any more
@@ -453,14 +453,14 @@ func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialEr
 	}
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
-	p.forgetLocked(s)
-	p.leftLocked()
-	at, brokenOff := sighting{c, c.generation()}, a.brokenOff
+	p.dropIfEmptyLocked(s)
+	p.noteLeftLocked()
+	at, brokenOff := idleRef{c, c.generation()}, a.brokenOff
 	p.mu.Unlock()
 	todo.run(p)
 	switch {
 	case failure == nil:
-		p.hearAgain(at)
+		p.recheckHangUp(at)
 	case !brokenOff:
 		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
@@ -473,13 +473,13 @@ func (p *Pool) dialed(a *attempt, start clock.Instant, t *Trace, failure *dialEr
 // is closed, for patience at most or until ctx is done.
 func (p *Pool) evictFor(ctx context.Context, patience time.Duration) (Addr, bool) {
 	p.mu.Lock()
-	c := p.recency.oldestIdle(int(p.n[idle]))
+	c := p.recency.oldestIdle(int(p.n[phaseIdle]))
 	if c == nil {
 		p.mu.Unlock()
 		return Addr{}, false
 	}
 	p.takeLocked(c)
-	p.moveLocked(c, closing)
+	p.moveLocked(c, phaseClosing)
 	p.mu.Unlock()
 	if done := p.discard(c, ClosedEvicted, nil); done != nil {
 		enough := time.NewTimer(patience)

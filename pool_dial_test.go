@@ -343,13 +343,13 @@ func (n *testnet) fail2(b *scripted) *Error {
 func TestFailuresAreForgottenAfterAWhile(t *testing.T) {
 	for _, interval := range []time.Duration{0, -1} {
 		bubble(t, func(t *testing.T) {
-			n := open(t, Config{CheckInterval: interval})
+			n := open(t, Config{SweepInterval: interval})
 			n.Host("a").Down()
 			for range backoffAfter {
 				n.fail(bg, at("a"))
 			}
 			require.Equal(t, 1, n.p.Stats().Addrs)
-			time.Sleep(2*failureMemory + defaultCheckInterval)
+			time.Sleep(2*failureMemory + defaultSweepInterval)
 			require.Zero(t, n.p.Stats().Addrs)
 			n.check()
 			start := time.Now()

@@ -20,7 +20,7 @@ import (
 
 func TestFailRefusesAtOnce(t *testing.T) {
 	for limit, cfg := range map[string]Config{
-		"MaxPerAddr": {WhenFull: Fail, MaxPerAddr: 2}, "MaxOpen": {WhenFull: Fail, MaxOpen: 2},
+		"MaxPerAddr": {WhenFull: FullFail, MaxPerAddr: 2}, "MaxOpen": {WhenFull: FullFail, MaxOpen: 2},
 	} {
 		bubble(t, func(t *testing.T) {
 			n := open(t, cfg)
@@ -55,7 +55,7 @@ func TestFailRefusesAtOnce(t *testing.T) {
 func TestFailCountsThoseWhoAreAhead(t *testing.T) {
 	bubble(t, func(t *testing.T) { // the only slot is being freed
 		n := newTestnet(t)
-		n.open(Config{WhenFull: Fail, MaxPerAddr: 1, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
+		n.open(Config{WhenFull: FullFail, MaxPerAddr: 1, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
 			return &strange{Conn: c, close: func() error { time.Sleep(time.Second); return c.Close() }}
 		})})
 		n.p.With(bg, at("a"), discard)
@@ -71,7 +71,7 @@ func TestFailCountsThoseWhoAreAhead(t *testing.T) {
 		n.check()
 	})
 	bubble(t, func(t *testing.T) { // MaxDialing is the bottleneck
-		n := open(t, Config{WhenFull: Fail, MaxPerAddr: 2, MaxDialing: 1})
+		n := open(t, Config{WhenFull: FullFail, MaxPerAddr: 2, MaxDialing: 1})
 		n.Host("a").SetLatency(time.Second)
 		bs := make([]*scripted, 3)
 		for i := range bs {
@@ -87,7 +87,7 @@ func TestFailCountsThoseWhoAreAhead(t *testing.T) {
 
 func TestOverflowOpensMoreAndClosesTheSurplusOnReturn(t *testing.T) {
 	for name, cfg := range map[string]Config{
-		"MaxPerAddr": {WhenFull: Overflow, MaxPerAddr: 2}, "MaxOpen": {WhenFull: Overflow, MaxOpen: 2},
+		"MaxPerAddr": {WhenFull: FullOverflow, MaxPerAddr: 2}, "MaxOpen": {WhenFull: FullOverflow, MaxOpen: 2},
 	} {
 		bubble(t, func(t *testing.T) {
 			n := open(t, cfg)
@@ -121,7 +121,7 @@ func TestOverflowOpensMoreAndClosesTheSurplusOnReturn(t *testing.T) {
 func TestOverflowKeepsWhatTheLimitAllowsThoughClosesTakeTime(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
-		n.open(Config{WhenFull: Overflow, MaxPerAddr: 2, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
+		n.open(Config{WhenFull: FullOverflow, MaxPerAddr: 2, Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn {
 			return &strange{Conn: c, close: func() error { time.Sleep(time.Second); return c.Close() }}
 		})})
 		n.idle(at("a"), 5)
@@ -336,7 +336,7 @@ func TestABlockedBorrowerBlocksNobody(t *testing.T) {
 }
 
 func TestOverflowAndFailAreOnlyAboutLimits(t *testing.T) {
-	for _, policy := range []FullPolicy{Wait, Fail, Overflow} {
+	for _, policy := range []FullPolicy{FullWait, FullFail, FullOverflow} {
 		bubble(t, func(t *testing.T) {
 			n := open(t, Config{WhenFull: policy, MaxPerAddr: 5, MaxDialing: 1})
 			n.Host("a").SetLatency(time.Second)
@@ -349,6 +349,6 @@ func TestOverflowAndFailAreOnlyAboutLimits(t *testing.T) {
 			n.check()
 		})
 	}
-	require.Equal(t, "wait fail overflow connpool.FullPolicy(3)", fmt.Sprint(Wait, Fail, Overflow, FullPolicy(3)))
+	require.Equal(t, "wait fail overflow connpool.FullPolicy(3)", fmt.Sprint(FullWait, FullFail, FullOverflow, FullPolicy(3)))
 	require.False(t, errors.Is(ErrExhausted, ErrNoneRemovable))
 }

@@ -45,10 +45,10 @@ func pressureAt(fd uintptr, limit int) pressure {
 // pool's is given back.
 const handlePatience = 250 * time.Millisecond
 
-// lookAtHandles brings the budget up to date. The limit may change while the
+// refreshHandleLimit brings the budget up to date. The limit may change while the
 // program runs (Go itself raises it at start), so every dial looks again, also
 // while a MaxOpen is set: that may change too.
-func (p *Pool) lookAtHandles() {
+func (p *Pool) refreshHandleLimit() {
 	limit, ok := p.sys.handleLimit()
 	if !ok {
 		p.handles.Store(math.MaxInt)
@@ -60,26 +60,26 @@ func (p *Pool) lookAtHandles() {
 // enroll files a connection that was just dialled under the number of its
 // descriptor. An older entry with that number must have been closed behind the
 // pool's back; and the number says how many handles are taken.
-func (p *Pool) enroll(c *conn) {
-	if c.probe.raw == nil {
+func (p *Pool) registerFD(c *conn) {
+	if c.sock.raw == nil {
 		return
 	}
 	limit, limited := p.sys.handleLimit()
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
-	if c.phase == none { // given up in this very moment, see abandonDial
+	if c.phase == phaseNone { // given up in this very moment, see abandonDial
 		p.mu.Unlock()
 		return
 	}
-	if old := p.byFD[c.probe.fd()]; old != nil {
-		p.disownLocked(old, &todo)
+	if old := p.byFD[c.sock.fd()]; old != nil {
+		p.markStolenLocked(old, &todo)
 	}
-	p.byFD[c.probe.fd()] = c
+	p.byFD[c.sock.fd()] = c
 	if limited && p.limits.MaxOpen < math.MaxInt {
-		p.pressure, p.pressedAt = pressureAt(c.probe.fd(), limit), now
+		p.pressure, p.pressedAt = pressureAt(c.sock.fd(), limit), now
 		if p.pressure == handlesCritical {
-			if v := p.recency.oldestIdle(int(p.n[idle])); v != nil {
+			if v := p.recency.oldestIdle(int(p.n[phaseIdle])); v != nil {
 				p.evictLocked(v, ClosedLowHandles, nil, &todo)
 			}
 		}
@@ -116,12 +116,12 @@ func (p *Pool) doubtPressure(now clock.Instant) {
 // the word, so of two at once it is known which was first.
 //
 // Who finds the mark: the owner of a loan at its end (verdict); between loans
-// whoever looks at the connection (ask) and whoever parks it (unwantedLocked),
+// whoever looks at the connection (ask) and whoever parks it (whyUnwantedLocked),
 // through condemned.
 func (c *conn) mark(flag uint64) bool {
 	for {
 		w := c.word.Load()
-		if w&(stolen|shut|detached) != 0 {
+		if w&(flagStolen|flagShut|flagDetached) != 0 {
 			return false
 		}
 		if c.word.CompareAndSwap(w, w|flag) {
@@ -135,9 +135,9 @@ func (c *conn) mark(flag uint64) bool {
 // that failed leaves the same flag as a mark, but no connection without a loan.
 func (c *conn) condemned() (CloseReason, error) {
 	switch w := c.word.Load(); {
-	case w&stolen != 0:
-		return Quarantined, errStolen
-	case w&broken != 0:
+	case w&flagStolen != 0:
+		return ClosedQuarantined, errStolen
+	case w&flagBroken != 0:
 		return ClosedMarkedDead, nil
 	}
 	return ClosedUnknown, nil
@@ -152,7 +152,7 @@ func (c *conn) failureOf(word uint64, what string) error {
 	if err := c.failure(); err != nil {
 		return err
 	}
-	if word&(gone|timedOut|halfClosed) == 0 {
+	if word&(flagGone|flagTimedOut|flagHalfClosed) == 0 {
 		return errMarkedDead
 	}
 	return &brokenContract{what}
@@ -182,17 +182,17 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 	var todo agenda
 	p.mu.Lock()
 	for _, c := range p.byFD { // unlike the recency it has those in Setup, too
-		same := known && c.probe.known && c.probe.who == who
+		same := known && c.sock.known && c.sock.who == who
 		switch {
-		case c == own, c.phase == closing:
-		case c.probe.fd() == fd:
+		case c == own, c.phase == phaseClosing:
+		case c.sock.fd() == fd:
 			// The same socket under the same number is the connection itself.
-			if !same && p.disownLocked(c, &todo) {
+			if !same && p.markStolenLocked(c, &todo) {
 				marked++
 			}
-		case same && c.mark(broken):
+		case same && c.mark(flagBroken):
 			marked++
-			if c.phase == idle {
+			if c.phase == phaseIdle {
 				p.evictLocked(c, ClosedMarkedDead, nil, &todo)
 			}
 		}
@@ -279,7 +279,7 @@ func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 		return false
 	}
 	p.mu.Lock()
-	if p.n[idle] > 0 { // given back since the caller looked
+	if p.n[phaseIdle] > 0 { // given back since the caller looked
 		p.mu.Unlock()
 		return true
 	}

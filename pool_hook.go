@@ -14,7 +14,7 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
 	defer recoverInto(&err, where) // from a ctx of the caller's making
-	loan := c.begin(ctx, hooked)
+	loan := c.begin(ctx, flagHooked)
 	answer := make(chan error, 1)
 	go func() {
 		var err error = &PanicError{Where: where} // stays if the hook calls runtime.Goexit
@@ -37,11 +37,11 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 	word := c.end()
 	switch {
 	case late:
-		p.abandoned(where, c.site.addr)
+		p.noteAbandoned(where, c.site.addr)
 	case err != nil:
-	case word&(cut|inFlight) != 0:
+	case word&(flagCut|inFlight) != 0:
 		err = &brokenContract{"it left an operation running"}
-	case word&(gone|broken|timedOut|halfClosed) != 0:
+	case word&(flagGone|flagBroken|flagTimedOut|flagHalfClosed) != 0:
 		err = c.failureOf(word, "it closed the connection")
 	default:
 		var in holdings
@@ -146,15 +146,15 @@ func passOn(err error) {
 }
 
 // strayed reports, in debug mode, the use of a handle whose loan is over.
-func (c *conn) strayed(gen uint64) {
+func (c *conn) reportUseAfterReturn(gen uint64) {
 	p := c.site.pool
 	if !p.cfg.Debug {
 		return
 	}
 	loan := "not known any more"
 	c.dmu.Lock()
-	if c.past != nil {
-		for _, l := range *c.past {
+	if c.recentLoans != nil {
+		for _, l := range *c.recentLoans {
 			if l.gen == gen {
 				loan = string(l.stack)
 			}
@@ -170,13 +170,13 @@ func (c *conn) strayed(gen uint64) {
 func (c *conn) recordBorrower(gen uint64) {
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	if c.past == nil {
-		c.past = new([]pastLoan)
+	if c.recentLoans == nil {
+		c.recentLoans = new([]pastLoan)
 	}
-	if len(*c.past) == 8 {
-		*c.past = append((*c.past)[:0], (*c.past)[1:]...)
+	if len(*c.recentLoans) == 8 {
+		*c.recentLoans = append((*c.recentLoans)[:0], (*c.recentLoans)[1:]...)
 	}
-	*c.past = append(*c.past, pastLoan{gen, debug.Stack()})
+	*c.recentLoans = append(*c.recentLoans, pastLoan{gen, debug.Stack()})
 }
 
 type pastLoan struct {
@@ -189,7 +189,7 @@ func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 	switch reason {
 	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:
 		level = slog.LevelWarn
-	case Quarantined, ClosedLeaked:
+	case ClosedQuarantined, ClosedLeaked:
 		level = slog.LevelError
 	case ClosedStale:
 		level = slog.LevelInfo
@@ -198,7 +198,7 @@ func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 }
 
 // abandoned counts and reports foreign code that the pool goes on without.
-func (p *Pool) abandoned(what string, addr Addr) {
+func (p *Pool) noteAbandoned(what string, addr Addr) {
 	p.mu.Lock()
 	p.counts.Abandoned++
 	p.mu.Unlock()

@@ -275,7 +275,7 @@ func TestCheckPrecedesTheLoanOfWhatHasLongBeenIdle(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		checks := 0
 		var verdict error
-		n := open(t, Config{CheckInterval: -1, TrustIdle: 10 * time.Second, Check: func(ctx context.Context, c Conn) error {
+		n := open(t, Config{SweepInterval: -1, CheckAfterIdle: 10 * time.Second, Check: func(ctx context.Context, c Conn) error {
 			checks++
 			require.Positive(t, c.Uses())
 			return verdict
@@ -298,7 +298,7 @@ func TestCheckPrecedesTheLoanOfWhatHasLongBeenIdle(t *testing.T) {
 	})
 	bubble(t, func(t *testing.T) {
 		checks := 0
-		n := open(t, Config{TrustIdle: -1, Check: func(context.Context, Conn) error { checks++; return nil }})
+		n := open(t, Config{CheckAfterIdle: -1, Check: func(context.Context, Conn) error { checks++; return nil }})
 		for range 5 {
 			n.use(at("a"))
 		}
@@ -316,7 +316,7 @@ func TestCheckThatFailsInAnyWayCostsTheConnectionNotTheBorrow(t *testing.T) {
 				d := deeds(never)[name]
 				n := newTestnet(t)
 				n.Host("a").Serve(echoLines)
-				n.open(Config{MaxPerAddr: 1, TrustIdle: -1, HookTimeout: 2 * time.Second, Check: func(_ context.Context, c Conn) error {
+				n.open(Config{MaxPerAddr: 1, CheckAfterIdle: -1, HookTimeout: 2 * time.Second, Check: func(_ context.Context, c Conn) error {
 					return d.do(c)
 				}})
 				n.use(at("a"))
@@ -349,7 +349,7 @@ func TestBytesThatCheckLeavesReachNobody(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.Host("a").Serve(echoLines)
-		n.open(Config{MaxPerAddr: 1, TrustIdle: -1, Check: func(_ context.Context, c Conn) error {
+		n.open(Config{MaxPerAddr: 1, CheckAfterIdle: -1, Check: func(_ context.Context, c Conn) error {
 			_, err := io.WriteString(c, "PING\n")
 			time.Sleep(time.Millisecond)
 			return err
@@ -366,7 +366,7 @@ func TestBytesThatCheckLeavesReachNobody(t *testing.T) {
 // The borrower's ctx ends the Check that runs for it, and the wait with it.
 func TestCheckEndsWithTheBorrowersContext(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{TrustIdle: -1, Check: func(ctx context.Context, c Conn) error {
+		n := open(t, Config{CheckAfterIdle: -1, Check: func(ctx context.Context, c Conn) error {
 			_, err := c.Read(make([]byte, 1))
 			return err
 		}})
@@ -505,7 +505,7 @@ func TestAGreetingBelongsToTheFirstBorrowerAlone(t *testing.T) {
 // TDBC-X07
 func TestDeadOnesAreSkippedUntilALiveOneIsFound(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{CheckInterval: -1})
+		n := open(t, Config{SweepInterval: -1})
 		n.idle(at("a"), 6)
 		conns := n.Host("a").Conns()
 		conns[1].Close()
@@ -529,7 +529,7 @@ func TestNoProbeLendsWhateverThereIs(t *testing.T) {
 		n := open(t, Config{NoProbe: true})
 		n.use(at("a"))
 		n.Host("a").Conns()[0].Reset()
-		time.Sleep(defaultCheckInterval)
+		time.Sleep(defaultSweepInterval)
 		n.gauges(0, 1, 0)
 		err := n.p.With(bg, at("a"), func(c Conn) error {
 			require.Equal(t, "a#1", who(c))
@@ -552,7 +552,7 @@ func TestAHookCannotKeepTheConnection(t *testing.T) {
 			kept = append(kept, c)
 			return nil
 		}
-		n := open(t, Config{TrustIdle: -1, Reset: keep, Check: keep, Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+		n := open(t, Config{CheckAfterIdle: -1, Reset: keep, Check: keep, Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
 			guard = nc
 			_, err := nc.(Conn).Detach()
 			require.Error(t, err)

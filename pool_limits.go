@@ -13,7 +13,7 @@ type Limits struct {
 	MaxIdle, MaxIdlePerAddr       int
 	MaxDialing, MaxDialingPerAddr int
 	MaxWaiters                    int
-	MinSpare                      int
+	MinIdlePerAddr                int
 }
 
 // SetLimits replaces all the limits: set what is to change in the result of
@@ -37,7 +37,7 @@ func (p *Pool) SetLimits(l Limits) error {
 	if err != nil {
 		return usage(Addr{}, err)
 	}
-	p.lookAtHandles()
+	p.refreshHandleLimit()
 	if err := l.reachable("Limits", int(p.handles.Load())); err != nil {
 		return usage(Addr{}, err)
 	}
@@ -54,12 +54,12 @@ func (p *Pool) SetLimits(l Limits) error {
 	}
 	p.dropSurplusLocked(&todo)
 	for s := range p.sites.all() {
-		if now.MinSpare == 0 && s.special != nil {
-			s.special.reserve, s.special.shaky, s.special.probe = false, false, false
+		if now.MinIdlePerAddr == 0 && s.prefill != nil {
+			s.prefill.reserve, s.prefill.unstable, s.prefill.retryOnce = false, false, false
 		}
 		p.refuseWarmingsLocked(s)
 		p.refreshLocked(s)
-		p.forgetLocked(s)
+		p.dropIfEmptyLocked(s)
 	}
 	p.admitLocked(&todo)
 	p.mu.Unlock()
@@ -80,7 +80,7 @@ func (cfg *Config) limits() Limits {
 		MaxOpen: cfg.MaxOpen, MaxPerAddr: cfg.MaxPerAddr,
 		MaxIdle: cfg.MaxIdle, MaxIdlePerAddr: cfg.MaxIdlePerAddr,
 		MaxDialing: cfg.MaxDialing, MaxDialingPerAddr: cfg.MaxDialingPerAddr,
-		MaxWaiters: cfg.MaxWaiters, MinSpare: cfg.MinSpare,
+		MaxWaiters: cfg.MaxWaiters, MinIdlePerAddr: cfg.MinIdlePerAddr,
 	}
 }
 
@@ -88,14 +88,14 @@ func (cfg *Config) setLimits(l Limits) {
 	cfg.MaxOpen, cfg.MaxPerAddr = l.MaxOpen, l.MaxPerAddr
 	cfg.MaxIdle, cfg.MaxIdlePerAddr = l.MaxIdle, l.MaxIdlePerAddr
 	cfg.MaxDialing, cfg.MaxDialingPerAddr = l.MaxDialing, l.MaxDialingPerAddr
-	cfg.MaxWaiters, cfg.MinSpare = l.MaxWaiters, l.MinSpare
+	cfg.MaxWaiters, cfg.MinIdlePerAddr = l.MaxWaiters, l.MinIdlePerAddr
 }
 
 // resolved is l with every default filled in, as [Config.resolved] has it. The
 // error names both fields of a combination that makes no sense, and the struct
 // that they are in.
 func (l Limits) resolved(in string, full FullPolicy) (Limits, error) {
-	a, b, why := l.senseless(full)
+	a, b, why := l.contradiction(full)
 	if why != "" {
 		where := in
 		if b == "WhenFull" {
@@ -119,12 +119,12 @@ func (l Limits) resolved(in string, full FullPolicy) (Limits, error) {
 	limit(&l.MaxDialing, defaultMaxDialing, none)
 	limit(&l.MaxDialingPerAddr, l.MaxDialing/2+l.MaxDialing%2, none)
 	limit(&l.MaxWaiters, none, none)
-	limit(&l.MinSpare, 0, 0)
+	limit(&l.MinIdlePerAddr, 0, 0)
 	return l, nil
 }
 
 // senseless names two fields that contradict each other; why is "" if none do.
-func (l Limits) senseless(full FullPolicy) (a, b, why string) {
+func (l Limits) contradiction(full FullPolicy) (a, b, why string) {
 	over := func(n int, of string, limit int, by string) (string, string, string) {
 		return of, by, fmt.Sprintf("%d can never be reached under %d", n, limit)
 	}
@@ -145,40 +145,40 @@ func (l Limits) senseless(full FullPolicy) (a, b, why string) {
 		return over(l.MaxIdlePerAddr, "MaxIdlePerAddr", l.MaxIdle, "MaxIdle")
 	case above(l.MaxDialingPerAddr, l.MaxDialing):
 		return over(l.MaxDialingPerAddr, "MaxDialingPerAddr", l.MaxDialing, "MaxDialing")
-	case l.MaxWaiters > 0 && full == Fail:
-		return "MaxWaiters", "WhenFull", "Fail lets nobody wait for a limit"
-	case full == Overflow && l.MaxPerAddr <= 0 && l.MaxOpen <= 0:
-		return "MaxPerAddr", "WhenFull", "Overflow needs a MaxPerAddr or a MaxOpen to exceed"
-	case l.MinSpare > 0 && l.MaxIdlePerAddr < 0:
-		return "MinSpare", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none"
-	case l.MinSpare > 0 && l.MaxIdle < 0:
-		return "MinSpare", "MaxIdle", "one keeps idle connections, the other keeps none"
+	case l.MaxWaiters > 0 && full == FullFail:
+		return "MaxWaiters", "WhenFull", "FullFail lets nobody wait for a limit"
+	case full == FullOverflow && l.MaxPerAddr <= 0 && l.MaxOpen <= 0:
+		return "MaxPerAddr", "WhenFull", "FullOverflow needs a MaxPerAddr or a MaxOpen to exceed"
+	case l.MinIdlePerAddr > 0 && l.MaxIdlePerAddr < 0:
+		return "MinIdlePerAddr", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none"
+	case l.MinIdlePerAddr > 0 && l.MaxIdle < 0:
+		return "MinIdlePerAddr", "MaxIdle", "one keeps idle connections, the other keeps none"
 	// What is spare comes on top of the one that is lent.
-	case reaches(l.MinSpare, l.MaxOpen):
-		return "MinSpare", "MaxOpen", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxOpen)
-	case reaches(l.MinSpare, l.MaxPerAddr):
-		return "MinSpare", "MaxPerAddr", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinSpare, l.MaxPerAddr)
-	case above(l.MinSpare, l.MaxIdle):
-		return over(l.MinSpare, "MinSpare", l.MaxIdle, "MaxIdle")
-	case above(l.MinSpare, l.MaxIdlePerAddr):
-		return over(l.MinSpare, "MinSpare", l.MaxIdlePerAddr, "MaxIdlePerAddr")
+	case reaches(l.MinIdlePerAddr, l.MaxOpen):
+		return "MinIdlePerAddr", "MaxOpen", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinIdlePerAddr, l.MaxOpen)
+	case reaches(l.MinIdlePerAddr, l.MaxPerAddr):
+		return "MinIdlePerAddr", "MaxPerAddr", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinIdlePerAddr, l.MaxPerAddr)
+	case above(l.MinIdlePerAddr, l.MaxIdle):
+		return over(l.MinIdlePerAddr, "MinIdlePerAddr", l.MaxIdle, "MaxIdle")
+	case above(l.MinIdlePerAddr, l.MaxIdlePerAddr):
+		return over(l.MinIdlePerAddr, "MinIdlePerAddr", l.MaxIdlePerAddr, "MaxIdlePerAddr")
 	}
 	return "", "", ""
 }
 
-// maxSpare is more than any address can have: a system has no more local ports for
+// maxMinIdle is more than any address can have: a system has no more local ports for
 // one peer.
-const maxSpare = 1<<16 - 1
+const maxMinIdle = 1<<16 - 1
 
 // reachable says why there can never be so many connections in reserve, even of one
 // address. handles is what the process's limit leaves for connections.
 func (l Limits) reachable(in string, handles int) error {
 	switch {
-	case l.MinSpare > maxSpare:
-		return fmt.Errorf("connpool: %s.MinSpare is %d for each address: use %d at most, far fewer as a rule", in, l.MinSpare, maxSpare)
-	case l.MinSpare >= handles:
-		return fmt.Errorf("connpool: %s.MinSpare is %d, but the process's limit on open files has room for %d connections in all: lower MinSpare, or raise the limit",
-			in, l.MinSpare, handles)
+	case l.MinIdlePerAddr > maxMinIdle:
+		return fmt.Errorf("connpool: %s.MinIdlePerAddr is %d for each address: use %d at most, far fewer as a rule", in, l.MinIdlePerAddr, maxMinIdle)
+	case l.MinIdlePerAddr >= handles:
+		return fmt.Errorf("connpool: %s.MinIdlePerAddr is %d, but the process's limit on open files has room for %d connections in all: lower MinIdlePerAddr, or raise the limit",
+			in, l.MinIdlePerAddr, handles)
 	}
 	return nil
 }

@@ -122,7 +122,7 @@ func TestNewStartsNothing(t *testing.T) {
 	require.NotContains(t, stacks(), "created by github.com/seed-ecb488c9/connpool.(*Pool)", "before there is a pool")
 	require.NotContains(t, stacks(), "created by github.com/seed-ecb488c9/connpool.init", "by importing the package")
 	before := runtime.NumGoroutine()
-	p, err := New(Config{MaxOpen: 3, CheckInterval: time.Millisecond, MaxLifetime: time.Millisecond})
+	p, err := New(Config{MaxOpen: 3, SweepInterval: time.Millisecond, MaxLifetime: time.Millisecond})
 	require.NoError(t, err)
 	require.Equal(t, before, runtime.NumGoroutine())
 	require.Nil(t, p.sweeper)

@@ -29,16 +29,16 @@ import (
 // tickets takes nothing, but plaintext is in the pool's hands then. It is put
 // back in front of what the next loan reads, Push's.
 
-// putAhead is what a look took out of crypto/tls, for the loan that follows. It is
+// pushback is what a look took out of crypto/tls, for the loan that follows. It is
 // there as long as the pool has not seen it empty.
-type putAhead struct {
+type pushback struct {
 	mu    sync.Mutex // guards what follows; no I/O happens under it
 	bytes []byte
 	moved bool // something was read, from here or from the connection
 }
 
 // read reads what was put back, and then from the connection.
-func (b *putAhead) read(nc net.Conn, p []byte) (n int, err error) {
+func (b *pushback) read(nc net.Conn, p []byte) (n int, err error) {
 	if n, ok := b.take(p); ok {
 		return n, nil
 	}
@@ -51,7 +51,7 @@ func (b *putAhead) read(nc net.Conn, p []byte) (n int, err error) {
 	return n, err
 }
 
-func (b *putAhead) take(p []byte) (n int, ok bool) {
+func (b *pushback) take(p []byte) (n int, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if len(b.bytes) == 0 {
@@ -64,14 +64,14 @@ func (b *putAhead) take(p []byte) (n int, ok bool) {
 }
 
 // restart forgets that something was read, and reports whether something was.
-func (b *putAhead) restart() (moved bool) {
+func (b *pushback) restart() (moved bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	moved, b.moved = b.moved, false
 	return moved
 }
 
-func (b *putAhead) len() int {
+func (b *pushback) len() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return len(b.bytes)
@@ -90,36 +90,36 @@ func (*plaintext) Unwrap() error { return ErrUnread }
 
 // wholeRecord is for a look that read first through crypto/tls, which has the
 // rest of the record in hand.
-func (p *probe) wholeRecord(first byte) *plaintext {
+func (p *socket) wholeRecord(first byte) *plaintext {
 	rest := make([]byte, 16<<10) // no record is longer
-	if sock := p.sock(); sock != nil {
-		sock.enter(sealed)
-	} else if p.tls.SetDeadline(past) != nil {
+	if sock := p.belowTLS(); sock != nil {
+		sock.enter(tlsSealed)
+	} else if p.tls.SetDeadline(aLongTimeAgo) != nil {
 		return &plaintext{[]byte{first}} // the rest is still in order behind it
 	}
 	n, _ := p.tls.Read(rest)
 	return &plaintext{append([]byte{first}, rest[:n]...)}
 }
 
-// keepAhead puts back what a look has taken out, if err says so. The caller owns c.
-func (c *conn) keepAhead(err error) {
+// keepPushback puts back what a look has taken out, if err says so. The caller owns c.
+func (c *conn) keepPushback(err error) {
 	text, ok := err.(*plaintext)
 	if !ok {
 		return
 	}
-	e := c.extra()
-	if e.back == nil {
-		e.back = new(putAhead)
+	e := c.ensureCold()
+	if e.pushback == nil {
+		e.pushback = new(pushback)
 	}
-	e.back.mu.Lock()
-	e.back.bytes = append(e.back.bytes, text.bytes...)
-	e.back.mu.Unlock()
+	e.pushback.mu.Lock()
+	e.pushback.bytes = append(e.pushback.bytes, text.bytes...)
+	e.pushback.mu.Unlock()
 }
 
 // holds reports whether bytes wait above the socket, in the state or put back.
 // The caller owns c.
-func (c *conn) holds() (bool, error) {
-	if e := c.more.Load(); e != nil && e.back != nil && e.back.len() > 0 {
+func (c *conn) hasBuffered() (bool, error) {
+	if e := c.cold.Load(); e != nil && e.pushback != nil && e.pushback.len() > 0 {
 		return true, nil
 	}
 	in, err := c.heldSoon()
@@ -128,22 +128,22 @@ func (c *conn) holds() (bool, error) {
 
 // unread reports whether the last loan may have left something for Push.
 func (c *conn) unread() (bool, error) {
-	if e := c.more.Load(); e != nil && e.unread {
+	if e := c.cold.Load(); e != nil && e.unread {
 		return true, nil
 	}
-	return c.holds()
+	return c.hasBuffered()
 }
 
 // pushes reports whether a connection that would be closed for this reason is
 // one for Push.
-func (p *Pool) pushes(reason CloseReason) bool { return reason == ClosedDirty && p.cfg.Push != nil }
+func (p *Pool) isForPush(reason CloseReason) bool { return reason == ClosedDirty && p.cfg.Push != nil }
 
 // push gives c, on which something waits to be read, to Config.Push until
 // nothing is left. The caller was its owner, and is not any more.
 func (p *Pool) push(c *conn) {
 	p.mu.Lock()
-	if p.limits.MinSpare > 0 {
-		p.lookedAtLocked(c, true) // a reserve is complete with what Push has
+	if p.limits.MinIdlePerAddr > 0 {
+		p.setCheckingLocked(c, true) // a reserve is complete with what Push has
 	}
 	p.mu.Unlock()
 	go func() {
@@ -152,7 +152,7 @@ func (p *Pool) push(c *conn) {
 			p.discard(c, reason, err)
 			return
 		}
-		p.park(c, untouched)
+		p.releaseFrom(c, fromCheck)
 	}()
 }
 
@@ -160,15 +160,15 @@ func (p *Pool) push(c *conn) {
 // be closed then, ClosedUnknown if it has not.
 func (p *Pool) pushAll(c *conn) (CloseReason, error) {
 	for {
-		e := c.extra()
-		if reason, err := p.lookForPush(c); !p.pushes(reason) {
-			e.unread, e.back = false, nil
+		e := c.ensureCold()
+		if reason, err := p.awaitMessage(c); !p.isForPush(reason) {
+			e.unread, e.pushback = false, nil
 			return reason, err
 		}
-		if e.back == nil {
-			e.back = new(putAhead)
+		if e.pushback == nil {
+			e.pushback = new(pushback)
 		}
-		e.back.restart()
+		e.pushback.restart()
 		before, err := c.heldSoon()
 		if err != nil {
 			return ClosedPushFailed, err
@@ -186,7 +186,7 @@ func (p *Pool) pushAll(c *conn) (CloseReason, error) {
 			return ClosedWithPool, err
 		case err != nil:
 			return ClosedPushFailed, err
-		case !e.back.restart() && after.unread == before.unread:
+		case !e.pushback.restart() && after.unread == before.unread:
 			return ClosedPushFailed, errUnpushed
 		}
 	}
@@ -194,24 +194,24 @@ func (p *Pool) pushAll(c *conn) (CloseReason, error) {
 
 var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 
-// lookForPush looks everywhere for bytes that wait: ClosedDirty if there are any.
+// awaitMessage looks everywhere for bytes that wait: ClosedDirty if there are any.
 // Of a TLS record that has arrived in part it waits for the rest, since only then
 // is it known whether it is a message or a ticket.
-func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
+func (p *Pool) awaitMessage(c *conn) (CloseReason, error) {
 	end := p.clock.Exactly() + clock.Instant(defaultHookTimeout)
 	for {
 		if reason, err := c.condemned(); reason != ClosedUnknown {
 			return reason, err
 		}
-		if held, err := c.holds(); err != nil {
+		if held, err := c.hasBuffered(); err != nil {
 			return ClosedPushFailed, err
 		} else if held {
 			return ClosedDirty, ErrUnread
 		}
-		reason, err := c.ask()
-		if reason == ClosedUnknown && c.probe.tls != nil {
-			reason, err = c.probe.readThrough(noWait, lookPatience)
-			c.keepAhead(err)
+		reason, err := c.probe()
+		if reason == ClosedUnknown && c.sock.tls != nil {
+			reason, err = c.sock.readThrough(tlsNoWait, probePatience)
+			c.keepPushback(err)
 			p.outlived(err, c.site.addr)
 		}
 		switch {
@@ -232,11 +232,11 @@ func (p *Pool) lookForPush(c *conn) (CloseReason, error) {
 
 // listen is called when c was parked: what arrived before is to be heard of now,
 // and what arrives later when it does.
-func (p *Pool) listen(c *conn) {
+func (p *Pool) rearmWatch(c *conn) {
 	p.mu.Lock()
 	watcher := p.watcher
 	p.mu.Unlock()
-	watcher.Rearm(c.probe.raw, c.hearsData())
+	watcher.Rearm(c.sock.raw, c.hearsData())
 }
 
 // readable is told that something waits on the connection with this descriptor.
@@ -248,8 +248,8 @@ func (p *Pool) readable(fd uintptr) {
 		p.mu.Unlock()
 		return
 	}
-	if c.phase == idle {
-		p.examineAsideLocked(sighting{c, c.generation()})
+	if c.phase == phaseIdle {
+		p.examineAsideLocked(idleRef{c, c.generation()})
 	}
 	p.mu.Unlock()
 }

@@ -10,36 +10,36 @@ import (
 // of a connection, with no lock held but for the time in which the books are
 // changed:
 //
-//	giveBack  a loan ended in good order: to Push if something is left to read, else park
+//	release  a loan ended in good order: to Push if something is left to read, else park
 //	park      to the oldest waiter, onto the idle stack, or out
 //	discard   closed; the slot is free when the socket is closed (removed)
 //	detached  the borrower took the connection away
 //
-// What the books decide (parkLocked, unwantedLocked) is in books.go. What they write
+// What the books decide (releaseLocked, whyUnwantedLocked) is in books.go. What they write
 // to the agenda is done here (run): dials and timers start, dials that are broken
 // off hear of it, connections are closed.
 
-// giveBack is park for a loan that ended in good order: what it left to read goes
+// release is park for a loan that ended in good order: what it left to read goes
 // to Push.
-func (p *Pool) giveBack(c *conn) bool {
+func (p *Pool) release(c *conn) bool {
 	if p.cfg.Push == nil {
-		return p.park(c, used)
+		return p.releaseFrom(c, fromLoan)
 	}
 	switch unread, err := c.unread(); {
 	case err != nil:
 		p.discard(c, ClosedDirty, err)
 		return false
 	case !unread:
-		return p.park(c, used)
+		return p.releaseFrom(c, fromLoan)
 	}
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
+	if l := c.loan.Load(); l != nil && l.record != nil {
+		p.dropRecord(l)
 	}
 	now := p.clock.Now()
 	p.mu.Lock()
 	p.countLoanLocked(c)
 	c.since, c.idleFor = now, 0
-	c.forget()
+	c.dropLoanState()
 	p.recency.touch(c)
 	p.mu.Unlock()
 	p.push(c)
@@ -49,31 +49,31 @@ func (p *Pool) giveBack(c *conn) bool {
 // park is what an owner does who has no more use for a connection: it goes to
 // the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
 // It reports whether the connection was kept.
-func (p *Pool) park(c *conn, u use) bool {
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
+func (p *Pool) releaseFrom(c *conn, u origin) bool {
+	if l := c.loan.Load(); l != nil && l.record != nil {
+		p.dropRecord(l)
 	}
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
-	kept := p.parkLocked(c, u, now, &todo)
-	at := sighting{c, c.generation()}
+	kept := p.releaseLocked(c, u, now, &todo)
+	at := idleRef{c, c.generation()}
 	p.mu.Unlock()
 	todo.run(p)
-	p.hearAgain(at)
+	p.recheckHangUp(at)
 	return kept
 }
 
 // discard closes a connection that its owner gives up, and frees the slot. The
 // channel is closed when the socket is; it is nil if that has happened already.
 func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
-	p.judge(c, reason, err)
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
+	p.noteLoss(c, reason, err)
+	if l := c.loan.Load(); l != nil && l.record != nil {
+		p.dropRecord(l)
 	}
 	first, own := c.seal()
 	if !own {
-		p.removed(c, Quarantined, errStolen)
+		p.noteRemoved(c, ClosedQuarantined, errStolen)
 		c.wake()
 		return nil
 	}
@@ -83,20 +83,20 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 		} else {
 			c.awaitStrike()
 		}
-		p.removed(c, reason, err)
+		p.noteRemoved(c, reason, err)
 		return nil
 	}
 	p.mu.Lock()
 	p.countLoanLocked(c)
-	if c.phase != closing {
-		p.moveLocked(c, closing)
+	if c.phase != phaseClosing {
+		p.moveLocked(c, phaseClosing)
 	}
 	p.mu.Unlock()
 	done := make(chan struct{})
 	var once sync.Once
 	free := func() {
 		once.Do(func() {
-			p.removed(c, reason, err)
+			p.noteRemoved(c, reason, err)
 			close(done)
 		})
 	}
@@ -107,7 +107,7 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 		if ended.Load() {
 			return // closesSlowly wound it up at the last moment
 		}
-		p.abandoned(at.Load().(string), c.site.addr)
+		p.noteAbandoned(at.Load().(string), c.site.addr)
 		go c.closeBelow()
 		free()
 	})
@@ -133,9 +133,9 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 // somebody waits for a slot.
 func (p *Pool) closesSlowly(c *conn) (wanted bool) {
 	var todo agenda
-	e := c.extra()
+	e := c.ensureCold()
 	p.mu.Lock()
-	if c.phase == closing {
+	if c.phase == phaseClosing {
 		e.slow = true
 		p.slow++
 		wanted = p.want > 0
@@ -147,9 +147,9 @@ func (p *Pool) closesSlowly(c *conn) (wanted bool) {
 }
 
 // removed is the one place where a slot becomes free: the socket of c is closed,
-// or is no longer the pool's (Quarantined; ClosedUnknown for one that was
+// or is no longer the pool's (ClosedQuarantined; ClosedUnknown for one that was
 // detached).
-func (p *Pool) removed(c *conn, reason CloseReason, err error) {
+func (p *Pool) noteRemoved(c *conn, reason CloseReason, err error) {
 	var todo agenda
 	var lost error
 	if c.uses == 0 && !reason.innocent() {
@@ -159,30 +159,30 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 	p.mu.Lock()
 	s := c.site
 	p.countLoanLocked(c)
-	p.moveLocked(c, none)
-	if c.probe.raw != nil && p.byFD[c.probe.fd()] == c {
-		delete(p.byFD, c.probe.fd())
+	p.moveLocked(c, phaseNone)
+	if c.sock.raw != nil && p.byFD[c.sock.fd()] == c {
+		delete(p.byFD, c.sock.fd())
 		p.unwatchLocked(c, &todo)
 	}
-	if e := c.more.Load(); e != nil && e.slow {
+	if e := c.cold.Load(); e != nil && e.slow {
 		e.slow = false
 		p.slow--
 	}
-	p.freedLocked()
+	p.noteFreedLocked()
 	if p.recency.remove(c) && c.unprobed() {
 		p.counts.Unprobed--
 	}
 	if reason != ClosedUnknown {
 		p.closedBy[reason]++
 	}
-	if s.special != nil {
-		p.reserveLostLocked(c, reason, lost, age)
+	if s.prefill != nil {
+		p.noteReserveLostLocked(c, reason, lost, age)
 	}
 	p.giveUpLocked(s)
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
-	p.forgetLocked(s)
-	p.leftLocked()
+	p.dropIfEmptyLocked(s)
+	p.noteLeftLocked()
 	p.mu.Unlock()
 	c.endLife(reason)
 	todo.run(p)
@@ -198,17 +198,17 @@ func (p *Pool) removed(c *conn, reason CloseReason, err error) {
 }
 
 // detached books that a borrower took c away.
-func (p *Pool) detached(c *conn) {
-	if l := c.loan.Load(); l != nil && l.hold != nil {
-		p.unhold(l)
+func (p *Pool) noteDetached(c *conn) {
+	if l := c.loan.Load(); l != nil && l.record != nil {
+		p.dropRecord(l)
 	}
 	p.mu.Lock()
 	p.counts.Detached++
 	watcher := p.watcher
 	p.mu.Unlock()
-	watcher.Remove(c.probe.raw)
+	watcher.Remove(c.sock.raw)
 	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}
-	p.removed(c, ClosedUnknown, nil)
+	p.noteRemoved(c, ClosedUnknown, nil)
 	if t != nil && t.Detached != nil {
 		p.observe("Trace.Detached", func() { t.Detached(info) })
 	}

@@ -9,7 +9,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// The sweep visits every idle connection each CheckInterval: what expired or
+// The sweep visits every idle connection each SweepInterval: what expired or
 // died is closed, so that Idle in Stats is true and descriptors of dead
 // connections do not linger. It runs on a timer's goroutine, and the timer
 // exists only while there are books to sweep.
@@ -28,7 +28,7 @@ import (
 
 // checkers bounds the pings that run at the same time, but for those that take
 // longer than foreignPatience: a peer that hangs holds up no other address.
-const checkers = 16
+const maxCheckers = 16
 
 // atOnce is how many connections a sweep lists, or addresses it visits, before it lets
 // borrowers pass.
@@ -49,7 +49,7 @@ func (p *Pool) eachSiteLocked(visit func(*site)) {
 }
 
 // sighting is an idle connection as a sweep found it.
-type sighting struct {
+type idleRef struct {
 	c   *conn
 	gen uint64
 }
@@ -67,49 +67,49 @@ func (p *Pool) sweep() {
 		if p.closed {
 			return
 		}
-		if t := s.trouble; t != nil && t.failures > 0 && s.queue.len == 0 && now.Sub(t.failedAt) >= failureMemory {
+		if t := s.backoff; t != nil && t.failures > 0 && s.queue.len == 0 && now.Sub(t.failedAt) >= failureMemory {
 			p.stopRetryLocked(s)
-			s.trouble = nil
-			if s.special != nil {
-				s.special.shaky = true
+			s.backoff = nil
+			if s.prefill != nil {
+				s.prefill.unstable = true
 				p.refreshLocked(s) // it may end a Warm, the last that keeps the books
 			}
-			p.forgetLocked(s)
+			p.dropIfEmptyLocked(s)
 		}
-		if s.special.reserved() {
+		if s.prefill.reserved() {
 			p.sweepReserveLocked(s, now)
 		}
 	})
 	var todo agenda
-	if p.short.Len() > 0 {
+	if p.deficit.Len() > 0 {
 		p.admitLocked(&todo)
 	}
 	p.mu.Unlock()
 	todo.run(p)
 
-	pings := make(map[*site][]sighting)
-	for mark := new(conn); p.cfg.CheckInterval > 0; {
+	pings := make(map[*site][]idleRef)
+	for mark := new(conn); p.cfg.SweepInterval > 0; {
 		p.mu.Lock()
 		met := p.recency.walk(mark, atOnce)
-		here := p.sightLocked(met, now)
+		here := p.listIdleLocked(met, now)
 		p.mu.Unlock()
 		if len(met) == 0 {
 			break
 		}
 		here.todo.run(p)
 		for _, at := range here.seen {
-			switch p.glance(at) {
-			case looksBad:
+			switch p.peekIdle(at) {
+			case peekUnfit:
 				p.examine(at, false)
 				if p.cfg.Check == nil {
 					continue
 				}
 				fallthrough // for one that was not that bad
-			case looksAskable:
+			case peekNeedsOwner:
 				pings[at.c.site] = append(pings[at.c.site], at)
 				continue // which tells whether it is well
 			}
-			p.stood(at.c, now)
+			p.noteStood(at.c, now)
 		}
 	}
 	p.examineAll(pings)
@@ -119,7 +119,7 @@ func (p *Pool) sweep() {
 	p.sweeping = false
 	switch {
 	case p.closed:
-		p.leftLocked()
+		p.noteLeftLocked()
 	case p.sites.len() == 0:
 		p.sites.renew()
 		p.swept, p.sweeper = false, nil
@@ -131,28 +131,28 @@ func (p *Pool) sweep() {
 
 // examineAll starts the examination of connections that need an owner for it, for
 // each address on a goroutine of its own, unless one is at it since the last sweep.
-func (p *Pool) examineAll(pings map[*site][]sighting) {
+func (p *Pool) examineAll(pings map[*site][]idleRef) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for s, here := range pings {
-		if p.checking[s] {
+		if p.checkingSites[s] {
 			continue
 		}
-		if p.checking == nil {
-			p.checking = make(map[*site]bool)
+		if p.checkingSites == nil {
+			p.checkingSites = make(map[*site]bool)
 		}
-		p.checking[s] = true
-		p.lookers++
+		p.checkingSites[s] = true
+		p.examiners++
 		go p.examineSite(s, here)
 	}
 }
 
-func (p *Pool) examineSite(s *site, here []sighting) {
+func (p *Pool) examineSite(s *site, here []idleRef) {
 	defer func() {
 		p.mu.Lock()
-		delete(p.checking, s)
-		p.lookers--
-		p.leftLocked()
+		delete(p.checkingSites, s)
+		p.examiners--
+		p.noteLeftLocked()
 		p.mu.Unlock()
 	}()
 	for _, at := range here {
@@ -165,7 +165,7 @@ func (p *Pool) examineSite(s *site, here []sighting) {
 // examineInTurn takes one of the places that checkers leaves. It reports false if
 // the peer gave no answer in time: then neither will its other connections, and
 // those keep until the next sweep or loan.
-func (p *Pool) examineInTurn(at sighting) bool {
+func (p *Pool) examineInTurn(at idleRef) bool {
 	select {
 	case p.checkers <- struct{}{}:
 	case <-p.ctx.Done():
@@ -181,55 +181,55 @@ func (p *Pool) examineInTurn(at sighting) bool {
 }
 
 // impression is what a look from outside says of a connection.
-type impression uint8
+type peekVerdict uint8
 
 const (
-	looksFine    impression = iota
-	looksBad                // dead, dirty or stolen
-	looksAskable            // it takes an owner to find out
+	peekClean      peekVerdict = iota
+	peekUnfit                  // dead, dirty or stolen
+	peekNeedsOwner             // it takes an owner to find out
 )
 
 // glance looks at a connection that it does not own.
-func (p *Pool) glance(at sighting) impression {
-	pr := &at.c.probe
+func (p *Pool) peekIdle(at idleRef) peekVerdict {
+	pr := &at.c.sock
 	if pr.raw != nil {
-		l := newLook(pr, !p.cfg.NoProbe)
+		l := newFDVisit(pr, !p.cfg.NoProbe)
 		err := pr.raw.Control(l.visit)
 		taken := l.stolen
 		seen := l.seen
 		l.done()
 		if err != nil || taken || seen != (sock.Seen{}) {
 			if pr.foreign {
-				return looksAskable // whose examination may wait for it
+				return peekNeedsOwner // whose examination may wait for it
 			}
-			return looksBad
+			return peekUnfit
 		}
 	}
 	if p.cfg.Check != nil || !p.cfg.NoProbe && pr.prober(at.c.nc) != nil {
-		return looksAskable
+		return peekNeedsOwner
 	}
-	return looksFine
+	return peekClean
 }
 
 // examine takes a connection, unless it was lent since it was sighted, and asks
 // it all that can be asked. The error is why it was closed, if an error was.
-func (p *Pool) examine(at sighting, ping bool) error {
+func (p *Pool) examine(at idleRef, ping bool) error {
 	c := at.c
 	p.mu.Lock()
-	if c.phase != idle || c.generation() != at.gen {
+	if c.phase != phaseIdle || c.generation() != at.gen {
 		p.mu.Unlock()
 		return nil
 	}
-	p.moveLocked(c, borrowed) // it keeps its place on the stack, see linked
+	p.moveLocked(c, phaseBorrowed) // it keeps its place on the stack, see linked
 	c.lendAtLocked(p.clock.Now())
-	p.lookedAtLocked(c, true)
+	p.setCheckingLocked(c, true)
 	p.mu.Unlock()
-	reason, err := c.ask()
+	reason, err := c.probe()
 	if reason == ClosedUnknown && ping && p.cfg.Check != nil {
 		reason, err = p.ping(context.Background(), c)
 	}
 	switch {
-	case p.pushes(reason):
+	case p.isForPush(reason):
 		p.push(c)
 		return nil
 	case reason != ClosedUnknown:
@@ -237,21 +237,21 @@ func (p *Pool) examine(at sighting, ping bool) error {
 		return err
 	}
 	if ping {
-		p.stood(c, p.clock.Exactly())
+		p.noteStood(c, p.clock.Exactly())
 	}
-	p.park(c, untouched)
+	p.releaseFrom(c, fromCheck)
 	return nil
 }
 
 // examineAsideLocked is examine for the watcher, which must not wait for what an
 // examination, or the close that it leads to, runs.
-func (p *Pool) examineAsideLocked(at sighting) {
-	p.lookers++
+func (p *Pool) examineAsideLocked(at idleRef) {
+	p.examiners++
 	go func() {
 		p.examine(at, false)
 		p.mu.Lock()
-		p.lookers--
-		p.leftLocked()
+		p.examiners--
+		p.noteLeftLocked()
 		p.mu.Unlock()
 	}()
 }
@@ -266,20 +266,20 @@ func (p *Pool) hangUp(fd uintptr) {
 		p.mu.Unlock()
 		return
 	}
-	c.word.Or(hungUp)
-	if c.phase == idle {
-		p.examineAsideLocked(sighting{c, c.generation()})
+	c.word.Or(flagHungUp)
+	if c.phase == phaseIdle {
+		p.examineAsideLocked(idleRef{c, c.generation()})
 	}
 	p.mu.Unlock()
 }
 
-// hearAgain is for a connection that was given back, or opened, while its peer
+// recheckHangUp is for a connection that was given back, or opened, while its peer
 // hung up: the news found it in use, and comes only once.
-func (p *Pool) hearAgain(at sighting) {
-	if at.c.word.Load()&hungUp != 0 {
+func (p *Pool) recheckHangUp(at idleRef) {
+	if at.c.word.Load()&flagHungUp != 0 {
 		p.examine(at, false)
 	}
 	if p.cfg.Push != nil {
-		p.listen(at.c)
+		p.rearmWatch(at.c)
 	}
 }

@@ -21,7 +21,7 @@ func (p *Pool) startTimer(t timerOrder) {
 func (p *Pool) startPause(s *site, running *pause, after time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if s.trouble != nil && s.trouble.pause == running {
+	if s.backoff != nil && s.backoff.pause == running {
 		running.timer = time.AfterFunc(after, func() { p.retry(s, running) })
 	}
 }

@@ -25,7 +25,7 @@ import (
 // MaxDialing, is bounded by ctx and by DialTimeout, and when file handles run out
 // it is tried again as the pool's own dials are. MaxPerAddr and MaxDialingPerAddr
 // do not apply: that is the library's business. So is TLS, and Setup does not run.
-// Overflow does not apply either: what a library keeps is no passing excess. A
+// FullOverflow does not apply either: what a library keeps is no passing excess. A
 // library that needs one connection more before it can give one up gets its dial
 // function from [Pool.DialReserve].
 //
@@ -84,10 +84,10 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		p.mu.Unlock()
 		return nil, p.failed(addr, StageWait, ErrClosed, start)
 	}
-	if p.tracked == nil {
-		p.tracked = make(map[*site]struct{})
+	if p.unpooled == nil {
+		p.unpooled = make(map[*site]struct{})
 	}
-	p.tracked[s] = struct{}{}
+	p.unpooled[s] = struct{}{}
 	if s.reserve > 0 {
 		p.reserves++
 		defer p.noReserve()
@@ -173,14 +173,14 @@ func (f family) dial(ctx context.Context, addr Addr) (net.Conn, error) {
 
 // tracked is the part of a connection on its way to whoever dialled it that all
 // its forms share.
-type tracked struct {
+type trackedLoan struct {
 	c       *conn
 	closed  atomic.Bool
 	cleanup runtime.Cleanup
 }
 
 // release closes the connection and frees its slot.
-func (t *tracked) release() error {
+func (t *trackedLoan) release() error {
 	if t.closed.Swap(true) {
 		again := &net.OpError{Op: "close", Source: t.c.nc.LocalAddr(), Addr: t.c.nc.RemoteAddr(), Err: net.ErrClosed}
 		if again.Source != nil { // a connection of the user's need not know where it is
@@ -212,7 +212,7 @@ const ownPatience = 250 * time.Millisecond
 // connections, it would wait for itself.
 //
 // A dial of the function that DialReserve returns waits for a slot as others do.
-// After 250 milliseconds (under Fail: at once) it opens its connection beyond
+// After 250 milliseconds (under FullFail: at once) it opens its connection beyond
 // MaxOpen, as long as no more than n are open beyond it, whoever opened them. What is
 // open beyond MaxOpen counts in Stats as everything else does, and is gone when as
 // many connections are closed: until then nothing else is opened. So MaxOpen and n
@@ -250,10 +250,10 @@ func (p *Pool) noReserve() {
 type family uint8
 
 const (
-	pooled    family = iota // it was not DialContext
-	anyFamily               // "tcp" or "unix"
-	family4                 // "tcp4"
-	family6                 // "tcp6"
+	familyPooled family = iota // it was not DialContext
+	familyAny                  // "tcp" or "unix"
+	family4                    // "tcp4"
+	family6                    // "tcp6"
 )
 
 func familyOf(network string) family {
@@ -263,11 +263,11 @@ func familyOf(network string) family {
 	case "tcp6":
 		return family6
 	}
-	return anyFamily
+	return familyAny
 }
 
 // tracked reports whether s is the books of a connection of DialContext's.
-func (s *site) tracked() bool { return s.family != pooled }
+func (s *site) unpooled() bool { return s.family != familyPooled }
 
 // track gives c the methods of what it is.
 //
@@ -307,7 +307,7 @@ func lost(c *conn) { go c.site.pool.untrack(c, errLost) }
 
 type trackedTCP struct {
 	*net.TCPConn
-	t tracked
+	t trackedLoan
 }
 
 func (c *trackedTCP) Close() error { return c.t.release() }
@@ -317,7 +317,7 @@ func (c *trackedTCP) SyscallConn() (syscall.RawConn, error) { return holdRaw(c.T
 
 type trackedUnix struct {
 	*net.UnixConn
-	t tracked
+	t trackedLoan
 }
 
 func (c *trackedUnix) Close() error { return c.t.release() }
@@ -358,7 +358,7 @@ func (r *heldRaw) Write(f func(uintptr) bool) error {
 // the wrapper that is watched, and each method has to hold it.
 type trackedConn struct {
 	net.Conn
-	t tracked
+	t trackedLoan
 }
 
 func (c *trackedConn) Close() error { return c.t.release() }

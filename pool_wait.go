@@ -16,7 +16,7 @@ func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 		case !served: // a ctx of the borrower's making panicked
 			p.leave(s, w)
 		case w.err == nil:
-			p.declined(w)
+			p.noteDeclined(w)
 		}
 	}()
 	select {
@@ -25,7 +25,7 @@ func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 		canceled := ctx.Err() != nil
 		over = true
 		if canceled && w.err == nil {
-			p.declined(w)
+			p.noteDeclined(w)
 			return nil, causeOf(ctx)
 		}
 		return w.c, w.err
@@ -54,10 +54,10 @@ func (p *Pool) leave(s *site, w *waiter) error {
 	if w.queued {
 		w.why = p.whyLocked(s, w)
 		s.queue.remove(w)
-		p.waitedLocked(w, true)
+		p.noteWaitedLocked(w, true)
 		p.refreshLocked(s)
 		p.admitLocked(&todo)
-		p.forgetLocked(s)
+		p.dropIfEmptyLocked(s)
 		p.mu.Unlock()
 		todo.run(p)
 		return nil
@@ -65,15 +65,15 @@ func (p *Pool) leave(s *site, w *waiter) error {
 	p.mu.Unlock()
 	<-w.ready // served before the lock was ours
 	if w.err == nil {
-		p.declined(w)
+		p.noteDeclined(w)
 	}
 	return w.err
 }
 
 // declined gives back what a waiter was served that had given up.
-func (p *Pool) declined(w *waiter) {
+func (p *Pool) noteDeclined(w *waiter) {
 	p.mu.Lock()
 	p.counts.WaitsFailed++
 	p.mu.Unlock()
-	p.park(w.c, untouched)
+	p.releaseFrom(w.c, fromCheck)
 }

@@ -145,7 +145,7 @@ func TestALimitNotSetNeverMeansFailNow(t *testing.T) {
 // go on waiting, and its time goes on too. It also keeps its place.
 func TestAWaitIsTimedOnceAndKeepsItsPlace(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxPerAddr: 1, TrustIdle: -1, Check: func(context.Context, Conn) error {
+		n := open(t, Config{MaxPerAddr: 1, CheckAfterIdle: -1, Check: func(context.Context, Conn) error {
 			time.Sleep(400 * time.Millisecond)
 			return errBoom
 		}})

@@ -7,7 +7,7 @@ import (
 )
 
 // Connections that are opened before a borrower wants them: because Warm was
-// called, or because an address in use is short of its reserve (MinSpare). They
+// called, or because an address in use is short of its reserve (MinIdlePerAddr). They
 // are dials like all others, in the same books. No borrower waits for them, but
 // one who comes takes such a dial as if it had been started for it.
 //
@@ -29,7 +29,7 @@ import (
 // were opened stay, also when ctx ends the wait; the error says how many there
 // are. An n that no limit ever allows is an error that names the limit; so is a
 // connection that could not be kept because others fill MaxIdle, or because file
-// handles run low. With [Fail] in force a full pool is ErrExhausted. n may be 0.
+// handles run low. With [FullFail] in force a full pool is ErrExhausted. n may be 0.
 func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	switch {
 	case p.stop == nil:
@@ -63,11 +63,11 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 		s = p.newSite(addr)
 		p.addSiteLocked(s, &todo)
 	}
-	s.specialLocked().warm = append(s.special.warm, w)
+	s.prefillLocked().warm = append(s.prefill.warm, w)
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
-	p.refreshLocked(s) // a full pool, under Fail
-	p.forgetLocked(s)
+	p.refreshLocked(s) // a full pool, under FullFail
+	p.dropIfEmptyLocked(s)
 	p.mu.Unlock()
 	todo.run(p)
 
@@ -82,7 +82,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 			w.err = p.warmFailedLocked(s, vain)
 			p.endWarmingLocked(s, w)
 			p.refreshLocked(s)
-			p.forgetLocked(s)
+			p.dropIfEmptyLocked(s)
 		}
 		p.mu.Unlock()
 	}

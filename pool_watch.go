@@ -46,13 +46,13 @@ func (p *Pool) listenTo(c *conn) {
 }
 
 func (p *Pool) addTo(w *sock.Watcher, c *conn) {
-	err := p.addWatch(w, c.probe.raw, c.hearsData())
+	err := p.addWatch(w, c.sock.raw, c.hearsData())
 	if err == nil {
 		return
 	}
 	p.mu.Lock()
 	first := p.watching.missed == nil
-	if p.byFD[c.probe.fd()] == c {
+	if p.byFD[c.sock.fd()] == c {
 		if first {
 			p.watching.missed = make(map[*conn]struct{})
 		}
@@ -157,7 +157,7 @@ func (p *Pool) rewatch() {
 // hearsData reports whether the watcher is to hear of data on c as well. With a Push
 // it listens for data, and once: what arrives during a loan would wake it for nothing.
 // Every time c is parked it is armed anew.
-func (c *conn) hearsData() bool { return c.site.pool.cfg.Push != nil && !c.site.tracked() }
+func (c *conn) hearsData() bool { return c.site.pool.cfg.Push != nil && !c.site.unpooled() }
 
 // watch passes on what the watcher hears, until it is closed.
 func (p *Pool) watch(w *sock.Watcher) {
@@ -178,7 +178,7 @@ func (p *Pool) unwatched(w *sock.Watcher) {
 	if p.watcher == w {
 		p.watcher = nil
 	}
-	p.leftLocked()
+	p.noteLeftLocked()
 	p.mu.Unlock()
 }
 

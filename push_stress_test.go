@@ -35,7 +35,7 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 				n := startSock(t, name, faultnet.Options{Handler: chatter})
 				o := &listeners{t: t, last: make(map[uint64]int)}
 				p := n.pool(t, func(c *Config) {
-					c.MaxOpen, c.CheckInterval = connections, 3*time.Millisecond
+					c.MaxOpen, c.SweepInterval = connections, 3*time.Millisecond
 					c.Push = func(_ context.Context, c Conn) error {
 						l, err := line(c)
 						if err == nil {
@@ -302,7 +302,7 @@ func TestAnActorLivesAsLongAsItsConnection(t *testing.T) {
 					return a, nil
 				}
 				c.Push = func(ctx context.Context, c Conn) error { return State[*actor](c).hear(ctx, c) }
-				c.CheckInterval = sweepWhereNothingListens
+				c.SweepInterval = sweepWhereNothingListens
 			})
 			var a *actor
 			for i := range 50 {

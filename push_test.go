@@ -70,7 +70,7 @@ func newActor() *actor { return &actor{got: make(chan string, 1000)} }
 func TestAMessageToAnIdleConnectionReachesPush(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
-		p := n.pool(t, func(c *Config) { c.Push = a.hear; c.CheckInterval = sweepWhereNothingListens })
+		p := n.pool(t, func(c *Config) { c.Push = a.hear; c.SweepInterval = sweepWhereNothingListens })
 		before := loan(t, p, n.addr)
 		for i := range 20 {
 			require.Equal(t, 1, n.srv.PushIdle(-1, fmt.Appendf(nil, "push %d\n", i)))
@@ -93,7 +93,7 @@ func TestAMessageToAnIdleConnectionReachesPush(t *testing.T) {
 	})
 }
 
-// sweepWhereNothingListens is a CheckInterval that shows whether something was
+// sweepWhereNothingListens is a SweepInterval that shows whether something was
 // heard, or only seen by a sweep.
 var sweepWhereNothingListens = map[bool]time.Duration{true: -1, false: 5 * time.Millisecond}[runtime.GOOS == "linux"]
 
@@ -101,7 +101,7 @@ var sweepWhereNothingListens = map[bool]time.Duration{true: -1, false: 5 * time.
 func TestAMessageIsPushedBeforeTheConnectionIsLent(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
-		p := n.pool(t, func(c *Config) { c.Push, c.CheckInterval, c.MaxPerAddr = a.hear, -1, 1 })
+		p := n.pool(t, func(c *Config) { c.Push, c.SweepInterval, c.MaxPerAddr = a.hear, -1, 1 })
 		p.watching.off = true // no watcher
 		first := loan(t, p, n.addr)
 		for i := range 20 {
@@ -121,7 +121,7 @@ func TestAMessageIsPushedBeforeTheConnectionIsLent(t *testing.T) {
 func TestASweepPushesWhatItFinds(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
-		p := n.pool(t, func(c *Config) { c.Push, c.CheckInterval = a.hear, time.Hour })
+		p := n.pool(t, func(c *Config) { c.Push, c.SweepInterval = a.hear, time.Hour })
 		p.watching.off = true
 		loan(t, p, n.addr)
 		require.Equal(t, 1, n.srv.PushIdle(-1, []byte("push x\n")))
@@ -136,7 +136,7 @@ func TestASweepPushesWhatItFinds(t *testing.T) {
 func TestAnErrorOfPushClosesTheConnection(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
-		p := n.pool(t, func(c *Config) { c.Push = a.hear; c.CheckInterval = sweepWhereNothingListens })
+		p := n.pool(t, func(c *Config) { c.Push = a.hear; c.SweepInterval = sweepWhereNothingListens })
 		loan(t, p, n.addr)
 		require.Equal(t, 1, n.srv.PushIdle(-1, []byte("nonsense\n")))
 		soon(t, "closed", func() bool { return p.Stats().Closed[ClosedPushFailed] == 1 })
@@ -185,7 +185,7 @@ func TestAPushThatReadsNothingOrHangsOrPanicsCostsTheConnection(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := startSock(t, "tcp", faultnet.Options{})
 			p := n.pool(t, func(c *Config) {
-				c.Push, c.CheckInterval, c.HookTimeout = push, sweepWhereNothingListens, 50*time.Millisecond
+				c.Push, c.SweepInterval, c.HookTimeout = push, sweepWhereNothingListens, 50*time.Millisecond
 			})
 			loan(t, p, n.addr)
 			require.Equal(t, 1, n.srv.PushIdle(-1, []byte("push\n")))
@@ -202,7 +202,7 @@ func TestPushHasTheConnectionAlone(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
 	entered, leave := make(chan uint64, 1), make(chan struct{})
 	p := n.pool(t, func(c *Config) {
-		c.CheckInterval, c.MaxPerAddr = sweepWhereNothingListens, 1
+		c.SweepInterval, c.MaxPerAddr = sweepWhereNothingListens, 1
 		c.Push = func(_ context.Context, c Conn) error {
 			entered <- c.ID()
 			<-leave
@@ -235,7 +235,7 @@ func TestPushHasTheConnectionAlone(t *testing.T) {
 func TestTicketsAloneAreNotPushed(t *testing.T) {
 	n := startSock(t, "tls13", faultnet.Options{})
 	p := n.pool(t, func(c *Config) {
-		c.CheckInterval = time.Millisecond
+		c.SweepInterval = time.Millisecond
 		c.Push = func(_ context.Context, c Conn) error {
 			t.Error("called for nothing")
 			return errNoPush
@@ -256,7 +256,7 @@ func TestARecordThatComesInPiecesIsPushedWhole(t *testing.T) {
 	nothingLeaks(t)
 	srv := newPieces(t)
 	a := newActor()
-	p, err := New(Config{TLS: srv.client, Push: a.hear, CheckInterval: time.Millisecond, MaxPerAddr: 1})
+	p, err := New(Config{TLS: srv.client, Push: a.hear, SweepInterval: time.Millisecond, MaxPerAddr: 1})
 	require.NoError(t, err)
 	defer p.Close()
 	require.NoError(t, p.With(t.Context(), srv.addr, func(c Conn) error { _, err := line(c); return err })) // a greeting
@@ -389,7 +389,7 @@ func TestAMessageRightBehindAReplyIsPushed(t *testing.T) {
 						return line(c)
 					}
 					p := n.pool(t, func(c *Config) {
-						c.CheckInterval = sweepWhereNothingListens
+						c.SweepInterval = sweepWhereNothingListens
 						if buffered {
 							c.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) { return bufio.NewReader(nc), nil }
 						}
@@ -447,7 +447,7 @@ func TestWhatALookTookOutIsReadByAnyMeans(t *testing.T) {
 				n := startSock(t, network, faultnet.Options{})
 				got := make(chan string, 1)
 				p := n.pool(t, func(c *Config) {
-					c.CheckInterval = sweepWhereNothingListens
+					c.SweepInterval = sweepWhereNothingListens
 					c.Push = func(_ context.Context, c Conn) error {
 						s, err := read(c)
 						got <- s
@@ -466,7 +466,7 @@ func TestWhatALookTookOutIsReadByAnyMeans(t *testing.T) {
 func TestAMessageBeforeAnEndIsPushed(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
-		p := n.pool(t, func(c *Config) { c.Push = a.hear; c.CheckInterval = sweepWhereNothingListens })
+		p := n.pool(t, func(c *Config) { c.Push = a.hear; c.SweepInterval = sweepWhereNothingListens })
 		loan(t, p, n.addr)
 		require.Equal(t, 1, n.srv.PushIdle(-1, []byte("push farewell\n")))
 		require.Equal(t, 1, n.srv.CutIdle(-1, faultnet.FIN))
@@ -485,7 +485,7 @@ func TestPushNeedsNoGoroutineForAnIdleConnection(t *testing.T) {
 	addr, stop := pushableListener(t)
 	defer stop()
 	var heard atomic.Int64
-	p, err := New(Config{MaxOpen: -1, CheckInterval: -1, Push: func(_ context.Context, c Conn) error {
+	p, err := New(Config{MaxOpen: -1, SweepInterval: -1, Push: func(_ context.Context, c Conn) error {
 		heard.Add(1)
 		_, err := line(c)
 		return err
@@ -551,7 +551,7 @@ func TestClosingThePoolEndsPush(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
 	entered := make(chan context.Context, 1)
 	p := n.pool(t, func(c *Config) {
-		c.CheckInterval, c.HookTimeout = sweepWhereNothingListens, -1
+		c.SweepInterval, c.HookTimeout = sweepWhereNothingListens, -1
 		c.Push = func(ctx context.Context, c Conn) error {
 			entered <- ctx
 			_, err := io.ReadFull(c, make([]byte, 1000))
@@ -584,7 +584,7 @@ func TestAProberMaySendItsMessagesToPush(t *testing.T) {
 		for _, c := range n.Host("a").Conns() {
 			c.Write([]byte("push 1\npush 2\n"))
 		}
-		time.Sleep(defaultCheckInterval)
+		time.Sleep(defaultSweepInterval)
 		synctest.Wait()
 		require.Equal(t, "push 1", <-a.got)
 		require.Equal(t, "push 2", <-a.got)
@@ -620,7 +620,7 @@ func TestATicketThatComesInPiecesIsNotPushed(t *testing.T) {
 	srv := newPieces(t)
 	srv.greeting = "" // it says nothing but its part of the handshake, with a ticket at its end
 	srv.hold()
-	p, err := New(Config{TLS: srv.client, CheckInterval: time.Millisecond, Push: func(context.Context, Conn) error {
+	p, err := New(Config{TLS: srv.client, SweepInterval: time.Millisecond, Push: func(context.Context, Conn) error {
 		t.Error("pushed a ticket")
 		return errNoPush
 	}})
@@ -652,7 +652,7 @@ func TestATicketThatComesInPiecesIsNotPushed(t *testing.T) {
 func TestAMessageBetweenTwoUsesOfASessionIsPushed(t *testing.T) {
 	eachPushNet(t, func(t *testing.T, n *sockNet) {
 		a := newActor()
-		p := n.pool(t, func(c *Config) { c.Push, c.CheckInterval = a.hear, -1 })
+		p := n.pool(t, func(c *Config) { c.Push, c.SweepInterval = a.hear, -1 })
 		ctx, end := p.Session(t.Context())
 		defer end()
 		exchange := func() (r reply) {

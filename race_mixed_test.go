@@ -25,7 +25,7 @@ func TestRaceOfSixtyFourGoroutinesAndEveryOperation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &arena{T: t, rng: rand.New(rand.NewPCG(5, 6))}
 		a.open(Config{MaxOpen: 10, MaxPerAddr: 4, MaxIdle: 7, MaxUses: 50, MaxDialing: 3,
-			MaxLifetime: time.Second, IdleTimeout: 100 * time.Millisecond, CheckInterval: 50 * time.Millisecond})
+			MaxLifetime: time.Second, IdleTimeout: 100 * time.Millisecond, SweepInterval: 50 * time.Millisecond})
 		a.ring.fail = func() error {
 			if rand.IntN(10) == 0 {
 				return errors.New("no luck")

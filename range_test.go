@@ -20,10 +20,10 @@ func TestTheLongestDurationsAreForEver(t *testing.T) {
 		func(c *Config) { c.DialTimeout = long },
 		func(c *Config) { c.IdleTimeout = long },
 		func(c *Config) { c.MaxLifetime = long },
-		func(c *Config) { c.CheckInterval = long },
+		func(c *Config) { c.SweepInterval = long },
 		func(c *Config) { c.HookTimeout = long },
 		func(c *Config) { c.HoldWarn = long },
-		func(c *Config) { c.TrustIdle = long },
+		func(c *Config) { c.CheckAfterIdle = long },
 	}
 	set = append(set, func(c *Config) {
 		for _, f := range set[:7] {
@@ -33,7 +33,7 @@ func TestTheLongestDurationsAreForEver(t *testing.T) {
 	for i, set := range set {
 		bubble(t, func(t *testing.T) {
 			checks, held := 0, 0
-			cfg := Config{MinSpare: 2,
+			cfg := Config{MinIdlePerAddr: 2,
 				Check: func(context.Context, Conn) error { checks++; return nil },
 				Reset: func(context.Context, Conn) error { return nil },
 				Trace: &Trace{HeldLong: func(HeldInfo) { held++ }},
@@ -59,7 +59,7 @@ func TestTheLongestDurationsAreForEver(t *testing.T) {
 			n.p.sweep()
 			time.Sleep(2 * time.Second)
 			st := n.p.Stats()
-			if cfg.CheckInterval == 0 {
+			if cfg.SweepInterval == 0 {
 				require.GreaterOrEqual(t, st.Idle, 2, i)
 			}
 			require.Zero(t, st.DialErrors, i)
@@ -68,7 +68,7 @@ func TestTheLongestDurationsAreForEver(t *testing.T) {
 			for reason := range st.Closed {
 				require.Equal(t, ClosedStale, reason, i)
 			}
-			if cfg.TrustIdle == long {
+			if cfg.CheckAfterIdle == long {
 				require.LessOrEqual(t, checks, 15, "of the sweeps alone")
 			}
 			n.check()
@@ -127,7 +127,7 @@ func TestADeadlineAtTheEndOfTimeIsNone(t *testing.T) {
 func TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		checks := 0
-		n := open(t, Config{TrustIdle: -1, IdleTimeout: -1, CheckInterval: -1, Check: func(context.Context, Conn) error { checks++; return nil }})
+		n := open(t, Config{CheckAfterIdle: -1, IdleTimeout: -1, SweepInterval: -1, Check: func(context.Context, Conn) error { checks++; return nil }})
 		n.use(at("a"))
 		c := n.p.every()[0]
 		for _, behind := range []time.Duration{time.Nanosecond, time.Millisecond, time.Hour} {
@@ -140,16 +140,16 @@ func TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock(t *testing.T) {
 			c.lendAtLocked(early) // as in borrow
 			n.p.mu.Unlock()
 			require.Zero(t, c.idleFor)
-			reason, err := n.p.unfit(bg, c)
+			reason, err := n.p.whyUnfit(bg, c)
 			require.NoError(t, err)
 			require.Equal(t, ClosedUnknown, reason)
 			require.Equal(t, before+1, checks, "behind by %v", behind)
 			// Not even a clock that is behind the answer of Check.
 			c.checked = c.since + clock.Instant(time.Hour)
-			_, err = n.p.unfit(bg, c)
+			_, err = n.p.whyUnfit(bg, c)
 			require.NoError(t, err)
 			require.Equal(t, before+2, checks, "behind by %v", behind)
-			n.p.park(c, untouched)
+			n.p.releaseFrom(c, fromCheck)
 		}
 	})
 }

@@ -384,7 +384,7 @@ func (s *realServer) awaitAlone(t *testing.T, addr connpool.Addr) {
 // swept before.
 func (s *realServer) pool(t *testing.T, cfg connpool.Config) *connpool.Pool {
 	t.Helper()
-	cfg.CheckInterval, cfg.IdleTimeout = -1, time.Hour
+	cfg.SweepInterval, cfg.IdleTimeout = -1, time.Hour
 	cfg.Setup = func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
 		r := bufio.NewReader(nc)
 		if s.kind.login == nil {

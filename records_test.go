@@ -52,7 +52,7 @@ func TestTheSumOfTheRecordsProvesThatNothingIsLeft(t *testing.T) {
 			go server.Handshake()
 			require.NoError(t, client.Handshake())
 			sock.record.Start(client.ConnectionState())
-			probe := probe{tls: client}
+			probe := socket{tls: client}
 
 			r := rand.New(rand.NewPCG(1, 6))
 			unread, proofs := 0, 0
@@ -70,9 +70,9 @@ func TestTheSumOfTheRecordsProvesThatNothingIsLeft(t *testing.T) {
 				sock.record.Delivered(int64(n))
 				if unread -= n; sock.record.Drained() {
 					// What is still in the kernel is the peek's business.
-					sock.enter(sealed)
+					sock.enter(tlsSealed)
 					_, err := client.Read(make([]byte, 1))
-					sock.enter(normal)
+					sock.enter(tlsNormal)
 					require.ErrorIs(t, err, os.ErrDeadlineExceeded, "crypto/tls held something")
 					proofs++
 				} else if unread == 0 {

@@ -12,7 +12,7 @@ import (
 // session is what a ctx and the end function of Pool.Session refer to. When
 // nobody can reach it any more, its seats are given up.
 type session struct {
-	*seats
+	*sessionConns
 	stop func() bool // ends the watch on Session's ctx, which keeps the session reachable
 }
 
@@ -49,11 +49,11 @@ func (p *Pool) Session(ctx context.Context) (_ context.Context, end func()) {
 	if outer, _ := ctx.Value(sessionKey{p}).(*session); outer != nil && outer.lives() {
 		return ctx, func() {}
 	}
-	s := &session{seats: &seats{
-		p: p, ctx: context.WithoutCancel(ctx), trace: p.trace(ctx), byAddr: make(map[Addr]*seat),
+	s := &session{sessionConns: &sessionConns{
+		p: p, ctx: context.WithoutCancel(ctx), trace: p.trace(ctx), byAddr: make(map[Addr]*sessionConn),
 	}}
 	p.inSession.Add(1)
-	runtime.AddCleanup(s, func(b *seats) { go b.forgotten() }, s.seats)
+	runtime.AddCleanup(s, func(b *sessionConns) { go b.leakedSession() }, s.sessionConns)
 	s.stop = context.AfterFunc(ctx, s.endQuietly)
 	return context.WithValue(ctx, sessionKey{p}, s), s.end
 }
@@ -68,20 +68,20 @@ func (s *session) lives() bool {
 func (s *session) end() {
 	defer runtime.KeepAlive(s)
 	s.stop()
-	s.giveBack(s.vacate())
+	s.releaseAll(s.endSession())
 }
 
 // endQuietly is end on a goroutine of its own.
 func (s *session) endQuietly() {
-	s.giveBackQuietly(s.vacate()...)
+	s.releaseQuietly(s.endSession()...)
 	runtime.KeepAlive(s)
 }
 
 // forgotten is the end of a session that nobody can reach.
-func (b *seats) forgotten() {
-	for _, c := range b.vacate() {
+func (b *sessionConns) leakedSession() {
+	for _, c := range b.endSession() {
 		if c.abort() {
-			b.p.leaked(c)
+			b.p.noteLeaked(c)
 		}
 	}
 }
@@ -101,11 +101,11 @@ func (p *Pool) withinSession(ctx context.Context, addr Addr, fn func(Conn) error
 		return true, usage(addr, err)
 	}
 	me := newUse()
-	st, nested, err := s.take(ctx, addr, *me)
+	st, nested, err := s.acquire(ctx, addr, *me)
 	switch {
 	case err != nil || st == nil:
 	case nested:
-		err = st.again(ctx, fn)
+		err = st.nested(ctx, fn)
 	default:
 		err = s.useMarked(ctx, st, fn, *me)
 	}

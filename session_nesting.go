@@ -40,8 +40,8 @@ func freeUse(num *uint64) { numbers.Put(num) }
 
 // marked is a use on its way down.
 type marked struct {
-	b    *seats
-	st   *seat
+	b    *sessionConns
+	st   *sessionConn
 	fn   func(Conn) error
 	num  uint64
 	left int // digits of num that are not on the stack yet
@@ -50,7 +50,7 @@ type marked struct {
 }
 
 // useMarked is use, under its number.
-func (b *seats) useMarked(ctx context.Context, st *seat, fn func(Conn) error, num uint64) error {
+func (b *sessionConns) useMarked(ctx context.Context, st *sessionConn, fn func(Conn) error, num uint64) error {
 	left := digits(num)
 	st.marks = 3 + 2*left // with this one, markBegin and the first markUp
 	return markBegin(ctx, &marked{b: b, st: st, fn: fn, num: num, left: left})

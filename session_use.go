@@ -10,7 +10,7 @@ import (
 // What happens on a seat: a use, and the uses nested in it.
 
 // use is the outermost use of a seat, which the caller has taken.
-func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
+func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) error) error {
 	p := b.p
 	risen := false
 	defer func() {
@@ -18,8 +18,8 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 			return
 		}
 		// st.c is there only if a Trace function ended this before c was taken.
-		if left := b.rise(st, st.c); left != nil {
-			go b.giveBackQuietly(left)
+		if left := b.endUse(st, st.c); left != nil {
+			go b.releaseQuietly(left)
 		}
 	}()
 	st.loan, st.spoiled, st.why = Conn{}, ClosedUnknown, nil
@@ -30,12 +30,12 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 		if err := k.borrow(ctx, &st.addr); err != nil {
 			return err
 		}
-		if p.holds != nil {
-			k.hold(3 + st.marks)
+		if p.loanLog != nil {
+			k.record(3 + st.marks)
 		}
 	} else {
 		k.c, k.owned, st.c = st.c, true, nil
-		if err := k.refuse(); err != nil {
+		if err := k.checkKept(); err != nil {
 			return err
 		}
 		k.c.idleFor = p.clock.Exactly().Sub(st.usedAt)
@@ -45,7 +45,7 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	k.got()
 	err := fn(st.loan)
 	if err == nil {
-		c.content()
+		c.noteContent()
 	}
 	word, mine := k.end()
 	if !mine {
@@ -69,8 +69,8 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 	c.observedBy(b.trace)
 	st.usedAt = p.clock.Exactly()
 	k.owned, risen = false, true // from here on c is the next one's in line, or the session's
-	left := b.rise(st, c)
-	if left == nil || b.giveBackOne(left) {
+	left := b.endUse(st, c)
+	if left == nil || b.releaseOne(left) {
 		k.put(st.addr, id, began)
 	}
 	return unkeep(err)
@@ -78,15 +78,15 @@ func (b *seats) use(ctx context.Context, st *seat, fn func(Conn) error) error {
 
 // refuse says why a connection that a session kept cannot be used again, and
 // closes it.
-func (k *checkout) refuse() error {
+func (k *checkout) checkKept() error {
 	p, c, addr := k.p, k.c, k.c.site.addr
 	if p.ctx.Err() != nil {
 		k.close(ClosedWithPool, nil)
 		return p.failed(addr, StageWait, ErrClosed, 0)
 	}
-	reason, why := c.ask()
+	reason, why := c.probe()
 	if p.cfg.Push != nil {
-		unread := p.pushes(reason)
+		unread := p.isForPush(reason)
 		if reason == ClosedUnknown {
 			if unread, why = c.unread(); why != nil {
 				reason = ClosedDirty
@@ -121,7 +121,7 @@ func (p *Pool) lost(addr Addr, reason CloseReason, why error) *Error {
 }
 
 // again is a use nested in the one under way: it has the same loan.
-func (st *seat) again(ctx context.Context, fn func(Conn) error) error {
+func (st *sessionConn) nested(ctx context.Context, fn func(Conn) error) error {
 	c := st.loan.c
 	if c == nil {
 		return usage(st.addr, errors.New("the session's connection is not there yet: a Trace function cannot use it"))
@@ -130,9 +130,9 @@ func (st *seat) again(ctx context.Context, fn func(Conn) error) error {
 	switch {
 	case st.spoiled != ClosedUnknown:
 		return c.site.pool.lost(st.addr, st.spoiled, st.why)
-	case before&(gone|cut) == gone:
+	case before&(flagGone|flagCut) == flagGone:
 		return c.site.pool.lost(st.addr, ClosedByBorrower, net.ErrClosed)
-	case before&(cut|stolen|broken) != 0:
+	case before&(flagCut|flagStolen|flagBroken) != 0:
 		return c.site.pool.lost(st.addr, ClosedBroken, c.failure())
 	}
 	returned := false
@@ -141,29 +141,29 @@ func (st *seat) again(ctx context.Context, fn func(Conn) error) error {
 			st.spoiled = ClosedPanic // or Goexit, which ends the outer use too
 		}
 	}()
-	defer c.nest(ctx)()
+	defer c.underCtx(ctx)()
 	err := fn(st.loan)
 	returned = true
 	switch {
 	case err == nil:
 	case !isKept(err):
 		st.spoiled, st.why = ClosedFnError, err
-	case before&timedOut == 0:
-		c.word.And(^uint64(timedOut))
+	case before&flagTimedOut == 0:
+		c.word.And(^uint64(flagTimedOut))
 	}
 	return unkeep(err)
 }
 
 // nest puts the loan under ctx as well, until the function it returns is called.
-func (c *conn) nest(ctx context.Context) (undo func()) {
+func (c *conn) underCtx(ctx context.Context) (undo func()) {
 	if ctx.Done() == nil {
 		return func() {}
 	}
-	l := c.remember()
+	l := c.loanState()
 	c.dmu.Lock()
 	outer := l.ctx
 	l.ctx = ctx
-	if c.probe.foreign && l.over == nil {
+	if c.sock.foreign && l.over == nil {
 		l.over = make(chan struct{})
 	}
 	c.dmu.Unlock()

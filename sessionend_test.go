@@ -57,7 +57,7 @@ func TestASessionThatEndsAtAnyMomentOfAUseGivesItsConnectionBack(t *testing.T) {
 						s := ctx.Value(sessionKey{n.p}).(*session)
 						over := func() {
 							if forgets {
-								s.forgotten()
+								s.leakedSession()
 							}
 							end()
 						}
@@ -88,7 +88,7 @@ func TestASessionThatEndsAtAnyMomentOfAUseGivesItsConnectionBack(t *testing.T) {
 // TRY-41
 func TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection(t *testing.T) {
 	type turn struct {
-		st  *seat
+		st  *sessionConn
 		err error
 	}
 	for name, givenUp := range map[string]bool{"given up": true, "served": false} {
@@ -96,8 +96,8 @@ func TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				n := open(t, Config{MaxPerAddr: 1})
 				ctx, end := n.session(bg)
-				b := ctx.Value(sessionKey{n.p}).(*session).seats
-				first, _, err := b.take(bg, at("a"), 1)
+				b := ctx.Value(sessionKey{n.p}).(*session).sessionConns
+				first, _, err := b.acquire(bg, at("a"), 1)
 				require.NoError(t, err)
 				c, _, err := n.p.borrow(bg, addrOf(at("a")), nil)
 				require.NoError(t, err)
@@ -105,7 +105,7 @@ func TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection(t *testing.T) {
 				defer cancel()
 				taken := make(chan turn)
 				go func() {
-					st, _, err := b.take(waits, at("a"), 2)
+					st, _, err := b.acquire(waits, at("a"), 2)
 					taken <- turn{st, err}
 				}()
 				synctest.Wait()
@@ -114,16 +114,16 @@ func TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection(t *testing.T) {
 				if givenUp {
 					cancel() // which wakes it; but it has to wait for mu
 				}
-				require.Nil(t, b.riseLocked(first, c), "the next in line has it")
-				require.Empty(t, b.vacateLocked(), "the seat is taken")
+				require.Nil(t, b.endUseLocked(first, c), "the next in line has it")
+				require.Empty(t, b.endSessionLocked(), "the seat is taken")
 				b.mu.Unlock()
 				served := <-taken
 				if givenUp {
 					require.ErrorIs(t, served.err, context.Canceled)
 				} else {
 					require.NoError(t, served.err)
-					require.Equal(t, c, b.rise(served.st, served.st.c), "the session has no place for it")
-					b.giveBack([]*conn{c})
+					require.Equal(t, c, b.endUse(served.st, served.st.c), "the session has no place for it")
+					b.releaseAll([]*conn{c})
 				}
 				synctest.Wait()
 				n.gauges(0, 1, 0)

@@ -27,7 +27,7 @@ func (a *attempt) handState() {
 func (p *Pool) setUp(a *attempt) error {
 	c := a.c
 	a.mu.Lock()
-	late := a.settled
+	late := a.claimed
 	if !late {
 		a.handState()
 	}
@@ -64,7 +64,7 @@ func (p *Pool) setUp(a *attempt) error {
 // peer that has hung up is found when the connection is about to be lent, and a
 // part of a TLS record is nothing yet, since most are tickets.
 func (c *conn) speaksUnasked() error {
-	pr := &c.probe
+	pr := &c.sock
 	keep := pr.keep
 	pr.keep = true // so that a look tells how much there is
 	defer func() { pr.keep = keep }()
@@ -76,7 +76,7 @@ func (c *conn) speaksUnasked() error {
 		return &leftUnread{&brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in crypto/tls", len(text.bytes))}}
 	}
 	// Not c.ask, which would forget that the peer was seen to hang up.
-	reason, err := pr.ask(&c.site.pool.cfg, c.nc)
+	reason, err := pr.probe(&c.site.pool.cfg, c.nc)
 	if c.site.pool.outlived(err, c.site.addr) {
 		return err // what still looks at it has it
 	}
@@ -102,13 +102,13 @@ func (c *conn) speaksUnasked() error {
 // connection. The look that found the end may have read it: an alert of TLS is read
 // once, and the socket may be open for a while after it.
 func (c *conn) ended(err error) {
-	c.extra().end = err
-	c.word.Or(hungUp)
+	c.ensureCold().end = err
+	c.word.Or(flagHungUp)
 }
 
 // drain counts what waits in a socket that is about to be closed for it, by reading
 // it: up to 4 KiB.
-func (p *probe) drain() (n int) {
+func (p *socket) drain() (n int) {
 	b := make([]byte, 4<<10)
 	p.raw.Control(func(fd uintptr) { n, _ = p.sys.readNow(fd, b) })
 	return max(n, 0)

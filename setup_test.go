@@ -133,7 +133,7 @@ func readHello(nc net.Conn) error {
 
 // arrived waits until something is in the socket.
 func arrived(nc net.Conn) {
-	p := &nc.(Conn).c.probe
+	p := &nc.(Conn).c.sock
 	for seen := (sock.Seen{}); !seen.Bytes; {
 		p.raw.Control(func(fd uintptr) { seen = p.sys.peek(fd) })
 	}
@@ -223,7 +223,7 @@ func TestWhatSetupLeavesUnreadFailsTheDial(t *testing.T) {
 func TestAReserveIsSetUpAsEverythingElse(t *testing.T) {
 	g := newGreeter(t, TCP)
 	first := true
-	g.cfg.MinSpare, g.cfg.CheckInterval = 1, time.Hour
+	g.cfg.MinIdlePerAddr, g.cfg.SweepInterval = 1, time.Hour
 	g.cfg.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
 		if err := readHello(nc); err != nil || !first {
 			return nil, err

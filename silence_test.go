@@ -31,9 +31,9 @@ func (n *testnet) swallow(ctx context.Context, addr Addr, callers int) {
 // TRY-51, BETA-X11
 func TestABlackHoleHoldsUpNoOtherAddress(t *testing.T) {
 	every := short.Of(1, 3)
-	for _, cfg := range []Config{{MaxOpen: 4}, {MaxOpen: 8}, {MaxOpen: 32}, {MaxOpen: 34}, {}, {MaxDialing: 4}, {MaxOpen: 8, MinSpare: 1}, {MaxOpen: 8, WhenFull: Overflow}} {
+	for _, cfg := range []Config{{MaxOpen: 4}, {MaxOpen: 8}, {MaxOpen: 32}, {MaxOpen: 34}, {}, {MaxDialing: 4}, {MaxOpen: 8, MinIdlePerAddr: 1}, {MaxOpen: 8, WhenFull: FullOverflow}} {
 		for _, holes := range []int{1, 2} {
-			t.Run(fmt.Sprintf("MaxOpen %d, MaxDialing %d, MinSpare %d, %v, %d holes", cfg.MaxOpen, cfg.MaxDialing, cfg.MinSpare, cfg.WhenFull, holes), func(t *testing.T) {
+			t.Run(fmt.Sprintf("MaxOpen %d, MaxDialing %d, MinIdlePerAddr %d, %v, %d holes", cfg.MaxOpen, cfg.MaxDialing, cfg.MinIdlePerAddr, cfg.WhenFull, holes), func(t *testing.T) {
 				bubble(t, func(t *testing.T) {
 					n := open(t, cfg)
 					n.Host("good").SetLatency(time.Millisecond)
@@ -58,7 +58,7 @@ func TestABlackHoleHoldsUpNoOtherAddress(t *testing.T) {
 							require.LessOrEqual(t, took, 100*time.Millisecond, "%s, after %v", name, time.Duration(moment)*600*time.Millisecond)
 							// Of four, each hole has one and a cold one another; and what
 							// Overflow opened too much goes at its return.
-							if name == "warm" && (cfg.MaxOpen != 4 || holes == 1) && cfg.WhenFull != Overflow {
+							if name == "warm" && (cfg.MaxOpen != 4 || holes == 1) && cfg.WhenFull != FullOverflow {
 								require.Less(t, took, time.Millisecond, "an idle one was there")
 							}
 						}
@@ -170,10 +170,10 @@ func TestADialThatMakesRoomIsDialledAgain(t *testing.T) {
 func TestASilentDialForNobodyHoldsUpNoBorrower(t *testing.T) {
 	for name, cfg := range map[string]Config{
 		"the slots":                       {MaxOpen: 2},
-		"the slots, and nobody may wait":  {MaxOpen: 2, WhenFull: Fail},
+		"the slots, and nobody may wait":  {MaxOpen: 2, WhenFull: FullFail},
 		"the dials":                       {MaxDialing: 1},
-		"the dials, and nobody may wait":  {MaxDialing: 1, WhenFull: Fail},
-		"the dials, beside a full server": {MaxDialing: 1, MaxPerAddr: 2, WhenFull: Overflow},
+		"the dials, and nobody may wait":  {MaxDialing: 1, WhenFull: FullFail},
+		"the dials, beside a full server": {MaxDialing: 1, MaxPerAddr: 2, WhenFull: FullOverflow},
 	} {
 		for _, by := range []string{"reserve", "Warm"} {
 			t.Run(name+"/"+by, func(t *testing.T) {
@@ -185,7 +185,7 @@ func TestASilentDialForNobodyHoldsUpNoBorrower(t *testing.T) {
 					warm := make(chan error, 1)
 					if by == "reserve" {
 						l := n.p.Limits()
-						l.MinSpare = 1
+						l.MinIdlePerAddr = 1
 						require.NoError(t, n.p.SetLimits(l))
 					}
 					a := n.borrow(bg, at("a"))

@@ -319,8 +319,8 @@ func TestSoak(t *testing.T) {
 	}
 	cfg := Config{
 		MaxOpen: 12, MaxPerAddr: 4, MaxIdle: 9, MaxIdlePerAddr: 3, MaxWaiters: 8, MaxUses: 300,
-		IdleTimeout: 150 * time.Millisecond, MaxLifetime: 2 * time.Second, CheckInterval: 40 * time.Millisecond,
-		TrustIdle: 60 * time.Millisecond, Trace: &Trace{Closed: s.onClosed},
+		IdleTimeout: 150 * time.Millisecond, MaxLifetime: 2 * time.Second, SweepInterval: 40 * time.Millisecond,
+		CheckAfterIdle: 60 * time.Millisecond, Trace: &Trace{Closed: s.onClosed},
 		Setup: func(_ context.Context, addr Addr, nc net.Conn) (any, error) {
 			st := &soakState{addr: addr, r: bufio.NewReader(nc)}
 			return st, s.exchange(nc, st, "hello")
@@ -388,7 +388,7 @@ func TestSoak(t *testing.T) {
 	require.Equal(t, st.Dials-st.DialErrors, closed+st.Detached, "every connection left once: %v", st.Closed)
 	require.LessOrEqual(t, st.PeakOpen, cfg.MaxOpen)
 	require.Zero(t, st.Abandoned)
-	require.Zero(t, st.Closed[Quarantined])
+	require.Zero(t, st.Closed[ClosedQuarantined])
 	for _, server := range s.servers {
 		server.Close()
 	}

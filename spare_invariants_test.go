@@ -27,7 +27,7 @@ func (p *Pool) setLimits(l Limits) error {
 func (p *Pool) lookedAt() map[*site]int {
 	n := make(map[*site]int)
 	for _, c := range p.recency.all() {
-		if e := c.more.Load(); e != nil && e.looked {
+		if e := c.cold.Load(); e != nil && e.checking {
 			n[c.site]++
 		}
 	}
@@ -36,9 +36,9 @@ func (p *Pool) lookedAt() map[*site]int {
 
 // spareInconsistency looks at one site.
 func (p *Pool) spareInconsistency(s *site, looked int) error {
-	x, spare := s.special, 0
+	x, spare := s.prefill, 0
 	for a := s.dial; a != nil; a = a.older {
-		if a.spare {
+		if a.prefill {
 			spare++
 		}
 	}
@@ -54,27 +54,27 @@ func (p *Pool) spareInconsistency(s *site, looked int) error {
 		switch {
 		case w.ended:
 			return fmt.Errorf("%v keeps a Warm that has ended", s.addr)
-		case s.here() >= w.n && s.n[closing] == 0:
+		case s.openHere() >= w.n && s.n[phaseClosing] == 0:
 			return fmt.Errorf("%v has the %d connections that a Warm still waits for", s.addr, w.n)
 		case w.err != nil && w.own == 0:
 			return fmt.Errorf("%v: a Warm that failed waits for nothing", s.addr)
 		}
 	}
 	switch {
-	case x.looked != looked:
-		return fmt.Errorf("%v counts %d that are being looked at, there are %d", s.addr, x.looked, looked)
+	case x.checking != looked:
+		return fmt.Errorf("%v counts %d that are being looked at, there are %d", s.addr, x.checking, looked)
 	case x.dials != spare || own > spare:
 		return fmt.Errorf("%v counts %d dials for nobody, there are %d, of which %d are Warm's", s.addr, x.dials, spare, own)
 	case (x.dials > 0 && s.queue.dials > s.queue.len) != p.dialsForNobody(s):
 		return fmt.Errorf("%v dials for nobody: %v", s.addr, !p.dialsForNobody(s))
-	case x.reserve && (p.limits.MinSpare == 0 || p.closed || s.tracked()):
+	case x.reserve && (p.limits.MinIdlePerAddr == 0 || p.closed || s.unpooled()):
 		return fmt.Errorf("%v keeps a reserve", s.addr)
-	case (x.spare > 0) != (x.inShort != nil):
-		return fmt.Errorf("%v wants %d spare ones, in the list: %v", s.addr, x.spare, x.inShort != nil)
-	case x.spare > 0 && s.queue.bare != nil:
-		return fmt.Errorf("%v wants %d spare ones before its waiters are served", s.addr, x.spare)
-	case s.n[closing] == 0 && x.spare != p.spareLocked(s):
-		return fmt.Errorf("%v wants %d spare ones, and should want %d", s.addr, x.spare, p.spareLocked(s))
+	case (x.missing > 0) != (x.inDeficit != nil):
+		return fmt.Errorf("%v wants %d spare ones, in the list: %v", s.addr, x.missing, x.inDeficit != nil)
+	case x.missing > 0 && s.queue.nextToDial != nil:
+		return fmt.Errorf("%v wants %d spare ones before its waiters are served", s.addr, x.missing)
+	case s.n[phaseClosing] == 0 && x.missing != p.missingLocked(s):
+		return fmt.Errorf("%v wants %d spare ones, and should want %d", s.addr, x.missing, p.missingLocked(s))
 	}
 	return nil
 }
@@ -82,10 +82,10 @@ func (p *Pool) spareInconsistency(s *site, looked int) error {
 // shortInconsistency looks at the list of those that are short.
 func (p *Pool) shortInconsistency() error {
 	reserve := false
-	for e := p.short.Front(); e != nil; e = e.Next() {
+	for e := p.deficit.Front(); e != nil; e = e.Next() {
 		s := e.Value.(*site)
 		switch {
-		case s.special.inShort != e:
+		case s.prefill.inDeficit != e:
 			return fmt.Errorf("the list of those that are short is torn at %v", s.addr)
 		case p.sites.find(s.addr) != s:
 			return fmt.Errorf("%v is short, and forgotten", s.addr)
@@ -94,11 +94,11 @@ func (p *Pool) shortInconsistency() error {
 		}
 		reserve = reserve || s.warming() == nil
 	}
-	if p.short.Len() == 0 || p.closed || p.want > 0 || p.n.open() >= p.limitLocked() || int(p.n[dialing]) >= p.limits.MaxDialing {
+	if p.deficit.Len() == 0 || p.closed || p.want > 0 || p.n.open() >= p.limitLocked() || int(p.n[phaseDialing]) >= p.limits.MaxDialing {
 		return nil
 	}
-	if p.short.Front().Value.(*site).warming() != nil || p.spareableLocked() {
-		return fmt.Errorf("%d addresses are short, and dials could start", p.short.Len())
+	if p.deficit.Front().Value.(*site).warming() != nil || p.spareableLocked() {
+		return fmt.Errorf("%d addresses are short, and dials could start", p.deficit.Len())
 	}
 	return nil
 }

@@ -19,7 +19,7 @@ import (
 // TDBC-11
 func TestTheNextConnectionIsOpenedWhenTheLastSpareIsLent(t *testing.T) {
 	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
-		p := n.pool(t, func(c *Config) { c.MinSpare = 1 })
+		p := n.pool(t, func(c *Config) { c.MinIdlePerAddr = 1 })
 		var all []held
 		for k := range 4 {
 			all = append(all, hold(t, p, n.addr))
@@ -38,7 +38,7 @@ func TestTheNextConnectionIsOpenedWhenTheLastSpareIsLent(t *testing.T) {
 // TDBC-11: nobody waits for a dial, however slow dials are.
 func TestTheSecondBorrowerDoesNotWait(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MinSpare: 1})
+		n := open(t, Config{MinIdlePerAddr: 1})
 		n.Host("a").SetLatency(time.Second)
 		first := n.borrow(bg, at("a"))
 		first.conn()
@@ -62,7 +62,7 @@ func TestTheSecondBorrowerDoesNotWait(t *testing.T) {
 
 func TestABorrowerTakesASpareDialUnderWay(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MinSpare: 1})
+		n := open(t, Config{MinIdlePerAddr: 1})
 		n.Host("a").SetLatency(time.Second)
 		first := n.borrow(bg, at("a"))
 		first.conn()
@@ -89,7 +89,7 @@ func TestAReserveIsNoOrderToDialAtStart(t *testing.T) {
 	require.NoError(t, err)
 	defer srv.Close()
 	goroutines := runtime.NumGoroutine()
-	p, err := New(Config{MinSpare: 3})
+	p, err := New(Config{MinIdlePerAddr: 3})
 	require.NoError(t, err)
 	defer p.Close()
 	require.Zero(t, p.Stats().Dials)
@@ -114,13 +114,13 @@ func TestAReserveThatDiedIsRefilled(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
-				n := open(t, Config{MinSpare: 1, MaxLifetime: 10 * time.Minute})
+				n := open(t, Config{MinIdlePerAddr: 1, MaxLifetime: 10 * time.Minute})
 				n.idle(at("a"), 3)
 				require.NoError(t, n.p.With(bg, at("a"), func(Conn) error { return nil }))
 				n.CloseAllBut(t, 1)
 				before := n.Host("a").Accepts()
 				kill(n)
-				time.Sleep(defaultCheckInterval)
+				time.Sleep(defaultSweepInterval)
 				synctest.Wait()
 				n.gauges(0, 1, 0)
 				require.Equal(t, before+1, n.Host("a").Accepts(), "one new one")
@@ -146,7 +146,7 @@ func (n *testnet) CloseAllBut(t *testing.T, k int) {
 func TestAReserveOfADeadServerIsTriedOncePerSweep(t *testing.T) {
 	for _, interval := range []time.Duration{0, 100 * time.Millisecond, -1} {
 		bubble(t, func(t *testing.T) {
-			n := open(t, Config{MinSpare: 3, CheckInterval: interval, IdleTimeout: time.Hour})
+			n := open(t, Config{MinIdlePerAddr: 3, SweepInterval: interval, IdleTimeout: time.Hour})
 			n.idle(at("a"), 1)
 			synctest.Wait()
 			require.GreaterOrEqual(t, n.p.Stats().Idle, 3)
@@ -184,7 +184,7 @@ func TestAReserveThatDiesUnusedIsTriedOncePerSweep(t *testing.T) {
 				transport = TLS
 			}
 			addr := Addr{Transport: transport, Host: s.Host(), Port: s.Port()}
-			p, err := New(Config{MinSpare: 1, CheckInterval: time.Hour, TLS: s.ClientTLS()})
+			p, err := New(Config{MinIdlePerAddr: 1, SweepInterval: time.Hour, TLS: s.ClientTLS()})
 			require.NoError(t, err)
 			defer p.Close()
 			h := hold(t, p, addr)
@@ -224,9 +224,9 @@ func TestAReserveThatDiesUnusedIsTriedOncePerSweep(t *testing.T) {
 // looksAround looks at what is idle as a sweep does, and is none.
 func (p *Pool) looksAround() {
 	p.mu.Lock()
-	var all []sighting
+	var all []idleRef
 	for _, c := range p.recency.all() {
-		all = append(all, sighting{c, c.generation()})
+		all = append(all, idleRef{c, c.generation()})
 	}
 	p.mu.Unlock()
 	for _, at := range all {
@@ -240,7 +240,7 @@ func TestTheReserveOutlivesIdleTimeoutAndIsChecked(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			pinged := make(map[uint64]int)
 			var mu sync.Mutex
-			n := open(t, Config{MinSpare: spare, Check: func(_ context.Context, c Conn) error {
+			n := open(t, Config{MinIdlePerAddr: spare, Check: func(_ context.Context, c Conn) error {
 				mu.Lock()
 				defer mu.Unlock()
 				pinged[c.ID()]++
@@ -257,7 +257,7 @@ func TestTheReserveOutlivesIdleTimeoutAndIsChecked(t *testing.T) {
 			mu.Lock()
 			clear(pinged)
 			mu.Unlock()
-			time.Sleep(10 * defaultCheckInterval)
+			time.Sleep(10 * defaultSweepInterval)
 			synctest.Wait()
 			mu.Lock()
 			require.Len(t, pinged, spare, "those that are left, and no others")
@@ -281,7 +281,7 @@ func TestTheReserveOutlivesIdleTimeoutAndIsChecked(t *testing.T) {
 // TDBC-X04: what is in reserve is looked at.
 func TestADeadReserveIsNeitherKeptNorLent(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MinSpare: 1})
+		n := open(t, Config{MinIdlePerAddr: 1})
 		n.use(at("a"))
 		synctest.Wait()
 		for _, c := range n.Host("a").Conns() {
@@ -293,7 +293,7 @@ func TestADeadReserveIsNeitherKeptNorLent(t *testing.T) {
 			c.Write([]byte("unasked"))
 		}
 		dirty := n.p.Stats().Idle
-		time.Sleep(2 * defaultCheckInterval)
+		time.Sleep(2 * defaultSweepInterval)
 		synctest.Wait()
 		require.EqualValues(t, dirty, n.p.Stats().Closed[ClosedStale]-2, n.p.Stats().Closed)
 		n.gauges(0, 1, 0)
@@ -304,7 +304,7 @@ func TestADeadReserveIsNeitherKeptNorLent(t *testing.T) {
 // What is beyond the reserve is not lent when it is too old, sweep or not.
 func TestOnlyTheReserveIsLentBeyondIdleTimeout(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MinSpare: 2, IdleTimeout: time.Minute, CheckInterval: -1})
+		n := open(t, Config{MinIdlePerAddr: 2, IdleTimeout: time.Minute, SweepInterval: -1})
 		n.idle(at("a"), 5)
 		synctest.Wait()
 		idle := n.p.Stats().Idle
@@ -315,7 +315,7 @@ func TestOnlyTheReserveIsLentBeyondIdleTimeout(t *testing.T) {
 		n.check()
 	})
 	bubble(t, func(t *testing.T) { // age in years is another matter
-		n := open(t, Config{MinSpare: 1, IdleTimeout: time.Minute, MaxLifetime: 3 * time.Minute, CheckInterval: -1})
+		n := open(t, Config{MinIdlePerAddr: 1, IdleTimeout: time.Minute, MaxLifetime: 3 * time.Minute, SweepInterval: -1})
 		n.use(at("a"))
 		synctest.Wait()
 		time.Sleep(4 * time.Minute)
@@ -330,7 +330,7 @@ func TestACheckKeepsAConnectionAliveThatThePeerWouldClose(t *testing.T) {
 	for name, ping := range map[string]bool{"with": true, "without": false} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
-				cfg := Config{MinSpare: 1, CheckInterval: 300 * time.Millisecond}
+				cfg := Config{MinIdlePerAddr: 1, SweepInterval: 300 * time.Millisecond}
 				if ping {
 					cfg.Check = func(_ context.Context, c Conn) error {
 						_, err := askLine(c, "ping")
@@ -377,7 +377,7 @@ func TestACheckKeepsAConnectionAliveThatThePeerWouldClose(t *testing.T) {
 
 func TestAReserveEvictsNobody(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxOpen: 4, MinSpare: 2})
+		n := open(t, Config{MaxOpen: 4, MinIdlePerAddr: 2})
 		b := n.borrow(bg, at("b"))
 		b.conn()
 		synctest.Wait()
@@ -407,7 +407,7 @@ func TestAReserveEvictsNobody(t *testing.T) {
 
 func TestAWaiterHasTheSlotBeforeAReserve(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxOpen: 3, MinSpare: 1})
+		n := open(t, Config{MaxOpen: 3, MinIdlePerAddr: 1})
 		a, b, c := n.borrow(bg, at("a")), n.borrow(bg, at("b")), n.borrow(bg, at("c"))
 		a.conn()
 		b.conn()
@@ -430,7 +430,7 @@ func TestReservesLeaveDialsToThoseWhoWait(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		var calls sync.Map
-		n.open(Config{MaxDialing: 4, MaxDialingPerAddr: 4, MinSpare: 1, Dialers: map[Transport]DialFunc{
+		n.open(Config{MaxDialing: 4, MaxDialingPerAddr: 4, MinIdlePerAddr: 1, Dialers: map[Transport]DialFunc{
 			memory: func(ctx context.Context, a Addr) (net.Conn, error) {
 				if _, again := calls.LoadOrStore(a, nil); again {
 					<-ctx.Done()
@@ -461,7 +461,7 @@ func TestReservesLeaveDialsToThoseWhoWait(t *testing.T) {
 // What could not be kept is not opened, and not opened again and again.
 func TestAReserveOpensNothingThatCouldNotBeKept(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxIdle: 2, MinSpare: 1})
+		n := open(t, Config{MaxIdle: 2, MinIdlePerAddr: 1})
 		var held []*scripted
 		for _, host := range []string{"a", "b", "c", "d"} {
 			b := n.borrow(bg, at(host))
@@ -479,7 +479,7 @@ func TestAReserveOpensNothingThatCouldNotBeKept(t *testing.T) {
 		}
 	})
 	bubble(t, func(t *testing.T) { // nor while handles run low
-		n := open(t, Config{MinSpare: 1})
+		n := open(t, Config{MinIdlePerAddr: 1})
 		b := n.borrow(bg, at("a"))
 		n.p.mu.Lock()
 		n.p.pressure = handlesLow
@@ -497,7 +497,7 @@ func TestAReserveOpensNothingThatCouldNotBeKept(t *testing.T) {
 // A reserve is what is idle. What the sweep pings is idle, too.
 func TestAPingOpensNoSpare(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MinSpare: 1, CheckInterval: time.Second, TrustIdle: time.Hour, Check: func(context.Context, Conn) error {
+		n := open(t, Config{MinIdlePerAddr: 1, SweepInterval: time.Second, CheckAfterIdle: time.Hour, Check: func(context.Context, Conn) error {
 			time.Sleep(100 * time.Millisecond)
 			return nil
 		}})
@@ -528,7 +528,7 @@ func TestAnEvictedReserveComesBackWithTheNextLoan(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
-				n := open(t, Config{MinSpare: 2})
+				n := open(t, Config{MinIdlePerAddr: 2})
 				n.use(at("a"))
 				synctest.Wait()
 				n.gauges(0, 3, 0)
@@ -549,7 +549,7 @@ func TestAnEvictedReserveComesBackWithTheNextLoan(t *testing.T) {
 
 // PLT-03
 func TestAnAddressNobodyUsesLosesItsReserve(t *testing.T) {
-	for _, cfg := range []Config{{MinSpare: 1}, {MinSpare: 2, IdleTimeout: -1}, {MinSpare: 1, CheckInterval: -1}} {
+	for _, cfg := range []Config{{MinIdlePerAddr: 1}, {MinIdlePerAddr: 2, IdleTimeout: -1}, {MinIdlePerAddr: 1, SweepInterval: -1}} {
 		bubble(t, func(t *testing.T) {
 			cfg.MaxOpen = -1
 			n := newTestnet(t)
@@ -568,30 +568,30 @@ func TestAnAddressNobodyUsesLosesItsReserve(t *testing.T) {
 			busy.conn()
 			memory := n.p.reserveMemory()
 			time.Sleep(memory - time.Minute + time.Second) // not at the moment of a sweep
-			if cfg.CheckInterval >= 0 {
-				require.Equal(t, visits*cfg.MinSpare, n.p.Stats().Idle-n.idleTooMany(cfg))
+			if cfg.SweepInterval >= 0 {
+				require.Equal(t, visits*cfg.MinIdlePerAddr, n.p.Stats().Idle-n.idleTooMany(cfg))
 			}
 			time.Sleep(5 * time.Minute)
 			synctest.Wait()
 			n.p.mu.Lock()
 			kept := 0
 			for s := range n.p.sites.all() {
-				if s.special.reserved() {
+				if s.prefill.reserved() {
 					kept++
 				}
 			}
 			n.p.mu.Unlock()
 			require.Equal(t, 1, kept, "the one that is in use")
-			if cfg.IdleTimeout == 0 && cfg.CheckInterval == 0 {
+			if cfg.IdleTimeout == 0 && cfg.SweepInterval == 0 {
 				require.Equal(t, 1, n.p.Stats().Addrs)
 			}
 			n.check()
 			require.NoError(t, busy.giveBack())
 			time.Sleep(memory + 5*time.Minute)
 			synctest.Wait()
-			if cfg.IdleTimeout == 0 && cfg.CheckInterval == 0 {
+			if cfg.IdleTimeout == 0 && cfg.SweepInterval == 0 {
 				require.Zero(t, n.p.Stats().Addrs)
-				require.Zero(t, n.p.short.Len())
+				require.Zero(t, n.p.deficit.Len())
 				require.Nil(t, n.p.sweeper)
 			}
 			n.check()
@@ -602,7 +602,7 @@ func TestAnAddressNobodyUsesLosesItsReserve(t *testing.T) {
 // idleTooMany is what IdleTimeout has not taken, because it is off.
 func (n *testnet) idleTooMany(cfg Config) int {
 	if cfg.IdleTimeout < 0 {
-		return n.p.Stats().Idle - n.p.Stats().Addrs*cfg.MinSpare
+		return n.p.Stats().Idle - n.p.Stats().Addrs*cfg.MinIdlePerAddr
 	}
 	return 0
 }
@@ -610,7 +610,7 @@ func (n *testnet) idleTooMany(cfg Config) int {
 // An address that never worked has no reserve.
 func TestAnAddressThatNeverAnsweredIsNotDialledAgain(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MinSpare: 2})
+		n := open(t, Config{MinIdlePerAddr: 2})
 		n.Host("typo").Down()
 		n.fail(bg, at("typo"))
 		time.Sleep(time.Hour)
@@ -624,7 +624,7 @@ func TestStressReservesUnderTraffic(t *testing.T) {
 	s, err := faultnet.Start(faultnet.Options{})
 	require.NoError(t, err)
 	defer s.Close()
-	p, err := New(Config{MinSpare: 2, MaxOpen: 12, CheckInterval: 5 * time.Millisecond, IdleTimeout: 20 * time.Millisecond})
+	p, err := New(Config{MinIdlePerAddr: 2, MaxOpen: 12, SweepInterval: 5 * time.Millisecond, IdleTimeout: 20 * time.Millisecond})
 	require.NoError(t, err)
 	addr := Addr{Transport: TCP, Host: s.Host(), Port: s.Port()}
 	var workers sync.WaitGroup

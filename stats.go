@@ -75,7 +75,7 @@ func (p *Pool) Stats() Stats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.counts
-	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = p.n.open(), int(p.n[dialing]), int(p.n[idle]), int(p.n[borrowed]), int(p.n[closing])
+	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = p.n.open(), int(p.n[phaseDialing]), int(p.n[phaseIdle]), int(p.n[phaseBorrowed]), int(p.n[phaseClosing])
 	st.Closed = make(map[CloseReason]uint64)
 	for r, n := range p.closedBy {
 		if n > 0 {
@@ -102,7 +102,7 @@ func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 		p.eachSiteLocked(func(s *site) {
 			addrs = append(addrs, s.addr)
 			all = append(all, AddrStats{
-				Open: s.n.open(), Dialing: int(s.n[dialing]), Idle: int(s.n[idle]), InUse: int(s.n[borrowed]), Closing: int(s.n[closing]),
+				Open: s.n.open(), Dialing: int(s.n[phaseDialing]), Idle: int(s.n[phaseIdle]), InUse: int(s.n[phaseBorrowed]), Closing: int(s.n[phaseClosing]),
 				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
 				BackingOff: s.backingOff(), LastErr: inStats(s.lastErr()),
 			})

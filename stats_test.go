@@ -83,7 +83,7 @@ func TestStatsAreExactAtEveryStageOfALoad(t *testing.T) {
 // ORA-45: whoever looks, whenever, finds numbers that fit together.
 func TestEverySnapshotIsConsistent(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxOpen: 5, MaxPerAddr: 3, IdleTimeout: 5 * time.Millisecond, CheckInterval: time.Millisecond})
+		n := open(t, Config{MaxOpen: 5, MaxPerAddr: 3, IdleTimeout: 5 * time.Millisecond, SweepInterval: time.Millisecond})
 		n.Host("a").SetLatency(100 * time.Microsecond)
 		var all sync.WaitGroup
 		for w := range 8 {
@@ -153,7 +153,7 @@ func TestTimeInTheQueueIsCounted(t *testing.T) {
 	})
 	// Who is refused has not queued.
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxPerAddr: 1, WhenFull: Fail})
+		n := open(t, Config{MaxPerAddr: 1, WhenFull: FullFail})
 		holder := n.borrow(bg, at("a"))
 		holder.conn()
 		before := n.p.Stats().Waits
@@ -350,7 +350,7 @@ func TestEveryCloseIsToldOnceWithTheReasonThatStatsCounts(t *testing.T) {
 			return nil
 		}
 		n := open(t, Config{
-			MaxOpen: 4, MaxIdle: 2, MaxUses: 50, MaxLifetime: time.Hour, IdleTimeout: 50 * time.Minute, TrustIdle: time.Minute, CheckInterval: -1,
+			MaxOpen: 4, MaxIdle: 2, MaxUses: 50, MaxLifetime: time.Hour, IdleTimeout: 50 * time.Minute, CheckAfterIdle: time.Minute, SweepInterval: -1,
 			Setup: func(context.Context, Addr, net.Conn) (any, error) { return nil, is(&failSetup) },
 			Reset: func(context.Context, Conn) error { return is(&failReset) },
 			Check: func(context.Context, Conn) error { return is(&failCheck) },

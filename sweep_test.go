@@ -27,7 +27,7 @@ func TestAnIdleConnectionIsClosedAfterTwoMinutes(t *testing.T) {
 		after, late time.Duration
 	}{
 		{Config{}, 2 * time.Minute, 20 * time.Second},
-		{Config{IdleTimeout: 10 * time.Second, CheckInterval: time.Second}, 10 * time.Second, time.Second},
+		{Config{IdleTimeout: 10 * time.Second, SweepInterval: time.Second}, 10 * time.Second, time.Second},
 	} {
 		bubble(t, func(t *testing.T) {
 			n := open(t, tc.cfg)
@@ -49,7 +49,7 @@ func TestAnIdleConnectionIsClosedAfterTwoMinutes(t *testing.T) {
 // APR-X04
 func TestAnExpiredConnectionIsNotLentThoughNoSweepSawIt(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{IdleTimeout: time.Minute, CheckInterval: -1})
+		n := open(t, Config{IdleTimeout: time.Minute, SweepInterval: -1})
 		n.idle(at("a"), 5)
 		time.Sleep(time.Minute - 1)
 		require.NotEqual(t, "a#6", n.use(at("a")))
@@ -119,14 +119,14 @@ func TestTheSweepRemovesTheDeadWithoutABorrower(t *testing.T) {
 		conns[2].CloseWrite()
 		conns[3].Write([]byte("unasked"))
 		n.gauges(0, 5, 0)
-		time.Sleep(defaultCheckInterval)
+		time.Sleep(defaultSweepInterval)
 		synctest.Wait()
 		n.gauges(0, 1, 0)
 		n.closed(reasons{ClosedStale: 4})
 		n.check()
 		require.Equal(t, "a#5", n.use(at("a")))
 		conns[4].Reset()
-		time.Sleep(defaultCheckInterval)
+		time.Sleep(defaultSweepInterval)
 		synctest.Wait()
 		n.gauges(0, 0, 0)
 	})
@@ -136,7 +136,7 @@ func TestTheSweepRemovesTheDeadWithoutABorrower(t *testing.T) {
 func TestASweepNeverMakesThePoolLookEmpty(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		var running, peak, checks atomic.Int64
-		n := open(t, Config{TrustIdle: time.Hour, Check: func(context.Context, Conn) error {
+		n := open(t, Config{CheckAfterIdle: time.Hour, Check: func(context.Context, Conn) error {
 			checks.Add(1)
 			if now := running.Add(1); now > peak.Load() {
 				peak.Store(now)
@@ -148,7 +148,7 @@ func TestASweepNeverMakesThePoolLookEmpty(t *testing.T) {
 		for _, host := range []string{"a", "b", "c"} {
 			n.idle(at(host), 3)
 		}
-		time.Sleep(defaultCheckInterval + time.Second/2)
+		time.Sleep(defaultSweepInterval + time.Second/2)
 		require.EqualValues(t, 3, running.Load(), "one per address")
 		n.gauges(3, 6, 0)
 		for range 10 {
@@ -170,7 +170,7 @@ func TestASweepNeverMakesThePoolLookEmpty(t *testing.T) {
 // eviction is that of loans.
 func TestASweepChangesNoOrder(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{CheckInterval: time.Second, Check: func(context.Context, Conn) error { time.Sleep(100 * time.Millisecond); return nil }})
+		n := open(t, Config{SweepInterval: time.Second, Check: func(context.Context, Conn) error { time.Sleep(100 * time.Millisecond); return nil }})
 		var held []*scripted
 		for range 4 {
 			b := n.borrow(bg, at("a"))
@@ -202,7 +202,7 @@ func TestASweepChangesNoOrder(t *testing.T) {
 // APR-X14
 func TestIdleConnectionsExpireOneByOne(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{IdleTimeout: 10 * time.Second, CheckInterval: time.Second})
+		n := open(t, Config{IdleTimeout: 10 * time.Second, SweepInterval: time.Second})
 		var held []*scripted
 		for range 5 {
 			b := n.borrow(bg, at("a"))
@@ -273,11 +273,11 @@ func TestLifetimeJitterIsDrawnOncePerConnection(t *testing.T) {
 		whole := 0
 		spread := make(map[time.Duration]bool)
 		for _, c := range n.p.every() {
-			lives[c.id] = c.life
-			require.LessOrEqual(t, c.life, time.Hour)
-			require.GreaterOrEqual(t, c.life, 54*time.Minute)
-			spread[c.life] = true
-			if c.life%time.Second == 0 {
+			lives[c.id] = c.maxAge
+			require.LessOrEqual(t, c.maxAge, time.Hour)
+			require.GreaterOrEqual(t, c.maxAge, 54*time.Minute)
+			spread[c.maxAge] = true
+			if c.maxAge%time.Second == 0 {
 				whole++
 			}
 		}
@@ -289,7 +289,7 @@ func TestLifetimeJitterIsDrawnOncePerConnection(t *testing.T) {
 			time.Sleep(time.Minute)
 		}
 		for _, c := range n.p.every() {
-			require.Equal(t, lives[c.id], c.life)
+			require.Equal(t, lives[c.id], c.maxAge)
 		}
 		require.EqualValues(t, k, n.p.Stats().Dials)
 		time.Sleep(33 * time.Minute) // 53: none is due
@@ -404,7 +404,7 @@ func inBubbles() int {
 // A sweep under way when the pool closes ends with it and keeps nothing.
 func TestCloseWaitsForASweep(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{CheckInterval: time.Second, Check: func(ctx context.Context, c Conn) error {
+		n := open(t, Config{SweepInterval: time.Second, Check: func(ctx context.Context, c Conn) error {
 			_, err := c.Read(make([]byte, 1))
 			return err
 		}})
@@ -424,7 +424,7 @@ func TestCloseWaitsForASweep(t *testing.T) {
 func TestStressSweepsUnderTraffic(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{
-			MaxPerAddr: 4, IdleTimeout: 20 * time.Millisecond, CheckInterval: time.Millisecond, TrustIdle: 3 * time.Millisecond,
+			MaxPerAddr: 4, IdleTimeout: 20 * time.Millisecond, SweepInterval: time.Millisecond, CheckAfterIdle: 3 * time.Millisecond,
 			Check: func(context.Context, Conn) error {
 				time.Sleep(rand.N(time.Millisecond))
 				if rand.N(20) == 0 {

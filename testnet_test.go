@@ -436,7 +436,7 @@ func sweepAll(p *Pool) {
 	p.sweep()
 	for {
 		p.mu.Lock()
-		lookers := p.lookers
+		lookers := p.examiners
 		p.mu.Unlock()
 		if lookers == 0 {
 			return

@@ -326,7 +326,7 @@ func stirs(t *testing.T, p *Pool, addr Addr) {
 			return true
 		}
 		seen := sock.Seen{}
-		s.top.probe.raw.Control(func(fd uintptr) { seen = sock.Peek(fd) })
+		s.top.sock.raw.Control(func(fd uintptr) { seen = sock.Peek(fd) })
 		return seen != sock.Seen{}
 	})
 }
@@ -337,7 +337,7 @@ func (p *Pool) hearing() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, c := range p.recency.all() {
-		if c.word.Load()&(hungUp|lent) == hungUp {
+		if c.word.Load()&(flagHungUp|flagLent) == flagHungUp {
 			return true
 		}
 	}

@@ -338,7 +338,7 @@ type errorLog struct {
 func (l *errorLog) Enabled(context.Context, slog.Level) bool { return true }
 func (l *errorLog) Handle(_ context.Context, r slog.Record) error {
 	r.Attrs(func(a slog.Attr) bool {
-		if r.Level == slog.LevelError && a.Key == "reason" && a.Value.String() == Quarantined.String() {
+		if r.Level == slog.LevelError && a.Key == "reason" && a.Value.String() == ClosedQuarantined.String() {
 			l.quarantined.Add(1)
 		}
 		return true
@@ -360,7 +360,7 @@ func newWatched(t testing.TB, cfg Config) *watched {
 	cfg.TLS = &tls.Config{InsecureSkipVerify: true} // who answers is seen in the reply
 	cfg.Logger = slog.New(&w.log)
 	cfg.Trace = &Trace{Closed: func(i CloseInfo) {
-		if i.Reason == Quarantined {
+		if i.Reason == ClosedQuarantined {
 			w.told.Add(1)
 		} else {
 			w.with.Add(1)
@@ -374,7 +374,7 @@ func newWatched(t testing.TB, cfg Config) *watched {
 }
 
 func (w *watched) quarantined() error {
-	n, told, logged := int64(w.Stats().Closed[Quarantined]), w.told.Load(), w.log.quarantined.Load()
+	n, told, logged := int64(w.Stats().Closed[ClosedQuarantined]), w.told.Load(), w.log.quarantined.Load()
 	if n != told || n != logged {
 		return fmt.Errorf("%d in quarantine, %d told to Trace, %d logged as errors", n, told, logged)
 	}
@@ -588,7 +588,7 @@ func (s stealing) run(t *testing.T) (*stranger, error) {
 	p.check(t)
 	for { // a failed Setup is told to its borrower before it is cleared away
 		err := p.quarantined()
-		n := p.Stats().Closed[Quarantined]
+		n := p.Stats().Closed[ClosedQuarantined]
 		if err == nil && n == 1 {
 			break
 		}
@@ -748,7 +748,7 @@ func TestThePoolsOwnNextDialProvesTheOlderEntryDead(t *testing.T) {
 	for _, transport := range []string{"tcp", "tls", "unix"} {
 		for _, check := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s,identity=%v", transport, check), func(t *testing.T) {
-				p := newWatched(t, Config{CheckInterval: -1, NoIdentity: !check})
+				p := newWatched(t, Config{SweepInterval: -1, NoIdentity: !check})
 				ctx := context.Background()
 				var fd, next int
 				require.NoError(t, p.With(ctx, peers[transport], func(c Conn) error {
@@ -768,7 +768,7 @@ func TestThePoolsOwnNextDialProvesTheOlderEntryDead(t *testing.T) {
 					return askNamed(c, "other")
 				}))
 				require.Equal(t, fd, next)
-				closedSoon(t, p.Pool, map[CloseReason]uint64{Quarantined: 1})
+				closedSoon(t, p.Pool, map[CloseReason]uint64{ClosedQuarantined: 1})
 				require.NoError(t, p.quarantined())
 				p.check(t)
 
@@ -794,7 +794,7 @@ func TestABorrowerWhoseNumberWasDialledAgainIsStoppedAtOnce(t *testing.T) {
 	}
 	for _, transport := range []string{"tcp", "tls", "unix"} {
 		t.Run(transport, func(t *testing.T) {
-			p := newWatched(t, Config{CheckInterval: -1})
+			p := newWatched(t, Config{SweepInterval: -1})
 			ctx := context.Background()
 			other := func() error {
 				return p.With(ctx, peers["other"], func(c Conn) error { return askNamed(c, "other") })
@@ -816,7 +816,7 @@ func TestABorrowerWhoseNumberWasDialledAgainIsStoppedAtOnce(t *testing.T) {
 				return nil
 			})
 			require.NoError(t, err)
-			require.Equal(t, map[CloseReason]uint64{Quarantined: 1}, p.Stats().Closed)
+			require.Equal(t, map[CloseReason]uint64{ClosedQuarantined: 1}, p.Stats().Closed)
 			require.NoError(t, p.quarantined())
 			require.NoError(t, other())
 			require.Equal(t, uint64(2), p.Stats().Dials)
@@ -831,7 +831,7 @@ func TestMarkDeadOfASocketMadeOutsideRemovesWhatHasItsNumber(t *testing.T) {
 	if !child {
 		return
 	}
-	p := newWatched(t, Config{CheckInterval: -1})
+	p := newWatched(t, Config{SweepInterval: -1})
 	ctx := context.Background()
 	numbers := make(map[string]int)
 	visit := func(names ...string) {
@@ -849,7 +849,7 @@ func TestMarkDeadOfASocketMadeOutsideRemovesWhatHasItsNumber(t *testing.T) {
 	require.NoError(t, err)
 	outside := thief.rwc.(syscall.Conn)
 	require.Equal(t, 1, p.MarkDead(outside))
-	require.Equal(t, map[CloseReason]uint64{Quarantined: 1}, p.Stats().Closed)
+	require.Equal(t, map[CloseReason]uint64{ClosedQuarantined: 1}, p.Stats().Closed)
 	require.Equal(t, 3, p.Stats().Idle, "unrelated ones are untouched")
 	require.Equal(t, 0, p.MarkDead(outside), "it is gone")
 	p.check(t)
@@ -866,7 +866,7 @@ func TestMarkDeadOfASocketMadeOutsideRemovesWhatHasItsNumber(t *testing.T) {
 		require.Error(t, err)
 		return nil
 	}))
-	require.Equal(t, map[CloseReason]uint64{Quarantined: 2}, p.Stats().Closed)
+	require.Equal(t, map[CloseReason]uint64{ClosedQuarantined: 2}, p.Stats().Closed)
 	require.NoError(t, p.quarantined())
 	p.check(t)
 	visit("unix", "other")
@@ -1010,7 +1010,7 @@ func TestNobodyIsAnsweredByAWrongPeerInARestlessTopology(t *testing.T) {
 	if stress() > 1 {
 		span = time.Minute
 	}
-	p := newWatched(t, Config{MaxOpen: 100, MaxPerAddr: 3, CheckInterval: 50 * time.Millisecond, DialTimeout: 2 * time.Second})
+	p := newWatched(t, Config{MaxOpen: 100, MaxPerAddr: 3, SweepInterval: 50 * time.Millisecond, DialTimeout: 2 * time.Second})
 	var (
 		ctx, cancel = context.WithTimeout(context.Background(), span)
 		workers     sync.WaitGroup
@@ -1105,7 +1105,7 @@ func TestNobodyIsAnsweredByAWrongPeerInARestlessTopology(t *testing.T) {
 	st := p.Stats()
 	t.Logf("%d loans, %d stolen, %v", served.Load(), stolen.Load(), st.Closed)
 	require.NoError(t, p.quarantined())
-	require.Equal(t, stolen.Load(), int64(st.Closed[Quarantined]), "every theft is found, and nothing else taken for one")
+	require.Equal(t, stolen.Load(), int64(st.Closed[ClosedQuarantined]), "every theft is found, and nothing else taken for one")
 	require.Greater(t, served.Load(), int64(100))
 	require.Positive(t, stolen.Load())
 	require.Equal(t, 0, st.Open)

@@ -109,9 +109,9 @@ func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
 type tlsMode uint8
 
 const (
-	normal tlsMode = iota
-	noWait         // hand over what has arrived, do not wait for more
-	sealed         // hand over nothing
+	tlsNormal tlsMode = iota
+	tlsNoWait         // hand over what has arrived, do not wait for more
+	tlsSealed         // hand over nothing
 )
 
 // tlsFlood bounds what one look may take out of the socket: far more than any
@@ -132,10 +132,10 @@ const tlsGoodbye = 250 * time.Millisecond
 // bound the goodbye, for which crypto/tls would wait 5 seconds.
 type tlsSocket struct {
 	net.Conn
-	raw          syscall.RawConn // nil: a foreign connection, on which noWait is not to be used
+	raw          syscall.RawConn // nil: a foreign connection, on which tlsNoWait is not to be used
 	readNow      func(fd uintptr, b []byte) (int, error)
 	record       tlsrecord.Tracker // how far crypto/tls has read
-	budget       int               // bytes that noWait may still read
+	budget       int               // bytes that tlsNoWait may still read
 	mode         tlsMode           // the owner's, and only between loans
 	stuck        bool              // an answer to a key update could not be written
 	renegotiates bool              // the peer may ask for another handshake, and so for another cipher
@@ -166,14 +166,14 @@ func (s *tlsSocket) SyscallConn() (syscall.RawConn, error) {
 // a key update makes it write from within a read. It keeps the error to itself,
 // so it is remembered here.
 func (s *tlsSocket) Write(b []byte) (int, error) {
-	if s.mode == normal {
+	if s.mode == tlsNormal {
 		return s.Conn.Write(b)
 	}
 	if _, foreign := mannersOf(s.Conn, s.Conn, false); foreign { // which may not listen to a deadline
 		s.stuck = true
 		return 0, errStuck
 	}
-	s.Conn.SetWriteDeadline(time.Now().Add(lookPatience))
+	s.Conn.SetWriteDeadline(time.Now().Add(probePatience))
 	defer s.Conn.SetWriteDeadline(time.Time{})
 	n, err := s.Conn.Write(b)
 	if err != nil {
@@ -185,7 +185,7 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 func (s *tlsSocket) enter(m tlsMode) { s.mode, s.budget = m, tlsFlood }
 
 func (s *tlsSocket) Read(b []byte) (int, error) {
-	if s.mode != normal {
+	if s.mode != tlsNormal {
 		return s.readNoWait(b) // whose closure allocates
 	}
 	n, err := s.Conn.Read(b)
@@ -198,7 +198,7 @@ func (s *tlsSocket) Read(b []byte) (int, error) {
 
 func (s *tlsSocket) readNoWait(b []byte) (n int, err error) {
 	switch {
-	case s.mode == sealed || s.raw == nil:
+	case s.mode == tlsSealed || s.raw == nil:
 		return 0, os.ErrDeadlineExceeded
 	case s.budget <= 0:
 		return 0, errFlood
@@ -232,9 +232,9 @@ func (s *tlsSocket) SetWriteDeadline(t time.Time) error {
 // of an identity that is over is out of reach here, so what its connections
 // still put into it (a ticket may come at any time) meets nobody.
 type sessionCaches struct {
-	mu        sync.Mutex // guards what follows; nothing else happens under it
-	lru       *simplelru.LRU[Addr, tlsOfAddr]
-	forgotten uint64 // how often Retire was called
+	mu      sync.Mutex // guards what follows; nothing else happens under it
+	lru     *simplelru.LRU[Addr, tlsOfAddr]
+	dropped uint64 // how often Retire was called
 }
 
 type tlsOfAddr struct {
@@ -253,7 +253,7 @@ func newSessionCaches() *sessionCaches {
 func (s *sessionCaches) age() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.forgotten
+	return s.dropped
 }
 
 // configFor is from with what belongs to addr. before is the age from before
@@ -262,7 +262,7 @@ func (s *sessionCaches) age() uint64 {
 func (s *sessionCaches) configFor(addr Addr, from *tls.Config, before uint64) *tls.Config {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	late := before != s.forgotten
+	late := before != s.dropped
 	if have, known := s.lru.Get(addr); known && have.from == from && !late {
 		return have.config
 	}
@@ -284,9 +284,9 @@ func resumes(cfg *tls.Config) bool {
 	return cfg.ClientSessionCache != nil || cfg.VerifyPeerCertificate == nil && cfg.GetClientCertificate == nil
 }
 
-func (s *sessionCaches) forget(addr Addr) {
+func (s *sessionCaches) drop(addr Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.forgotten++
+	s.dropped++
 	s.lru.Remove(addr)
 }

@@ -391,13 +391,13 @@ func TestATLSConfigIsCopiedOncePerAddress(t *testing.T) {
 	back := configFor(a, one)
 	require.NotSame(t, changed.ClientSessionCache, back.ClientSessionCache)
 	require.Same(t, other, configFor(b, one), "the other address has what it had")
-	caches.forget(a)
+	caches.drop(a)
 	renewed := configFor(a, one)
 	require.NotSame(t, back.ClientSessionCache, renewed.ClientSessionCache, "Retire forgets sessions")
 
 	// What was asked for before a Retire is for one dial alone.
 	before := caches.age()
-	caches.forget(a)
+	caches.drop(a)
 	late := caches.configFor(a, one, before)
 	now := configFor(a, one)
 	require.NotSame(t, late.ClientSessionCache, now.ClientSessionCache)

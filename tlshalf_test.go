@@ -137,7 +137,7 @@ func TestHalfARecordIsSeenAfterALoanThatOnlyRead(t *testing.T) {
 					err := poll(p, h.addr, func(c Conn) (err error) {
 						require.Equal(t, id, c.ID())
 						close(h.begin) // what comes before is the business of the look
-						for end := time.Now().Add(bounded); !c.c.probe.sock().record.Partial(); {
+						for end := time.Now().Add(bounded); !c.c.sock.belowTLS().record.Partial(); {
 							require.True(t, time.Now().Before(end))
 							require.NoError(t, c.SetReadDeadline(time.Now().Add(time.Millisecond)))
 							n, e := c.Read(make([]byte, 64))
@@ -176,11 +176,11 @@ func TestALoanThatReadNothingAsksNothing(t *testing.T) {
 				})
 				loan(t, p, n.addr)
 				require.NoError(t, p.With(bg, n.addr, func(Conn) error { return nil }))
-				sock := p.every()[0].probe.sock()
+				sock := p.every()[0].sock.belowTLS()
 				require.True(t, sock.record.Untouched())
 				// In vain, and it says so: it is asked again.
 				require.ErrorIs(t, p.With(bg, n.addr, func(c Conn) error {
-					c.SetReadDeadline(past)
+					c.SetReadDeadline(aLongTimeAgo)
 					_, err := c.Read(make([]byte, 1))
 					require.False(t, sock.record.Untouched())
 					return Keep(err)
@@ -222,7 +222,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 			s := openssl(t, "-no_tls1_3", "-naccept", "2")
 			var cut *severed // of the first connection
 			p, err := New(Config{
-				CheckInterval: -1,
+				SweepInterval: -1,
 				TLS:           &tls.Config{RootCAs: tlAuthority().RootCAs, Renegotiation: tls.RenegotiateFreelyAsClient},
 				Dialers: map[Transport]DialFunc{TCP: func(ctx context.Context, a Addr) (net.Conn, error) {
 					nc, err := dialSocket(ctx, a)
@@ -239,7 +239,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 			require.NoError(t, err)
 			defer p.Close()
 			require.NoError(t, p.With(bg, s.addr, func(c Conn) error {
-				require.False(t, c.c.probe.sock().record.CanProve(), "nothing is proven where the cipher may change")
+				require.False(t, c.c.sock.belowTLS().record.CanProve(), "nothing is proven where the cipher may change")
 				_, err := c.Write([]byte("one\n"))
 				return errors.Join(err, s.said("one"))
 			}))
@@ -248,7 +248,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 			if idle {
 				renegotiate()
 				soon(t, "the request for a handshake", func() bool {
-					c.probe.raw.Control(func(fd uintptr) { idle = p.sys.peek(fd).Bytes })
+					c.sock.raw.Control(func(fd uintptr) { idle = p.sys.peek(fd).Bytes })
 					return idle || p.Stats().Idle == 0
 				})
 			} else {

@@ -303,7 +303,7 @@ func (x *torture) run() error {
 		return &tortured{Conn: nc.(*faultnet.Conn), x: x}, nil
 	}
 	p, err := New(Config{
-		MaxOpen: 3, MaxPerAddr: 2, CheckInterval: 10 * time.Second, TrustIdle: 15 * time.Second, IdleTimeout: time.Minute,
+		MaxOpen: 3, MaxPerAddr: 2, SweepInterval: 10 * time.Second, CheckAfterIdle: 15 * time.Second, IdleTimeout: time.Minute,
 		DialTimeout: time.Second, HookTimeout: time.Second, HoldWarn: 5 * time.Millisecond,
 		Dialers: map[Transport]DialFunc{"mem": dial, TCP: dial, none.Transport: func(context.Context, Addr) (net.Conn, error) {
 			return nil, os.NewSyscallError("socket", sock.ErrProcessFiles)
@@ -458,7 +458,7 @@ func (x *torture) run() error {
 			})
 			if l, err := p.Lease(patient, addrs[2]); err == nil {
 				l.cleanup.Stop()
-				forgotten(l.c)
+				leakedLease(l.c)
 			}
 		},
 		func(patient context.Context) { x.says(p.With(patient, none, exchange)) }, // out of handles

@@ -38,7 +38,7 @@ const (
 	ClosedLowHandles              // by us: the process is running out of file handles
 	ClosedMarkedDead              // Pool.MarkDead: the caller holds the same socket
 	ClosedLeaked                  // a lease or session that nobody could reach any more
-	Quarantined                   // not closed: its descriptor has become somebody else's, and is never touched again
+	ClosedQuarantined             // not closed: its descriptor has become somebody else's, and is never touched again
 	numCloseReasons
 )
 

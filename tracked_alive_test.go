@@ -118,7 +118,7 @@ func TestTheInnerConnectionKeepsATrackedConnection(t *testing.T) {
 		require.Equal(t, 1, p.Stats().Tracked)
 		if own, ok := inner.(*ownConn); ok { // the pool cannot find out that it was dropped
 			require.NoError(t, own.Close())
-			for c := range p.tracked {
+			for c := range p.unpooled {
 				p.untrackAll(c)
 			}
 			return
@@ -420,7 +420,7 @@ func TestADialReserveIsNotStalledByThePoolItFills(t *testing.T) {
 func TestADialReserveUnderFailWaitsForNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
-		n.open(Config{MaxOpen: 1, WhenFull: Fail, Dialers: map[Transport]DialFunc{TCP: n.dial}})
+		n.open(Config{MaxOpen: 1, WhenFull: FullFail, Dialers: map[Transport]DialFunc{TCP: n.dial}})
 		reserved.Store(n.p, 1)
 		dial := n.p.DialReserve(1)
 		first, err := dial(bg, "tcp", "h:80")

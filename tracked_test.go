@@ -455,9 +455,9 @@ func TestAStolenTrackedConnectionIsNotClosed(t *testing.T) {
 	require.NoError(t, err)
 	defer other.Close()
 	inner := nc.(*trackedTCP).t.c
-	inner.word.Or(stolen) // as the look before a dial would say
+	inner.word.Or(flagStolen) // as the look before a dial would say
 	require.NoError(t, nc.Close())
-	require.EqualValues(t, 1, p.Stats().Closed[Quarantined])
+	require.EqualValues(t, 1, p.Stats().Closed[ClosedQuarantined])
 	require.Zero(t, p.Stats().Open)
 	p.check(t)
 	// The quarantine never closes it; this test does, to leave nothing.
@@ -487,7 +487,7 @@ func TestDialContextIsRetriedWhenHandlesRunOut(t *testing.T) {
 
 func TestDialContextIsRefusedWhereNobodyMayWait(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.MaxOpen, c.WhenFull = 1, Fail })
+	p := n.pool(t, func(c *Config) { c.MaxOpen, c.WhenFull = 1, FullFail })
 	network, address := n.target()
 	nc, err := p.DialContext(t.Context(), network, address)
 	require.NoError(t, err)
@@ -500,5 +500,5 @@ func TestDialContextIsRefusedWhereNobodyMayWait(t *testing.T) {
 	require.Equal(t, KindRefused, KindOf(err))
 	require.Zero(t, p.Stats().Open)
 	p.check(t)
-	require.Empty(t, p.tracked)
+	require.Empty(t, p.unpooled)
 }

@@ -42,7 +42,7 @@ func requireSameQueue(t *testing.T, want *naiveQueue, q *queue) {
 	require.True(t, slices.Equal(want.waiting, forward))
 	require.True(t, slices.Equal(want.waiting, backward))
 	require.Equal(t, want.dials, q.dials)
-	require.True(t, want.bare() == q.bare, "who has no dial")
+	require.True(t, want.bare() == q.nextToDial, "who has no dial")
 }
 
 func TestQueueAgreesWithTheNaiveOne(t *testing.T) {
@@ -134,7 +134,7 @@ func TestSiteHeapAgreesWithTheNaiveOne(t *testing.T) {
 					continue // no two waiters are of one age
 				}
 				taken[seq] = true
-				s.queue.bare = &waiter{seq: seq}
+				s.queue.nextToDial = &waiter{seq: seq}
 				wants[s] = true
 				h.set(s, true)
 			}
@@ -144,7 +144,7 @@ func TestSiteHeapAgreesWithTheNaiveOne(t *testing.T) {
 				require.Equal(t, wants[s], s.heapIndex >= 0)
 				if wants[s] {
 					require.Same(t, s, h[s.heapIndex])
-					if oldest == nil || s.queue.bare.seq < oldest.queue.bare.seq {
+					if oldest == nil || s.queue.nextToDial.seq < oldest.queue.nextToDial.seq {
 						oldest = s
 					}
 				}

@@ -245,7 +245,7 @@ func TestWarmEvictsNobodyAndWaitsForRoom(t *testing.T) {
 
 func TestWarmFailsAtOnceWhereNobodyMayWait(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxOpen: 4, WhenFull: Fail})
+		n := open(t, Config{MaxOpen: 4, WhenFull: FullFail})
 		n.idle(at("b"), 2)
 		err := n.p.Warm(bg, at("a"), 3)
 		require.ErrorIs(t, err, ErrExhausted)

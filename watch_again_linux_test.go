@@ -42,7 +42,7 @@ func TestAWatcherThatCouldNotBeMadeIsTriedAgain(t *testing.T) {
 	var p *Pool
 	var logged atomic.Int64
 	p = n.pool(t, func(c *Config) {
-		c.CheckInterval = -1
+		c.SweepInterval = -1
 		c.Logger = slog.New(loggerFunc(func(slog.Record) {
 			if logged.Add(1) == 1 { // which may use the pool
 				loan(t, p, scoped(n.addr, "log"))
@@ -67,7 +67,7 @@ func TestAWatcherThatCouldNotBeMadeIsTriedAgain(t *testing.T) {
 // TRY-16: nor is it forgotten if there is nothing to watch for a moment.
 func TestAWatcherIsTriedAgainThoughNothingWasOpenMeanwhile(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.CheckInterval = -1 })
+	p := n.pool(t, func(c *Config) { c.SweepInterval = -1 })
 	var refused atomic.Bool
 	refused.Store(true)
 	p.setWatcher(failing(&refused, unix.EMFILE))
@@ -99,7 +99,7 @@ func TestAWatcherIsNotTriedAtEachDial(t *testing.T) {
 // TRY-16: a connection that the watcher could not take is tried again by the sweep.
 func TestAConnectionThatCouldNotBeWatchedIsTriedAgain(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.CheckInterval = time.Hour })
+	p := n.pool(t, func(c *Config) { c.SweepInterval = time.Hour })
 	var full atomic.Bool
 	full.Store(true)
 	p.addWatch = func(w *sock.Watcher, raw syscall.RawConn, data bool) error {
@@ -138,7 +138,7 @@ func TestForgottenPoolsLeaveNothing(t *testing.T) {
 	goroutines, files := count()
 	func() {
 		for i := range k {
-			p, err := New(Config{IdleTimeout: 50 * time.Millisecond, CheckInterval: 50 * time.Millisecond})
+			p, err := New(Config{IdleTimeout: 50 * time.Millisecond, SweepInterval: 50 * time.Millisecond})
 			require.NoError(t, err)
 			runtime.AddCleanup(p, func(*atomic.Int64) { collected.Add(1) }, &collected)
 			loan(t, p, n.addr)
@@ -160,7 +160,7 @@ func TestForgottenPoolsLeaveNothing(t *testing.T) {
 // TRY-15: the watcher ends with what it watches, and is there again for what comes later.
 func TestTheWatcherComesAndGoesWithTheConnections(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.CheckInterval = time.Hour })
+	p := n.pool(t, func(c *Config) { c.SweepInterval = time.Hour })
 	ended := func() bool {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -178,7 +178,7 @@ func TestTheWatcherComesAndGoesWithTheConnections(t *testing.T) {
 	}
 	// Where only a library dials, there is a sweep all the same.
 	network, address := n.target()
-	q := n.pool(t, func(c *Config) { c.CheckInterval = 10 * time.Millisecond })
+	q := n.pool(t, func(c *Config) { c.SweepInterval = 10 * time.Millisecond })
 	nc, err := q.DialContext(t.Context(), network, address)
 	require.NoError(t, err)
 	require.True(t, q.isWatching())
@@ -194,7 +194,7 @@ func TestTheWatcherComesAndGoesWithTheConnections(t *testing.T) {
 // TRY-15: a watcher that ends as a connection comes takes nothing with it.
 func TestWatchersThatEndRaceWithDialsAndNothingIsLost(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.CheckInterval = -1 })
+	p := n.pool(t, func(c *Config) { c.SweepInterval = -1 })
 	stop := make(chan struct{})
 	var sweeps sync.WaitGroup
 	sweeps.Go(func() {

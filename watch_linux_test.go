@@ -40,7 +40,7 @@ func watchServer(t *testing.T, network string) (*faultnet.Server, Addr) {
 
 func watchPool(t *testing.T, cfg Config, tlsOf *faultnet.Server) *Pool {
 	t.Helper()
-	cfg.CheckInterval = -1
+	cfg.SweepInterval = -1
 	if tlsOf != nil {
 		cfg.TLS = tlsOf.ClientTLS()
 	}
@@ -153,14 +153,14 @@ func TestDataDoesNotWakeTheWatcher(t *testing.T) {
 			_, err := enquire(c, "data")
 			return err
 		}))
-		require.Zero(t, busy.word.Load()&hungUp)
+		require.Zero(t, busy.word.Load()&flagHungUp)
 	}
 	require.Equal(t, 1, s.PushIdle(-1, []byte("unasked")))
 	other, addrOther := watchServer(t, "tcp")
 	fillIdle(t, p, addrOther, 1)
 	require.Equal(t, 1, other.CutIdle(-1, faultnet.FIN)) // is heard after the data, if that is heard at all
 	comesTrue(t, "the other is gone", func() bool { return p.Stats().Idle == 1 })
-	require.Zero(t, busy.word.Load()&hungUp)
+	require.Zero(t, busy.word.Load()&flagHungUp)
 	p.check(t)
 	require.Equal(t, 1, s.CutIdle(-1, faultnet.FIN))
 	comesTrue(t, "both are gone", func() bool { return p.Stats().Open == 0 })
@@ -265,7 +265,7 @@ func TestADetachedConnectionIsNotWatched(t *testing.T) {
 	fillIdle(t, p, addr, 1)
 	require.Equal(t, 1, s.CutIdle(-1, faultnet.FIN))
 	comesTrue(t, "the second is gone", func() bool { return p.Stats().Open == 0 })
-	require.Zero(t, inner.word.Load()&hungUp)
+	require.Zero(t, inner.word.Load()&flagHungUp)
 	p.check(t)
 }
 
@@ -291,7 +291,7 @@ func TestAHangUpDuringALoanClosesTheConnectionOnItsReturn(t *testing.T) {
 					return err
 				}
 				require.Equal(t, 1, s.CutIdle(-1, faultnet.HalfClose))
-				comesTrue(t, "the hang-up is heard", func() bool { return c.c.word.Load()&hungUp != 0 })
+				comesTrue(t, "the hang-up is heard", func() bool { return c.c.word.Load()&flagHungUp != 0 })
 				require.Equal(t, 1, p.Stats().InUse, "nothing is taken from a borrower")
 				p.check(t)
 				// The borrower goes on; its own direction is open.
@@ -317,7 +317,7 @@ func TestAHangUpBetweenTheLookAndTheLoanIsNotForgotten(t *testing.T) {
 	sys.peek = func(fd uintptr) sock.Seen {
 		seen := sock.Peek(fd)
 		if inner != nil && seen == (sock.Seen{}) && s.CutIdle(-1, faultnet.HalfClose) == 1 {
-			comesTrue(t, "the hang-up is heard", func() bool { return inner.word.Load()&hungUp != 0 })
+			comesTrue(t, "the hang-up is heard", func() bool { return inner.word.Load()&flagHungUp != 0 })
 		}
 		return seen
 	}
@@ -339,7 +339,7 @@ func TestAHangUpDuringSetupIsNotForgotten(t *testing.T) {
 		if s.CutIdle(-1, faultnet.FIN) != 1 {
 			return nil, io.ErrNoProgress
 		}
-		comesTrue(t, "the hang-up is heard", func() bool { return nc.(Conn).c.word.Load()&hungUp != 0 })
+		comesTrue(t, "the hang-up is heard", func() bool { return nc.(Conn).c.word.Load()&flagHungUp != 0 })
 		cancel() // nobody waits for the connection any more
 		return nil, nil
 	}}, nil)
@@ -370,7 +370,7 @@ func TestAHangUpOfAnEarlierOwnerOfTheNumberHurtsNobody(t *testing.T) {
 		p.CloseIdle()
 		require.Equal(t, 0, p.Stats().Open)
 		next := fillIdle(t, p, addrNext, 1)[0]
-		if int(next.probe.fd()) != number { // somebody else was quicker
+		if int(next.sock.fd()) != number { // somebody else was quicker
 			copied.Close()
 			require.NoError(t, p.Close())
 			continue
@@ -378,7 +378,7 @@ func TestAHangUpOfAnEarlierOwnerOfTheNumberHurtsNobody(t *testing.T) {
 		looks.Store(0)
 		require.Equal(t, 1, first.CutIdle(-1, faultnet.FIN))
 		comesTrue(t, "the hang-up is heard", func() bool { return looks.Load() > 0 })
-		require.Zero(t, old.word.Load()&hungUp)
+		require.Zero(t, old.word.Load()&flagHungUp)
 		comesTrue(t, "it was looked at", func() bool { return p.Stats().Idle == 1 })
 		p.check(t)
 		require.NoError(t, p.With(context.Background(), addrNext, func(c Conn) error {

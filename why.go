@@ -30,7 +30,7 @@ type inVain struct {
 
 	full   string        // the limit that was in the way
 	held   time.Duration // how long the one of its slots has been out that has been longest; 0: not known
-	holder *holding      // which is that one; nil: not known
+	holder *loanRecord   // which is that one; nil: not known
 	here   bool          // one of its slots is of the same address
 	nested bool          // ... and the goroutine is inside the fn of another With
 }
@@ -92,7 +92,7 @@ func (p *Pool) gaveUp(s *site, w *waiter, ctx error) error {
 	if e.held == 0 && !e.here {
 		return e
 	}
-	e.holder = p.out.find(func(h *holding) bool { return e.counts(h.addr, s.addr) })
+	e.holder = p.out.find(func(h *loanRecord) bool { return e.counts(h.addr, s.addr) })
 	if e.holder != nil {
 		e.held = max(e.held, p.clock.Exactly().Sub(e.holder.since))
 	}
@@ -102,30 +102,30 @@ func (p *Pool) gaveUp(s *site, w *waiter, ctx error) error {
 
 // outs lists what is out, as far as it is written down at all (see hold), longest
 // held first.
-type outs struct {
+type loansOut struct {
 	mu  sync.Mutex // guards all; nothing else happens under it
 	all list.List  // of *holding
 }
 
-func (o *outs) add(h *holding) {
+func (o *loansOut) add(h *loanRecord) {
 	o.mu.Lock()
 	h.out = o.all.PushBack(h)
 	o.mu.Unlock()
 }
 
-func (o *outs) remove(h *holding) {
+func (o *loansOut) remove(h *loanRecord) {
 	o.mu.Lock()
 	o.all.Remove(h.out)
 	o.mu.Unlock()
 }
 
 // find is the first, of those that are not too far, that which wants.
-func (o *outs) find(which func(*holding) bool) *holding {
+func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	el := o.all.Front()
 	for n := 0; el != nil && n < farEnough; n++ {
-		if h := el.Value.(*holding); which(h) {
+		if h := el.Value.(*loanRecord); which(h) {
 			return h
 		}
 		el = el.Next()
@@ -134,11 +134,11 @@ func (o *outs) find(which func(*holding) bool) *holding {
 }
 
 // at lists those at addr, up to n of them, and counts the others.
-func (o *outs) at(addr Addr, n int) (hs []*holding, more int) {
+func (o *loansOut) at(addr Addr, n int) (hs []*loanRecord, more int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for el := o.all.Front(); el != nil; el = el.Next() {
-		if h := el.Value.(*holding); h.addr != addr {
+		if h := el.Value.(*loanRecord); h.addr != addr {
 			continue
 		} else if len(hs) < n {
 			hs = append(hs, h)
@@ -150,7 +150,7 @@ func (o *outs) at(addr Addr, n int) (hs []*holding, more int) {
 }
 
 // place is where h was borrowed.
-func (h *holding) place() string { return h.info(h.since).Place }
+func (h *loanRecord) place() string { return h.info(h.since).Place }
 
 // insideWith reports whether the calling goroutine, which is in a With, is inside
 // the fn of another one. A goroutine's stack is all there is that could say so. It

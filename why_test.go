@@ -159,7 +159,7 @@ func TestAWithInsideAWithThatWaitsForItIsToldOfSession(t *testing.T) {
 // TRY-36: the advice fits the cause.
 func TestTheAdviceFitsTheCause(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxPerAddr: 1, WhenFull: Fail})
+		n := open(t, Config{MaxPerAddr: 1, WhenFull: FullFail})
 		require.NoError(t, n.p.With(bg, at("a"), func(Conn) error {
 			pe := n.fail(bg, at("a"))
 			require.ErrorIs(t, pe, ErrExhausted)

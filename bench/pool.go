@@ -18,7 +18,7 @@ func newConnpool(s *Settings) Rival {
 	cfg := connpool.Config{
 		MaxPerAddr:    s.Max,
 		MaxOpen:       s.MaxOpen,
-		CheckInterval: s.Sweep,
+		SweepInterval: s.Sweep,
 		NoProbe:       s.Check == CheckNone,
 		NoIdentity:    s.Check != CheckAll,
 		Dialers: map[connpool.Transport]connpool.DialFunc{

@@ -44,7 +44,7 @@ func poolConfig(o demoOptions, f *fleet) connpool.Config {
 		MaxOpen:       o.maxOpen,
 		IdleTimeout:   700 * time.Millisecond,
 		MaxLifetime:   2 * time.Second,
-		CheckInterval: 250 * time.Millisecond,
+		SweepInterval: 250 * time.Millisecond,
 		DialTimeout:   dialTimeout,
 		TLSFor: func(a connpool.Addr) (*tls.Config, error) {
 			p := f.byAddr[a]

@@ -58,7 +58,7 @@ they were taken, as written by
 	}
 
 With a field Addr and a connpool.AddrStats in the place of Stats, each address
-gets an advice of its own. MinSpare is advised below the average in use, so that
+gets an advice of its own. MinIdlePerAddr is advised below the average in use, so that
 spares are not kept for nothing, and MaxPerAddr between the average and the
 peak, so that the last percent of the time may queue.
 

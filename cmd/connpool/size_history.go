@@ -199,10 +199,10 @@ func (h *history) advise(processes int) {
 	}
 	again := "connpool size -history FILE"
 	h.Advice = append(h.Advice,
-		advice{fmt.Sprintf("MinSpare: %d, below the average in use (%.1f): in a normal minute nobody waits for a dial.", h.Min, h.Average), again})
+		advice{fmt.Sprintf("MinIdlePerAddr: %d, below the average in use (%.1f): in a normal minute nobody waits for a dial.", h.Min, h.Average), again})
 	text := fmt.Sprintf("MaxPerAddr: %d, between the average and the peak (%d): 99 %% of the time it is enough, and then the pool queues.", h.Max, h.Peak)
 	if h.Addrs > 1 {
-		text = fmt.Sprintf("MaxOpen: %d, between the average and the peak (%d). The pool has up to %d addresses: record AddrStats with a field Addr for MinSpare and MaxPerAddr of each.", h.Max, h.Peak, h.Addrs)
+		text = fmt.Sprintf("MaxOpen: %d, between the average and the peak (%d). The pool has up to %d addresses: record AddrStats with a field Addr for MinIdlePerAddr and MaxPerAddr of each.", h.Max, h.Peak, h.Addrs)
 	}
 	h.Advice = append(h.Advice, advice{text, experiment})
 	if h.Cut {

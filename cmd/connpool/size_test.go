@@ -191,7 +191,7 @@ func TestHistoryAdvisesMinimumAndMaximum(t *testing.T) {
 	assert.EqualValues(t, 100_000, h.Loans)
 
 	_, out, _ := runSize(t, "-history", name)
-	assert.Contains(t, out, "MinSpare: 11, below the average in use (11.0)")
+	assert.Contains(t, out, "MinIdlePerAddr: 11, below the average in use (11.0)")
 	assert.Contains(t, out, "MaxPerAddr: 30, between the average and the peak (50)")
 }
 

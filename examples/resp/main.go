@@ -18,7 +18,7 @@
 //   - Without either, one reads stale values for ever, or other people's.
 //
 // On Linux an invalidation is read as soon as it arrives; elsewhere
-// Config.CheckInterval says how late that may be.
+// Config.SweepInterval says how late that may be.
 package main
 
 import (
@@ -66,7 +66,7 @@ func newClient(addr connpool.Addr) (*client, error) {
 	shared := newCache()
 	pool, err := connpool.New(connpool.Config{
 		MaxPerAddr:    4,
-		CheckInterval: 50 * time.Millisecond,
+		SweepInterval: 50 * time.Millisecond,
 		Push: func(_ context.Context, conn connpool.Conn) error {
 			return connpool.State[*codec](conn).hear()
 		},

@@ -12,13 +12,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "identity-at-close",
-		old:   "if w&stolen != 0 || c.probe.isStolen() {\n\t\t\tbreak",
-		new:   "if w&stolen != 0 {\n\t\t\tbreak",
+		old:   "if w&flagStolen != 0 || c.sock.isStolen() {\n\t\t\tbreak",
+		new:   "if w&flagStolen != 0 {\n\t\t\tbreak",
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
 	{
 		name:  "identity-after-setup",
-		old:   `if fresh && c.word.Load()&(hungUp|stolen|broken) == 0 && !c.probe.isStolen() {`,
+		old:   `if fresh && c.word.Load()&(flagHungUp|flagStolen|flagBroken) == 0 && !c.sock.isStolen() {`,
 		new:   `if fresh {`,
 		tests: `TestAStolenConnectionIsNeverLentNorTouched`,
 	},
@@ -30,14 +30,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "stolen-outlives-begin",
-		old:   `gen<<genShift|w&(hungUp|stolen|broken|told|heard)|lent|flags`,
-		new:   `gen<<genShift|w&(hungUp|broken|told|heard)|lent|flags`,
+		old:   `gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead)|flagLent|flags`,
+		new:   `gen<<genShift|w&(flagHungUp|flagBroken|flagWrote|flagRead)|flagLent|flags`,
 		tests: `TestDisownedBetweenTheLookAndTheLoanIsStillStolen`,
 	},
 	{
 		name:  "hung-up-outlives-begin",
-		old:   `gen<<genShift|w&(hungUp|stolen|broken|told|heard)|lent|flags`,
-		new:   `gen<<genShift|w&(stolen|broken|told|heard)|lent|flags`,
+		old:   `gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead)|flagLent|flags`,
+		new:   `gen<<genShift|w&(flagStolen|flagBroken|flagWrote|flagRead)|flagLent|flags`,
 		tests: `TestAHangUpBetweenTheLookAndTheLoanIsNotForgotten`,
 	},
 	{
@@ -54,20 +54,20 @@ var mutants = []mutant{
 	},
 	{
 		name:  "number-proves-death",
-		old:   `old := p.byFD[c.probe.fd()]; old != nil`,
-		new:   `old := p.byFD[c.probe.fd()]; false`,
+		old:   `old := p.byFD[c.sock.fd()]; old != nil`,
+		new:   `old := p.byFD[c.sock.fd()]; false`,
 		tests: `TestThePoolsOwnNextDialProvesTheOlderEntryDead`,
 	},
 	{
 		name:  "mark-dead-by-number",
-		old:   `case c.probe.fd() == fd:`,
-		new:   `case c.probe.fd() == fd && false:`,
+		old:   `case c.sock.fd() == fd:`,
+		new:   `case c.sock.fd() == fd && false:`,
 		tests: `TestMarkDead`,
 	},
 	{
 		name:  "mark-dead-by-identity",
-		old:   `case same && c.mark(broken):`,
-		new:   `case same && false && c.mark(broken):`,
+		old:   `case same && c.mark(flagBroken):`,
+		new:   `case same && false && c.mark(flagBroken):`,
 		tests: `TestMarkDead`,
 	},
 	{
@@ -78,14 +78,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-at-the-look",
-		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\treturn reason, err\n\t}\n\treason, err := c.probe.ask",
-		new:   "reason, err := c.probe.ask",
+		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\treturn reason, err\n\t}\n\treason, err := c.sock.probe",
+		new:   "reason, err := c.sock.probe",
 		tests: `TestMarkDeadTakesEffect`,
 	},
 	{
 		name:  "mark-dead-before-push",
-		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\t\treturn reason, err\n\t\t}\n\t\tif held, err := c.holds()",
-		new:   "if held, err := c.holds()",
+		old:   "if reason, err := c.condemned(); reason != ClosedUnknown {\n\t\t\treturn reason, err\n\t\t}\n\t\tif held, err := c.hasBuffered()",
+		new:   "if held, err := c.hasBuffered()",
 		tests: `TestMarkDeadTakesEffect`,
 	},
 	{
@@ -97,28 +97,28 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-of-a-detached-one",
-		old:   `if w&(stolen|shut|detached) != 0 {`,
-		new:   `if w&(stolen|shut) != 0 {`,
+		old:   `if w&(flagStolen|flagShut|flagDetached) != 0 {`,
+		new:   `if w&(flagStolen|flagShut) != 0 {`,
 		tests: `TestOfMarkDeadAndDetachTheFirstWins`,
 	},
 	{
 		name:  "mark-dead-of-its-own",
-		old:   `if !same && p.disownLocked(c, &todo) {`,
-		new:   `if p.disownLocked(c, &todo) {`,
+		old:   `if !same && p.markStolenLocked(c, &todo) {`,
+		new:   `if p.markStolenLocked(c, &todo) {`,
 		tests: `TestMarkDeadOfThePoolsOwnHandleHarmsNothing`,
 	},
 	{
 		name:  "mark-dead-of-its-own-without-identity",
-		old:   `case c == own, c.phase == closing:`,
-		new:   `case c == own && false, c.phase == closing:`,
+		old:   `case c == own, c.phase == phaseClosing:`,
+		new:   `case c == own && false, c.phase == phaseClosing:`,
 		tests: `TestMarkDeadOfThePoolsOwnHandleHarmsNothing`,
 	},
 
 	// --- whether it lives and is clean ---
 	{
 		name:  "peek-at-loan",
-		old:   `l := newLook(p, !cfg.NoProbe)`,
-		new:   `l := newLook(p, false)`,
+		old:   `l := newFDVisit(p, !cfg.NoProbe)`,
+		new:   `l := newFDVisit(p, false)`,
 		tests: `TestAByteThatNobodyAskedForCostsTheConnection`,
 	},
 	{
@@ -130,21 +130,21 @@ var mutants = []mutant{
 	{
 		name:  "death-noticed-at-once",
 		file:  "pool_sweep.go",
-		old:   "p.examineAsideLocked(sighting{c, c.generation()})",
+		old:   "p.examineAsideLocked(idleRef{c, c.generation()})",
 		new:   "",
 		tests: `TestServersThatHangUpEmptyTheIdleListUnasked`,
 	},
 	{
 		name:  "hung-up-while-lent",
 		file:  "pool_sweep.go",
-		old:   `c.word.Or(hungUp)`,
+		old:   `c.word.Or(flagHungUp)`,
 		new:   ``,
 		tests: `TestAHangUpDuringALoanClosesTheConnectionOnItsReturn`,
 	},
 	{
 		name:  "leftovers-in-tls",
-		old:   "if !left {\n\t\tleft, err = c.probe.leftovers",
-		new:   "if false {\n\t\tleft, err = c.probe.leftovers",
+		old:   "if !left {\n\t\tleft, err = c.sock.leftovers",
+		new:   "if false {\n\t\tleft, err = c.sock.leftovers",
 		tests: `TestUnreadBytesCostTheConnection`,
 	},
 	{
@@ -156,7 +156,7 @@ var mutants = []mutant{
 	{
 		name:  "leftovers-of-a-loan-that-only-read",
 		old:   `case sock != nil && (sock.record.Untouched() || sock.record.Drained()):`,
-		new:   `case sock != nil && (!moved || sock.record.Drained()):`,
+		new:   `case sock != nil && (!flagMoved || sock.record.Drained()):`,
 		tests: `TestHalfARecordIsSeenAfterALoanThatOnlyRead`,
 	},
 	{
@@ -214,7 +214,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "look-behind-the-ping",
-		old:   `return c.ask() // the answer may have been longer than Check read`,
+		old:   `return c.probe() // the answer may have been longer than Check read`,
 		new:   `return ClosedUnknown, nil`,
 		tests: `TestBytesThatCheckLeavesReachNobody`,
 	},
@@ -239,15 +239,15 @@ var mutants = []mutant{
 	},
 	{
 		name:  "jitter",
-		old:   `c.life = m - rand.N(m/10+1)`,
-		new:   `c.life = m - 0*rand.N(m/10+1)`,
+		old:   `c.maxAge = m - rand.N(m/10+1)`,
+		new:   `c.maxAge = m - 0*rand.N(m/10+1)`,
 		tests: `TestLifetimeJitterIsDrawnOncePerConnection|TestIdleConnectionsExpireOneByOne`,
 	},
 
 	// --- what a loan must not leave to the next ---
 	{
 		name:  "ctx-done-discards",
-		old:   `case word&cut != 0 || ctx.Err() != nil:`,
+		old:   `case word&flagCut != 0 || ctx.Err() != nil:`,
 		new:   `case false:`,
 		tests: `TestDoneContextCostsTheConnectionWhateverFnSays`,
 	},
@@ -266,30 +266,30 @@ var mutants = []mutant{
 	{
 		name:  "panic-discards",
 		old:   `k.close(reason, nil)`,
-		new:   `_, _ = reason, k.p.park(k.c, used)`,
+		new:   `_, _ = reason, k.p.releaseFrom(k.c, fromLoan)`,
 		tests: `TestEveryWayOfLeavingFnGivesTheConnectionBack|TestVerdictOfEachEnd|TestPanicWhileBuilding`,
 	},
 	{
 		name:  "broken-discards",
-		old:   "case word&broken != 0:\n\t\treturn ClosedBroken",
+		old:   "case word&flagBroken != 0:\n\t\treturn ClosedBroken",
 		new:   "case false:\n\t\treturn ClosedBroken",
 		tests: `TestASocketThatFailedIsNotKeptThoughFnIsContent`,
 	},
 	{
 		name:  "failed-write-poisons",
-		old:   "if err != nil {\n\t\tc.word.Or(broken)\n\t}\n\tif n > 0 {\n\t\tc.moves(told)",
-		new:   "if n > 0 {\n\t\tc.moves(told)",
+		old:   "if err != nil {\n\t\tc.word.Or(flagBroken)\n\t}\n\tif n > 0 {\n\t\tc.noteTraffic(flagWrote)",
+		new:   "if n > 0 {\n\t\tc.noteTraffic(flagWrote)",
 		tests: `TestAWriteTimeOutUnderTLSCostsTheConnection`,
 	},
 	{
 		name:  "half-closed-discards",
-		old:   `case word&halfClosed != 0:`,
+		old:   `case word&flagHalfClosed != 0:`,
 		new:   `case false:`,
 		tests: `TestHalfClosedConnectionsAreNotKept`,
 	},
 	{
 		name:  "time-out-discards",
-		old:   `case word&timedOut != 0 && !forgiven:`,
+		old:   `case word&flagTimedOut != 0 && !forgiven:`,
 		new:   `case false:`,
 		tests: `TestATimeOutInMidReplyCostsTheConnection|TestOnlyKeepForgivesATimeOut`,
 	},
@@ -313,7 +313,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "ctx-interrupts",
-		old:   "err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(past) })",
+		old:   "err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(aLongTimeAgo) })",
 		new:   "err := error(nil)",
 		tests: `TestCtxBoundsAllReadsOfALoanTogether/in_a_bubble`,
 	},
@@ -332,7 +332,7 @@ var mutants = []mutant{
 	{
 		name:  "setup-failure-closes",
 		old:   `p.discard(a.c, ClosedSetupFailed, err)`,
-		new:   `p.removed(a.c, ClosedSetupFailed, err)`,
+		new:   `p.noteRemoved(a.c, ClosedSetupFailed, err)`,
 		tests: `TestSetupThatFailsInAnyWayIsTheBorrowersAndLeavesNothing`,
 	},
 
@@ -357,49 +357,49 @@ var mutants = []mutant{
 	},
 	{
 		name:  "connected-is-not-works",
-		old:   `if s.trouble != nil && s.trouble.hollow {`,
+		old:   `if s.backoff != nil && s.backoff.hollow {`,
 		new:   `if false {`,
 		tests: `TestALoanThatMeetsTheEndBeforeAByteSpeaksAgainstTheAddress`,
 	},
 	{
 		name:  "first-loan-is-judged",
-		old:   "p.judge(c, reason, err)\n",
+		old:   "p.noteLoss(c, reason, err)\n",
 		new:   "\n",
 		tests: `TestALoanThatMeetsTheEndBeforeAByteSpeaksAgainstTheAddress`,
 	},
 	{
 		name:  "three-hollow-are-enough",
-		old:   `if !reason.innocent() && p.hollow(c, why) || hollow >= maxHollow {`,
+		old:   `if !reason.innocent() && p.noteHollow(c, why) || hollow >= maxHollow {`,
 		new:   `if false {`,
 		tests: `TestOneBorrowOpensThreeConnectionsAtMost`,
 	},
 	{
 		name:  "heard-speaks-for-the-peer",
-		old:   `if word&(heard|halfClosed|cut|timedOut) != 0 || c.blamed() {`,
+		old:   `if word&(flagRead|flagHalfClosed|flagCut|flagTimedOut) != 0 || c.hasForeignError() {`,
 		new:   `if false {`,
 		tests: `TestAPeerIsNotSparedForWhatItsBorrowersDo`,
 	},
 	{
 		name:  "source-is-not-the-peer",
-		old:   "l.foreign = true\n",
-		new:   "_ = l.foreign\n",
+		old:   "l.foreignErr = true\n",
+		new:   "_ = l.foreignErr\n",
 		tests: `TestAPeerIsNotSparedForWhatItsBorrowersDo`,
 	},
 	{
 		name:  "lives-in-its-loan",
-		old:   "c.site.pool.lives(c, true)\n",
+		old:   "c.site.pool.noteLived(c, true)\n",
 		new:   "\n",
 		tests: `TestTheBackOffEndsWhenAConnectionLives`,
 	},
 	{
 		name:  "stood-for-a-sweep",
-		old:   `if c.word.Load()&lived != lived && now.Sub(c.born) >= p.sweepPeriod() {`,
+		old:   `if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= p.sweepPeriod() {`,
 		new:   `if false {`,
 		tests: `TestAConnectionThatStoodForASweepHasLived`,
 	},
 	{
 		name:  "reserve-is-shaky",
-		old:   "if age < b.sweepPeriod() {\n\t\tx.shaky = true\n\t}",
+		old:   "if age < b.sweepPeriod() {\n\t\tx.unstable = true\n\t}",
 		new:   ``,
 		tests: `TestAReserveIsTriedOncePerSweepAndAddress`,
 	},
@@ -461,7 +461,7 @@ var mutants = []mutant{
 	{
 		name:  "sweep-meets-all",
 		old:   `if c.site != nil && c.round&^setAside != r.round {`,
-		new:   `if c.site != nil && c.round&^setAside != r.round && c.phase != borrowed {`,
+		new:   `if c.site != nil && c.round&^setAside != r.round && c.phase != phaseBorrowed {`,
 		tests: `TestAWalkMeetsEachConnectionThatStays`,
 	},
 	{
@@ -484,7 +484,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "late-delivery-goes-back",
-		old:   "p.mu.Unlock()\n\tp.park(w.c, untouched)",
+		old:   "p.mu.Unlock()\n\tp.releaseFrom(w.c, fromCheck)",
 		new:   `p.mu.Unlock()`,
 		tests: `TestACancelledWaiterIsNeverHandedAConnection`,
 	},
@@ -496,14 +496,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "freed-slot-serves",
-		old:   "p.admitLocked(&todo)\n\tp.forgetLocked(s)\n\tp.leftLocked()\n\tp.mu.Unlock()\n\tc.endLife(reason)\n",
-		new:   "p.forgetLocked(s)\n\tp.leftLocked()\n\tp.mu.Unlock()\n\tc.endLife(reason)\n",
+		old:   "p.admitLocked(&todo)\n\tp.dropIfEmptyLocked(s)\n\tp.noteLeftLocked()\n\tp.mu.Unlock()\n\tc.endLife(reason)\n",
+		new:   "p.dropIfEmptyLocked(s)\n\tp.noteLeftLocked()\n\tp.mu.Unlock()\n\tc.endLife(reason)\n",
 		tests: `TestDiscardWakesTheOldestWaiter`,
 	},
 	{
 		name:  "failed-dial-serves",
-		old:   "p.admitLocked(&todo)\n\tp.forgetLocked(s)\n\tp.leftLocked()\n\tat, ",
-		new:   "p.forgetLocked(s)\n\tp.leftLocked()\n\tat, ",
+		old:   "p.admitLocked(&todo)\n\tp.dropIfEmptyLocked(s)\n\tp.noteLeftLocked()\n\tat, ",
+		new:   "p.dropIfEmptyLocked(s)\n\tp.noteLeftLocked()\n\tat, ",
 		tests: `TestAFailedDialLetsTheNextWaiterTry`,
 	},
 
@@ -546,14 +546,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-of-a-dial-from-before-retire",
-		old:   `late := before != s.forgotten`,
-		new:   `late := before != s.forgotten && false`,
+		old:   `late := before != s.dropped`,
+		new:   `late := before != s.dropped && false`,
 		tests: `TestRetireBesideASlowTLSForLeavesNoSessionOfTheOldIdentity`,
 	},
 	{
 		name:  "session-forgotten-by-retire",
-		old:   "s.forgotten++\n\ts.lru.Remove(addr)",
-		new:   `s.forgotten++`,
+		old:   "s.dropped++\n\ts.lru.Remove(addr)",
+		new:   `s.dropped++`,
 		tests: `TestSessionsAreResumedPerAddressOnly`,
 	},
 	{
@@ -584,26 +584,26 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-before-the-loan-is-left-out",
-		old:   "if p.pushes(reason) {\n\t\t\t// It goes to Push",
-		new:   "if p.pushes(reason) {\n\t\t\treturn c, waited, nil\n\t\t}\n\t\tif false {\n\t\t\t// It goes to Push",
+		old:   "if p.isForPush(reason) {\n\t\t\t// It goes to Push",
+		new:   "if p.isForPush(reason) {\n\t\t\treturn c, waited, nil\n\t\t}\n\t\tif false {\n\t\t\t// It goes to Push",
 		tests: `TestAMessageIsPushedBeforeTheConnectionIsLent`,
 	},
 	{
 		name:  "push-is-not-told-of-what-came-during-the-loan",
-		old:   "if p.cfg.Push != nil {\n\t\tp.listen(at.c)",
-		new:   "if false {\n\t\tp.listen(at.c)",
+		old:   "if p.cfg.Push != nil {\n\t\tp.rearmWatch(at.c)",
+		new:   "if false {\n\t\tp.rearmWatch(at.c)",
 		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
 	{
 		name:  "push-verdict-is-ignored",
-		old:   "if reason != ClosedUnknown {\n\t\t\tp.discard(c, reason, err)\n\t\t\treturn\n\t\t}\n\t\tp.park(c, untouched)",
-		new:   "_, _ = reason, err\n\t\tp.park(c, untouched)",
+		old:   "if reason != ClosedUnknown {\n\t\t\tp.discard(c, reason, err)\n\t\t\treturn\n\t\t}\n\t\tp.releaseFrom(c, fromCheck)",
+		new:   "_, _ = reason, err\n\t\tp.releaseFrom(c, fromCheck)",
 		tests: `TestAnErrorOfPushClosesTheConnection`,
 	},
 	{
 		name:  "push-without-progress-goes-on",
-		old:   `case !e.back.restart() && after.unread == before.unread:`,
-		new:   `case !e.back.restart() && after.unread < before.unread:`,
+		old:   `case !e.pushback.restart() && after.unread == before.unread:`,
+		new:   `case !e.pushback.restart() && after.unread < before.unread:`,
 		tests: `TestAPushThatReadsNothingOrHangsOrPanicsCostsTheConnection`,
 	},
 	{
@@ -620,8 +620,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-forgets-what-crypto-tls-had-at-the-return",
-		old:   "left, err = c.probe.leftovers(word&moved != 0)\n\t\tc.keepAhead(err)",
-		new:   "left, err = c.probe.leftovers(word&moved != 0)\n\t\t_ = err",
+		old:   "left, err = c.sock.leftovers(word&flagMoved != 0)\n\t\tc.keepPushback(err)",
+		new:   "left, err = c.sock.leftovers(word&flagMoved != 0)\n\t\t_ = err",
 		tests: `TestAMessageRightBehindAReplyIsPushed`,
 	},
 	{
@@ -632,7 +632,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "spares-are-surplus",
-		old:   "n -= s.special.dials",
+		old:   "n -= s.prefill.dials",
 		new:   "",
 		tests: `TestDialsOfWarmAreNoSurplus`,
 	},
@@ -652,37 +652,37 @@ var mutants = []mutant{
 	// --- what nobody waits for ---
 	{
 		name:  "spares-respect-no-limit",
-		old:   `if b.roomLocked() <= 0 || int(b.n[dialing]) >= b.limits.MaxDialing {`,
-		new:   `if int(b.n[dialing]) >= b.limits.MaxDialing {`,
+		old:   `if b.roomLocked() <= 0 || int(b.n[phaseDialing]) >= b.limits.MaxDialing {`,
+		new:   `if int(b.n[phaseDialing]) >= b.limits.MaxDialing {`,
 		tests: `TestAReserveEvictsNobody|TestWarmEvictsNobody`,
 	},
 	{
 		name:  "spares-before-waiters",
-		old:   `b.closed || s.queue.bare != nil || s.retrying()`,
+		old:   `b.closed || s.queue.nextToDial != nil || s.retrying()`,
 		new:   `b.closed || s.retrying()`,
 		tests: `TestModelHoldsOverLongHistories`,
 	},
 	{
 		name:  "spares-storm-a-dead-server",
-		old:   `(!x.shaky && !s.failing() || x.probe)`,
-		new:   `(!x.shaky || x.probe)`,
+		old:   `(!x.unstable && !s.failing() || x.retryOnce)`,
+		new:   `(!x.unstable || x.retryOnce)`,
 		tests: `TestAReserveOfADeadServerIsTriedOncePerSweep`,
 	},
 	{
 		name:  "spares-storm-a-server-that-hangs-up",
-		old:   `(!x.shaky && !s.failing() || x.probe)`,
-		new:   `(!s.failing() || x.probe)`,
+		old:   `(!x.unstable && !s.failing() || x.retryOnce)`,
+		new:   `(!s.failing() || x.retryOnce)`,
 		tests: `TestAReserveThatDiesUnusedIsTriedOncePerSweep`,
 	},
 	{
 		name:  "spares-take-all-dials",
-		old:   `return int(b.n[dialing]) < b.limits.MaxDialing-b.limits.MaxDialing/2 &&`,
+		old:   `return int(b.n[phaseDialing]) < b.limits.MaxDialing-b.limits.MaxDialing/2 &&`,
 		new:   `return true &&`,
 		tests: `TestReservesLeaveDialsToThoseWhoWait`,
 	},
 	{
 		name:  "spares-that-cannot-be-kept",
-		old:   `int(b.n[idle]+b.n[dialing])+b.looked < b.limits.MaxIdle &&`,
+		old:   `int(b.n[phaseIdle]+b.n[phaseDialing])+b.checking < b.limits.MaxIdle &&`,
 		new:   `true &&`,
 		tests: `TestAReserveOpensNothingThatCouldNotBeKept`,
 	},
@@ -694,8 +694,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-ping-counts-as-lent",
-		old:   `b.limits.MinSpare - int(s.n[idle]+s.n[dialing]) - x.looked`,
-		new:   `b.limits.MinSpare - int(s.n[idle]+s.n[dialing])`,
+		old:   `b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking`,
+		new:   `b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing])`,
 		tests: `TestAPingOpensNoSpare|TestModelHoldsOverLongHistories|TestTheReserveOutlives`,
 	},
 	{
@@ -712,26 +712,26 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-expires",
-		old:   `if b.reservedLocked(c.site, c.site.n[idle], now) {`,
+		old:   `if b.reservedLocked(c.site, c.site.n[phaseIdle], now) {`,
 		new:   `if false {`,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked`,
 	},
 	{
 		name:  "reserve-is-too-old-to-lend",
-		old:   `c.extra().reserve = yes`,
+		old:   `c.ensureCold().fromReserve = yes`,
 		new:   ``,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
 	},
 	{
 		name:  "all-idle-is-reserve",
-		old:   `return x.reserved() && int(n) <= b.limits.MinSpare &&`,
+		old:   `return x.reserved() && int(n) <= b.limits.MinIdlePerAddr &&`,
 		new:   `return x.reserved() &&`,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
 	},
 	{
 		name:  "warm-goes-on-after-a-failure",
-		old:   "if w.err == nil {\n\t\t\twant = max(want, w.n-s.live())",
-		new:   "if true {\n\t\t\twant = max(want, w.n-s.live())",
+		old:   "if w.err == nil {\n\t\t\twant = max(want, w.n-s.openOrDialing())",
+		new:   "if true {\n\t\t\twant = max(want, w.n-s.openOrDialing())",
 		tests: `TestWarm|TestModelHoldsOverLongHistories`,
 	},
 	{
@@ -748,25 +748,25 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setlimits-wakes-nobody",
-		old:   "p.forgetLocked(s)\n\t}\n\tp.admitLocked(&todo)\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
-		new:   "p.forgetLocked(s)\n\t}\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
+		old:   "p.dropIfEmptyLocked(s)\n\t}\n\tp.admitLocked(&todo)\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
+		new:   "p.dropIfEmptyLocked(s)\n\t}\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
 		tests: `TestARaisedLimitWakesTheOldestWaiters`,
 	},
 	{
 		name:  "setlimits-touches-loans",
-		old:   `if c.phase == idle && surplus(c.site) {`,
+		old:   `if c.phase == phaseIdle && surplus(c.site) {`,
 		new:   `if surplus(c.site) {`,
 		tests: `TestLoansBeyondALoweredLimitCloseWhenGivenBack`,
 	},
 	{
 		name:  "tracked-dial-outlives-its-caller",
-		old:   `if !c.site.tracked() { // else it can serve nobody but the caller`,
+		old:   `if !c.site.unpooled() { // else it can serve nobody but the caller`,
 		new:   `if true {`,
 		tests: `TestADialThatItsCallerGaveUpEndsWithIt`,
 	},
 	{
 		name:  "tracked-dial-nobody-wants-is-kept",
-		old:   `case s.tracked() && s.queue.head == nil:`,
+		old:   `case s.unpooled() && s.queue.head == nil:`,
 		new:   `case false:`,
 		tests: `TestADialThatItsCallerGaveUpEndsWithIt`,
 	},
@@ -804,7 +804,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "max-dialing",
-		old:   `room := b.limits.MaxDialing - int(b.n[dialing])`,
+		old:   `room := b.limits.MaxDialing - int(b.n[phaseDialing])`,
 		new:   `room := b.limits.MaxDialing`,
 		tests: `TestMaxDialingBoundsTheDialsToAllAddressesTogether`,
 	},
@@ -822,14 +822,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lru-victim",
-		old:   "if u == used {\n\t\tb.recency.touch(c)",
+		old:   "if u == fromLoan {\n\t\tb.recency.touch(c)",
 		new:   "if false {\n\t\tb.recency.touch(c)",
 		tests: `TestEvictLRUClosesTheLeastRecentlyUsed`,
 	},
 	{
 		name:  "in-use-is-no-victim",
-		old:   "case c.phase == idle:\n\t\t\treturn c",
-		new:   "case c.phase == idle, c.phase == borrowed:\n\t\t\treturn c",
+		old:   "case c.phase == phaseIdle:\n\t\t\treturn c",
+		new:   "case c.phase == phaseIdle, c.phase == phaseBorrowed:\n\t\t\treturn c",
 		tests: `TestEvictionLooksAtAllAddressesAndSparesWhatIsInUse`,
 	},
 	{
@@ -846,7 +846,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "back-off",
-		old:   `return s.trouble != nil && s.trouble.failures >= backoffAfter`,
+		old:   `return s.backoff != nil && s.backoff.failures >= backoffAfter`,
 		new:   `return false`,
 		tests: `TestAfterThreeFailuresOneProbesAndTheOthersFailAtOnce`,
 	},
@@ -898,7 +898,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lease-found",
-		old:   `l.cleanup = runtime.AddCleanup(l, forgotten, k.c)`,
+		old:   `l.cleanup = runtime.AddCleanup(l, leakedLease, k.c)`,
 		new:   "",
 		tests: `TestAForgottenLeaseIsTakenBack/^tcp$`,
 	},
@@ -916,19 +916,19 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lease-do-forgets-nothing",
-		old:   `before&(timedOut|halfClosed)|word&(moved|halfClosed)`,
+		old:   `before&(flagTimedOut|flagHalfClosed)|word&(flagMoved|flagHalfClosed)`,
 		new:   `0`,
 		tests: `TestALeaseIsJudgedAsALoanIs`,
 	},
 	{
 		name:  "lease-do-alone",
-		old:   `if w&(inFlight|gone) != 0 ||`,
-		new:   `if w&gone != 0 ||`,
+		old:   `if w&(inFlight|flagGone) != 0 ||`,
+		new:   `if w&flagGone != 0 ||`,
 		tests: `TestDoNeedsTheConnectionAlone`,
 	},
 	{
 		name:  "lease-do-judges",
-		old:   `c.verdict(ctx, word&^halfClosed, err)`,
+		old:   `c.verdict(ctx, word&^flagHalfClosed, err)`,
 		new:   `c.verdict(ctx, 0, nil)`,
 		tests: `TestWhateverFnDoesInDoTheLeaseKnows`,
 	},
@@ -952,8 +952,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-turns",
-		old:   "\tcase st.by == 0:\n\t\tst.by = me",
-		new:   "\tcase true:\n\t\tst.by = me",
+		old:   "\tcase st.owner == 0:\n\t\tst.owner = me",
+		new:   "\tcase true:\n\t\tst.owner = me",
 		tests: `TestTwoGoroutinesOfASessionTakeTurns`,
 	},
 	{
@@ -994,7 +994,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-detached-is-not-interrupted",
-		old:   "if w&detached != 0 {\n\t\t\treturn false",
+		old:   "if w&flagDetached != 0 {\n\t\t\treturn false",
 		new:   "if false {\n\t\t\treturn false",
 		tests: `TestTheCtxOfAnInnerUseGovernsItAlone`,
 	},
@@ -1006,20 +1006,20 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-keeps-and-rises-in-one",
-		old:   "defer b.mu.Unlock()\n\treturn b.riseLocked(st, c)",
-		new:   "ended := b.ended\n\tif !ended {\n\t\tst.c = c\n\t}\n\tb.mu.Unlock()\n\tvar wg sync.WaitGroup\n\twg.Go(func() {})\n\twg.Wait()\n\tb.mu.Lock()\n\tdefer b.mu.Unlock()\n\tif st.c == nil || ended {\n\t\treturn b.riseLocked(st, c)\n\t}\n\tnow := b.ended\n\tb.ended = false\n\tleft = b.riseLocked(st, c)\n\tb.ended = now\n\tb.leaveLocked()\n\treturn left",
+		old:   "defer b.mu.Unlock()\n\treturn b.endUseLocked(st, c)",
+		new:   "ended := b.ended\n\tif !ended {\n\t\tst.c = c\n\t}\n\tb.mu.Unlock()\n\tvar wg sync.WaitGroup\n\twg.Go(func() {})\n\twg.Wait()\n\tb.mu.Lock()\n\tdefer b.mu.Unlock()\n\tif st.c == nil || ended {\n\t\treturn b.endUseLocked(st, c)\n\t}\n\tnow := b.ended\n\tb.ended = false\n\tleft = b.endUseLocked(st, c)\n\tb.ended = now\n\tb.uncountLocked()\n\treturn left",
 		tests: `TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut`,
 	},
 	{
 		name:  "session-seat-given-up",
-		old:   `left = b.riseLocked(st, st.c)`,
-		new:   `b.riseLocked(st, st.c)`,
+		old:   `left = b.endUseLocked(st, st.c)`,
+		new:   `b.endUseLocked(st, st.c)`,
 		tests: `TestASeatThatIsServedToWhoHasGivenUpLosesNoConnection`,
 	},
 	{
 		name:  "session-ends-before-the-connection-is-taken",
-		old:   `if left := b.rise(st, st.c); left != nil {`,
-		new:   `if left := b.rise(st, st.c); false {`,
+		old:   `if left := b.endUse(st, st.c); left != nil {`,
+		new:   `if left := b.endUse(st, st.c); false {`,
 		tests: `TestASessionThatEndsAtAnyMomentOfAUseGivesItsConnectionBack`,
 	},
 	{
@@ -1036,13 +1036,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-all-given-back",
-		old:   "defer b.giveBack(held[1:])\n\tb.giveBackOne(held[0])",
-		new:   "b.giveBackOne(held[0])\n\tb.giveBack(held[1:])",
+		old:   "defer b.releaseAll(held[1:])\n\tb.releaseOne(held[0])",
+		new:   "b.releaseOne(held[0])\n\tb.releaseAll(held[1:])",
 		tests: `TestResetRunsAtTheEndOfTheSession`,
 	},
 	{
 		name:  "session-found",
-		old:   `runtime.AddCleanup(s, func(b *seats) { go b.forgotten() }, s.seats)`,
+		old:   `runtime.AddCleanup(s, func(b *sessionConns) { go b.leakedSession() }, s.sessionConns)`,
 		new:   "",
 		tests: `TestAForgottenSessionIsTakenBack`,
 	},
@@ -1211,14 +1211,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "looks-end",
-		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tb.lookedAtLocked(c, false)",
-		new:   "c.since -= clock.Instant(c.idleFor)\n\t\tif b.limits.MinSpare > 0 {\n\t\t\tb.lookedAtLocked(c, false)\n\t\t}",
+		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tb.setCheckingLocked(c, false)",
+		new:   "c.since -= clock.Instant(c.idleFor)\n\t\tif b.limits.MinIdlePerAddr > 0 {\n\t\t\tb.setCheckingLocked(c, false)\n\t\t}",
 		tests: `TestALookThatIsOverCountsForNoReserve`,
 	},
 	{
 		name:  "a-look-changes-no-age",
-		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tb.lookedAtLocked",
-		new:   "b.lookedAtLocked",
+		old:   "c.since -= clock.Instant(c.idleFor)\n\t\tb.setCheckingLocked",
+		new:   "b.setCheckingLocked",
 		tests: `TestALookThatFindsNothingLeavesTheAgeAsItIs`,
 	},
 	{
@@ -1229,14 +1229,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "dialcontext-overflows-nothing",
-		old:   "if s.tracked() {\n\t\treturn &b.readyOwn\n\t}",
+		old:   "if s.unpooled() {\n\t\treturn &b.readyOwn\n\t}",
 		new:   "",
 		tests: `TestDialContextKeepsMaxOpenUnderOverflow`,
 	},
 	{
 		name:  "check-for-an-early-clock",
-		old:   `if max(0, unproven) < p.cfg.TrustIdle {`,
-		new:   `if unproven < p.cfg.TrustIdle {`,
+		old:   `if max(0, unproven) < p.cfg.CheckAfterIdle {`,
+		new:   `if unproven < p.cfg.CheckAfterIdle {`,
 		tests: `TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock`,
 	},
 	{
@@ -1332,7 +1332,7 @@ var mutants = []mutant{
 	// --- what is told ---
 	{
 		name:  "a-wait-without-its-cause",
-		old:   `e.last, e.failures, e.pause = s.trouble.lastErr, s.trouble.failures, s.retrying()`,
+		old:   `e.last, e.failures, e.pause = s.backoff.lastErr, s.backoff.failures, s.retrying()`,
 		new:   `_ = e.last`,
 		tests: `TestAWaitInBackOffNamesTheLastDialsError`,
 	},
@@ -1362,7 +1362,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-reserve-beyond-the-handles",
-		old:   `case l.MinSpare >= handles:`,
+		old:   `case l.MinIdlePerAddr >= handles:`,
 		new:   `case false:`,
 		tests: `TestAReserveAboveTheLimitsIsRefused`,
 	},
@@ -1399,7 +1399,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-look-keeps-its-place",
-		old:   "p.moveLocked(c, borrowed) // it keeps its place on the stack, see linked",
+		old:   "p.moveLocked(c, phaseBorrowed) // it keeps its place on the stack, see linked",
 		new:   "p.takeLocked(c)",
 		tests: `TestALookEndsWhereItBegan`,
 	},
@@ -1423,8 +1423,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-pause-that-ended-begins",
-		old:   `if s.trouble != nil && s.trouble.pause == running {`,
-		new:   `if s.trouble != nil && s.trouble.pause != nil {`,
+		old:   `if s.backoff != nil && s.backoff.pause == running {`,
+		new:   `if s.backoff != nil && s.backoff.pause != nil {`,
 		tests: `TestAPauseThatWasEndedIsNotStarted`,
 	},
 	{
@@ -1435,7 +1435,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "moves-that-are-not-drawn",
-		old:   `if moves[from]&(1<<to) == 0 {`,
+		old:   `if phaseMoves[from]&(1<<to) == 0 {`,
 		new:   `if false {`,
 		tests: `TestAMoveThatIsNotDrawnIsNoticed`,
 	},
@@ -1448,7 +1448,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "ignored-deadline-closes",
-		old:   "p.abandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
+		old:   "p.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
 		new:   "_ = refuse",
 		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/does_nothing/read`,
 	},
@@ -1460,7 +1460,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "closed-once",
-		old:   `return w&shut == 0, true`,
+		old:   `return w&flagShut == 0, true`,
 		new:   `return true, true`,
 		tests: `TestHooksOverADeafConnectionEndInTime|TestNothingIsLostWhicheverForeignCallFails`,
 	},
@@ -1472,7 +1472,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "cut-refuses-foreign-operations",
-		old:   "return c.word.Load()&(cut|detached) == cut",
+		old:   "return c.word.Load()&(flagCut|flagDetached) == flagCut",
 		new:   "return false",
 		tests: `TestNothingBeginsOnADeafConnectionAfterTheEndOfCtx`,
 	},
@@ -1484,8 +1484,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "uncleared-deadline-is-no-loan",
-		old:   "if c.clearDeadline() != nil {\n\t\t\t\tword |= broken",
-		new:   "if c.clearDeadline() != nil {\n\t\t\t\tc.word.And(^uint64(broken))",
+		old:   "if c.clearDeadline() != nil {\n\t\t\t\tword |= flagBroken",
+		new:   "if c.clearDeadline() != nil {\n\t\t\t\tc.word.And(^uint64(flagBroken))",
 		tests: `TestADeadlineThatCannotBeClearedEndsTheConnection/return`,
 	},
 	{
@@ -1538,13 +1538,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "slow-close-is-not-counted-on",
-		old:   `if int(b.n[closing])-b.slow+b.displaced >= min(want, room) {`,
-		new:   `if int(b.n[closing])+b.displaced >= min(want, room) {`,
+		old:   `if int(b.n[phaseClosing])-b.slow+b.displaced >= min(want, room) {`,
+		new:   `if int(b.n[phaseClosing])+b.displaced >= min(want, room) {`,
 		tests: `TestACloseThatHangsDelaysNobodyWhileSomethingIdleCanGo`,
 	},
 	{
 		name:  "lingering-close-is-not-at-once",
-		old:   "&& !c.probe.lingers()",
+		old:   "&& !c.sock.lingers()",
 		new:   "",
 		tests: `TestASocketThatLingersBlocksNobody`,
 	},
@@ -1581,7 +1581,7 @@ var mutants = []mutant{
 	{
 		name:  "watcher-ends",
 		old:   "case idle:\n\t\tw.Close()",
-		new:   "case idle:",
+		new:   "case phaseIdle:",
 		tests: `TestForgottenPoolsLeaveNothing|TestTheWatcherComesAndGoes`,
 	},
 	{
@@ -1618,7 +1618,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-panic-in-the-line-of-a-session-leaves-the-turn",
-		old:   "case !w.served:\n\t\tst.leave(w)",
+		old:   "case !w.served:\n\t\tst.leaveQueue(w)",
 		new:   "case !w.served:",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
 	},
@@ -1630,8 +1630,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-ctx-that-hangs-keeps-the-slot",
-		old:   "if a.isSettled() { // the borrower's ctx took too long",
-		new:   "if false && a.isSettled() { // the borrower's ctx took too long",
+		old:   "if a.isClaimed() { // the borrower's ctx took too long",
+		new:   "if false && a.isClaimed() { // the borrower's ctx took too long",
 		tests: `TestACtxThatDoesNotAnswerItsDialKeepsNoSlot`,
 	},
 	{
@@ -1672,14 +1672,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-silent-dial-for-nobody-stays",
-		old:   `if a.spare && (a.quiet || atOnce) {`,
-		new:   `if a.spare && atOnce {`,
+		old:   `if a.prefill && (a.quiet || atOnce) {`,
+		new:   `if a.prefill && atOnce {`,
 		tests: `TestASilentDialForNobodyHoldsUpNoBorrower`,
 	},
 	{
 		name:  "a-dial-for-nobody-is-no-room-under-fail",
-		old:   `if a.spare && (a.quiet || atOnce) {`,
-		new:   `if a.spare && a.quiet {`,
+		old:   `if a.prefill && (a.quiet || atOnce) {`,
+		new:   `if a.prefill && a.quiet {`,
 		tests: `TestASilentDialForNobodyHoldsUpNoBorrower`,
 	},
 	{

@@ -29,9 +29,9 @@ type block struct {
 // is in none of them is an error, so that a new one is put where it belongs.
 var blocks = []block{
 	{"Limits on connections", "How many connections, dials, waiters and loans there may be. `SetLimits` changes all of these but `MaxUses` and `WhenFull` while the pool works.",
-		[]string{"MaxOpen", "MaxPerAddr", "MaxIdle", "MaxIdlePerAddr", "MaxDialing", "MaxDialingPerAddr", "MaxWaiters", "MinSpare", "MaxUses", "WhenFull"}},
+		[]string{"MaxOpen", "MaxPerAddr", "MaxIdle", "MaxIdlePerAddr", "MaxDialing", "MaxDialingPerAddr", "MaxWaiters", "MinIdlePerAddr", "MaxUses", "WhenFull"}},
 	{"Time", "How long a connection is kept, and how long the pool waits for something.",
-		[]string{"IdleTimeout", "MaxLifetime", "DialTimeout", "CheckInterval", "TrustIdle", "HookTimeout"}},
+		[]string{"IdleTimeout", "MaxLifetime", "DialTimeout", "SweepInterval", "CheckAfterIdle", "HookTimeout"}},
 	{"Opening a connection", "How a connection is made, and what is done before its first loan.",
 		[]string{"Dialers", "TLS", "TLSFor", "Setup"}},
 	{"Between two loans", "What is done with a connection that is open. Each hook runs under `HookTimeout`.",
