@@ -634,7 +634,7 @@ func theftRounds() int {
 	if stress() > 1 {
 		return 100_000
 	}
-	return short.Of(300, 100)
+	return short.Of(300, 60)
 }
 
 // stealAll runs rounds of every kind. The strangers stay for a while, through
@@ -1006,7 +1006,7 @@ func TestNobodyIsAnsweredByAWrongPeerInARestlessTopology(t *testing.T) {
 	if !child {
 		return
 	}
-	span := short.Of(5*time.Second, time.Second)
+	span := short.Of(5*time.Second, 400*time.Millisecond)
 	if stress() > 1 {
 		span = time.Minute
 	}
