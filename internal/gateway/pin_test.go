@@ -198,8 +198,10 @@ func TestAClientThatSentMuchBehindABlockedCommandIsMissedWhenItLeaves(t *testing
 // TRY-27: no client with a connection of its own waits without end for a server
 // that takes no more.
 func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
+	t.Parallel()
 	for name, word := range map[string]string{"silent": "", "answers first": "-ERR that is too large\r\n"} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			stop := make(chan bool)
 			defer close(stop)
 			to := scripted(t, func(peer *faultnet.Peer, command string) string {
