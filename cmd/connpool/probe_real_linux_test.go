@@ -122,7 +122,7 @@ func loadOf(t *testing.T, to, probe string) {
 // ORA-77
 func TestLoadAndSizeMeasureARealRedis(t *testing.T) {
 	t.Setenv("REDISCLI_AUTH", "secret")
-	server, step := find(t, "redis-server"), short.Of("50ms", "20ms")
+	server := find(t, "redis-server")
 	dir := shortDir(t)
 	port := aPort(t)
 	launch(t, nobody(t, dir), syscall.SIGTERM, dir, port, server, "--bind", "127.0.0.1", "--port", port, "--dir", dir,
@@ -132,7 +132,7 @@ func TestLoadAndSizeMeasureARealRedis(t *testing.T) {
 	loadOf(t, to, "hex:50494e470d0a,len=33") // an inline PING before AUTH: -NOAUTH Authentication required.
 
 	// It takes 24 clients and no more, and the ramp finds that.
-	status, out, errs := runSize(t, "-to", to, "-probe", "redis", "-step", step, "-limit", "1s", "-json", "-quiet")
+	status, out, errs := runSize(t, "-to", to, "-probe", "redis", "-step", "50ms", "-limit", "1s", "-json", "-quiet")
 	require.Equal(t, exitOK, status, errs)
 	var e experiment
 	require.NoError(t, json.Unmarshal([]byte(out), &e))
@@ -140,7 +140,7 @@ func TestLoadAndSizeMeasureARealRedis(t *testing.T) {
 	assert.Equal(t, 24, e.Within)
 
 	t.Setenv("REDISCLI_AUTH", "")
-	status, _, errs = runSize(t, "-to", to, "-probe", "redis", "-step", step, "-limit", "1s")
+	status, _, errs = runSize(t, "-to", to, "-probe", "redis", "-step", "50ms", "-limit", "1s")
 	assert.Equal(t, exitBroken, status)
 	assert.Contains(t, errs, "REDISCLI_AUTH")
 }

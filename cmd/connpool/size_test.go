@@ -282,7 +282,6 @@ func TestHistoryThatIsNoneIsRefusedByLine(t *testing.T) {
 // ORA-61: no advice without the command that measures it, and each of these
 // commands is one that exists, with flags that it takes.
 func TestEveryAdviceNamesACommandThatWorks(t *testing.T) {
-	t.Parallel()
 	dir := t.TempDir()
 	name := filepath.Join(dir, "h")
 	record(t, name, func(s int) int { return s % 5 }, 50, func(s int, st *connpool.Stats) {

@@ -105,7 +105,6 @@ func TestModbusFailuresAreExceptionsWithTheClientsTransactionID(t *testing.T) {
 		"half a reply":             {func(b []byte) []byte { return b[:8] }, 0x0B, "late"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			srv, to := serve(t, faultnet.Options{Handler: device(c.spoil)})
 			g := begin(t, Config{Framing: "modbus", To: to, RequestTimeout: time.Second})
 			cl := g.call()

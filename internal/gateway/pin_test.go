@@ -213,7 +213,7 @@ func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
 				<-stop
 				return ""
 			})
-			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, RequestTimeout: 3 * time.Second})
+			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, RequestTimeout: 4 * time.Second})
 			c := g.call()
 			require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
 			go c.Write(appendCommand(nil, []byte("SET"), []byte("k"), make([]byte, 15<<20)))

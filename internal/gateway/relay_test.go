@@ -15,7 +15,6 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
-	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // PLT-09, PLT-11, PLT-17
@@ -440,7 +439,7 @@ func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
 		<-hold
 	}})
 	t.Cleanup(func() { close(hold) })
-	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: short.Of(4*time.Second, 3*time.Second)}) // within which all of it must come
+	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 4 * time.Second}) // within which all of it must come
 	c := g.call()
 	go io.WriteString(c, strings.Repeat("x", 12<<20)+"\n")
 	require.Equal(t, "early", c.hear())
