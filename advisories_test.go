@@ -898,7 +898,7 @@ func TestWithoutPoolingEachLoanIsOneAcceptAndOneClose(t *testing.T) {
 				s := how.serve(t)
 				p := tlPool(t, true, how.config, off, func(cfg *Config) { cfg.MaxPerAddr = 2 })
 				const each = 3
-				loans := short.Of(20, 5)
+				loans := short.Of(20, 3)
 				for n := range loans {
 					id, err := tlWith(t, p, s.addr(), func(c Conn) error {
 						require.False(t, c.Reused())

@@ -23,6 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // ORA-19
@@ -83,7 +84,7 @@ func TestTenThousandUsersNeedAHundredConnections(t *testing.T) {
 		p, addr := memPool(t, mem, Config{})
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 		defer cancel()
-		users := 10_000
+		users := short.Of(10_000, 2_000)
 		if raceEnabled {
 			users = 2000 // the race detector's memory
 		}
@@ -323,7 +324,7 @@ func TestWhatWasOpenedIsClosedUnderLoadAndFailures(t *testing.T) {
 			for w := range 16 {
 				wg.Go(func() {
 					rng := rand.New(rand.NewPCG(uint64(w), 13))
-					for range 60 {
+					for range short.Of(60, 20) {
 						ctx, cancel := context.WithTimeout(context.Background(), time.Duration(1+rng.IntN(20))*time.Millisecond)
 						p.With(ctx, scoped(n.addr, rng.IntN(2)), func(c Conn) error {
 							switch rng.IntN(12) {

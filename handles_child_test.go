@@ -491,7 +491,7 @@ func TestAThousandAddressesUnderSixtyFourHandlesNeverFailACaller(t *testing.T) {
 	if !child {
 		return
 	}
-	span := short.Of(3*time.Second, 500*time.Millisecond)
+	span := short.Of(3*time.Second, 200*time.Millisecond)
 	if stress() > 1 {
 		span = time.Minute
 	}

@@ -127,7 +127,7 @@ func TestALeaseEndsAsItWasToldAtAnyMomentOfADo(t *testing.T) {
 
 // TRY-44
 func TestOfALeaseThatWasDiscardedBesideADoNothingIsKept(t *testing.T) {
-	rounds, until := short.Of(60000, 4000), time.Now().Add(short.Of(20*time.Second, 5*time.Second))
+	rounds, until := short.Of(60000, 2000), time.Now().Add(short.Of(20*time.Second, 5*time.Second))
 	n := newTestnet(t)
 	p, err := New(Config{Dialers: map[Transport]DialFunc{memory: n.dial}})
 	require.NoError(t, err)

@@ -352,7 +352,7 @@ func TestStressLimitsMoveUnderTraffic(t *testing.T) {
 	}
 	for w := range 8 {
 		workers.Go(func() {
-			for i := range short.Of(200, 40) * stress() {
+			for i := range short.Of(200, 20) * stress() {
 				ctx, cancel := context.WithTimeout(bg, bounded)
 				err := p.With(ctx, scoped(addr, (w+i)%3), func(c Conn) error {
 					_, err := ask(c, newToken())

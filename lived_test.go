@@ -19,6 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -419,7 +420,7 @@ func TestManyBorrowersAreNoStorm(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			n := heeding(t, Config{}, took)
 			n.Host("a").Serve(hangsUp)
-			ctx, stop := context.WithTimeout(bg, time.Second)
+			ctx, stop := context.WithTimeout(bg, short.Of(time.Second, 300*time.Millisecond))
 			defer stop()
 			var running atomic.Int64
 			for range 50 {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -373,6 +374,12 @@ var tlTransports = []tlSecure{
 	{"tls13", tls.VersionTLS13, true}, {"tls13_nocache", tls.VersionTLS13, false},
 }
 
+// tlBrief is what stands for all of them where each costs much.
+var tlBrief = []tlSecure{tlTransports[0], tlTransports[3]}
+
+// index is the place of s among tlTransports.
+func (s tlSecure) index() int { return slices.Index(tlTransports, s) }
+
 func (s tlSecure) serve(t testing.TB, change ...func(*tlServer)) *tlServer {
 	t.Helper()
 	if s.version == 0 {
@@ -500,13 +507,13 @@ var tlFaults = []tlFault{
 //
 // BETA-20, BETA-24, TDBC-X06, ORA-75, ORA-X02, G-04
 func TestUnfitConnectionIsNeverLentAgain(t *testing.T) {
-	for _, f := range tlFaults {
+	for i, f := range tlFaults { // the brief run has each either watched or not, and others in each way
 		t.Run(f.name, func(t *testing.T) {
 			tlEach(t, tlTransports, func(t *testing.T, how tlSecure, nth int) {
 				if f.onlyTLS && how.version == 0 {
 					return
 				}
-				for _, watched := range []bool{false, true} {
+				for _, watched := range short.Of([]bool{false, true}, []bool{(i+how.index())%2 == 0}) {
 					t.Run(fmt.Sprintf("watched=%v", watched), func(t *testing.T) { f.run(t, how, nth, watched) })
 				}
 			})
@@ -684,7 +691,7 @@ func TestPastDeadlineDoesNotHideAnEnd(t *testing.T) {
 //
 // BETA-24, TDBC-X06
 func TestDeathOfAllParkedConnectionsCostsNobodyAnError(t *testing.T) {
-	for _, how := range tlTransports {
+	for _, how := range short.Of(tlTransports, tlBrief) {
 		for name, kill := range map[string]func(*tlConn){
 			"FIN":   func(c *tlConn) { c.Conn.Close() },
 			"RST":   (*tlConn).reset,
@@ -837,7 +844,8 @@ func TestFloodOfDataIsBounded(t *testing.T) {
 
 // TDBC-17, ORA-X12: the peer's kernel answers, its program does not.
 func TestSilentPeerIsDroppedWithinTheTimeOfTheCheck(t *testing.T) {
-	tlEach(t, tlTransports, func(t *testing.T, how tlSecure, nth int) {
+	how := short.Of(tlTransports, tlBrief) // each has its own time-out to wait for
+	tlEach(t, how, func(t *testing.T, how tlSecure, nth int) {
 		tlBaseline(t)
 		s := how.serve(t)
 		p := tlPool(t, false, how.config, func(cfg *Config) {
@@ -982,7 +990,7 @@ func tlOwnTLS(cfg *Config) {
 //
 // BETA-24, G-04
 func TestTLSOfACustomDialerIsLookedInto(t *testing.T) {
-	for _, how := range tlTransports[1:] {
+	for _, how := range short.Of(tlTransports[1:], tlTransports[3:4]) {
 		t.Run(how.name, func(t *testing.T) {
 			t.Run("alive", func(t *testing.T) {
 				tlBaseline(t)
@@ -1087,7 +1095,7 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			open(1)
 			require.Eventually(t, func() bool { return tlOwnGoroutines() <= 1 }, time.Minute, time.Millisecond)
 			files, goroutines := tlFiles(), tlOwnGoroutines()
-			many := short.Of(40, 10)
+			many := short.Of(40, 5)
 			open(many)
 			require.Equal(t, many, p.Stats().Idle)
 			require.Eventually(t, func() bool { return tlOwnGoroutines() == goroutines }, time.Minute, time.Millisecond)

@@ -34,7 +34,7 @@ import (
 // TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps, 4 with -short
 // (CONNPOOL_STRESS=n: n times as many seeds).
 func TestModelHoldsOverLongHistories(t *testing.T) {
-	seeds, steps := short.Of(64, 4)*stress(), 10_000
+	seeds, steps := short.Of(64, 2)*stress(), 10_000
 	if raceEnabled {
 		seeds = 4 * stress() // a tenth of the speed
 	}

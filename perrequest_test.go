@@ -6,13 +6,14 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // APR-02: the oldest way, a connection for each request, is two settings away
 // and the same calls: n loans are n connections that the server accepted, and n
 // that it saw closed.
 func TestOneConnectionPerRequestRemainsPossible(t *testing.T) {
-	const requests = 20
+	requests := short.Of(20, 8)
 	for name, change := range map[string]func(*Config){
 		"MaxUses 1":  func(c *Config) { c.MaxUses = 1 },
 		"MaxIdle -1": func(c *Config) { c.MaxIdle = -1 },

@@ -28,7 +28,7 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 	for _, name := range []string{"tcp", "tls13", "unix"} {
 		for _, connections := range []int{1, 4} {
 			t.Run(fmt.Sprintf("%s over %d", name, connections), func(t *testing.T) {
-				rounds := short.Of(10_000, 2_000) / connections
+				rounds := short.Of(10_000, 1_000) / connections
 				if raceEnabled || connections == 1 { // which takes its time, as nobody else talks meanwhile
 					rounds /= 10
 				}
@@ -151,7 +151,7 @@ func (o *listeners) exchange(c Conn) error {
 // patience and leave in the middle of replies while the peer speaks unasked. What
 // a borrower left unread comes to Push, which knows that it is no message.
 func TestDesyncNobodyGetsAnothersReplyBesideMessages(t *testing.T) {
-	total := short.Of(10_000, 5_000) * stress()
+	total := short.Of(10_000, 2_500) * stress()
 	if raceEnabled {
 		total /= 5
 	}

@@ -384,7 +384,7 @@ func rounds() int {
 	case raceEnabled:
 		return short.Of(1000, 200)
 	}
-	return short.Of(2000, 300)
+	return short.Of(2000, 150)
 }
 
 // BETA-21

@@ -294,7 +294,7 @@ func (s *soak) onClosed(i CloseInfo) {
 func soakLength(t *testing.T) time.Duration {
 	text := os.Getenv("CONNPOOL_SOAK")
 	if text == "" {
-		return short.Of(2*time.Second, 700*time.Millisecond)
+		return short.Of(2*time.Second, 400*time.Millisecond)
 	}
 	length, err := time.ParseDuration(text)
 	require.NoError(t, err, "CONNPOOL_SOAK")

@@ -155,7 +155,7 @@ func TestAReserveOfADeadServerIsTriedOncePerSweep(t *testing.T) {
 			synctest.Wait()
 			n.gauges(0, 0, 0)
 			before := n.p.Stats().Dials
-			const span = time.Hour
+			span := short.Of(time.Hour, 20*time.Minute)
 			time.Sleep(span)
 			synctest.Wait()
 			tries := int(n.p.Stats().Dials - before)
@@ -350,7 +350,7 @@ func TestACheckKeepsAConnectionAliveThatThePeerWouldClose(t *testing.T) {
 					}
 				})
 				n.use(at("a"))
-				time.Sleep(10 * time.Minute)
+				time.Sleep(short.Of(10*time.Minute, 4*time.Minute))
 				accepts := n.Host("a").Accepts()
 				if ping {
 					require.Equal(t, 2, accepts, "the first ones live")

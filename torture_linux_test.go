@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -90,7 +91,7 @@ func TestNothingIsLostWhicheverSystemCallFails(t *testing.T) {
 	require.NoError(t, err)
 	defer secret.Close()
 	hits := make(map[string]int)
-	for k := int64(1); ; k++ {
+	for k := int64(1); ; k += short.Of[int64](1, 4) {
 		x := new(tortureSystem)
 		x.target.Store(k)
 		if err := x.run(plain, secret); err != nil {

@@ -231,8 +231,8 @@ func TestNothingIsLostWhicheverForeignCallFails(t *testing.T) {
 	for mode := range numFailures {
 		t.Run(mode.String(), func(t *testing.T) {
 			hits := make(map[string]int)
-			// The brief run tortures one call in sixteen, in each way others.
-			for k := 1 + short.Of(0, int64(mode)*4); ; k += short.Of[int64](1, 16) {
+			// The brief run tortures one call in forty-eight, in each way others.
+			for k := 1 + short.Of(0, int64(mode)*4); ; k += short.Of[int64](1, 48) {
 				x := &torture{mode: mode}
 				x.target.Store(k)
 				var err error

@@ -118,23 +118,14 @@ func TestTheInnerConnectionKeepsATrackedConnection(t *testing.T) {
 		require.Equal(t, 1, p.Stats().Tracked)
 		if own, ok := inner.(*ownConn); ok { // the pool cannot find out that it was dropped
 			require.NoError(t, own.Close())
-			for c := range p.unpooled {
-				p.untrackAll(c)
+			for _, c := range p.every() { // there is no handle on it any more
+				p.untrack(c, nil)
 			}
 			return
 		}
 		inner = nil
 		soon(t, "the slot free", func() bool { runtime.GC(); return p.Stats().Open == 0 })
 	})
-}
-
-// untrackAll is for a test that has no handle on a connection any more.
-func (p *Pool) untrackAll(s *site) {
-	for _, c := range p.every() {
-		if c.site == s {
-			p.untrack(c, nil)
-		}
-	}
 }
 
 // TRY-19: a file is a descriptor of its own, and outlives the connection.

@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // The same behaviour, over every transport. What only a look into the socket
@@ -25,14 +26,15 @@ import (
 func TestEveryTransportDialsOnceAndReuses(t *testing.T) {
 	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
 		p := n.pool(t, nil)
-		for i := range 1000 {
+		loans := short.Of(1000, 200)
+		for i := range loans {
 			r := loan(t, p, n.addr)
 			require.Equal(t, reply{1, i + 1, r.token}, r)
 		}
 		require.Equal(t, 1, n.srv.Accepts())
 		st := p.Stats()
 		require.Equal(t, [...]int{1, 1, 0}, [...]int{st.Open, st.Idle, st.InUse})
-		require.Equal(t, [...]uint64{1000, 999, 1}, [...]uint64{st.Loans, st.Reused, st.Dials})
+		require.Equal(t, [...]uint64{uint64(loans), uint64(loans - 1), 1}, [...]uint64{st.Loans, st.Reused, st.Dials})
 	})
 }
 
@@ -165,7 +167,7 @@ func TestSixtyFourBorrowersGetTheirOwnRepliesOnly(t *testing.T) {
 		failures := make(chan error, 64)
 		for i := range 64 {
 			wg.Go(func() {
-				for range 20 {
+				for range short.Of(20, 8) {
 					err := p.With(context.Background(), n.addr, func(c Conn) error {
 						if other, taken := users.LoadOrStore(c.ID(), i); taken {
 							return fmt.Errorf("connection %d is lent to %d and to %v", c.ID(), i, other)

@@ -19,6 +19,7 @@ import (
 
 // ORA-77: pooled against unpooled, on a peer of one's own.
 func TestLoadComparesOnAPeerOfTheUsers(t *testing.T) {
+	t.Parallel()
 	var out, errs bytes.Buffer
 	status := run(t.Context(), []string{"load", "-to", "tcp://" + startEcho(t), "-probe", "line:hello", "-workers", "4", "-n", "400", "-rounds", "4", "-json"}, &out, &errs)
 	require.Equal(t, exitOK, status, errs.String())

@@ -24,6 +24,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // workshop is a peer with a number of workers, each of whom takes the same time
@@ -374,6 +375,7 @@ func TestDisturbedLevelIsMeasuredAgain(t *testing.T) {
 
 // ORA-43: the command that tells the load, with a shell.
 func TestLoadCommandPrintsAPercentage(t *testing.T) {
+	t.Parallel()
 	if _, err := os.Stat("/bin/sh"); err != nil {
 		t.Skip("there is no /bin/sh here to run a load command")
 	}
@@ -406,10 +408,11 @@ func TestLoadCommandPrintsAPercentage(t *testing.T) {
 
 // ORA-39, ORA-61: the command itself, over real sockets.
 func TestSizeMeasuresARealPeerAndPlotsIt(t *testing.T) {
+	t.Parallel()
 	echo := startEcho(t)
 	plot := filepath.Join(t.TempDir(), "size.svg")
 	var out, errs bytes.Buffer
-	status := run(t.Context(), []string{"size", "-to", "tcp://" + echo, "-probe", "line:hello", "-max-clients", "4", "-step", "300ms",
+	status := run(t.Context(), []string{"size", "-to", "tcp://" + echo, "-probe", "line:hello", "-max-clients", "4", "-step", short.Of("300ms", "100ms"),
 		"-limit", "1s", "-svg", plot, "-json", "-processes", "2"}, &out, &errs)
 	require.Equal(t, exitOK, status, errs.String())
 	assert.Contains(t, errs.String(), "4 clients:")

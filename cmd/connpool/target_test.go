@@ -21,6 +21,7 @@ import (
 // ORA-77: the same over TLS, whose peer is believed only if somebody vouches
 // for it or the user insists.
 func TestPeerBehindTLSIsVerifiedUnlessTheUserInsists(t *testing.T) {
+	t.Parallel()
 	s, err := faultnet.Start(faultnet.Options{Network: "tls"})
 	require.NoError(t, err)
 	defer s.Close()
@@ -56,6 +57,7 @@ func TestPeerBehindTLSIsVerifiedUnlessTheUserInsists(t *testing.T) {
 }
 
 func TestPeerBehindAUnixSocketIsMeasured(t *testing.T) {
+	t.Parallel()
 	s, err := faultnet.Start(faultnet.Options{Network: "unix"})
 	require.NoError(t, err)
 	defer s.Close()

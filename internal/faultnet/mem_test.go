@@ -74,6 +74,7 @@ func TestConnKeepsTheContractOfNetConn(t *testing.T) {
 		"dripping": func(h *Host) { h.Drip(200, 0) },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // it waits for time-outs
 			nettest.TestConn(t, func() (net.Conn, net.Conn, func(), error) {
 				m := NewMem()
 				m.Shared(true)

@@ -19,6 +19,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // eachNetwork runs f on every network that this machine has.
@@ -329,7 +331,7 @@ func TestWhoHasReadTheReplyIsIdle(t *testing.T) {
 	for _, network := range []string{"tcp", "tls"} {
 		t.Run(network, func(t *testing.T) {
 			s := start(t, Options{Network: network, Chunk: 4})
-			for serial := 1; serial <= 300; serial++ {
+			for serial := 1; serial <= short.Of(300, 60); serial++ {
 				c := connect(t, s)
 				c.exchange(t, "token", fmt.Sprintf("%d 1 token", serial))
 				require.Equal(t, 1, s.CutIdle(-1, FIN), "connection %d", serial)

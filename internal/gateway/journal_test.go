@@ -31,6 +31,7 @@ func (s *stuck) Write(b []byte) (int, error) {
 
 // TRY-09: all that a gateway does goes on without its log, its end too.
 func TestNobodyWaitsForALogThatStandsStill(t *testing.T) {
+	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
 	log := &stuck{let: make(chan struct{})}
 	g := begin(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", MaxFrame: 100, Drain: time.Second, RequestTimeout: 5 * time.Second,

@@ -109,10 +109,10 @@ func oracleTotal() int64 {
 	if stress {
 		return 100_000
 	}
-	return short.Of[int64](10_000, 2_000)
+	return short.Of[int64](10_000, 1_000)
 }
 
-// PLT-10. 10,000 exchanges, 100,000 with CONNPOOL_STRESS set, 2,000 with -short.
+// PLT-10. 10,000 exchanges, 100,000 with CONNPOOL_STRESS set, 1,000 with -short.
 func TestDesyncNoClientEverReadsAReplyThatIsNotItsOwn(t *testing.T) {
 	for _, network := range []string{"tcp", "unix", "tls"} {
 		t.Run(network, func(t *testing.T) {
@@ -392,7 +392,7 @@ func TestWhatTheServerSaysUnaskedReachesNobody(t *testing.T) {
 // servers that hang up on those whom they let in.
 func TestDesyncNoClientReadsAnothersReplyBeforeAServerThatSpeaksFirstNowAndThen(t *testing.T) {
 	t.Parallel()
-	total := short.Of(oracleTotal()/3, 200) // each new connection waits for a greeting
+	total := short.Of(oracleTotal()/3, 100) // each new connection waits for a greeting
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
 		switch p.Serial() % 8 {
 		case 3:

@@ -198,8 +198,10 @@ func TestAClientThatSentMuchBehindABlockedCommandIsMissedWhenItLeaves(t *testing
 // TRY-27: no client with a connection of its own waits without end for a server
 // that takes no more.
 func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
+	t.Parallel()
 	for name, word := range map[string]string{"silent": "", "answers first": "-ERR that is too large\r\n"} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			stop := make(chan bool)
 			defer close(stop)
 			to := scripted(t, func(peer *faultnet.Peer, command string) string {
@@ -211,7 +213,7 @@ func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
 				<-stop
 				return ""
 			})
-			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, RequestTimeout: 3 * time.Second})
+			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, RequestTimeout: 4 * time.Second})
 			c := g.call()
 			require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
 			go c.Write(appendCommand(nil, []byte("SET"), []byte("k"), make([]byte, 15<<20)))

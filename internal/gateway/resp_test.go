@@ -289,14 +289,14 @@ func TestSubscribersHaveAConnectionUntilTheLastSubscriptionEnds(t *testing.T) {
 
 func TestABlockedCommandHoldsAConnectionAndNobodyUp(t *testing.T) {
 	t.Parallel()
-	g, r := redisGateway(t, func(c *Config) { c.MaxOpen, c.RequestTimeout = 2, 200*time.Millisecond })
+	g, r := redisGateway(t, func(c *Config) { c.MaxOpen, c.RequestTimeout = 2, 3*time.Second })
 	a, b := g.call(), g.call()
 	a.send("BLPOP", "list", "0")
 	soon(t, "it blocks", func() bool { return g.Status().Pinned == 1 })
 	require.Equal(t, ":1\r\n", b.do("RPUSH", "list", "v"))
 	require.Equal(t, "*2\r\n"+bulk("list")+bulk("v"), a.frame())
 	soon(t, "it is given back", func() bool { return g.Status().Pinned == 0 })
-	require.Equal(t, "*-1\r\n", a.do("BRPOP", "list", "0.5"), "longer than a request may take")
+	require.Equal(t, "*-1\r\n", a.do("BRPOP", "list", "3.3"), "longer than a request may take")
 	require.Equal(t, "*-1\r\n", a.do("XREAD", "COUNT", "1", "block", "10", "STREAMS", "s", "$"))
 	require.Equal(t, "*-1\r\n", a.do("XREAD", "STREAMS", "BLOCK", "0"), "the name of a stream is no option")
 
