@@ -954,7 +954,7 @@ func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {
 		n.Host("from").Serve(echoLines)
 		var id uint64
 		require.ErrorContains(t, n.p.With(bg, at("from"), func(from Conn) error {
-			id = from.ID()
+			id = from.Info().ID
 			ctx, cancel := context.WithTimeout(bg, time.Second)
 			defer cancel()
 			var copied error
@@ -965,7 +965,7 @@ func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {
 			return Keep(copied)
 		}), "did not return")
 		require.NoError(t, n.p.With(bg, at("from"), func(c Conn) error {
-			require.NotEqual(t, id, c.ID())
+			require.NotEqual(t, id, c.Info().ID)
 			_, err := askLine(c, "mine")
 			return err
 		}))

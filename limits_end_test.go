@@ -225,7 +225,7 @@ func TestALookHandsOverWithTheRightTimes(t *testing.T) {
 		c := b.conn()
 		require.Equal(t, time.Minute+2*time.Second, got.IdleFor)
 		require.Equal(t, time.Second, got.Waited)
-		require.Equal(t, time.Minute+2*time.Second, c.IdleFor())
+		require.Equal(t, time.Minute+2*time.Second, c.Info().IdleFor)
 		time.Sleep(time.Second)
 		require.Contains(t, n.p.stillOut(), "(for 1s)")
 		require.NoError(t, b.giveBack())

@@ -231,7 +231,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			soon(t, "the close", func() bool { closed, _ := m.sock(0).state(); return closed })
 			soon(t, "its reason", func() bool { return m.p.Stats().Closed[c.reason] == 1 })
 			require.NoError(t, m.p.With(bg, home, func(c Conn) error {
-				require.NotEqual(t, uint64(1), c.ID(), "it was lent again")
+				require.NotEqual(t, uint64(1), c.Info().ID, "it was lent again")
 				return nil
 			}))
 			settled(t, m.p)

@@ -277,7 +277,7 @@ func TestCheckPrecedesTheLoanOfWhatHasLongBeenIdle(t *testing.T) {
 		var verdict error
 		n := open(t, Config{SweepInterval: -1, CheckAfterIdle: 10 * time.Second, Check: func(ctx context.Context, c Conn) error {
 			checks++
-			require.Positive(t, c.Uses())
+			require.Positive(t, c.Info().Uses)
 			return verdict
 		}})
 		n.use(at("a"))

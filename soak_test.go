@@ -134,7 +134,7 @@ func (s *soak) once(rng *rand.Rand, name string) {
 			return errSoakForeign
 		}
 		if !st.lent.CompareAndSwap(false, true) {
-			s.fault("connection %d of %v is lent twice", c.ID(), addr)
+			s.fault("connection %d of %v is lent twice", c.Info().ID, addr)
 		}
 		st.loans++
 		defer st.lent.Store(false)

@@ -1712,4 +1712,10 @@ var mutants = []mutant{
 		new:   `case c.isOverdue():`,
 		tests: `TestNoCopyBeginsWithALoanWhoseCtxIsDone`,
 	},
+	{
+		name:  "info-asks-a-foreign-connection-itself",
+		old:   "if c.sock.foreign {\n\t\tat = answer",
+		new:   "if c.sock.foreign && false {\n\t\tat = answer",
+		tests: `TestInfoOfAConnectionThatDoesNotAnswerEndsWithCtx`,
+	},
 }
