@@ -42,8 +42,8 @@ type Config struct {
 	// MaxOpen limits the connections of the whole pool, idle, in use, being
 	// opened or being closed. When it is reached, the least recently used
 	// idle connection of any address makes room.
-	// 0: what the process's limit on file handles leaves, less a reserve of an
-	// eighth, 16 at least (but never more than half); no limit where the system
+	// 0: what the process's limit on file handles leaves, less an eighth, 16
+	// at least (but never more than half); no limit where the system
 	// has none, as on Windows. Negative: no limit.
 	MaxOpen int
 
@@ -265,11 +265,11 @@ type Config struct {
 	// whose every exchange begins with a ping anyway.
 	NoProbe bool
 
-	// NoIdentity switches off the check, at each loan and before each close,
+	// NoFDCheck switches off the check, at each loan and before each close,
 	// that the descriptor is still the socket that was dialled. It is meant
 	// for programs that are sure that nothing in them closes descriptors
 	// it does not own.
-	NoIdentity bool
+	NoFDCheck bool
 }
 
 const (

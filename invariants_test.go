@@ -180,7 +180,7 @@ func (p *Pool) inconsistency() error {
 	return p.shortInconsistency()
 }
 
-// reserved has the pools with a DialReserve, and what that is.
+// reserved has the pools with a DialOverflow, and what that is.
 var reserved sync.Map
 
 func (p *Pool) reserve() int {

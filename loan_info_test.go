@@ -175,6 +175,6 @@ func TestInfoOfAConnectionThatDoesNotAnswerEndsWithCtx(t *testing.T) {
 			synctest.Wait()
 			require.Zero(t, n.p.Stats().InUse)
 		}
-		require.NotZero(t, n.p.Stats().Abandoned)
+		require.NotZero(t, n.p.Stats().AbandonedCalls)
 	})
 }

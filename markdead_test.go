@@ -308,7 +308,7 @@ func TestOfMarkDeadAndDetachTheFirstWins(t *testing.T) {
 func TestMarkDeadOfThePoolsOwnHandleHarmsNothing(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"by identity":           func(*Config) {},
-		"identity switched off": func(c *Config) { c.NoIdentity = true },
+		"identity switched off": func(c *Config) { c.NoFDCheck = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := startSock(t, "tcp", faultnet.Options{})

@@ -387,7 +387,7 @@ func TestSoak(t *testing.T) {
 	require.Zero(t, st.Open)
 	require.Equal(t, st.Dials-st.DialErrors, closed+st.Detached, "every connection left once: %v", st.Closed)
 	require.LessOrEqual(t, st.PeakOpen, cfg.MaxOpen)
-	require.Zero(t, st.Abandoned)
+	require.Zero(t, st.AbandonedCalls)
 	require.Zero(t, st.Closed[ClosedQuarantined])
 	for _, server := range s.servers {
 		server.Close()
