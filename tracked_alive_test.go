@@ -356,7 +356,7 @@ func TestADialOverflowIsNotStalledByThePoolItFills(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 3, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 2)
+		overflowOf.Store(n.p, 2)
 		dial := n.p.DialOverflow(2)
 		var kept []net.Conn
 		for range 3 {
@@ -416,12 +416,12 @@ func TestADialOverflowIsNotStalledByThePoolItFills(t *testing.T) {
 	})
 }
 
-// TRY-18: where nobody may wait, the reserve is there at once.
+// TRY-18: where nobody may wait, the overflow is there at once.
 func TestADialOverflowUnderFailWaitsForNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, WhenFull: FullFail, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 1)
+		overflowOf.Store(n.p, 1)
 		dial := n.p.DialOverflow(1)
 		first, err := dial(bg, "tcp", "h:80")
 		require.NoError(t, err)
@@ -439,13 +439,13 @@ func TestADialOverflowUnderFailWaitsForNothing(t *testing.T) {
 	})
 }
 
-// TRY-18: a call that ends in whichever way leaves no reserve behind that somebody
+// TRY-18: a call that ends in whichever way leaves no overflow behind that somebody
 // could look for.
 func TestACallOfADialOverflowLeavesNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 1)
+		overflowOf.Store(n.p, 1)
 		dial := n.p.DialOverflow(1)
 		held := n.borrow(bg, at("a"))
 		held.conn()
