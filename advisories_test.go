@@ -364,7 +364,7 @@ func TestCVE_2020_8231_AHandleIsOfOneLoanNotOfAPlaceInMemory(t *testing.T) {
 		_, err := tlWith(t, p, addr, func(c Conn) error {
 			for _, o := range old {
 				require.Same(t, c.c, o.c, "the test means nothing otherwise")
-				require.Zero(t, o.ID())
+				require.Zero(t, o.Info().ID)
 				require.ErrorIs(t, o.Close(), ErrReturned)
 				_, err := o.Detach()
 				require.ErrorIs(t, err, ErrReturned)
@@ -373,7 +373,7 @@ func TestCVE_2020_8231_AHandleIsOfOneLoanNotOfAPlaceInMemory(t *testing.T) {
 				require.ErrorIs(t, o.SetDeadline(aLongTimeAgo), ErrReturned)
 			}
 			old = append(old, c)
-			require.EqualValues(t, 1, c.ID())
+			require.EqualValues(t, 1, c.Info().ID)
 			return nil
 		})
 		require.NoError(t, err)
@@ -515,7 +515,7 @@ func TestCVE_2023_28858_CancelledRequestsCostTheConnection(t *testing.T) {
 			ctx, cancel := context.WithCancel(context.Background())
 			var id uint64
 			p.With(ctx, s.addr(), func(c Conn) error {
-				id = c.ID()
+				id = c.Info().ID
 				err := tlSay(c, "ping stolen")
 				require.NoError(t, err)
 				cancel()
@@ -901,7 +901,7 @@ func TestWithoutPoolingEachLoanIsOneAcceptAndOneClose(t *testing.T) {
 				loans := short.Of(20, 3)
 				for n := range loans {
 					id, err := tlWith(t, p, s.addr(), func(c Conn) error {
-						require.False(t, c.Reused())
+						require.False(t, c.Info().Reused)
 						return tlChat(c)
 					})
 					require.NoError(t, err)
@@ -913,7 +913,7 @@ func TestWithoutPoolingEachLoanIsOneAcceptAndOneClose(t *testing.T) {
 					wg.Go(func() {
 						for range each {
 							if _, err := tlWith(t, p, s.addr(), func(c Conn) error {
-								if c.Reused() {
+								if c.Info().Reused {
 									return errors.New("handed on")
 								}
 								return tlChat(c)

@@ -17,8 +17,8 @@ func BenchmarkWarmLoan(b *testing.B) {
 		cfg  Config
 		ctx  context.Context
 	}{
-		{"checks=none", Config{NoProbe: true, NoIdentity: true}, context.Background()},
-		{"checks=peek", Config{NoIdentity: true}, context.Background()},
+		{"checks=none", Config{NoProbe: true, NoFDCheck: true}, context.Background()},
+		{"checks=peek", Config{NoFDCheck: true}, context.Background()},
 		{"checks=identity", Config{NoProbe: true}, context.Background()},
 		{"checks=all", Config{}, context.Background()},
 		{"checks=all,ctx=cancelable", Config{}, cancelable},

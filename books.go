@@ -55,7 +55,7 @@ type books struct {
 	checking  int                // idle connections of addresses with a reserve that are being looked at
 	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
 	deficit   list.List          // of the sites that want dials for nobody who waits, see pool_warm.go
-	reserves  int                // calls under way of what DialReserve returned
+	overflows int                // calls under way of what DialOverflow returned
 	wrongMove string             // the last change of phase that must not be; "": there was none
 	unpooled  map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
 }

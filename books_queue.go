@@ -21,7 +21,7 @@ type waiter struct {
 
 	prev, next *waiter
 	queued     bool
-	stalled    bool // it may take of the reserve of its site, see DialReserve
+	stalled    bool // it may take of the overflow of its site, see DialOverflow
 
 	// What it was served; written before ready is signalled.
 	c     *conn
@@ -294,15 +294,15 @@ func (h *siteHeap) set(s *site, wants bool) {
 	}
 }
 
-// stalledLocked is the oldest dial that may take of its reserve; nil if there is none.
+// stalledLocked is the oldest dial that may take of its overflow; nil if there is none.
 func (b *books) stalledLocked() *site {
 	var oldest *site
-	if b.reserves == 0 {
+	if b.overflows == 0 {
 		return nil
 	}
 	for _, s := range b.readyOwn {
 		w := s.queue.nextToDial
-		if w.stalled && -b.roomLocked() < int(s.reserve) && (oldest == nil || w.seq < oldest.queue.nextToDial.seq) {
+		if w.stalled && -b.roomLocked() < int(s.overflow) && (oldest == nil || w.seq < oldest.queue.nextToDial.seq) {
 			oldest = s
 		}
 	}

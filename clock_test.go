@@ -85,7 +85,7 @@ func TestAStepOfTheWallClockIsNoTimeThatPassed(t *testing.T) {
 		forward() // in the loan and the waits
 		time.Sleep(time.Second)
 		n.p.reportLongLoans()
-		tell(c.Age())
+		tell(c.Info().Age)
 		require.Contains(t, n.p.stillOut(), "(for 1.001s)")
 		cancel()
 		var pe *Error
@@ -98,7 +98,7 @@ func TestAStepOfTheWallClockIsNoTimeThatPassed(t *testing.T) {
 		forward() // while it is idle
 		last := n.borrow(bg, at("a"))
 		c = last.conn()
-		tell(c.IdleFor())
+		tell(c.Info().IdleFor)
 		forward()
 		require.NoError(t, last.finish(func(c Conn) error {
 			nc, err := c.Detach()

@@ -33,13 +33,17 @@ func (f FullPolicy) String() string { return nameOf([]string{"wait", "fail", "ov
 // Config shapes a pool. The zero Config is good. For every number and
 // duration 0 means the default that is stated here, and a negative value
 // switches the thing off. A duration below a millisecond is refused, since it lacks
-// its unit as a rule. New copies it; later changes have no effect.
+// its unit as a rule. New copies it; later changes have no effect. The fields stand
+// in six blocks: limits, time, opening a connection, keeping it clean, watching, and
+// what is rare; [Pool.SetLimits] changes those of the first but MaxUses and WhenFull.
 type Config struct {
+	// # Limits on connections: how many connections, dials, waiters and loans there may be
+	//
 	// MaxOpen limits the connections of the whole pool, idle, in use, being
 	// opened or being closed. When it is reached, the least recently used
 	// idle connection of any address makes room.
-	// 0: what the process's limit on file handles leaves, less a reserve of an
-	// eighth, 16 at least (but never more than half); no limit where the system
+	// 0: what the process's limit on file handles leaves, less an eighth, 16
+	// at least (but never more than half); no limit where the system
 	// has none, as on Windows. Negative: no limit.
 	MaxOpen int
 
@@ -87,6 +91,12 @@ type Config struct {
 	// trusted.
 	MaxUses int
 
+	// WhenFull says what a borrower meets when nothing is idle and MaxPerAddr or
+	// MaxOpen forbids to open one more: FullWait (the default), FullFail or FullOverflow.
+	WhenFull FullPolicy
+
+	// # Time: how long a connection is kept, how long a dial may take, how often the pool looks
+	//
 	// IdleTimeout is how long a connection is kept unused; one that is
 	// older is never lent, MinIdlePerAddr apart. Time that the machine slept counts.
 	// 0: 2 minutes; negative: for ever.
@@ -107,39 +117,8 @@ type Config struct {
 	// so that such a connection is found when its turn to be lent comes.
 	SweepInterval time.Duration
 
-	// CheckAfterIdle is how long after its last use (or Check) a connection is
-	// lent without asking Check. 0: SweepInterval, or 20 seconds if that is
-	// off; negative: no trust, Check precedes every loan of a connection
-	// that has been lent before.
-	CheckAfterIdle time.Duration
-
-	// HookTimeout bounds one run of Reset, Check or Push. 0: 5 seconds;
-	// negative: no bound.
-	HookTimeout time.Duration
-
-	// HoldWarn is how long a connection may be out, in one loan, lease or
-	// session, before the pool reports it, once, with the place where it was
-	// borrowed: to Trace.HeldLong, and to Logger as a warning. Nothing is
-	// taken from anybody. It costs a walk up the stack for each borrow.
-	// 0 or negative: no report.
-	HoldWarn time.Duration
-
-	// NoProbe switches off the look into the socket that precedes each
-	// loan, and the sweep's. A connection that the peer closed, or on which
-	// it sent something unasked, is then lent. It is meant for protocols
-	// whose every exchange begins with a ping anyway.
-	NoProbe bool
-
-	// NoIdentity switches off the check, at each loan and before each close,
-	// that the descriptor is still the socket that was dialled. It is meant
-	// for programs that are sure that nothing in them closes descriptors
-	// it does not own.
-	NoIdentity bool
-
-	// WhenFull says what a borrower meets when nothing is idle and MaxPerAddr or
-	// MaxOpen forbids to open one more: FullWait (the default), FullFail or FullOverflow.
-	WhenFull FullPolicy
-
+	// # Opening a connection: how it is made, and what is done before its first loan
+	//
 	// Dialers opens the connections of the transports it names, in the
 	// place of the pool's own for TCP, TLS and Unix. Under TLS the dialer
 	// of TCP, if there is one, opens the connection that the handshake runs
@@ -202,6 +181,8 @@ type Config struct {
 	// for what it has read ahead. Of buffers elsewhere it cannot know.
 	Setup func(ctx context.Context, addr Addr, nc net.Conn) (state any, err error)
 
+	// # Keeping it clean: what is done with an open connection between two loans
+	//
 	// Reset runs when a connection is given back in good order, before it
 	// goes idle or to the next borrower, on the borrower's time: to roll
 	// back, to restore a session's defaults. An error, or more time than
@@ -213,6 +194,12 @@ type Config struct {
 	// sweep. An error, or more time than HookTimeout, closes the connection;
 	// the borrower gets another.
 	Check func(ctx context.Context, c Conn) error
+
+	// CheckAfterIdle is how long after its last use (or Check) a connection is
+	// lent without asking Check. 0: SweepInterval, or 20 seconds if that is
+	// off; negative: no trust, Check precedes every loan of a connection
+	// that has been lent before.
+	CheckAfterIdle time.Duration
 
 	// Push gets what a peer sends while the connection is idle. Where the
 	// pool finds bytes on an idle connection it does not close it, but lends
@@ -232,15 +219,26 @@ type Config struct {
 	// reply that a borrower left unread: Push must, and return an error.
 	Push func(ctx context.Context, c Conn) error
 
-	// NoneRemovable is asked, unless the ctx of the borrower brings its own
-	// (WithNoneRemovable), when file handles ran out and no idle
-	// connection is left to close. true says that a handle was freed and
-	// the dial shall be tried once more; false, or nil, fails the borrow
-	// with an error that is ErrNoneRemovable.
-	NoneRemovable func(*Error) bool
+	// HookTimeout bounds one run of Reset, Check or Push. 0: 5 seconds;
+	// negative: no bound.
+	HookTimeout time.Duration
+
+	// # Watching: who is told what the pool does
+	//
+	// Logger gets what an operator should know: connections lost while
+	// idle, addresses that fail, hooks that break their contract. nil: no
+	// log.
+	Logger *slog.Logger
 
 	// Trace observes the pool. nil: nobody does. WithTrace observes one use.
 	Trace *Trace
+
+	// HoldWarn is how long a connection may be out, in one loan, lease or
+	// session, before the pool reports it, once, with the place where it was
+	// borrowed: to Trace.HeldLong, and to Logger as a warning. Nothing is
+	// taken from anybody. It costs a walk up the stack for each borrow.
+	// 0 or negative: no report.
+	HoldWarn time.Duration
 
 	// Profile gets each connection that is out, with the stack of its
 	// borrow, for go tool pprof: a profile made with pprof.NewProfile is
@@ -252,10 +250,26 @@ type Config struct {
 	// microseconds a loan.
 	Debug bool
 
-	// Logger gets what an operator should know: connections lost while
-	// idle, addresses that fail, hooks that break their contract. nil: no
-	// log.
-	Logger *slog.Logger
+	// # Rare: what nearly every program leaves alone
+	//
+	// NoneRemovable is asked, unless the ctx of the borrower brings its own
+	// (WithNoneRemovable), when file handles ran out and no idle
+	// connection is left to close. true says that a handle was freed and
+	// the dial shall be tried once more; false, or nil, fails the borrow
+	// with an error that is ErrNoneRemovable.
+	NoneRemovable func(*Error) bool
+
+	// NoProbe switches off the look into the socket that precedes each
+	// loan, and the sweep's. A connection that the peer closed, or on which
+	// it sent something unasked, is then lent. It is meant for protocols
+	// whose every exchange begins with a ping anyway.
+	NoProbe bool
+
+	// NoFDCheck switches off the check, at each loan and before each close,
+	// that the descriptor is still the socket that was dialled. It is meant
+	// for programs that are sure that nothing in them closes descriptors
+	// it does not own.
+	NoFDCheck bool
 }
 
 const (

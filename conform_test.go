@@ -3,6 +3,7 @@ package connpool
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -194,15 +195,18 @@ func TestAHandleTellsAboutItsConnection(t *testing.T) {
 		for i := range 3 {
 			require.NoError(t, p.With(t.Context(), n.addr, func(c Conn) error {
 				require.Equal(t, n.addr, c.Addr())
-				require.EqualValues(t, 1, c.ID())
-				require.Equal(t, i+1, c.Uses())
-				require.Equal(t, i > 0, c.Reused())
-				require.Positive(t, c.Age())
-				require.Less(t, c.Age(), time.Minute)
-				require.Equal(t, i > 0, c.IdleFor() > 0)
+				info := c.Info()
+				require.Positive(t, info.Age)
+				require.Less(t, info.Age, time.Minute)
+				require.Equal(t, i > 0, info.IdleFor > 0)
 				require.Equal(t, n.srv.Addr().String(), c.RemoteAddr().String())
 				require.NotEmpty(t, c.LocalAddr().Network())
 				require.Equal(t, n.tls, c.ConnectionState().HandshakeComplete)
+				require.Equal(t, ConnInfo{
+					Addr: n.addr, ID: 1, Uses: i + 1, Reused: i > 0, Age: info.Age, IdleFor: info.IdleFor,
+					LocalAddr: c.LocalAddr(), RemoteAddr: c.RemoteAddr(), TLSVersion: c.ConnectionState().Version,
+				}, info)
+				require.Equal(t, n.tls, info.TLSVersion >= tls.VersionTLS12)
 				return nil
 			}))
 		}

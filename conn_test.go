@@ -48,9 +48,7 @@ func requireReturned(t *testing.T, c Conn) {
 	}
 	require.Nil(t, c.LocalAddr())
 	require.Nil(t, c.RemoteAddr())
-	require.Zero(t, c.ID())
-	require.Zero(t, c.Uses())
-	require.False(t, c.Reused())
+	require.Equal(t, ConnInfo{Addr: c.Addr()}, c.Info())
 	require.Nil(t, State[*bufio.Reader](c))
 	require.False(t, c.ConnectionState().HandshakeComplete)
 }
@@ -72,7 +70,7 @@ func TestAHandleCarriedOutOfFnIsDeadAndHarmless(t *testing.T) {
 		}))
 		requireReturned(t, leaked) // while it is idle
 		require.NoError(t, p.With(t.Context(), n.addr, func(c Conn) error {
-			require.Equal(t, 2, c.Uses())
+			require.Equal(t, 2, c.Info().Uses)
 			requireReturned(t, leaked) // while somebody else has it
 			sent = append(sent, newToken())
 			if _, err := io.WriteString(c, sent[1]+"\n"); err != nil {
@@ -457,7 +455,7 @@ func TestAKeptTimeOutIsNotTheCauseOfALaterClose(t *testing.T) {
 			return Keep(err)
 		}), os.ErrDeadlineExceeded)
 		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
-			require.True(t, c.Reused())
+			require.True(t, c.Info().Reused)
 			n.peer(c).Close()
 			_, err := c.Read(make([]byte, 1))
 			require.Error(t, err)

@@ -189,7 +189,7 @@ func (p *socket) init(nc net.Conn, sys *system, cfg *Config) {
 	shown := false
 	p.raw.Control(func(fd uintptr) {
 		p.number, shown = uint32(fd), true
-		if !cfg.NoIdentity {
+		if !cfg.NoFDCheck {
 			p.who, p.known = sys.identify(fd)
 		}
 	})

@@ -150,7 +150,7 @@ func TestUnreadBytesCostTheConnection(t *testing.T) {
 		p := n.pool(t, nil)
 		for i := range 3 {
 			require.NoError(t, p.With(t.Context(), n.addr, func(c Conn) error {
-				require.EqualValues(t, i+1, c.ID(), "a dirty connection was lent")
+				require.EqualValues(t, i+1, c.Info().ID, "a dirty connection was lent")
 				return readOne(c, c)
 			}))
 			stirs(t, p, n.addr)

@@ -107,6 +107,6 @@ func TestATraceThatHangsDelaysNoSweep(t *testing.T) {
 		time.Sleep(40*time.Second + foreignPatience)
 		synctest.Wait()
 		n.gauges(0, 0, 0)
-		require.NotZero(t, n.p.Stats().Abandoned)
+		require.NotZero(t, n.p.Stats().AbandonedCalls)
 	})
 }

@@ -29,7 +29,7 @@ func ExamplePool_Session() {
 				return err
 			}
 			answer, err := bufio.NewReader(c).ReadString('\n')
-			fmt.Printf("connection %d: %s", c.ID(), answer)
+			fmt.Printf("connection %d: %s", c.Info().ID, answer)
 			return err
 		})
 	}
@@ -68,7 +68,7 @@ func ExamplePool_Lease() {
 		if err != nil {
 			log.Fatal(err)
 		}
-		id := lease.ID()
+		id := lease.Info().ID
 		tp := textproto.NewConn(lease)
 		if err := tp.PrintfLine("NOOP"); err != nil {
 			log.Fatal(err)

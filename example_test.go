@@ -75,7 +75,7 @@ func ExamplePool_With() {
 				return err
 			}
 			reply, err := connpool.State[*bufio.Reader](c).ReadString('\n')
-			fmt.Printf("%q on connection %d, used before: %t\n", reply, c.ID(), c.Reused())
+			fmt.Printf("%q on connection %d, used before: %t\n", reply, c.Info().ID, c.Info().Reused)
 			return err
 		})
 		if err != nil {
@@ -153,7 +153,7 @@ func ExampleState() {
 		return pool.With(context.Background(), addr, func(c connpool.Conn) error {
 			k := connpool.State[*codec](c)
 			k.sent++
-			fmt.Fprintf(k.out, "request %d of connection %d\n", k.sent, c.ID())
+			fmt.Fprintf(k.out, "request %d of connection %d\n", k.sent, c.Info().ID)
 			if !flush {
 				return nil // it must not go out with somebody else's request
 			}
@@ -387,7 +387,7 @@ func Example_tls() {
 			}
 			var reply [4]byte
 			_, err := io.ReadFull(c, reply[:])
-			fmt.Printf("%s from %s, used before: %t\n", reply, c.ConnectionState().ServerName, c.Reused())
+			fmt.Printf("%s from %s, used before: %t\n", reply, c.ConnectionState().ServerName, c.Info().Reused)
 			return err
 		})
 	}

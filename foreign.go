@@ -691,7 +691,7 @@ func (p *Pool) log(level slog.Level, msg string, args ...any) {
 	p.notify("Config.Logger", &p.stuckLines, func(err error) {
 		if isLate(err) {
 			p.mu.Lock()
-			p.counts.Abandoned++
+			p.counts.AbandonedCalls++
 			p.mu.Unlock()
 		}
 	}, func() { p.cfg.Logger.Log(context.Background(), level, "connpool: "+msg, args...) })

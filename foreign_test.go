@@ -261,7 +261,7 @@ func TestADeafConnectionCostsItsBorrowerCtxAndABound(t *testing.T) {
 							n.closedOnce(1)
 							n.gauges(0, n.p.Stats().Idle, 0)
 							hears := how.name == "refuses now and then" || how.name == "sets one half and refuses the other"
-							switch late := n.p.Stats().Abandoned; {
+							switch late := n.p.Stats().AbandonedCalls; {
 							case how.name == "does nothing", how.name == "does not return" && ends == "deadline", wakes != "a close wakes" && !hears:
 								require.NotZero(t, late)
 							case how.name != "does not return" && !hears:
@@ -327,7 +327,7 @@ func TestAQuestionAfterTheEndOfCtxHasABound(t *testing.T) {
 					return nil
 				}))
 				synctest.Wait()
-				require.NotZero(t, n.p.Stats().Abandoned)
+				require.NotZero(t, n.p.Stats().AbandonedCalls)
 				require.Zero(t, n.p.Stats().InUse)
 			})
 		})
@@ -699,7 +699,7 @@ func TestAHangBeforeTheHandshakeKeepsNoSocket(t *testing.T) {
 				synctest.Wait()
 				require.EqualValues(t, 1, socket.closes.Load())
 				require.Zero(t, p.Stats().Open)
-				require.EqualValues(t, 1, p.Stats().Abandoned)
+				require.EqualValues(t, 1, p.Stats().AbandonedCalls)
 				close(thaw)
 				require.NoError(t, p.Close())
 				synctest.Wait()
@@ -839,7 +839,7 @@ func TestACtxThatDoesNotAnswerItsDialKeepsNoSlot(t *testing.T) {
 		defer cancel()
 		require.ErrorIs(t, n.p.With(impatient, at("a"), discard), context.DeadlineExceeded)
 		require.Zero(t, n.p.Stats().Open)
-		require.EqualValues(t, 1, n.p.Stats().Abandoned)
+		require.EqualValues(t, 1, n.p.Stats().AbandonedCalls)
 		close(stuck.thaw)
 		synctest.Wait()
 		require.Zero(t, n.Host("a").Accepts(), "it was given up before anything was dialled")
@@ -954,7 +954,7 @@ func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {
 		n.Host("from").Serve(echoLines)
 		var id uint64
 		require.ErrorContains(t, n.p.With(bg, at("from"), func(from Conn) error {
-			id = from.ID()
+			id = from.Info().ID
 			ctx, cancel := context.WithTimeout(bg, time.Second)
 			defer cancel()
 			var copied error
@@ -965,7 +965,7 @@ func TestACopyThatWasLeftBehindReadsNoReplyOfTheNextBorrower(t *testing.T) {
 			return Keep(copied)
 		}), "did not return")
 		require.NoError(t, n.p.With(bg, at("from"), func(c Conn) error {
-			require.NotEqual(t, id, c.ID())
+			require.NotEqual(t, id, c.Info().ID)
 			_, err := askLine(c, "mine")
 			return err
 		}))
@@ -1030,7 +1030,7 @@ func TestARawConnWithoutADescriptorIsNoneUnderTLS(t *testing.T) {
 			}
 			s := p.Stats()
 			require.EqualValues(t, 1, s.Dials)
-			require.Zero(t, s.Abandoned)
+			require.Zero(t, s.AbandonedCalls)
 			require.Equal(t, 1, s.Idle)
 		})
 	}

@@ -296,7 +296,7 @@ func TestEachStepFindsTheTheftBeforeItTouchesTheDescriptor(t *testing.T) {
 func TestIdentityIsAskedAtEachLoanUnlessSwitchedOff(t *testing.T) {
 	for _, off := range []bool{false, true} {
 		f := newFakeSystem(t)
-		p := f.pool(t, Config{NoIdentity: off})
+		p := f.pool(t, Config{NoFDCheck: off})
 		home := fakeAddr("home")
 		for range 10 {
 			require.NoError(t, p.With(context.Background(), home, func(c Conn) error { return echo(c, "x") }))

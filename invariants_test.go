@@ -145,11 +145,11 @@ func (p *Pool) inconsistency() error {
 		own += s.n.open()
 	}
 	switch {
-	case p.limits.MaxOpen > 0 && !lowered && own-limit > p.reserve():
+	case p.limits.MaxOpen > 0 && !lowered && own-limit > p.overflow():
 		return fmt.Errorf("3: DialContext has %d connections of %d", own, limit)
 	case own != len(p.unpooled)-len(p.readyOwn):
 		return fmt.Errorf("4: DialContext has %d connections, %d in its books, and %d want to dial", own, len(p.unpooled), len(p.readyOwn))
-	case p.cfg.WhenFull != FullOverflow && p.limits.MaxOpen > 0 && p.n.open() > limit+p.reserve() && (!lowered || p.n[phaseIdle] > 0 && p.n.kept() > limit):
+	case p.cfg.WhenFull != FullOverflow && p.limits.MaxOpen > 0 && p.n.open() > limit+p.overflow() && (!lowered || p.n[phaseIdle] > 0 && p.n.kept() > limit):
 		return fmt.Errorf("3: %d of %d open", p.n.open(), limit)
 	case int(p.n[phaseDialing]) > p.limits.MaxDialing && !lowered:
 		return fmt.Errorf("3: %d dials under way of %d", p.n[phaseDialing], p.limits.MaxDialing)
@@ -180,11 +180,11 @@ func (p *Pool) inconsistency() error {
 	return p.shortInconsistency()
 }
 
-// reserved has the pools with a DialReserve, and what that is.
-var reserved sync.Map
+// overflowOf has the pools with a DialOverflow, and what that is.
+var overflowOf sync.Map
 
-func (p *Pool) reserve() int {
-	n, _ := reserved.Load(p)
+func (p *Pool) overflow() int {
+	n, _ := overflowOf.Load(p)
 	k, _ := n.(int)
 	return k
 }

@@ -153,22 +153,6 @@ func (l *Lease) RemoteAddr() net.Addr { return ofLease(l, Conn.RemoteAddr) }
 // ConnectionState is that of TLS, as with [Conn.ConnectionState].
 func (l *Lease) ConnectionState() tls.ConnectionState { return ofLease(l, Conn.ConnectionState) }
 
-// ID is the number of the connection in its pool, from 1; 0 after the end and
-// during Do.
-func (l *Lease) ID() uint64 { return ofLease(l, Conn.ID) }
-
-// Uses counts the loans of the connection; the whole lease is one.
-func (l *Lease) Uses() int { return ofLease(l, Conn.Uses) }
-
-// Reused reports whether the connection was lent before.
-func (l *Lease) Reused() bool { return ofLease(l, Conn.Reused) }
-
-// Age is the time since the connection was opened.
-func (l *Lease) Age() time.Duration { return ofLease(l, Conn.Age) }
-
-// IdleFor is how long the connection had been unused when it was borrowed.
-func (l *Lease) IdleFor() time.Duration { return ofLease(l, Conn.IdleFor) }
-
 func ofLease[T any](l *Lease, get func(Conn) T) (v T) {
 	defer runtime.KeepAlive(l)
 	if h, err := l.loan(); err == nil {

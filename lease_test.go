@@ -59,8 +59,7 @@ func TestASecondReturnDoesNothingAndSaysSo(t *testing.T) {
 			require.ErrorIs(t, err, net.ErrClosed, what)
 			require.Equal(t, KindUsage, KindOf(err), what)
 		}
-		require.Equal(t, [...]any{nil, nil, uint64(0), 0, false, time.Duration(0), time.Duration(0), at("a")},
-			[...]any{l.LocalAddr(), l.RemoteAddr(), l.ID(), l.Uses(), l.Reused(), l.Age(), l.IdleFor(), l.Addr()})
+		require.Equal(t, [...]any{nil, nil, at("a"), ConnInfo{Addr: at("a")}}, [...]any{l.LocalAddr(), l.RemoteAddr(), l.Addr(), l.Info()})
 		require.NoError(t, peer.Probe(), "nothing was sent, nothing was closed")
 		require.NotSame(t, next.c, n.lease(at("a")).c, "one connection, one owner")
 		n.gauges(2, 0, 0)
@@ -105,7 +104,7 @@ func TestALeaseLastsAcrossCalls(t *testing.T) {
 		cancel() // it governed the wait
 		var serials []int
 		for i := range 3 {
-			soon(t, "older than it may become", func() bool { return l.Age() > time.Millisecond })
+			soon(t, "older than it may become", func() bool { return l.Info().Age > time.Millisecond })
 			if i == 1 { // also through Do
 				require.NoError(t, l.Do(t.Context(), func(c Conn) error {
 					r, err := ask(c, newToken())
@@ -123,7 +122,7 @@ func TestALeaseLastsAcrossCalls(t *testing.T) {
 		require.Equal(t, 1, p.Stats().InUse)
 		require.Equal(t, n.tls, l.ConnectionState().HandshakeComplete)
 		require.NotNil(t, l.RemoteAddr())
-		require.EqualValues(t, 1, l.ID())
+		require.EqualValues(t, 1, l.Info().ID)
 		require.NoError(t, l.Return())
 		require.Zero(t, p.Stats().InUse)
 		require.Equal(t, uint64(1), settled(t, p).Closed[ClosedLifetime], "its age counts at its end")

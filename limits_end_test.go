@@ -20,7 +20,7 @@ import (
 // does when handles are short.
 func TestWithoutMaxOpenThereIsNoPressureOfHandles(t *testing.T) {
 	short := func(t *testing.T, n *sockNet) (p *Pool, limit *atomic.Int64) {
-		p = n.pool(t, func(c *Config) { c.NoIdentity, c.NoProbe = true, true })
+		p = n.pool(t, func(c *Config) { c.NoFDCheck, c.NoProbe = true, true })
 		limit = new(atomic.Int64)
 		limit.Store(8) // a test binary's descriptors have larger numbers
 		low := realSystem
@@ -225,7 +225,7 @@ func TestALookHandsOverWithTheRightTimes(t *testing.T) {
 		c := b.conn()
 		require.Equal(t, time.Minute+2*time.Second, got.IdleFor)
 		require.Equal(t, time.Second, got.Waited)
-		require.Equal(t, time.Minute+2*time.Second, c.IdleFor())
+		require.Equal(t, time.Minute+2*time.Second, c.Info().IdleFor)
 		time.Sleep(time.Second)
 		require.Contains(t, n.p.stillOut(), "(for 1s)")
 		require.NoError(t, b.giveBack())

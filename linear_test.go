@@ -113,7 +113,7 @@ func TestALookEndsWhereItBegan(t *testing.T) {
 		go n.p.examine(idleRef{top, top.generation()}, true)
 		synctest.Wait()
 		b := n.borrow(bg, at("a"))
-		require.Equal(t, before[1], b.conn().ID())
+		require.Equal(t, before[1], b.conn().Info().ID)
 		n.check()
 		require.False(t, top.linked())
 		looking <- struct{}{}

@@ -282,7 +282,7 @@ func tlWith(t testing.TB, p *Pool, addr Addr, fn func(Conn) error) (id uint64, e
 	late := time.AfterFunc(20*time.Second, cancel)
 	defer late.Stop()
 	err = p.With(ctx, addr, func(c Conn) error {
-		id = c.ID()
+		id = c.Info().ID
 		return fn(c)
 	})
 	p.check(t)
@@ -552,7 +552,7 @@ func (f tlFault) run(t *testing.T, how tlSecure, nth int, watched bool) {
 	}
 	for range 2 {
 		id, err = tlWith(t, p, s.addr(), func(c Conn) error {
-			if State[*bufio.Reader](c) == nil || c.Uses() > 1 {
+			if State[*bufio.Reader](c) == nil || c.Info().Uses > 1 {
 				return tlChat(c)
 			}
 			return errors.Join(tlSay(c, "two"), tlExpect(State[*bufio.Reader](c), "one\ntwo\n"))

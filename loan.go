@@ -326,32 +326,6 @@ func (h Conn) Addr() Addr {
 	return h.c.site.addr
 }
 
-// ID is the number of the connection in its pool, from 1; 0 after the loan.
-func (h Conn) ID() uint64 { return about(h, func(c *conn) uint64 { return c.id }) }
-
-// Uses counts the loans of the connection, this one included; 0 after the loan.
-func (h Conn) Uses() int { return about(h, func(c *conn) int { return c.uses }) }
-
-// Reused reports whether the connection was lent before.
-func (h Conn) Reused() bool { return h.Uses() > 1 }
-
-// Age is the time since the connection was opened; 0 after the loan.
-func (h Conn) Age() time.Duration {
-	return about(h, func(c *conn) time.Duration { return c.site.pool.clock.Exactly().Sub(c.born) })
-}
-
-// IdleFor is how long the connection had been unused when it was lent, to
-// within 10 ms as a rule, more on a machine whose processors are all busy; 0 on
-// its first use and after the loan, and only then.
-func (h Conn) IdleFor() time.Duration {
-	return about(h, func(c *conn) time.Duration {
-		if c.uses > 1 {
-			return max(c.idleFor, 1)
-		}
-		return 0
-	})
-}
-
 func about[T any](h Conn, get func(*conn) T) (v T) {
 	if h.c.enter(h.gen) == nil {
 		v = get(h.c)

@@ -231,7 +231,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			soon(t, "the close", func() bool { closed, _ := m.sock(0).state(); return closed })
 			soon(t, "its reason", func() bool { return m.p.Stats().Closed[c.reason] == 1 })
 			require.NoError(t, m.p.With(bg, home, func(c Conn) error {
-				require.NotEqual(t, uint64(1), c.ID(), "it was lent again")
+				require.NotEqual(t, uint64(1), c.Info().ID, "it was lent again")
 				return nil
 			}))
 			settled(t, m.p)
@@ -308,7 +308,7 @@ func TestOfMarkDeadAndDetachTheFirstWins(t *testing.T) {
 func TestMarkDeadOfThePoolsOwnHandleHarmsNothing(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"by identity":           func(*Config) {},
-		"identity switched off": func(c *Config) { c.NoIdentity = true },
+		"identity switched off": func(c *Config) { c.NoFDCheck = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := startSock(t, "tcp", faultnet.Options{})

@@ -135,7 +135,7 @@ func matrixPool(t *testing.T) (lend func(Addr) (uint64, error), dialed func() ma
 			if c.Addr() != addr {
 				return fmt.Errorf("asked for %v, got one of %v", addr, c.Addr())
 			}
-			id = c.ID()
+			id = c.Info().ID
 			return nil
 		})
 		p.check(t)

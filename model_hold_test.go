@@ -231,8 +231,8 @@ func (w *world) useLease(ctx context.Context, pool *Pool, b *borrower, top []uin
 	}
 	modelHolds.leases.Add(1)
 	id := w.lentTo(ctx, b, Conn{l.c, l.gen}, top)
-	if l.ID() != id {
-		w.failed("lease %d says that it is connection %d", id, l.ID())
+	if l.Info().ID != id {
+		w.failed("lease %d says that it is connection %d", id, l.Info().ID)
 	}
 	order := <-b.orders
 	w.mu.Lock()

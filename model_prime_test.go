@@ -64,7 +64,7 @@ func (w *world) spareShape(cfg *Config, of func(...int) int) {
 // push is the Push of such a pool. It reads what the server has written, and
 // finds fault with half of it.
 func (w *world) push(ctx context.Context, c Conn) error {
-	id := c.ID()
+	id := c.Info().ID
 	w.mu.Lock()
 	if other := w.owner[id]; other != nil && id != 0 { // 0: it is being dialled, as others may be
 		w.fail("connection %d was pushed while call %d has it", id, other.order)

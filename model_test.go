@@ -557,7 +557,7 @@ func (w *world) use(ctx context.Context, b *borrower, c Conn, top []uint64) erro
 
 // lentTo checks and books that b has got c.
 func (w *world) lentTo(ctx context.Context, b *borrower, c Conn, top []uint64) (id uint64) {
-	id = c.ID()
+	id = c.Info().ID
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if other := w.owner[id]; other != nil {
@@ -566,7 +566,7 @@ func (w *world) lentTo(ctx context.Context, b *borrower, c Conn, top []uint64) (
 	if reason, was := w.closed[id]; was {
 		w.fail("connection %d was lent after it was closed (%v)", id, reason)
 	}
-	if c.Reused() {
+	if c.Info().Reused {
 		if err := c.c.nc.(Prober).Probe(); err != nil && ctx.Err() == nil {
 			w.fail("connection %d was lent although %v", id, err)
 		}

@@ -85,7 +85,7 @@ type site struct {
 	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
 	family    family   // of a site of DialContext's; for life
 	absolute  bool     // ... and its host had a final dot
-	reserve   uint8    // ... and so many may be open beyond MaxOpen for it, see DialReserve
+	overflow  uint8    // ... and so many may be open beyond MaxOpen for it, see DialOverflow
 	rank      int8     // as of the last refreshLocked, see books_silence.go
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest under way that waiters count on

@@ -247,7 +247,7 @@ func TestACloseThatFailsOrPanicsStopsNothing(t *testing.T) {
 					n.gauges(0, 0, 0)
 					require.Zero(t, n.p.Stats().Open)
 					if name != "ends its goroutine" {
-						require.Zero(t, n.p.Stats().Abandoned)
+						require.Zero(t, n.p.Stats().AbandonedCalls)
 					}
 					n.check()
 				})
@@ -282,7 +282,7 @@ func TestACloseThatHangsIsGivenUpAfterFiveSeconds(t *testing.T) {
 				n.check()
 				require.Equal(t, "a#2", who(waiter.conn()))
 				require.Equal(t, closeTimeout, time.Since(start))
-				require.EqualValues(t, 1, n.p.Stats().Abandoned)
+				require.EqualValues(t, 1, n.p.Stats().AbandonedCalls)
 				require.NoError(t, waiter.giveBack())
 
 				start = time.Now()
@@ -290,7 +290,7 @@ func TestACloseThatHangsIsGivenUpAfterFiveSeconds(t *testing.T) {
 				require.True(t, ok)
 				require.Equal(t, at("a"), addr)
 				require.Equal(t, closeTimeout, time.Since(start))
-				require.EqualValues(t, 2, n.p.Stats().Abandoned)
+				require.EqualValues(t, 2, n.p.Stats().AbandonedCalls)
 
 				n.use(at("a"))
 				start = time.Now()

@@ -129,7 +129,7 @@ func TestDialTimeoutBoundsDialAndSetupTogether(t *testing.T) {
 			require.Empty(t, n.Host(host).Conns())
 			n.check()
 		}
-		require.Zero(t, n.p.Stats().Abandoned)
+		require.Zero(t, n.p.Stats().AbandonedCalls)
 	})
 }
 
@@ -469,7 +469,7 @@ func TestADialerThatIgnoresItsContextLosesItsSlot(t *testing.T) {
 				require.ErrorIs(t, pe, context.DeadlineExceeded)
 				second.conn()
 				require.Equal(t, time.Second+hookGrace, time.Since(start))
-				require.EqualValues(t, 1, n.p.Stats().Abandoned)
+				require.EqualValues(t, 1, n.p.Stats().AbandonedCalls)
 				n.check()
 				time.Sleep(time.Hour)
 				require.Len(t, n.Host("a").Conns(), 1, "the late one is closed")
@@ -556,7 +556,7 @@ func TestTheSlotOfAHungSetupIsFreeOnlyWithItsSocketClosed(t *testing.T) {
 		synctest.Wait()
 		require.Zero(t, n.p.Stats().Open)
 		require.Empty(t, n.Host("a").Conns())
-		require.EqualValues(t, 1, n.p.Stats().Abandoned)
+		require.EqualValues(t, 1, n.p.Stats().AbandonedCalls)
 	})
 }
 

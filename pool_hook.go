@@ -200,7 +200,7 @@ func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 // abandoned counts and reports foreign code that the pool goes on without.
 func (p *Pool) noteAbandoned(what string, addr Addr) {
 	p.mu.Lock()
-	p.counts.Abandoned++
+	p.counts.AbandonedCalls++
 	p.mu.Unlock()
 	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)
 }

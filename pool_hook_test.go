@@ -139,7 +139,7 @@ func TestSetupThatFailsInAnyWayIsTheBorrowersAndLeavesNothing(t *testing.T) {
 				works = true
 				n.use(at("a"))
 				if d.hangs {
-					require.EqualValues(t, 2, n.p.Stats().Abandoned)
+					require.EqualValues(t, 2, n.p.Stats().AbandonedCalls)
 				}
 			})
 		})
@@ -164,7 +164,7 @@ func TestSetupErrorComesThoughTheCloseHangs(t *testing.T) {
 			time.Sleep(closeTimeout)
 			synctest.Wait()
 			require.Zero(t, n.p.Stats().Open)
-			require.EqualValues(t, 1, n.p.Stats().Abandoned)
+			require.EqualValues(t, 1, n.p.Stats().AbandonedCalls)
 			n.check()
 		})
 	}
@@ -209,7 +209,7 @@ func TestResetThatFailsInAnyWayClosesTheConnectionAndHoldsNobodyUp(t *testing.T)
 					require.Empty(t, n.Host("a").Conns())
 				}
 				if d.hangs {
-					require.EqualValues(t, 2, n.p.Stats().Abandoned)
+					require.EqualValues(t, 2, n.p.Stats().AbandonedCalls)
 				}
 				if d.sound { // the next borrower feels nothing of the hook
 					require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
@@ -277,7 +277,7 @@ func TestCheckPrecedesTheLoanOfWhatHasLongBeenIdle(t *testing.T) {
 		var verdict error
 		n := open(t, Config{SweepInterval: -1, CheckAfterIdle: 10 * time.Second, Check: func(ctx context.Context, c Conn) error {
 			checks++
-			require.Positive(t, c.Uses())
+			require.Positive(t, c.Info().Uses)
 			return verdict
 		}})
 		n.use(at("a"))

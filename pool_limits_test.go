@@ -37,7 +37,7 @@ func TestMaxIdleBelowZeroMakesEveryUseDial(t *testing.T) {
 			held[1].conn()
 			waiter := n.queue(1, at("a"))[0]
 			require.NoError(t, held[0].giveBack())
-			require.Equal(t, 1, waiter.conn().Uses(), name)
+			require.Equal(t, 1, waiter.conn().Info().Uses, name)
 			require.NoError(t, held[1].giveBack())
 			require.NoError(t, waiter.giveBack())
 			synctest.Wait()
@@ -82,7 +82,7 @@ func TestMaxUsesCountsLoans(t *testing.T) {
 		for i := range 9 {
 			require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
 				require.Equal(t, fmt.Sprintf("a#%d", i/3+1), who(c))
-				require.Equal(t, i%3+1, c.Uses())
+				require.Equal(t, i%3+1, c.Info().Uses)
 				return nil
 			}))
 			n.check()
@@ -100,7 +100,7 @@ func TestLifetimeNeverInterruptsALoan(t *testing.T) {
 		b := n.borrow(bg, at("a"))
 		c := b.conn()
 		time.Sleep(time.Hour)
-		require.Equal(t, time.Hour, c.Age())
+		require.Equal(t, time.Hour, c.Info().Age)
 		answer, err := askLine(c, "x")
 		require.NoError(t, err)
 		require.Equal(t, "1 x", answer)

@@ -448,8 +448,8 @@ func TestNothingInTheAddressIsInterchangeable(t *testing.T) {
 			for i, addr := range all {
 				require.NoError(t, n.p.With(bg, addr, func(c Conn) error {
 					require.Equal(t, addr, c.Addr())
-					require.EqualValues(t, i+1, c.ID())
-					require.Equal(t, round == 1, c.Reused())
+					require.EqualValues(t, i+1, c.Info().ID)
+					require.Equal(t, round == 1, c.Info().Reused)
 					names[who(c)] = addr
 					return nil
 				}))
@@ -460,7 +460,7 @@ func TestNothingInTheAddressIsInterchangeable(t *testing.T) {
 		n.gauges(0, len(all), 0)
 		same := Addr{Transport: memory, Host: "a", QoS: QoS{KeepAlive: -time.Hour}}
 		require.NoError(t, n.p.With(bg, same, func(c Conn) error {
-			require.True(t, c.Reused(), "every negative KeepAlive is one value")
+			require.True(t, c.Info().Reused, "every negative KeepAlive is one value")
 			return nil
 		}))
 	})

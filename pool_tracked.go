@@ -27,7 +27,7 @@ import (
 // do not apply: that is the library's business. So is TLS, and Setup does not run.
 // FullOverflow does not apply either: what a library keeps is no passing excess. A
 // library that needs one connection more before it can give one up gets its dial
-// function from [Pool.DialReserve].
+// function from [Pool.DialOverflow].
 //
 // network is "tcp", "tcp4", "tcp6" or "unix". A final dot of the host is kept for the
 // dial, where it says that the name is complete; in an Addr there is none. A dialer that Config.Dialers has
@@ -46,19 +46,19 @@ import (
 // names it. An error is a *[net.OpError], as that of package net's dialer, and wraps
 // an *[Error].
 func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return p.dialReserved(ctx, network, address, 0)
+	return p.dialCounted(ctx, network, address, 0)
 }
 
-// dialReserved is DialContext, and what DialReserve returns.
-func (p *Pool) dialReserved(ctx context.Context, network, address string, reserve int) (net.Conn, error) {
-	nc, err := p.dialTracked(ctx, network, address, reserve)
+// dialCounted is DialContext, and what DialOverflow returns.
+func (p *Pool) dialCounted(ctx context.Context, network, address string, overflow int) (net.Conn, error) {
+	nc, err := p.dialTracked(ctx, network, address, overflow)
 	if pe, ok := err.(*Error); ok {
 		return nil, pe.opError(network, address)
 	}
 	return nc, err
 }
 
-func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve int) (net.Conn, error) {
+func (p *Pool) dialTracked(ctx context.Context, network, address string, overflow int) (net.Conn, error) {
 	switch {
 	case p.stop == nil:
 		return nil, usage(Addr{}, ErrClosed)
@@ -76,7 +76,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 	// Its books are its own: nothing that is opened here may serve another.
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
-	s.reserve = uint8(max(0, min(reserve, math.MaxUint8)))
+	s.overflow = uint8(max(0, min(overflow, math.MaxUint8)))
 	t := p.trace(ctx) // a method of ctx, which is foreign: not under the lock
 	var todo agenda
 	p.mu.Lock()
@@ -88,9 +88,9 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		p.unpooled = make(map[*site]struct{})
 	}
 	p.unpooled[s] = struct{}{}
-	if s.reserve > 0 {
-		p.reserves++
-		defer p.noReserve()
+	if s.overflow > 0 {
+		p.overflows++
+		defer p.noteOverflowDialEnded()
 	}
 	got := p.enqueueLocked(ctx, s, &request{start: start}, &todo)
 	p.mu.Unlock()
@@ -99,7 +99,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		return nil, got.refused.classify()
 	}
 	p.announce(got.w, t, &todo)
-	if s.reserve > 0 {
+	if s.overflow > 0 {
 		defer time.AfterFunc(ownPatience, func() { p.stalled(got.w) }).Stop()
 	}
 	c, err := p.await(ctx, s, got.w)
@@ -202,16 +202,16 @@ func (p *Pool) untrack(c *conn, err error) <-chan struct{} {
 	return p.discard(c, ClosedByBorrower, err)
 }
 
-// ownPatience is how long a dial waits for a slot before it may take of the reserve.
+// ownPatience is how long a dial waits for a slot before it may take of the overflow.
 const ownPatience = 250 * time.Millisecond
 
-// DialReserve returns a DialContext that is not stalled by a pool full of the
+// DialOverflow returns a DialContext that is not stalled by a pool full of the
 // caller's own connections. A library may need one more connection before it can
 // give one up: a PostgreSQL client cancels a query over a second connection, and
 // holds the first until that has come through. If all slots of MaxOpen are such
 // connections, it would wait for itself.
 //
-// A dial of the function that DialReserve returns waits for a slot as others do.
+// A dial of the function that DialOverflow returns waits for a slot as others do.
 // After 250 milliseconds (under FullFail: at once) it opens its connection beyond
 // MaxOpen, as long as no more than n are open beyond it, whoever opened them. What is
 // open beyond MaxOpen counts in Stats as everything else does, and is gone when as
@@ -221,13 +221,13 @@ const ownPatience = 250 * time.Millisecond
 // n is as many as may be needed at the same time, for a PostgreSQL client the queries
 // that are cancelled at once; the others wait for these. More than 255 count as 255.
 // With n of 0 or less the function is DialContext.
-func (p *Pool) DialReserve(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
+func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		return p.dialReserved(ctx, network, address, n)
+		return p.dialCounted(ctx, network, address, n)
 	}
 }
 
-// stalled is told that w, of a DialReserve, has waited for ownPatience.
+// stalled is told that w, of a DialOverflow, has waited for ownPatience.
 func (p *Pool) stalled(w *waiter) {
 	var todo agenda
 	p.mu.Lock()
@@ -239,10 +239,10 @@ func (p *Pool) stalled(w *waiter) {
 	todo.run(p)
 }
 
-// noReserve is told that a call of DialReserve's function has ended.
-func (p *Pool) noReserve() {
+// noteOverflowDialEnded is told that a call of DialOverflow's function has ended.
+func (p *Pool) noteOverflowDialEnded() {
 	p.mu.Lock()
-	p.reserves--
+	p.overflows--
 	p.mu.Unlock()
 }
 

@@ -40,7 +40,7 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 						l, err := line(c)
 						if err == nil {
 							o.pushed.Add(1)
-							o.heard(c.ID(), l)
+							o.heard(c.Info().ID, l)
 						}
 						return err
 					}
@@ -138,7 +138,7 @@ func (o *listeners) exchange(c Conn) error {
 			return err
 		case strings.HasPrefix(l, "push "):
 			o.inLoans.Add(1)
-			o.heard(c.ID(), l)
+			o.heard(c.Info().ID, l)
 		case l == "reply to "+token:
 			return nil
 		default:

@@ -204,7 +204,7 @@ func TestPushHasTheConnectionAlone(t *testing.T) {
 	p := n.pool(t, func(c *Config) {
 		c.SweepInterval, c.MaxPerAddr = sweepWhereNothingListens, 1
 		c.Push = func(_ context.Context, c Conn) error {
-			entered <- c.ID()
+			entered <- c.Info().ID
 			<-leave
 			_, err := line(c)
 			return err
@@ -638,7 +638,7 @@ func TestATicketThatComesInPiecesIsNotPushed(t *testing.T) {
 	srv.release(t, 0)
 	soon(t, "idle", func() bool { return p.Stats().Idle == 1 && p.Stats().InUse == 0 })
 	require.NoError(t, p.With(t.Context(), srv.addr, func(c Conn) error {
-		require.True(t, c.Reused())
+		require.True(t, c.Info().Reused)
 		srv.write("behind its tickets\n")
 		l, err := line(c)
 		require.Equal(t, "behind its tickets", l)

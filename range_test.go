@@ -63,7 +63,7 @@ func TestTheLongestDurationsAreForEver(t *testing.T) {
 				require.GreaterOrEqual(t, st.Idle, 2, i)
 			}
 			require.Zero(t, st.DialErrors, i)
-			require.Zero(t, st.Abandoned, i)
+			require.Zero(t, st.AbandonedCalls, i)
 			require.Zero(t, held, i)
 			for reason := range st.Closed {
 				require.Equal(t, ClosedStale, reason, i)

@@ -399,7 +399,7 @@ func (s *realServer) pool(t *testing.T, cfg connpool.Config) *connpool.Pool {
 		defer cancel()
 		assert.NoError(t, p.Shutdown(ctx))
 		assert.Zero(t, p.Stats().Open)
-		assert.Zero(t, p.Stats().Abandoned)
+		assert.Zero(t, p.Stats().AbandonedCalls)
 	})
 	return p
 }

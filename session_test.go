@@ -279,7 +279,7 @@ func TestResetRunsAtTheEndOfTheSession(t *testing.T) {
 		ctx, end := n.session(bg)
 		for i := range 5 {
 			require.NoError(t, n.p.With(ctx, at("a"), func(c Conn) error {
-				require.Equal(t, i+1, c.Uses())
+				require.Equal(t, i+1, c.Info().Uses)
 				return nil
 			}))
 		}

@@ -134,7 +134,7 @@ func (s *soak) once(rng *rand.Rand, name string) {
 			return errSoakForeign
 		}
 		if !st.lent.CompareAndSwap(false, true) {
-			s.fault("connection %d of %v is lent twice", c.ID(), addr)
+			s.fault("connection %d of %v is lent twice", c.Info().ID, addr)
 		}
 		st.loans++
 		defer st.lent.Store(false)
@@ -387,7 +387,7 @@ func TestSoak(t *testing.T) {
 	require.Zero(t, st.Open)
 	require.Equal(t, st.Dials-st.DialErrors, closed+st.Detached, "every connection left once: %v", st.Closed)
 	require.LessOrEqual(t, st.PeakOpen, cfg.MaxOpen)
-	require.Zero(t, st.Abandoned)
+	require.Zero(t, st.AbandonedCalls)
 	require.Zero(t, st.Closed[ClosedQuarantined])
 	for _, server := range s.servers {
 		server.Close()

@@ -243,7 +243,7 @@ func TestTheReserveOutlivesIdleTimeoutAndIsChecked(t *testing.T) {
 			n := open(t, Config{MinIdlePerAddr: spare, Check: func(_ context.Context, c Conn) error {
 				mu.Lock()
 				defer mu.Unlock()
-				pinged[c.ID()]++
+				pinged[c.Info().ID]++
 				return nil
 			}})
 			n.idle(at("a"), 5)
@@ -268,7 +268,7 @@ func TestTheReserveOutlivesIdleTimeoutAndIsChecked(t *testing.T) {
 			dials := n.p.Stats().Dials
 			if spare > 0 {
 				require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
-					require.Greater(t, c.Age(), 2*defaultIdleTimeout, "it is lent, old as it is")
+					require.Greater(t, c.Info().Age, 2*defaultIdleTimeout, "it is lent, old as it is")
 					return nil
 				}))
 				require.LessOrEqual(t, n.p.Stats().Dials, dials+1)

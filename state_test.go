@@ -336,7 +336,7 @@ func TestWhatAJSONDecoderHasReadAheadIsNotLeftToTheNextBorrower(t *testing.T) {
 			}})
 			ask := func(request string) (got string, id uint64) {
 				require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
-					id = c.ID()
+					id = c.Info().ID
 					if decoders[id] == nil {
 						decoders[id] = last
 					}

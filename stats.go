@@ -31,18 +31,18 @@ type Stats struct {
 	Addrs    int // addresses the pool keeps books for
 	Unprobed int // open connections that cannot be asked whether they live, see Prober
 
-	Loans        uint64        // loans that have ended
-	Reused       uint64        // those of a connection that had been lent before
-	Dials        uint64        // dials that were started
-	DialErrors   uint64        // dials (with handshake) that failed, or were given up as nobody needed them any more; those whose Setup failed are in Closed
-	Detached     uint64        // connections that left by Conn.Detach
-	Leaked       uint64        // leases and sessions that nobody could reach any more, taken back
-	Pushes       uint64        // calls of Config.Push
-	Abandoned    uint64        // foreign code given up because it did not end in time: dials, hooks, closes, observers, what a connection's deadline or close did not bring back
-	Waits        uint64        // borrowers that had to queue
-	WaitDuration time.Duration // time spent in queues
-	WaitsFailed  uint64        // borrowers that left the queue with an error, their own ctx's included
-	Exhausted    uint64        // borrowers refused with ErrExhausted
+	Loans          uint64        // loans that have ended
+	Reused         uint64        // those of a connection that had been lent before
+	Dials          uint64        // dials that were started
+	DialErrors     uint64        // dials (with handshake) that failed, or were given up as nobody needed them any more; those whose Setup failed are in Closed
+	Detached       uint64        // connections that left by Conn.Detach
+	Leaked         uint64        // leases and sessions that nobody could reach any more, taken back
+	Pushes         uint64        // calls of Config.Push
+	AbandonedCalls uint64        // foreign code given up because it did not end in time: dials, hooks, closes, observers, what a connection's deadline or close did not bring back
+	Waits          uint64        // borrowers that had to queue
+	WaitDuration   time.Duration // time spent in queues
+	WaitsFailed    uint64        // borrowers that left the queue with an error, their own ctx's included
+	Exhausted      uint64        // borrowers refused with ErrExhausted
 
 	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent
 }

@@ -748,7 +748,7 @@ func TestThePoolsOwnNextDialProvesTheOlderEntryDead(t *testing.T) {
 	for _, transport := range []string{"tcp", "tls", "unix"} {
 		for _, check := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s,identity=%v", transport, check), func(t *testing.T) {
-				p := newWatched(t, Config{SweepInterval: -1, NoIdentity: !check})
+				p := newWatched(t, Config{SweepInterval: -1, NoFDCheck: !check})
 				ctx := context.Background()
 				var fd, next int
 				require.NoError(t, p.With(ctx, peers[transport], func(c Conn) error {
@@ -916,7 +916,7 @@ func TestWithoutTheIdentityCheckTheHazardIsReal(t *testing.T) {
 	if !child {
 		return
 	}
-	p := newWatched(t, Config{NoIdentity: true})
+	p := newWatched(t, Config{NoFDCheck: true})
 	ctx := context.Background()
 	fd := -1
 	require.NoError(t, p.With(ctx, peers["tcp"], func(c Conn) error {

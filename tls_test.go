@@ -55,7 +55,7 @@ func TestAFreshTLSConnectionWithUnreadTicketsIsReused(t *testing.T) {
 					require.Equal(t, 2, n.srv.PushIdle(-1, []byte("!")))
 					soon(t, "the byte behind the tickets", func() (fresh bool) {
 						require.NoError(t, p.With(t.Context(), other, func(c Conn) error {
-							fresh = !c.Reused()
+							fresh = !c.Info().Reused
 							return nil
 						}))
 						return fresh

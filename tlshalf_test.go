@@ -135,7 +135,7 @@ func TestHalfARecordIsSeenAfterALoanThatOnlyRead(t *testing.T) {
 					require.NoError(t, p.With(bg, h.addr, halvesByte))
 					id := p.every()[0].id
 					err := poll(p, h.addr, func(c Conn) (err error) {
-						require.Equal(t, id, c.ID())
+						require.Equal(t, id, c.Info().ID)
 						close(h.begin) // what comes before is the business of the look
 						for end := time.Now().Add(bounded); !c.c.sock.belowTLS().record.Partial(); {
 							require.True(t, time.Now().Before(end))
@@ -150,7 +150,7 @@ func TestHalfARecordIsSeenAfterALoanThatOnlyRead(t *testing.T) {
 					require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 					close(h.release)
 					require.NoError(t, p.With(bg, h.addr, func(c Conn) error {
-						require.NotEqual(t, id, c.ID(), "lent again with half a record inside")
+						require.NotEqual(t, id, c.Info().ID, "lent again with half a record inside")
 						return nil
 					}))
 					settled(t, p)
@@ -264,7 +264,7 @@ func TestARenegotiationThatIsCutShortEndsTheConnection(t *testing.T) {
 				require.Error(t, err)
 			}
 			p.With(bg, s.addr, func(h Conn) error {
-				require.NotEqual(t, uint64(1), h.ID(), "it can never be used again")
+				require.NotEqual(t, uint64(1), h.Info().ID, "it can never be used again")
 				return nil
 			})
 			soon(t, "it is counted, also by a watcher that still looks", func() bool {

@@ -33,7 +33,7 @@ func seenOnce(t *testing.T, p *Pool, a Addr) string {
 	require.NoError(t, p.With(t.Context(), a, func(c Conn) error {
 		who, err := seenBy(c)
 		require.NoError(t, err)
-		require.False(t, c.Reused())
+		require.False(t, c.Info().Reused)
 		seen = who
 		if c.ConnectionState().DidResume {
 			seen += " resumed"

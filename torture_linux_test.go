@@ -128,7 +128,7 @@ func (x *tortureSystem) run(plain, secret *faultnet.Server) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	token := func(c Conn) error {
-		text := fmt.Sprintf("%d-%d", c.ID(), c.Uses())
+		text := fmt.Sprintf("%d-%d", c.Info().ID, c.Info().Uses)
 		if _, err := fmt.Fprintf(c, "%s\n", text); err != nil {
 			return err
 		}

@@ -93,10 +93,10 @@ type WaitInfo struct {
 // GotInfo is what [Trace.GotConn] gets.
 type GotInfo struct {
 	Addr    Addr
-	ID      uint64 // of the connection in its pool, from 1
-	Reused  bool
-	Uses    int           // loans including this one
-	IdleFor time.Duration // since it was last given back; 0 if it came from another borrower or a dial
+	ID      uint64        // of the connection in its pool, from 1
+	Reused  bool          // it was lent before
+	Uses    int           // loans, this one included
+	IdleFor time.Duration // how long it had been unused, also before its first loan; 0 if it came from another borrower or a dial
 	Waited  time.Duration // since With was called
 }
 
@@ -111,18 +111,18 @@ type DialInfo struct {
 // PutInfo is what [Trace.PutConn] and [Trace.Detached] get.
 type PutInfo struct {
 	Addr Addr
-	ID   uint64
-	Held time.Duration
+	ID   uint64        // of the connection in its pool, from 1
+	Held time.Duration // since the loan began
 }
 
 // CloseInfo is what [Trace.Closed] gets.
 type CloseInfo struct {
 	Addr   Addr
-	ID     uint64
+	ID     uint64 // of the connection in its pool, from 1; 0 if it was closed before it was ready, as after a failed Setup
 	Reason CloseReason
-	Uses   int
-	Age    time.Duration
-	Err    error // what made the pool give it up, if an error did
+	Uses   int           // loans
+	Age    time.Duration // since it was opened
+	Err    error         // what made the pool give it up, if an error did
 }
 
 type traceKey struct{}

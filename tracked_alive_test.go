@@ -343,12 +343,12 @@ func TestDialContextDialsTheNameAsGiven(t *testing.T) {
 
 // TRY-18: a library whose own connections fill the pool gets one more, for as long as it
 // needs that to give up another.
-func TestADialReserveIsNotStalledByThePoolItFills(t *testing.T) {
+func TestADialOverflowIsNotStalledByThePoolItFills(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 3, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 2)
-		dial := n.p.DialReserve(2)
+		overflowOf.Store(n.p, 2)
+		dial := n.p.DialOverflow(2)
 		var kept []net.Conn
 		for range 3 {
 			nc, err := dial(bg, "tcp", "h:80")
@@ -385,7 +385,7 @@ func TestADialReserveIsNotStalledByThePoolItFills(t *testing.T) {
 		_, err := n.p.DialContext(ctx, "tcp", "h:80")
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.ErrorIs(t, n.fail(ctx, at("a")), context.DeadlineExceeded)
-		_, err = n.p.DialReserve(0)(ctx, "tcp", "h:80")
+		_, err = n.p.DialOverflow(0)(ctx, "tcp", "h:80")
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		// What was opened beyond the limit is taken off it again.
 		ctx, cancel = context.WithTimeout(bg, time.Second)
@@ -407,13 +407,13 @@ func TestADialReserveIsNotStalledByThePoolItFills(t *testing.T) {
 	})
 }
 
-// TRY-18: where nobody may wait, the reserve is there at once.
-func TestADialReserveUnderFailWaitsForNothing(t *testing.T) {
+// TRY-18: where nobody may wait, the overflow is there at once.
+func TestADialOverflowUnderFailWaitsForNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, WhenFull: FullFail, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 1)
-		dial := n.p.DialReserve(1)
+		overflowOf.Store(n.p, 1)
+		dial := n.p.DialOverflow(1)
 		first, err := dial(bg, "tcp", "h:80")
 		require.NoError(t, err)
 		_, err = n.p.DialContext(bg, "tcp", "h:80")
@@ -430,14 +430,14 @@ func TestADialReserveUnderFailWaitsForNothing(t *testing.T) {
 	})
 }
 
-// TRY-18: a call that ends in whichever way leaves no reserve behind that somebody
+// TRY-18: a call that ends in whichever way leaves no overflow behind that somebody
 // could look for.
-func TestACallOfADialReserveLeavesNothing(t *testing.T) {
+func TestACallOfADialOverflowLeavesNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 1)
-		dial := n.p.DialReserve(1)
+		overflowOf.Store(n.p, 1)
+		dial := n.p.DialOverflow(1)
 		held := n.borrow(bg, at("a"))
 		held.conn()
 		ctx, cancel := context.WithTimeout(bg, ownPatience/2)
@@ -452,7 +452,7 @@ func TestACallOfADialReserveLeavesNothing(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, nc.Close())
 		n.p.mu.Lock()
-		require.Zero(t, n.p.reserves)
+		require.Zero(t, n.p.overflows)
 		require.Empty(t, n.p.readyOwn)
 		n.p.mu.Unlock()
 		require.NoError(t, held.giveBack())

@@ -169,10 +169,10 @@ func TestSixtyFourBorrowersGetTheirOwnRepliesOnly(t *testing.T) {
 			wg.Go(func() {
 				for range short.Of(20, 8) {
 					err := p.With(context.Background(), n.addr, func(c Conn) error {
-						if other, taken := users.LoadOrStore(c.ID(), i); taken {
-							return fmt.Errorf("connection %d is lent to %d and to %v", c.ID(), i, other)
+						if other, taken := users.LoadOrStore(c.Info().ID, i); taken {
+							return fmt.Errorf("connection %d is lent to %d and to %v", c.Info().ID, i, other)
 						}
-						defer users.Delete(c.ID())
+						defer users.Delete(c.Info().ID)
 						_, err := ask(c, newToken())
 						return err
 					})
@@ -336,7 +336,7 @@ func TestABareConnFromADialerIsPooledWithoutAProbe(t *testing.T) {
 	addr := Addr{Transport: "pipe", Host: "echo"}
 	for i := range 100 {
 		require.NoError(t, p.With(t.Context(), addr, func(c Conn) error {
-			require.Equal(t, i+1, c.Uses())
+			require.Equal(t, i+1, c.Info().Uses)
 			_, err := c.SyscallConn()
 			require.ErrorIs(t, err, errors.ErrUnsupported)
 			require.ErrorIs(t, c.CloseWrite(), errors.ErrUnsupported)

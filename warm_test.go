@@ -30,7 +30,7 @@ func TestWarmOpensAFirstSetBeforeTheFirstBorrow(t *testing.T) {
 			held = append(held, hold(t, p, n.addr))
 		}
 		for _, h := range held {
-			require.False(t, h.Reused())
+			require.False(t, h.Info().Reused)
 			require.NoError(t, h.end(nil))
 		}
 		require.Equal(t, uint64(5), p.Stats().Dials, "the borrowers needed none")

@@ -382,7 +382,7 @@ func TestAHangUpOfAnEarlierOwnerOfTheNumberHurtsNobody(t *testing.T) {
 		comesTrue(t, "it was looked at", func() bool { return p.Stats().Idle == 1 })
 		p.check(t)
 		require.NoError(t, p.With(context.Background(), addrNext, func(c Conn) error {
-			require.True(t, c.Reused())
+			require.True(t, c.Info().Reused)
 			_, err := enquire(c, "still there")
 			return err
 		}))

@@ -20,7 +20,7 @@ func newConnpool(s *Settings) Rival {
 		MaxOpen:       s.MaxOpen,
 		SweepInterval: s.Sweep,
 		NoProbe:       s.Check == CheckNone,
-		NoIdentity:    s.Check != CheckAll,
+		NoFDCheck:     s.Check != CheckAll,
 		Dialers: map[connpool.Transport]connpool.DialFunc{
 			connpool.TCP: func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
 				key, _ := strconv.Atoi(addr.Scope)

@@ -90,7 +90,7 @@ func TestPgxCancelsAQueryThoughThePoolIsFullOfItsConnections(t *testing.T) {
 	defer p.Close()
 	cfg, err := pgx.ParseConfig("postgres://postgres@" + s.Addr + "/postgres?sslmode=disable")
 	require.NoError(t, err)
-	cfg.DialFunc = p.DialReserve(2)
+	cfg.DialFunc = p.DialOverflow(2)
 	cfg.BuildContextWatcherHandler = func(pc *pgconn.PgConn) ctxwatch.Handler {
 		return &pgconn.CancelRequestContextWatcherHandler{Conn: pc, CancelRequestDelay: 0, DeadlineDelay: forever}
 	}

@@ -52,7 +52,7 @@ func (x *exchange) with(ctx context.Context, pool *connpool.Pool, addr connpool.
 	return pool.With(ctx, addr, func(c connpool.Conn) error {
 		x.got = time.Now()
 		n := connpool.State[*note](c)
-		x.lent(n, c.Reused())
+		x.lent(n, c.Info().Reused)
 		err := x.talk(c, n)
 		n.returned = time.Now()
 		return err

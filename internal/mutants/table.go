@@ -1318,15 +1318,15 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-of-dials-waits",
-		old:   `w.stalled && -b.roomLocked() < int(s.reserve)`,
-		new:   `-b.roomLocked() < int(s.reserve)`,
-		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
+		old:   `w.stalled && -b.roomLocked() < int(s.overflow)`,
+		new:   `-b.roomLocked() < int(s.overflow)`,
+		tests: `TestADialOverflowIsNotStalledByThePoolItFills`,
 	},
 	{
 		name:  "reserve-of-dials-is-bounded",
-		old:   `w.stalled && -b.roomLocked() < int(s.reserve)`,
-		new:   `w.stalled && s.reserve > 0`,
-		tests: `TestADialReserveIsNotStalledByThePoolItFills`,
+		old:   `w.stalled && -b.roomLocked() < int(s.overflow)`,
+		new:   `w.stalled && s.overflow > 0`,
+		tests: `TestADialOverflowIsNotStalledByThePoolItFills`,
 	},
 
 	// --- what is told ---
@@ -1711,5 +1711,11 @@ var mutants = []mutant{
 		old:   `case c.isOverdue(), overdueAt(r):`,
 		new:   `case c.isOverdue():`,
 		tests: `TestNoCopyBeginsWithALoanWhoseCtxIsDone`,
+	},
+	{
+		name:  "info-asks-a-foreign-connection-itself",
+		old:   "if c.sock.foreign {\n\t\tat = answer",
+		new:   "if c.sock.foreign && false {\n\t\tat = answer",
+		tests: `TestInfoOfAConnectionThatDoesNotAnswerEndsWithCtx`,
 	},
 }

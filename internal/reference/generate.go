@@ -19,31 +19,6 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// A block is some fields of Config that are read together.
-type block struct {
-	title, about string
-	fields       []string
-}
-
-// blocks has every field of Config once, in the order of the page. A field that
-// is in none of them is an error, so that a new one is put where it belongs.
-var blocks = []block{
-	{"Limits on connections", "How many connections, dials, waiters and loans there may be. `SetLimits` changes all of these but `MaxUses` and `WhenFull` while the pool works.",
-		[]string{"MaxOpen", "MaxPerAddr", "MaxIdle", "MaxIdlePerAddr", "MaxDialing", "MaxDialingPerAddr", "MaxWaiters", "MinIdlePerAddr", "MaxUses", "WhenFull"}},
-	{"Time", "How long a connection is kept, and how long the pool waits for something.",
-		[]string{"IdleTimeout", "MaxLifetime", "DialTimeout", "SweepInterval", "CheckAfterIdle", "HookTimeout"}},
-	{"Opening a connection", "How a connection is made, and what is done before its first loan.",
-		[]string{"Dialers", "TLS", "TLSFor", "Setup"}},
-	{"Between two loans", "What is done with a connection that is open. Each hook runs under `HookTimeout`.",
-		[]string{"Reset", "Check", "Push"}},
-	{"Checks before a loan", "Both checks are on; a program that needs neither can switch them off.",
-		[]string{"NoProbe", "NoIdentity"}},
-	{"File handles", "What is done when the process has no file handle left.",
-		[]string{"NoneRemovable"}},
-	{"Observing", "Who is told what the pool does.",
-		[]string{"Trace", "Profile", "HoldWarn", "Debug", "Logger"}},
-}
-
 // texts are the constants that have a text of their own, by type: how a constant
 // with the number i is written in logs, statistics and JSON.
 var texts = map[string]func(i int) string{
@@ -80,7 +55,7 @@ code (` + "`go run ./internal/reference`" + `), and a test fails when the two di
 [guide.md](guide.md); what to do about an error, a close reason or a number is in [operations.md](operations.md).
 
 [Config](#config) · [Limits](#limits) · [Addresses](#addresses) · [Close reasons](#close-reasons) · [Errors](#errors) ·
-[Trace](#trace) · [Stats](#stats) · [Functions and methods](#functions-and-methods)
+[Trace](#trace) · [ConnInfo](#conninfo) · [Stats](#stats) · [Functions and methods](#functions-and-methods)
 `)
 	g.config()
 	g.print("\n### FullPolicy\n\n")
@@ -114,6 +89,8 @@ code (` + "`go run ./internal/reference`" + `), and a test fails when the two di
 		g.print("\n### %s\n\n", name)
 		g.structure(name)
 	}
+	g.print("\n## ConnInfo\n\n")
+	g.structure("ConnInfo")
 	g.print("\n## Stats\n\n")
 	g.structure("Stats")
 	g.print("\n### AddrStats\n\n")
@@ -293,28 +270,24 @@ func (g *generator) structure(name string) {
 	}
 }
 
-// config writes Config in blocks.
+// config writes Config in blocks. A block begins with a field whose comment begins with
+// a heading, "# Title: what it is about".
 func (g *generator) config() {
 	g.print("\n## Config\n\n%s", g.markdown(g.typ("Config").Doc))
-	fields, used := g.fields("Config"), make(map[string]bool)
-	for _, b := range blocks {
-		g.print("\n### %s\n\n%s\n\n", b.title, b.about)
-		for _, name := range b.fields {
-			i := slices.IndexFunc(fields, func(f field) bool { return slices.Contains(f.names, name) })
-			if i < 0 {
-				g.fail("internal/reference: the block %q names Config.%s, which there is not", b.title, name)
+	for i, f := range g.fields("Config") {
+		heading, rest, _ := strings.Cut(f.doc, "\n")
+		if line, ok := strings.CutPrefix(heading, "# "); ok {
+			title, about, ok := strings.Cut(line, ": ")
+			if !ok {
+				g.fail("internal/reference: the heading above Config.%s is not of the form \"# Title: what it is about\"", f.names[0])
 				continue
 			}
-			if !used[fields[i].names[0]] {
-				used[fields[i].names[0]] = true
-				g.item(fields[i])
-			}
+			g.print("\n### %s\n\n%s%s.\n\n", title, strings.ToUpper(about[:1]), about[1:])
+			f.doc = rest
+		} else if i == 0 {
+			g.fail("internal/reference: Config.%s stands above the first heading of Config: put it into the block it belongs to", f.names[0])
 		}
-	}
-	for _, f := range fields {
-		if !used[f.names[0]] {
-			g.fail("internal/reference: Config.%s is in none of the blocks of generate.go: add it to the one it belongs to", f.names[0])
-		}
+		g.item(f)
 	}
 }
 

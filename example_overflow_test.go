@@ -43,7 +43,7 @@ func (c *queryClient) cancel() {
 // The pool has one slot, and the client's own connection takes it. With
 // pool.DialContext the cancel request would wait for that connection, and the query
 // for the cancel request.
-func ExamplePool_DialReserve() {
+func ExamplePool_DialOverflow() {
 	cancelled := make(chan struct{})
 	address, stop := serve(func(nc net.Conn) {
 		r := bufio.NewReader(nc)
@@ -68,7 +68,7 @@ func ExamplePool_DialReserve() {
 	}
 	defer pool.Close()
 
-	client := &queryClient{dial: pool.DialReserve(1), addr: address}
+	client := &queryClient{dial: pool.DialOverflow(1), addr: address}
 	if client.nc, err = client.dial(context.Background(), "tcp", address); err != nil {
 		log.Fatal(err)
 	}
