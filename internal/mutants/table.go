@@ -666,13 +666,13 @@ var mutants = []mutant{
 		name:  "spares-storm-a-dead-server",
 		old:   `(!x.shaky && !s.failing() || x.probe)`,
 		new:   `(!x.shaky || x.probe)`,
-		tests: `TestAReserveOfADeadServerIsTriedOncePerSweep`,
+		tests: `TestAReserveWaitsForTheSweepWhenABorrowersDialFailed`,
 	},
 	{
 		name:  "spares-storm-a-server-that-hangs-up",
 		old:   `(!x.shaky && !s.failing() || x.probe)`,
 		new:   `(!s.failing() || x.probe)`,
-		tests: `TestAReserveThatDiesUnusedIsTriedOncePerSweep`,
+		tests: `TestAReserveBeforeAnImpatientServerIsTriedOncePerSweep`,
 	},
 	{
 		name:  "spares-take-all-dials",
