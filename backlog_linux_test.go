@@ -49,9 +49,16 @@ func TestAFullBacklogOfAUnixSocketIsWaitedFor(t *testing.T) {
 	require.NoError(t, err)
 	defer p.Close()
 	var borrowers sync.WaitGroup
-	for range 20 {
+	const n = 20
+	var served sync.WaitGroup // so that no dial becomes surplus, and is given up
+	served.Add(n)
+	for range n {
 		borrowers.Go(func() {
-			if err := p.With(bg, addr, func(c Conn) error { return echo(c, "x") }); err != nil {
+			if err := p.With(bg, addr, func(c Conn) error {
+				served.Done()
+				served.Wait()
+				return echo(c, "x")
+			}); err != nil {
 				t.Error(err)
 			}
 		})

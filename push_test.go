@@ -191,6 +191,7 @@ func TestAPushThatReadsNothingOrHangsOrPanicsCostsTheConnection(t *testing.T) {
 			require.Equal(t, 1, n.srv.PushIdle(-1, []byte("push\n")))
 			soon(t, "closed", func() bool { return p.Stats().Closed[ClosedPushFailed] == 1 })
 			soon(t, "gone", func() bool { return p.Stats().Open == 0 })
+			require.EqualValues(t, 1, p.Stats().Pushes, "one failure is enough; a machine that is busy would end a run of them by its time-out")
 			p.check(t)
 			loan(t, p, n.addr)
 		})

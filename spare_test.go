@@ -221,6 +221,53 @@ func TestAReserveThatDiesUnusedIsTriedOncePerSweep(t *testing.T) {
 	}
 }
 
+// A server that hangs up on what is idle for some seconds is no failing one, and each
+// of its hang-ups is one less in the reserve.
+func TestAReserveBeforeAnImpatientServerIsTriedOncePerSweep(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{MinIdlePerAddr: 1, SweepInterval: time.Minute, IdleTimeout: time.Hour})
+		b := n.borrow(bg, at("a"))
+		mine := n.peer(b.conn())
+		synctest.Wait()
+		n.gauges(1, 1, 0)
+		before := n.p.Stats().Dials
+		for range 200 {
+			time.Sleep(3 * time.Second)
+			for _, c := range n.Host("a").Conns() {
+				if c != mine {
+					c.Reset()
+				}
+			}
+			n.p.looksAround()
+			synctest.Wait()
+			require.False(t, n.stats(at("a")).BackingOff)
+		}
+		require.LessOrEqual(t, n.p.Stats().Dials-before, uint64(11), "in ten minutes")
+		n.check()
+		require.NoError(t, b.giveBack())
+	})
+}
+
+// The dial of a borrower tells of a failing address as well as one of the reserve's.
+func TestAReserveWaitsForTheSweepWhenABorrowersDialFailed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{MinIdlePerAddr: 1, MaxPerAddr: 2})
+		first := n.borrow(bg, at("a"))
+		first.conn()
+		synctest.Wait()
+		second := n.borrow(bg, at("a"))
+		second.conn()
+		waiter := n.queue(1, at("a"))[0] // there is no room for a reserve
+		n.Host("a").Down()
+		require.ErrorIs(t, first.finish(discard), errBoom)
+		require.Equal(t, StageDial, n.fail2(waiter).Stage)
+		synctest.Wait()
+		require.EqualValues(t, 3, n.p.Stats().Dials)
+		n.check()
+		require.NoError(t, second.giveBack())
+	})
+}
+
 // looksAround looks at what is idle as a sweep does, and is none.
 func (p *Pool) looksAround() {
 	p.mu.Lock()

@@ -666,13 +666,13 @@ var mutants = []mutant{
 		name:  "spares-storm-a-dead-server",
 		old:   `(!x.unstable && !s.failing() || x.retryOnce)`,
 		new:   `(!x.unstable || x.retryOnce)`,
-		tests: `TestAReserveOfADeadServerIsTriedOncePerSweep`,
+		tests: `TestAReserveWaitsForTheSweepWhenABorrowersDialFailed`,
 	},
 	{
 		name:  "spares-storm-a-server-that-hangs-up",
 		old:   `(!x.unstable && !s.failing() || x.retryOnce)`,
 		new:   `(!s.failing() || x.retryOnce)`,
-		tests: `TestAReserveThatDiesUnusedIsTriedOncePerSweep`,
+		tests: `TestAReserveBeforeAnImpatientServerIsTriedOncePerSweep`,
 	},
 	{
 		name:  "spares-take-all-dials",
