@@ -351,7 +351,7 @@ func TestAPauseThatWasEndedIsNotStarted(t *testing.T) {
 		require.Nil(t, first.timer)
 		require.NotNil(t, second.timer)
 		p.mu.Unlock()
-		p.retry(s, first)
+		s.retry(first)
 		p.mu.Lock()
 		require.Same(t, second, s.backoff.pause, "the end of another pause ends this one")
 		p.mu.Unlock()

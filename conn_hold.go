@@ -50,7 +50,8 @@ type loanLog struct {
 
 // hold begins a hold of c by the caller's caller, skip frames further up. Only
 // the owner of c calls it.
-func (p *Pool) recordLoan(c *conn, skip int) {
+func (c *conn) recordLoan(skip int) {
+	p := c.site.pool
 	var pcs [64]uintptr
 	n := runtime.Callers(skip+2, pcs[:])
 	h := &loanRecord{addr: c.site.addr, id: c.id, since: p.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
@@ -164,13 +165,14 @@ func (h *loanRecord) info(now clock.Instant) HeldInfo {
 func leakedLease(c *conn) {
 	go func() { // the caller is the runtime, and its other clean-ups wait
 		if c.abort() {
-			c.site.pool.noteLeaked(c)
+			c.noteLeaked()
 		}
 	}()
 }
 
 // leaked closes a connection that the caller owns because nobody else can.
-func (p *Pool) noteLeaked(c *conn) {
+func (c *conn) noteLeaked() {
+	p := c.site.pool
 	t, h := c.trace(), c.loanState().record
 	if h == nil { // nobody wanted to know; only leases are always written down
 		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}
@@ -179,7 +181,7 @@ func (p *Pool) noteLeaked(c *conn) {
 	p.mu.Lock()
 	p.counts.Leaked++
 	p.mu.Unlock()
-	p.discard(c, ClosedLeaked, nil)
+	c.discard(ClosedLeaked, nil)
 	if t != nil && t.Leaked != nil {
 		p.observe("Trace.Leaked", func() { t.Leaked(info) })
 	}

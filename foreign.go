@@ -589,7 +589,7 @@ func (c *conn) revoke() {
 			return
 		}
 		if c.word.CompareAndSwap(w, w|flagGone) {
-			c.site.pool.discard(c, ClosedCanceled, c.interruption())
+			c.discard(ClosedCanceled, c.interruption())
 			return
 		}
 	}

@@ -275,9 +275,9 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			todo.run(p)
 		case got.w != nil:
 			r.seq = got.w.seq
-			p.announce(got.w, t, &todo)
+			got.w.announce(t, &todo)
 			var err error
-			c, err = p.await(ctx, got.w.site, got.w)
+			c, err = got.w.await(ctx)
 			if t != nil {
 				waited = p.clock.Exactly().Sub(r.start)
 			}
@@ -306,7 +306,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			r.addr, r.known, r.hash = &canonical, true, p.sites.hash(&canonical)
 			continue
 		}
-		reason, err := p.whyUnfit(ctx, c)
+		reason, err := c.whyUnfit(ctx)
 		if reason == ClosedUnknown {
 			return c, waited, nil
 		}
@@ -314,14 +314,14 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		if dead {
 			hollow++
 			why := unborn(reason, err)
-			if !reason.innocent() && p.noteHollow(c, why) || hollow >= maxHollow {
+			if !reason.innocent() && c.noteHollow(why) || hollow >= maxHollow {
 				vain = why
 			}
 		}
 		if p.isForPush(reason) {
 			// It goes to Push, and this borrower takes another, or it
 			// when Push is done.
-			p.push(c)
+			c.push()
 			todo = agenda{}
 			switch {
 			case ctx.Err() != nil:
@@ -331,13 +331,13 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			}
 			continue
 		}
-		if p.isDone(ctx, c, reason, err) || isPanic(err) {
-			p.discard(c, reason, err)
+		if c.isDone(ctx, reason, err) || isPanic(err) {
+			c.discard(reason, err)
 			passOn(err)
 			return nil, 0, p.failed(*r.addr, StageWait, causeOf(ctx), r.start)
 		}
 		if vain != nil {
-			p.discard(c, reason, err)
+			c.discard(reason, err)
 			return nil, 0, p.failed(*r.addr, StageDial, vain, r.start)
 		}
 		todo = agenda{}
@@ -347,11 +347,11 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 
 // isDone asks a ctx while its borrower has c, which is closed for reason if the ctx
 // panics.
-func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err error) bool {
+func (c *conn) isDone(ctx context.Context, reason CloseReason, err error) bool {
 	asked := false
 	defer func() {
 		if !asked {
-			p.discard(c, reason, err)
+			c.discard(reason, err)
 		}
 	}()
 	done := ctx.Err() != nil
@@ -361,11 +361,12 @@ func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err erro
 
 // announce runs the agenda of a borrower that was queued, and tells Trace.Wait. If
 // either ends the borrower's goroutine, the borrower leaves the queue.
-func (p *Pool) announce(w *waiter, t *Trace, todo *agenda) {
+func (w *waiter) announce(t *Trace, todo *agenda) {
+	p := w.site.pool
 	told := false
 	defer func() {
 		if !told { // a Trace function called runtime.Goexit
-			p.leave(w.site, w)
+			w.leave()
 		}
 	}()
 	todo.run(p)

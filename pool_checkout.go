@@ -53,7 +53,7 @@ func (k *checkout) borrow(ctx context.Context, addr *Addr) (err error) {
 // up.
 func (k *checkout) record(skip int) {
 	k.c.observedBy(k.trace) // a hold that lasts too long is told to the borrower's Trace
-	k.p.recordLoan(k.c, skip+1)
+	k.c.recordLoan(skip + 1)
 }
 
 // start begins the loan.
@@ -94,7 +94,7 @@ func (k *checkout) end() (word uint64, mine bool) {
 // close discards the connection.
 func (k *checkout) close(reason CloseReason, why error) {
 	k.owned = false
-	k.p.discard(k.c, reason, why)
+	k.c.discard(reason, why)
 }
 
 // finish is the end of a loan that ended by return: the verdict, and the give-back.
@@ -126,7 +126,7 @@ func (k *checkout) finish(ctx context.Context, err error) error {
 // kept it.
 func (k *checkout) release() (kept bool) {
 	k.owned = false
-	return k.p.release(k.c)
+	return k.c.release()
 }
 
 // put tells Trace.PutConn of a connection that was lent at that moment and kept.
@@ -203,7 +203,7 @@ func (k *checkout) reset(ctx context.Context) bool {
 	if reason == ClosedUnknown && p.cfg.Reset != nil {
 		if c.sock.isStolen() {
 			reason, why = ClosedQuarantined, errStolen
-		} else if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
+		} else if why = c.runHook(context.WithoutCancel(ctx), "Config.Reset", p.cfg.Reset); why != nil {
 			reason, own = ClosedResetFailed, true
 		}
 	}

@@ -60,7 +60,8 @@ func (p *Pool) refreshHandleLimit() {
 // enroll files a connection that was just dialled under the number of its
 // descriptor. An older entry with that number must have been closed behind the
 // pool's back; and the number says how many handles are taken.
-func (p *Pool) registerFD(c *conn) {
+func (c *conn) registerFD() {
+	p := c.site.pool
 	if c.sock.raw == nil {
 		return
 	}
@@ -68,7 +69,7 @@ func (p *Pool) registerFD(c *conn) {
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
-	if c.phase == phaseNone { // given up in this very moment, see abandonDial
+	if c.phase == phaseNone { // given up in this very moment, see abandon
 		p.mu.Unlock()
 		return
 	}
@@ -87,7 +88,7 @@ func (p *Pool) registerFD(c *conn) {
 		p.pressure = handlesPlenty // there is no limit any more that could be short
 	}
 	p.mu.Unlock()
-	p.listenTo(c)
+	c.watch()
 	todo.run(p)
 }
 

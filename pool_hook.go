@@ -10,7 +10,8 @@ import (
 // runHook lends c to a hook that talks over it (Reset, Check) and waits for
 // its answer, HookTimeout at most. The caller owns c before and after; after an
 // error it must discard it, since the hook may still be running.
-func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) (err error) {
+func (c *conn) runHook(ctx context.Context, where string, hook func(context.Context, Conn) error) (err error) {
+	p := c.site.pool
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
 	defer recoverInto(&err, where) // from a ctx of the caller's making
@@ -184,7 +185,8 @@ type pastLoan struct {
 	stack []byte
 }
 
-func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
+func (c *conn) logClosed(reason CloseReason, err error) {
+	p := c.site.pool
 	level := slog.LevelDebug
 	switch reason {
 	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:

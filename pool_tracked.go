@@ -98,11 +98,11 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 		todo.run(p)
 		return nil, got.refused.classify()
 	}
-	p.announce(got.w, t, &todo)
+	got.w.announce(t, &todo)
 	if s.reserve > 0 {
-		defer time.AfterFunc(ownPatience, func() { p.stalled(got.w) }).Stop()
+		defer time.AfterFunc(ownPatience, func() { got.w.noteStalled() }).Stop()
 	}
-	c, err := p.await(ctx, s, got.w)
+	c, err := got.w.await(ctx)
 	if err != nil {
 		stage, err := stageAndCause(err)
 		p.mu.Lock()
@@ -189,17 +189,18 @@ func (t *trackedLoan) release() error {
 		return again
 	}
 	t.cleanup.Stop()
-	if done := t.c.site.pool.untrack(t.c, nil); done != nil {
+	if done := t.c.untrack(nil); done != nil {
 		<-done
 	}
 	return nil
 }
 
-func (p *Pool) untrack(c *conn, err error) <-chan struct{} {
+func (c *conn) untrack(err error) <-chan struct{} {
+	p := c.site.pool
 	p.mu.Lock()
 	p.counts.Tracked--
 	p.mu.Unlock()
-	return p.discard(c, ClosedByBorrower, err)
+	return c.discard(ClosedByBorrower, err)
 }
 
 // ownPatience is how long a dial waits for a slot before it may take of the reserve.
@@ -228,7 +229,8 @@ func (p *Pool) DialReserve(n int) func(ctx context.Context, network, address str
 }
 
 // stalled is told that w, of a DialReserve, has waited for ownPatience.
-func (p *Pool) stalled(w *waiter) {
+func (w *waiter) noteStalled() {
+	p := w.site.pool
 	var todo agenda
 	p.mu.Lock()
 	w.stalled = true
@@ -303,7 +305,7 @@ func track(c *conn) net.Conn {
 var errLost = errors.New("a connection of DialContext was dropped without being closed")
 
 // lost is called when nobody can reach a connection any more that was not closed.
-func lost(c *conn) { go c.site.pool.untrack(c, errLost) }
+func lost(c *conn) { go c.untrack(errLost) }
 
 type trackedTCP struct {
 	*net.TCPConn

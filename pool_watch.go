@@ -33,8 +33,9 @@ type watching struct {
 	running  int                // goroutines in watch
 }
 
-// listenTo sees to it that c, which has just been filed in byFD, is watched.
-func (p *Pool) listenTo(c *conn) {
+// watch sees to it that c, which has just been filed in byFD, is watched.
+func (c *conn) watch() {
+	p := c.site.pool
 	p.mu.Lock()
 	w := p.watcher
 	p.mu.Unlock()
@@ -42,10 +43,11 @@ func (p *Pool) listenTo(c *conn) {
 		p.startWatcher()
 		return
 	}
-	p.addTo(w, c)
+	c.watchWith(w)
 }
 
-func (p *Pool) addTo(w *sock.Watcher, c *conn) {
+func (c *conn) watchWith(w *sock.Watcher) {
+	p := c.site.pool
 	err := p.addWatch(w, c.sock.raw, c.hearsData())
 	if err == nil {
 		return
@@ -110,7 +112,7 @@ func (p *Pool) startWatcher() {
 	default:
 		go p.watch(w)
 		for _, c := range all {
-			p.addTo(w, c)
+			c.watchWith(w)
 		}
 	}
 }
@@ -149,7 +151,7 @@ func (p *Pool) rewatch() {
 		w.Close()
 	default:
 		for _, c := range missed {
-			p.addTo(w, c)
+			c.watchWith(w)
 		}
 	}
 }

@@ -81,7 +81,7 @@ func (s *session) endQuietly() {
 func (b *sessionConns) leakedSession() {
 	for _, c := range b.endSession() {
 		if c.abort() {
-			b.p.noteLeaked(c)
+			c.noteLeaked()
 		}
 	}
 }

@@ -93,7 +93,7 @@ func (k *checkout) checkKept() error {
 			}
 		}
 		if unread {
-			reason, why = p.pushAll(c) // a message that came between two uses
+			reason, why = c.pushAll() // a message that came between two uses
 		}
 	}
 	if reason == ClosedUnknown {

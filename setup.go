@@ -24,7 +24,8 @@ func (a *attempt) handState() {
 }
 
 // setUp judges what Setup, which said that all was well, has left behind.
-func (p *Pool) setUp(a *attempt) error {
+func (a *attempt) setUp() error {
+	p := a.c.site.pool
 	c := a.c
 	a.mu.Lock()
 	late := a.claimed
@@ -47,7 +48,7 @@ func (p *Pool) setUp(a *attempt) error {
 		return c.speaksUnasked()
 	}
 	a.where = "Config.Push"
-	reason, err := p.pushAll(c)
+	reason, err := c.pushAll()
 	switch kind := KindOf(err); {
 	case reason == ClosedUnknown:
 		return nil

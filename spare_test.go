@@ -230,7 +230,7 @@ func (p *Pool) looksAround() {
 	}
 	p.mu.Unlock()
 	for _, at := range all {
-		p.examine(at, false)
+		at.examine(false)
 	}
 }
 

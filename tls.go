@@ -22,7 +22,8 @@ import (
 
 // handshake makes a TLS connection of nc, under the identity and trust that
 // belong to the address. nc is a's to close, whatever happens here.
-func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn, error) {
+func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) {
+	p := a.c.site.pool
 	a.where = "Config.TLSFor"
 	cfg, err := p.tlsConfig(a.c.site.addr)
 	if err != nil {

@@ -132,7 +132,7 @@ func TestTheInnerConnectionKeepsATrackedConnection(t *testing.T) {
 func (p *Pool) untrackAll(s *site) {
 	for _, c := range p.every() {
 		if c.site == s {
-			p.untrack(c, nil)
+			c.untrack(nil)
 		}
 	}
 }
@@ -345,7 +345,7 @@ func TestDialContextDialsTheNameAsGiven(t *testing.T) {
 	p := n.pool(t, nil)
 	s := &site{pool: p, addr: n.addr, family: family4, absolute: true}
 	s.addr.Host = "no-such-host.invalid"
-	_, err := p.connectOnce(t.Context(), &attempt{c: &conn{site: s}})
+	_, err := (&attempt{c: &conn{site: s}}).connectOnce(t.Context())
 	require.ErrorContains(t, err, "no-such-host.invalid.")
 	require.False(t, absolute("unix", "/tmp/x.:1."))
 }

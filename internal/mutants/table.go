@@ -130,7 +130,7 @@ var mutants = []mutant{
 	{
 		name:  "death-noticed-at-once",
 		file:  "pool_sweep.go",
-		old:   "p.examineAsideLocked(idleRef{c, c.generation()})",
+		old:   "idleRef{c, c.generation()}.examineAsideLocked()",
 		new:   "",
 		tests: `TestServersThatHangUpEmptyTheIdleListUnasked`,
 	},
@@ -266,7 +266,7 @@ var mutants = []mutant{
 	{
 		name:  "panic-discards",
 		old:   `k.close(reason, nil)`,
-		new:   `_, _ = reason, k.p.releaseFrom(k.c, fromLoan)`,
+		new:   `_, _ = reason, k.c.releaseFrom(fromLoan)`,
 		tests: `TestEveryWayOfLeavingFnGivesTheConnectionBack|TestVerdictOfEachEnd|TestPanicWhileBuilding`,
 	},
 	{
@@ -331,8 +331,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setup-failure-closes",
-		old:   `p.discard(a.c, ClosedSetupFailed, err)`,
-		new:   `p.noteRemoved(a.c, ClosedSetupFailed, err)`,
+		old:   `a.c.discard(ClosedSetupFailed, err)`,
+		new:   `a.c.noteRemoved(ClosedSetupFailed, err)`,
 		tests: `TestSetupThatFailsInAnyWayIsTheBorrowersAndLeavesNothing`,
 	},
 
@@ -363,13 +363,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "first-loan-is-judged",
-		old:   "p.noteLoss(c, reason, err)\n",
+		old:   "c.noteLoss(reason, err)\n",
 		new:   "\n",
 		tests: `TestALoanThatMeetsTheEndBeforeAByteSpeaksAgainstTheAddress`,
 	},
 	{
 		name:  "three-hollow-are-enough",
-		old:   `if !reason.innocent() && p.noteHollow(c, why) || hollow >= maxHollow {`,
+		old:   `if !reason.innocent() && c.noteHollow(why) || hollow >= maxHollow {`,
 		new:   `if false {`,
 		tests: `TestOneBorrowOpensThreeConnectionsAtMost`,
 	},
@@ -387,7 +387,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lives-in-its-loan",
-		old:   "c.site.pool.noteLived(c, true)\n",
+		old:   "c.noteLived(true)\n",
 		new:   "\n",
 		tests: `TestTheBackOffEndsWhenAConnectionLives`,
 	},
@@ -484,7 +484,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "late-delivery-goes-back",
-		old:   "p.mu.Unlock()\n\tp.releaseFrom(w.c, fromCheck)",
+		old:   "p.mu.Unlock()\n\tw.c.releaseFrom(fromCheck)",
 		new:   `p.mu.Unlock()`,
 		tests: `TestACancelledWaiterIsNeverHandedAConnection`,
 	},
@@ -590,14 +590,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-is-not-told-of-what-came-during-the-loan",
-		old:   "if p.cfg.Push != nil {\n\t\tp.rearmWatch(at.c)",
-		new:   "if false {\n\t\tp.rearmWatch(at.c)",
+		old:   "if p.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
+		new:   "if false {\n\t\tat.c.rearmWatch()",
 		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
 	{
 		name:  "push-verdict-is-ignored",
-		old:   "if reason != ClosedUnknown {\n\t\t\tp.discard(c, reason, err)\n\t\t\treturn\n\t\t}\n\t\tp.releaseFrom(c, fromCheck)",
-		new:   "_, _ = reason, err\n\t\tp.releaseFrom(c, fromCheck)",
+		old:   "if reason != ClosedUnknown {\n\t\t\tc.discard(reason, err)\n\t\t\treturn\n\t\t}\n\t\tc.releaseFrom(fromCheck)",
+		new:   "_, _ = reason, err\n\t\tc.releaseFrom(fromCheck)",
 		tests: `TestAnErrorOfPushClosesTheConnection`,
 	},
 	{
@@ -626,7 +626,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-dies-of-a-message",
-		old:   "reason, why = p.pushAll(c) // a message that came between two uses",
+		old:   "reason, why = c.pushAll() // a message that came between two uses",
 		new:   "_ = reason",
 		tests: `TestAMessageBetweenTwoUsesOfASessionIsPushed`,
 	},
@@ -778,7 +778,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "tracked-lost-for-ever",
-		old:   `func lost(c *conn) { go c.site.pool.untrack(c, errLost) }`,
+		old:   `func lost(c *conn) { go c.untrack(errLost) }`,
 		new:   `func lost(c *conn) { _ = errLost }`,
 		tests: `TestATrackedConnectionThatWasDroppedFreesItsSlot`,
 	},
@@ -1092,8 +1092,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-mark-in-a-dials-error",
-		old:   `a.err = tame(p.open(ctx, a))`,
-		new:   `a.err = p.open(ctx, a)`,
+		old:   `a.err = tame(a.open(ctx))`,
+		new:   `a.err = a.open(ctx)`,
 		tests: `TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody`,
 	},
 	{
@@ -1167,7 +1167,7 @@ var mutants = []mutant{
 	{
 		name:  "setup-leaves-a-message",
 		file:  "setup.go",
-		old:   "reason, err := p.pushAll(c)\n\tswitch kind",
+		old:   "reason, err := c.pushAll()\n\tswitch kind",
 		new:   "reason, err := ClosedUnknown, error(nil)\n\tswitch kind",
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	},
@@ -1490,7 +1490,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "uncleared-deadline-is-not-detached",
-		old:   "p.discard(c, ClosedBroken, err)\n\t\t\treturn nil, err",
+		old:   "c.discard(ClosedBroken, err)\n\t\t\treturn nil, err",
 		new:   "_ = err",
 		tests: `TestADeadlineThatCannotBeClearedEndsTheConnection/detach`,
 	},
@@ -1514,13 +1514,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "dialed-socket-has-an-owner",
-		old:   "if a.err != nil {\n\t\tp.closeSocket(a)\n\t}",
+		old:   "if a.err != nil {\n\t\ta.closeSocket()\n\t}",
 		new:   "",
 		tests: `TestNothingIsLostWhicheverForeignCallFails/panic`,
 	},
 	{
 		name:  "abandoned-dial-gives-its-socket-up",
-		old:   "go p.closeSocket(a)\n",
+		old:   "go a.closeSocket()\n",
 		new:   "",
 		tests: `TestAHangBeforeTheHandshakeKeepsNoSocket`,
 	},
@@ -1612,7 +1612,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-panic-in-the-queue-leaves-the-waiter",
-		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tp.leave(s, w)",
+		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tw.leave()",
 		new:   "case !served: // a ctx of the borrower's making panicked",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
 	},
@@ -1624,8 +1624,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-panic-beside-a-dead-connection-keeps-it",
-		old:   "if !asked {\n\t\t\tp.discard(c, reason, err)",
-		new:   "if false && !asked {\n\t\t\tp.discard(c, reason, err)",
+		old:   "if !asked {\n\t\t\tc.discard(reason, err)",
+		new:   "if false && !asked {\n\t\t\tc.discard(reason, err)",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
 	},
 	{
