@@ -213,7 +213,7 @@ func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
 
 func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 	for body, fault := range map[string]string{
-		`c.site.pool.log(0, "x")`:              "looks at the field pool",
+		`c.site.pool.report.log(0, "x")`:              "looks at the field pool",
 		`var p *Pool; p.Stats()`:               "names Pool",
 		`c.nc.Close()`:                         "looks at the field nc",
 		`c.probe.raw.Control(nil)`:             "looks at the field raw",

@@ -259,7 +259,7 @@ func (c *conn) probe() (CloseReason, error) {
 		return reason, err
 	}
 	reason, err := c.sock.probe(&c.site.pool.cfg, c.nc)
-	c.site.pool.outlived(err, c.site.addr)
+	c.site.pool.report.outlived(err, c.site.addr)
 	if reason == ClosedDirty && c.sock.keep {
 		c.keepPushback(err)
 	}

@@ -43,21 +43,20 @@ type Pool struct {
 	stop  context.CancelFunc
 	clock clock.Clock
 
-	sys *system
+	sys    *system
+	report reporter
 
 	inSession atomic.Int64 // sessions that have not ended; With looks into its ctx only if there are any
-	loanLog   *loanLog     // nil unless somebody wants to know who holds what
-	out       loansOut     // what is known of that
+	loanLog   loanLog      // who holds what
 
 	sessions *sessionCaches // for TLS
 
 	newWatcher func() (*sock.Watcher, error) // but for tests that of the system
-	handles    atomic.Int64                  // what the process's handle limit leaves, as of the last look
+	handles    handleBudget
 
 	addWatch func(*sock.Watcher, syscall.RawConn, bool) error // Watcher.Add, but for tests
 
-	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
-	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
+	checkers chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 
 	// mu guards the books, the fields of site, conn and waiter that say so, and
 	// what follows. See invariant 1 for what must not happen under it.
@@ -131,16 +130,15 @@ func New(cfg Config) (*Pool, error) {
 		newWatcher: sock.NewWatcher,
 		addWatch:   (*sock.Watcher).Add,
 	}
+	p.report.logger = cfg.Logger
+	p.loanLog.init(&p.cfg, &p.clock, &p.report)
 	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())
 	// Who asks for short times, or watches, gets them exactly.
 	p.clock.Read = time.Now
 	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
 		cfg.Check != nil && cfg.CheckAfterIdle < 100*clock.Tick || cfg.Trace != nil
 	p.ctx, p.stop = context.WithCancel(context.Background())
-	if cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug {
-		p.loanLog = &loanLog{}
-	}
-	p.refreshHandleLimit()
+	p.handles.refresh(p.sys)
 	if err := given.reachable("Config", int(p.handles.Load())); err != nil {
 		p.stop()
 		return nil, &configError{err}
@@ -194,13 +192,13 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 			return err
 		}
 	}
-	k := checkout{p: p, trace: p.trace(ctx)}
+	k := checkout{p: p, trace: p.cfg.trace(ctx)}
 	k.get(&addr)
 	if err := k.borrow(ctx, &addr); err != nil {
 		return err
 	}
 	defer k.rescue()
-	if p.loanLog != nil {
+	if p.loanLog.wanted {
 		k.record(1)
 	}
 	loan := k.start(ctx)
@@ -299,7 +297,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		default:
 			// Keys are canonical, so an addr that is found needs no checking. This one
 			// was not found, so nothing of it is in the books, and todo is empty.
-			canonical, err := p.resolve(*r.addr)
+			canonical, err := p.cfg.canonical(*r.addr)
 			if err != nil {
 				return nil, 0, usage(canonical, err)
 			}
@@ -318,7 +316,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 				vain = why
 			}
 		}
-		if p.isForPush(reason) {
+		if p.cfg.isForPush(reason) {
 			// It goes to Push, and this borrower takes another, or it
 			// when Push is done.
 			c.push()
@@ -371,7 +369,7 @@ func (w *waiter) announce(t *Trace, todo *agenda) {
 	}()
 	todo.run(p)
 	if t != nil && t.Wait != nil {
-		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
+		p.report.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
 	}
 	told = true
 }

@@ -38,7 +38,7 @@ func (k *checkout) get(addr *Addr) {
 
 func (k *checkout) tellGet(addr *Addr) {
 	if t := k.trace; t.GetConn != nil {
-		k.p.named("Trace.GetConn", func() { t.GetConn(*addr) })
+		k.p.report.named("Trace.GetConn", func() { t.GetConn(*addr) })
 	}
 }
 
@@ -78,7 +78,7 @@ func (k *checkout) tellGot() {
 		return
 	}
 	info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: k.waited}
-	k.p.named("Trace.GotConn", func() { t.GotConn(info) })
+	k.p.report.named("Trace.GotConn", func() { t.GotConn(info) })
 }
 
 // end ends the loan. It returns the state word as the loan left it, and whether the
@@ -133,7 +133,7 @@ func (k *checkout) release() (kept bool) {
 func (k *checkout) put(addr Addr, id uint64, lentAt clock.Instant) {
 	if t := k.trace; t != nil && t.PutConn != nil {
 		info := PutInfo{Addr: addr, ID: id, Held: k.p.clock.Exactly().Sub(lentAt)}
-		k.p.named("Trace.PutConn", func() { t.PutConn(info) })
+		k.p.report.named("Trace.PutConn", func() { t.PutConn(info) })
 	}
 }
 
@@ -195,7 +195,7 @@ func (k *checkout) reset(ctx context.Context) bool {
 	own := false // why is of Reset, which ran for this borrower
 	reason, why := c.condemned()
 	if reason == ClosedUnknown && c.word.Load()&flagHungUp != 0 {
-		if reason, why = c.probe(); p.isForPush(reason) {
+		if reason, why = c.probe(); p.cfg.isForPush(reason) {
 			reason = ClosedUnknown
 			c.ensureCold().unread = true
 		}

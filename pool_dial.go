@@ -114,13 +114,12 @@ func (a *attempt) wrap(nc net.Conn) bool {
 
 // closeSocket closes what was dialled and not adopted, for closeTimeout at most.
 func (a *attempt) closeSocket() {
-	p := a.c.site.pool
 	a.mu.Lock()
 	nc := a.socket
 	a.socket = nil
 	a.mu.Unlock()
 	if nc != nil {
-		p.closeUnowned(nc, a.c.site.addr)
+		a.closeUnowned(nc)
 	}
 }
 
@@ -143,7 +142,7 @@ func (a *attempt) isClaimed() bool {
 // hooks do: return, panic, end their goroutine, or never come back.
 func (a *attempt) dial() {
 	p := a.c.site.pool
-	p.refreshHandleLimit()
+	p.handles.refresh(p.sys)
 	t := p.cfg.Trace
 	cancel := context.CancelFunc(func() {})
 	c, start := a.c, p.clock.Exactly()
@@ -153,7 +152,7 @@ func (a *attempt) dial() {
 	if p.cfg.DialTimeout > 0 {
 		late = time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
 			if mine, adopted := a.claim(); mine {
-				p.noteAbandoned("a dial", c.site.addr)
+				p.report.noteAbandoned("a dial", c.site.addr)
 				a.abandon(adopted, start, traced.Load())
 			}
 		})
@@ -168,7 +167,7 @@ func (a *attempt) dial() {
 		a.dialEnded(start, t, cancel)
 	}()
 	a.stage, a.where = StageDial, "a method of the borrower's ctx"
-	t = p.trace(a.ctx)
+	t = p.cfg.trace(a.ctx)
 	traced.Store(t)
 	ctx := a.ctx
 	if !c.site.unpooled() { // else it can serve nobody but the caller
@@ -307,7 +306,7 @@ func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
 	asked, patience := false, handlePatience
 	for tries := 0; ; tries++ {
 		nc, err := a.connectOnce(ctx)
-		if err == nil || !p.outOfHandles(err) {
+		if err == nil || !p.sys.outOfHandles(err) {
 			return nc, err
 		}
 		if !asked && (tries > 0 && !a.ours || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {
@@ -316,11 +315,11 @@ func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
 		if ctx.Err() != nil {
 			return nil, err
 		}
-		if _, ok := p.evictFor(ctx, foreignPatience); ok || p.awaitHandle(ctx, &patience) {
+		if _, ok := p.evictFor(ctx, foreignPatience); ok || a.awaitHandle(ctx, &patience) {
 			continue
 		}
 		err = &noHandle{err}
-		decide := p.noneRemovable(ctx)
+		decide := p.cfg.noneRemovable(ctx)
 		if asked || decide == nil {
 			return nil, err
 		}
@@ -352,7 +351,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 		}
 	}
 	if addr.Transport == TLS && own == nil {
-		if err := p.loadRoots(p.cfg.TLS); err != nil {
+		if err := a.loadRoots(); err != nil {
 			return nil, err
 		}
 	}
@@ -361,7 +360,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 	switch {
 	case err != nil:
 		if !isNil(nc) {
-			go p.closeUnowned(nc, addr)
+			go a.closeUnowned(nc)
 		}
 		return nil, err
 	case isNil(nc):
@@ -382,8 +381,9 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 
 // closeUnowned closes a connection that never got into the books. A foreign one
 // may take its time over it.
-func (p *Pool) closeUnowned(nc net.Conn, addr Addr) {
-	p.outlived(briefly("Close of the connection", closeTimeout, nc.Close), addr)
+func (a *attempt) closeUnowned(nc net.Conn) {
+	s := a.c.site
+	s.pool.report.outlived(briefly("Close of the connection", closeTimeout, nc.Close), s.addr)
 }
 
 // brokenContract is foreign code that did what its contract forbids.
@@ -397,8 +397,8 @@ type leftUnread struct{ broken *brokenContract }
 func (e *leftUnread) Error() string   { return e.broken.what }
 func (e *leftUnread) Unwrap() []error { return []error{e.broken, ErrUnread} }
 
-// resolve is the canonical form of addr, for which there is a dialer.
-func (p *Pool) resolve(addr Addr) (Addr, error) {
+// canonical is the canonical form of addr, for which there is a dialer.
+func (cfg *Config) canonical(addr Addr) (Addr, error) {
 	addr, err := addr.canonical()
 	if err != nil {
 		return addr, err
@@ -406,7 +406,7 @@ func (p *Pool) resolve(addr Addr) (Addr, error) {
 	switch addr.Transport {
 	case TCP, TLS, Unix:
 	default:
-		if p.cfg.Dialers[addr.Transport] == nil {
+		if cfg.Dialers[addr.Transport] == nil {
 			return addr, fmt.Errorf("no dialer for transport %q: set Config.Dialers[%q]", addr.Transport, addr.Transport)
 		}
 	}
@@ -468,10 +468,10 @@ func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) 
 	case failure == nil:
 		at.recheckHangUp()
 	case !brokenOff:
-		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
+		p.report.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
 	if t != nil && t.DialDone != nil {
-		p.observe("Trace.DialDone", func() { t.DialDone(info) })
+		p.report.observe("Trace.DialDone", func() { t.DialDone(info) })
 	}
 }
 

@@ -38,7 +38,7 @@ func (c *conn) runHook(ctx context.Context, where string, hook func(context.Cont
 	word := c.end()
 	switch {
 	case late:
-		p.noteAbandoned(where, c.site.addr)
+		p.report.noteAbandoned(where, c.site.addr)
 	case err != nil:
 	case word&(flagCut|inFlight) != 0:
 		err = &brokenContract{"it left an operation running"}
@@ -162,7 +162,7 @@ func (c *conn) reportUseAfterReturn(gen uint64) {
 		}
 	}
 	c.dmu.Unlock()
-	p.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
+	p.report.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
 		"borrowed by", loan, "used by", string(debug.Stack()))
 }
 
@@ -196,13 +196,5 @@ func (c *conn) logClosed(reason CloseReason, err error) {
 	case ClosedStale:
 		level = slog.LevelInfo
 	}
-	p.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
-}
-
-// abandoned counts and reports foreign code that the pool goes on without.
-func (p *Pool) noteAbandoned(what string, addr Addr) {
-	p.mu.Lock()
-	p.counts.Abandoned++
-	p.mu.Unlock()
-	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)
+	p.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
 }

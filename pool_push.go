@@ -134,9 +134,11 @@ func (c *conn) unread() (bool, error) {
 	return c.hasBuffered()
 }
 
-// pushes reports whether a connection that would be closed for this reason is
+// isForPush reports whether a connection that would be closed for this reason is
 // one for Push.
-func (p *Pool) isForPush(reason CloseReason) bool { return reason == ClosedDirty && p.cfg.Push != nil }
+func (cfg *Config) isForPush(reason CloseReason) bool {
+	return reason == ClosedDirty && cfg.Push != nil
+}
 
 // push gives c, on which something waits to be read, to Config.Push until
 // nothing is left. The caller was its owner, and is not any more.
@@ -163,7 +165,7 @@ func (c *conn) pushAll() (CloseReason, error) {
 	p := c.site.pool
 	for {
 		e := c.ensureCold()
-		if reason, err := c.awaitMessage(); !p.isForPush(reason) {
+		if reason, err := c.awaitMessage(); !p.cfg.isForPush(reason) {
 			e.unread, e.pushback = false, nil
 			return reason, err
 		}
@@ -215,7 +217,7 @@ func (c *conn) awaitMessage() (CloseReason, error) {
 		if reason == ClosedUnknown && c.sock.tls != nil {
 			reason, err = c.sock.readThrough(tlsNoWait, probePatience)
 			c.keepPushback(err)
-			p.outlived(err, c.site.addr)
+			p.report.outlived(err, c.site.addr)
 		}
 		switch {
 		case !errors.Is(err, errPartial): // then nothing was taken out

@@ -33,9 +33,7 @@ func (c *conn) release() bool {
 	case !unread:
 		return c.releaseFrom(fromLoan)
 	}
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+	c.dropRecord()
 	now := p.clock.Now()
 	p.mu.Lock()
 	p.countLoanLocked(c)
@@ -52,9 +50,7 @@ func (c *conn) release() bool {
 // It reports whether the connection was kept.
 func (c *conn) releaseFrom(u origin) bool {
 	p := c.site.pool
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+	c.dropRecord()
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
@@ -71,9 +67,7 @@ func (c *conn) releaseFrom(u origin) bool {
 func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 	p := c.site.pool
 	c.noteLoss(reason, err)
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+	c.dropRecord()
 	first, own := c.seal()
 	if !own {
 		c.noteRemoved(ClosedQuarantined, errStolen)
@@ -110,7 +104,7 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 		if ended.Load() {
 			return // closesSlowly wound it up at the last moment
 		}
-		p.noteAbandoned(at.Load().(string), c.site.addr)
+		p.report.noteAbandoned(at.Load().(string), c.site.addr)
 		go c.closeBelow()
 		free()
 	})
@@ -195,7 +189,7 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 		return
 	}
 	if t := c.trace(); t != nil && t.Closed != nil {
-		p.observe("Trace.Closed", func() {
+		p.report.observe("Trace.Closed", func() {
 			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
 		})
 	}
@@ -205,9 +199,7 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 // detached books that a borrower took c away.
 func (c *conn) noteDetached() {
 	p := c.site.pool
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+	c.dropRecord()
 	p.mu.Lock()
 	p.counts.Detached++
 	watcher := p.watcher
@@ -216,7 +208,7 @@ func (c *conn) noteDetached() {
 	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}
 	c.noteRemoved(ClosedUnknown, nil)
 	if t != nil && t.Detached != nil {
-		p.observe("Trace.Detached", func() { t.Detached(info) })
+		p.report.observe("Trace.Detached", func() { t.Detached(info) })
 	}
 }
 
@@ -232,7 +224,7 @@ func (a *agenda) runAll(p *Pool) {
 		go d.dial()
 	}
 	for _, t := range a.timers {
-		p.startTimer(t)
+		t.start(p)
 	}
 	for _, cancel := range a.cancels {
 		cancel()

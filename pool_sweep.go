@@ -233,7 +233,7 @@ func (at idleRef) examine(ping bool) error {
 		reason, err = c.ping(context.Background())
 	}
 	switch {
-	case p.isForPush(reason):
+	case p.cfg.isForPush(reason):
 		c.push()
 		return nil
 	case reason != ClosedUnknown:

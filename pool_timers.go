@@ -2,10 +2,10 @@ package connpool
 
 import "time"
 
-// The timers that the books ask for: an agenda starts them (startTimer), and each of
+// The timers that the books ask for: an agenda starts them (timerOrder.start), and each of
 // them ends here. hush is told by a timer of the dial itself.
 
-func (p *Pool) startTimer(t timerOrder) {
+func (t timerOrder) start(p *Pool) {
 	switch {
 	case t.pause != nil:
 		t.site.startPause(t.pause, t.after)

@@ -65,7 +65,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 	case ctx == nil:
 		return nil, usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
-	addr, err := p.trackedAddr(ctx, network, address)
+	addr, err := p.cfg.trackedAddr(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -77,7 +77,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
 	s.reserve = uint8(max(0, min(reserve, math.MaxUint8)))
-	t := p.trace(ctx) // a method of ctx, which is foreign: not under the lock
+	t := p.cfg.trace(ctx) // a method of ctx, which is foreign: not under the lock
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -117,7 +117,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, reserve
 }
 
 // trackedAddr is the Addr for what package net calls network and address.
-func (p *Pool) trackedAddr(ctx context.Context, network, address string) (Addr, error) {
+func (cfg *Config) trackedAddr(ctx context.Context, network, address string) (Addr, error) {
 	wrong := func(err error) (Addr, error) {
 		return Addr{}, usage(Addr{}, fmt.Errorf("dial %s %s: %w", network, address, err))
 	}
@@ -143,7 +143,7 @@ func (p *Pool) trackedAddr(ctx context.Context, network, address string) (Addr, 
 			host = "localhost" // as package net has it
 		}
 		addr.Host, addr.Port = host, uint16(port)
-		if ip := net.ParseIP(host); network != "tcp" && p.cfg.Dialers[TCP] != nil && (ip == nil || (ip.To4() != nil) != (network == "tcp4")) {
+		if ip := net.ParseIP(host); network != "tcp" && cfg.Dialers[TCP] != nil && (ip == nil || (ip.To4() != nil) != (network == "tcp4")) {
 			return wrong(fmt.Errorf("Config.Dialers[%q] cannot be told to dial %s: use network tcp", TCP, network))
 		}
 	default:

@@ -62,7 +62,7 @@ func (c *conn) watchWith(w *sock.Watcher) {
 	}
 	p.mu.Unlock()
 	if first {
-		p.log(slog.LevelWarn, "the deaths of some idle connections are found by the sweep only", "err", err)
+		p.report.log(slog.LevelWarn, "the deaths of some idle connections are found by the sweep only", "err", err)
 	}
 }
 
@@ -105,7 +105,7 @@ func (p *Pool) startWatcher() {
 	switch {
 	case err != nil:
 		if !failedBefore {
-			p.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
+			p.report.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
 		}
 	case !began:
 		w.Close()

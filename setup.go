@@ -70,7 +70,7 @@ func (c *conn) speaksUnasked() error {
 	pr.keep = true // so that a look tells how much there is
 	defer func() { pr.keep = keep }()
 	_, err := pr.leftovers(true)
-	if c.site.pool.outlived(err, c.site.addr) {
+	if c.site.pool.report.outlived(err, c.site.addr) {
 		return err
 	}
 	if text, ok := err.(*plaintext); ok {
@@ -78,7 +78,7 @@ func (c *conn) speaksUnasked() error {
 	}
 	// Not c.ask, which would forget that the peer was seen to hang up.
 	reason, err := pr.probe(&c.site.pool.cfg, c.nc)
-	if c.site.pool.outlived(err, c.site.addr) {
+	if c.site.pool.report.outlived(err, c.site.addr) {
 		return err // what still looks at it has it
 	}
 	if reason == ClosedStale {

@@ -25,7 +25,7 @@ import (
 func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) {
 	p := a.c.site.pool
 	a.where = "Config.TLSFor"
-	cfg, err := p.tlsConfig(a.c.site.addr)
+	cfg, err := a.tlsConfig()
 	if err != nil {
 		return nil, err
 	}
@@ -86,7 +86,9 @@ func isLocalhost(name string) bool {
 	return strings.EqualFold(strings.TrimSuffix(name, "."), "localhost")
 }
 
-func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
+// tlsConfig is what the handshake goes by: the identity and trust of the address.
+func (a *attempt) tlsConfig() (*tls.Config, error) {
+	p, addr := a.c.site.pool, a.c.site.addr
 	cfg, before := p.cfg.TLS, p.sessions.age()
 	if p.cfg.TLSFor != nil {
 		own, err := p.cfg.TLSFor(addr)

@@ -93,7 +93,7 @@ func (w *waiter) gaveUp(ctx error) error {
 	if e.held == 0 && !e.here {
 		return e
 	}
-	e.holder = p.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) })
+	e.holder = p.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) })
 	if e.holder != nil {
 		e.held = max(e.held, p.clock.Exactly().Sub(e.holder.since))
 	}

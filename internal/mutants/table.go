@@ -423,7 +423,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "roots-before-the-socket",
-		old:   `if err := p.loadRoots(p.cfg.TLS); err != nil {`,
+		old:   `if err := a.loadRoots(); err != nil {`,
 		new:   `if err := error(nil); err != nil {`,
 		tests: `TestATLSDialWithoutAHandleSpoilsNoLaterOne`,
 	},
@@ -584,8 +584,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-before-the-loan-is-left-out",
-		old:   "if p.isForPush(reason) {\n\t\t\t// It goes to Push",
-		new:   "if p.isForPush(reason) {\n\t\t\treturn c, waited, nil\n\t\t}\n\t\tif false {\n\t\t\t// It goes to Push",
+		old:   "if p.cfg.isForPush(reason) {\n\t\t\t// It goes to Push",
+		new:   "if p.cfg.isForPush(reason) {\n\t\t\treturn c, waited, nil\n\t\t}\n\t\tif false {\n\t\t\t// It goes to Push",
 		tests: `TestAMessageIsPushedBeforeTheConnectionIsLent`,
 	},
 	{
@@ -854,19 +854,19 @@ var mutants = []mutant{
 	// --- handles ---
 	{
 		name:  "exhaustion-evicts",
-		old:   `if err == nil || !p.outOfHandles(err) {`,
+		old:   `if err == nil || !p.sys.outOfHandles(err) {`,
 		new:   `if true {`,
 		tests: `TestOutOfHandlesTheLeastRecentlyUsedMakeRoomInExactOrder`,
 	},
 	{
 		name:  "exhaustion-behind-dns",
-		old:   `errors.As(err, &dns) && p.sys.noHandleFree()`,
+		old:   `errors.As(err, &dns) && sys.noHandleFree()`,
 		new:   `errors.As(err, &dns) && false`,
 		tests: `TestExhaustionHiddenBehindTheLookupOfANameEvicts`,
 	},
 	{
 		name:  "unknown-name-evicts-nothing",
-		old:   `errors.As(err, &dns) && p.sys.noHandleFree()`,
+		old:   `errors.As(err, &dns) && sys.noHandleFree()`,
 		new:   `errors.As(err, &dns)`,
 		tests: `TestATrulyUnknownNameEvictsNothing|TestAnUnknownNameEvictsNothing`,
 	},
@@ -1054,7 +1054,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "hold-ends",
-		old:   "if h.listed {\n\t\tl.remove(h)\n\t}",
+		old:   "if h.listed {\n\t\tl.unlist(h)\n\t}",
 		new:   "",
 		tests: `TestReportsComeInTimeForEach`,
 	},
@@ -1448,7 +1448,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "ignored-deadline-closes",
-		old:   "p.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
+		old:   "p.report.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
 		new:   "_ = refuse",
 		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/does_nothing/read`,
 	},
