@@ -203,10 +203,20 @@ func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
 			switch recv, _, _ := strings.Cut(nameOfFunc(fn), "."); recv {
 			case "books", "rules":
 				require.True(t, ofBooks, "%s is in %s", nameOfFunc(fn), name)
-			case "Pool", "Conn", "Lease", "checkout", "seats":
+			case "Pool", "Conn", "Lease", "checkout", "sessionConns", "sessionConn", "idleRef":
 				require.False(t, ofBooks, "%s is in %s", nameOfFunc(fn), name)
 			}
 		}
+		if !ofBooks {
+			continue
+		}
+		// A method of a connection, dial or waiter that flows comes to the pool by this field.
+		ast.Inspect(f, func(n ast.Node) bool {
+			if sel, ok := n.(*ast.SelectorExpr); ok {
+				require.NotEqual(t, "pool", sel.Sel.Name, "%s comes to the pool", name)
+			}
+			return true
+		})
 	}
 	require.True(t, in["books.go"] && in["pool.go"])
 }

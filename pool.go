@@ -5,7 +5,6 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
@@ -51,10 +50,7 @@ type Pool struct {
 
 	sessions *sessionCaches // for TLS
 
-	newWatcher func() (*sock.Watcher, error) // but for tests that of the system
-	handles    handleBudget
-
-	addWatch func(*sock.Watcher, syscall.RawConn, bool) error // Watcher.Add, but for tests
+	handles handleBudget
 
 	checkers chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 
@@ -63,8 +59,7 @@ type Pool struct {
 	mu sync.Mutex
 	books
 
-	watching      watching       // how it stands with watcher
-	watcher       *sock.Watcher  // nil where there is none, and before the first connection
+	watching      watching       // the watcher, and how it stands with it; what mu guards of that, it says
 	sweeping      bool           // a sweep is under way
 	examiners     int            // goroutines of the pool's that look at idle connections
 	checkingSites map[*site]bool // whose connections one of them asks Check; nil before the first
@@ -127,8 +122,7 @@ func New(cfg Config) (*Pool, error) {
 		sessions: newSessionCaches(),
 		checkers: make(chan struct{}, maxCheckers),
 
-		newWatcher: sock.NewWatcher,
-		addWatch:   (*sock.Watcher).Add,
+		watching: watching{create: sock.NewWatcher, add: (*sock.Watcher).Add},
 	}
 	p.report.logger = cfg.Logger
 	p.loanLog.init(&p.cfg, &p.clock, &p.report)

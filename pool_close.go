@@ -106,7 +106,7 @@ func (p *Pool) shut() bool {
 		return false
 	}
 	p.closed = true
-	watcher := p.watcher
+	watcher := p.watching.watcher
 	if p.sweeper != nil {
 		p.sweeper.Stop()
 	}

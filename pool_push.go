@@ -240,7 +240,7 @@ func (c *conn) awaitMessage() (CloseReason, error) {
 func (c *conn) rearmWatch() {
 	p := c.site.pool
 	p.mu.Lock()
-	watcher := p.watcher
+	watcher := p.watching.watcher
 	p.mu.Unlock()
 	watcher.Rearm(c.sock.raw, c.hearsData())
 }

@@ -202,7 +202,7 @@ func (c *conn) noteDetached() {
 	c.dropRecord()
 	p.mu.Lock()
 	p.counts.Detached++
-	watcher := p.watcher
+	watcher := p.watching.watcher
 	p.mu.Unlock()
 	watcher.Remove(c.sock.raw)
 	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}

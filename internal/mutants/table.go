@@ -1556,8 +1556,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-tried-again",
-		old:   "2*ws.pause), rewatchAfter)\n\t\tp.rewatchLocked()",
-		new:   "2*ws.pause), century)",
+		old:   "ws.noteFailedLocked(now)\n\t\tp.rewatchLocked()",
+		new:   "ws.noteFailedLocked(now)",
 		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
 	},
 	{
@@ -1568,7 +1568,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-not-at-each-dial",
-		old:   "failedBefore && now.Sub(ws.failedAt) < ws.pause",
+		old:   "ws.failedAt != 0 && now.Sub(ws.failedAt) < ws.pause",
 		new:   "false",
 		tests: `TestAWatcherIsNotTriedAtEachDial`,
 	},
@@ -1581,7 +1581,7 @@ var mutants = []mutant{
 	{
 		name:  "watcher-ends",
 		old:   "case idle:\n\t\tw.Close()",
-		new:   "case phaseIdle:",
+		new:   "case idle:",
 		tests: `TestForgottenPoolsLeaveNothing|TestTheWatcherComesAndGoes`,
 	},
 	{
