@@ -227,7 +227,7 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 			b.refreshLocked(s)
 			err := b.failedAtLocked(s, StageWait, ErrExhausted, r.start)
 			if !full {
-				err.Limit, err.LimitName = b.limits.MaxWaiters, "MaxWaiters"
+				err.LimitName, err.Limit = "MaxWaiters", b.limitOfLocked("MaxWaiters")
 			}
 			b.dropIfEmptyLocked(s)
 			b.counts.Exhausted++
