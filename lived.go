@@ -64,8 +64,7 @@ func (c *conn) noteLived(inLoan bool) {
 
 // stood books that c was found fit in a sweep, if it has stood for long enough.
 func (c *conn) noteStood(now clock.Instant) {
-	p := c.site.pool
-	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= p.sweepPeriod() {
+	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {
 		c.noteLived(false)
 	}
 }

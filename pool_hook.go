@@ -186,7 +186,6 @@ type pastLoan struct {
 }
 
 func (c *conn) logClosed(reason CloseReason, err error) {
-	p := c.site.pool
 	level := slog.LevelDebug
 	switch reason {
 	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:
@@ -196,5 +195,5 @@ func (c *conn) logClosed(reason CloseReason, err error) {
 	case ClosedStale:
 		level = slog.LevelInfo
 	}
-	p.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
+	c.site.pool.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
 }

@@ -143,11 +143,12 @@ func (p *Pool) examineAll(pings map[*site][]idleRef) {
 		}
 		p.checkingSites[s] = true
 		p.examiners++
-		go s.examineSite(here)
+		go s.examineIdle(here)
 	}
 }
 
-func (s *site) examineSite(here []idleRef) {
+// examineIdle examines idle connections of s, one after another.
+func (s *site) examineIdle(here []idleRef) {
 	p := s.pool
 	defer func() {
 		p.mu.Lock()
@@ -191,7 +192,7 @@ const (
 	peekNeedsOwner             // it takes an owner to find out
 )
 
-// glance looks at a connection that it does not own.
+// peek looks at the connection without being its owner.
 func (at idleRef) peek() peekVerdict {
 	p := at.c.site.pool
 	pr := &at.c.sock

@@ -228,7 +228,7 @@ func (p *Pool) DialReserve(n int) func(ctx context.Context, network, address str
 	}
 }
 
-// stalled is told that w, of a DialReserve, has waited for ownPatience.
+// noteStalled is told that w, of a DialReserve, has waited for ownPatience.
 func (w *waiter) noteStalled() {
 	p := w.site.pool
 	var todo agenda

@@ -80,6 +80,7 @@ func (c *conn) watch() {
 	c.watchWith(w)
 }
 
+// watchWith has w watch c. If w cannot, the sweep tries it again.
 func (c *conn) watchWith(w *sock.Watcher) {
 	p := c.site.pool
 	err := p.watching.add(w, c.sock.raw, c.hearsData())
