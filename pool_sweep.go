@@ -282,11 +282,10 @@ func (p *Pool) hangUp(fd uintptr) {
 // recheckHangUp is for a connection that was given back, or opened, while its peer
 // hung up: the news found it in use, and comes only once.
 func (at idleRef) recheckHangUp() {
-	p := at.c.site.pool
 	if at.c.word.Load()&flagHungUp != 0 {
 		at.examine(false)
 	}
-	if p.cfg.Push != nil {
+	if at.c.site.pool.cfg.Push != nil {
 		at.c.rearmWatch()
 	}
 }

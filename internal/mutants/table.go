@@ -590,7 +590,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-is-not-told-of-what-came-during-the-loan",
-		old:   "if p.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
+		old:   "if at.c.site.pool.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
 		new:   "if false {\n\t\tat.c.rearmWatch()",
 		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
