@@ -4,7 +4,6 @@ import (
 	"container/list"
 	"context"
 	"fmt"
-	"sync/atomic"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
@@ -70,10 +69,10 @@ type rules struct {
 	debug         bool
 
 	clock   *clock.Clock
-	handles *atomic.Int64 // what the process's handle limit leaves, see refreshHandleLimit
+	handles *handleBudget
 }
 
-func rulesOf(cfg *Config, k *clock.Clock, handles *atomic.Int64) rules {
+func rulesOf(cfg *Config, k *clock.Clock, handles *handleBudget) rules {
 	return rules{
 		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, sweepInterval: cfg.SweepInterval, debug: cfg.Debug,
 		clock: k, handles: handles,

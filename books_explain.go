@@ -28,18 +28,63 @@ func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Inst
 	} else {
 		e.LimitName = b.fullLocked(s, 0, 0)
 	}
-	switch e.LimitName {
-	case "MaxPerAddr":
-		e.Limit = b.limits.MaxPerAddr
-	case "MaxDialingPerAddr":
-		e.Limit = b.limits.MaxDialingPerAddr
-	case "MaxDialing":
-		e.Limit = b.limits.MaxDialing
-	case "MaxOpen":
-		e.Limit = b.limitLocked()
+	e.Limit = b.limitOfLocked(e.LimitName)
+	if e.LimitName == "MaxOpen" {
 		e.Open, e.InUse, e.Idle = b.n.open(), int(b.n[phaseBorrowed]), int(b.n[phaseIdle])
 	}
 	return e
+}
+
+// limitOfLocked is what the limit with this name allows; 0 for "".
+func (b *books) limitOfLocked(name string) int {
+	switch name {
+	case "MaxOpen":
+		return b.limitLocked()
+	case "MaxPerAddr":
+		return b.limits.MaxPerAddr
+	case "MaxDialing":
+		return b.limits.MaxDialing
+	case "MaxDialingPerAddr":
+		return b.limits.MaxDialingPerAddr
+	case "MaxIdle":
+		return b.limits.MaxIdle
+	case "MaxWaiters":
+		return b.limits.MaxWaiters
+	}
+	return 0
+}
+
+// blockerLocked names the limit that keeps w, which is in the queue of s, from a
+// connection: one that forbids a dial to s, or, if w has no dial, one on the dials under
+// way. "" stands for none: w waits for a dial, or for the end of a pause. A Warm, for
+// which w is nil, is told of the former only.
+func (b *books) blockerLocked(s *site, w *waiter) string {
+	full, bare := b.fullLocked(s, 0, 0), s.queue.nextToDial
+	switch {
+	case full != "" || s.retrying():
+		return full
+	case w == nil || bare == nil || w.seq < bare.seq: // w has a dial
+		return ""
+	case int(s.n[phaseDialing]) >= b.limits.MaxDialingPerAddr:
+		return "MaxDialingPerAddr"
+	case int(b.n[phaseDialing]) >= b.limits.MaxDialing:
+		return "MaxDialing"
+	}
+	return ""
+}
+
+// warmBlockerLocked is the same for a Warm. It may not evict, so idle connections are in
+// its way, too.
+func (b *books) warmBlockerLocked(s *site) string {
+	switch full := b.blockerLocked(s, nil); {
+	case full != "":
+		return full
+	case b.roomLocked() <= 0:
+		return "MaxOpen"
+	case int(b.n[phaseIdle]) >= b.limits.MaxIdle:
+		return "MaxIdle"
+	}
+	return ""
 }
 
 // whyLocked is what w, which is in the queue of s and gives up, has waited for; nil
@@ -55,16 +100,9 @@ func (b *books) whyLocked(s *site, w *waiter) *inVain {
 			e.stage, e.since = Stage(a.reached.Load()), now.Sub(a.since)
 		}
 	}
-	if e.full = b.fullLocked(s, 0, 0); e.full == "" && !e.pause {
-		if bare := s.queue.nextToDial; bare != nil && w != nil && w.seq >= bare.seq { // no dial for it
-			switch {
-			case int(s.n[phaseDialing]) >= b.limits.MaxDialingPerAddr:
-				e.full = "MaxDialingPerAddr"
-			case int(b.n[phaseDialing]) >= b.limits.MaxDialing:
-				e.full = "MaxDialing"
-			}
-		}
-		return e
+	e.full = b.blockerLocked(s, w)
+	if !e.pause && e.full != "MaxPerAddr" && e.full != "MaxOpen" {
+		return e // no connection that is out is in its way
 	}
 	e.here = s.n[phaseBorrowed] > 0
 	// What has been out for long has sunk to the old end.

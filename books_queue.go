@@ -9,7 +9,7 @@ import (
 
 // waiter is a borrower in the queue of an address. There are two ways out, and
 // a waiter takes exactly one of them, under Pool.mu: it is served (deliver), or
-// it leaves because its ctx is done (Pool.leave). A waiter that left is never
+// it leaves because its ctx is done (waiter.leave). A waiter that left is never
 // handed anything, and serving one never blocks.
 type waiter struct {
 	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again
@@ -227,7 +227,7 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 			b.refreshLocked(s)
 			err := b.failedAtLocked(s, StageWait, ErrExhausted, r.start)
 			if !full {
-				err.Limit, err.LimitName = b.limits.MaxWaiters, "MaxWaiters"
+				err.LimitName, err.Limit = "MaxWaiters", b.limitOfLocked("MaxWaiters")
 			}
 			b.dropIfEmptyLocked(s)
 			b.counts.Exhausted++

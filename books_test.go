@@ -203,17 +203,27 @@ func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
 			switch recv, _, _ := strings.Cut(nameOfFunc(fn), "."); recv {
 			case "books", "rules":
 				require.True(t, ofBooks, "%s is in %s", nameOfFunc(fn), name)
-			case "Pool", "Conn", "Lease", "checkout", "seats":
+			case "Pool", "Conn", "Lease", "checkout", "sessionConns", "sessionConn", "idleRef":
 				require.False(t, ofBooks, "%s is in %s", nameOfFunc(fn), name)
 			}
 		}
+		if !ofBooks {
+			continue
+		}
+		// A method of a connection, dial or waiter that flows comes to the pool by this field.
+		ast.Inspect(f, func(n ast.Node) bool {
+			if sel, ok := n.(*ast.SelectorExpr); ok {
+				require.NotEqual(t, "pool", sel.Sel.Name, "%s comes to the pool", name)
+			}
+			return true
+		})
 	}
 	require.True(t, in["books.go"] && in["pool.go"])
 }
 
 func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 	faults := map[string]string{
-		`c.site.pool.log(0, "x")`:             "looks at the field pool",
+		`c.site.pool.report.log(0, "x")`:      "looks at the field pool",
 		`var p *Pool; p.Stats()`:              "names Pool",
 		`c.nc.Close()`:                        "looks at the field nc",
 		`c.probe.raw.Control(nil)`:            "looks at the field raw",
@@ -365,7 +375,7 @@ func TestAPauseThatWasEndedIsNotStarted(t *testing.T) {
 		require.Nil(t, first.timer)
 		require.NotNil(t, second.timer)
 		p.mu.Unlock()
-		p.retry(s, first)
+		s.retry(first)
 		p.mu.Lock()
 		require.Same(t, second, s.backoff.pause, "the end of another pause ends this one")
 		p.mu.Unlock()

@@ -114,15 +114,12 @@ func (b *books) noteWarmDialedLocked(a *attempt, failure *dialError, closed Clos
 }
 
 // warmFailedLocked is the error of a Warm that waited in vain, with the limit
-// that was in its way; it may not evict, so idle connections are, too.
+// that was in its way.
 func (b *books) warmFailedLocked(s *site, err error) *Error {
 	e := b.failedLocked(s.addr, StageWait, err, 0)
-	switch {
-	case b.closed || e.LimitName != "":
-	case b.roomLocked() <= 0:
-		e.LimitName, e.Limit = "MaxOpen", b.limitLocked()
-	case int(b.n[phaseIdle]) >= b.limits.MaxIdle:
-		e.LimitName, e.Limit = "MaxIdle", b.limits.MaxIdle
+	if !b.closed && e.LimitName == "" {
+		e.LimitName = b.warmBlockerLocked(s)
+		e.Limit = b.limitOfLocked(e.LimitName)
 	}
 	return e
 }

@@ -84,7 +84,7 @@ func TestAStepOfTheWallClockIsNoTimeThatPassed(t *testing.T) {
 		synctest.Wait()
 		forward() // in the loan and the waits
 		time.Sleep(time.Second)
-		n.p.reportLongLoans()
+		n.p.loanLog.tell()
 		tell(c.Info().Age)
 		require.Contains(t, n.p.stillOut(), "(for 1.001s)")
 		cancel()

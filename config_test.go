@@ -202,7 +202,7 @@ func TestAServerNameOfTheConfigIsRefused(t *testing.T) {
 	} {
 		p, err := New(Config{TLS: &tls.Config{ServerName: "localhost"}})
 		require.NoError(t, err, "the name of many addresses")
-		cfg, err := p.tlsConfig(MustParseAddr(addr))
+		cfg, err := (&attempt{c: &conn{site: p.newSite(MustParseAddr(addr))}}).tlsConfig()
 		require.NoError(t, err)
 		require.Equal(t, want, cfg.ServerName, addr)
 		p.Close()
@@ -213,7 +213,7 @@ func TestAServerNameOfTheConfigIsRefused(t *testing.T) {
 	for addr, taken := range map[string]bool{"tls://db.example:1": true, "tls://DB.example.:1": true, "tls://10.0.0.1:1?server-name=db.example": true, "tls://other.example:1": false, "tls://db.example:1?server-name=x": false} {
 		a, err := MustParseAddr(addr).canonical()
 		require.NoError(t, err)
-		_, err = p.tlsConfig(a)
+		_, err = (&attempt{c: &conn{site: p.newSite(a)}}).tlsConfig()
 		require.Equal(t, taken, err == nil, "%s: %v", addr, err)
 		if !taken {
 			require.ErrorContains(t, err, "write it into Addr.ServerName")

@@ -338,7 +338,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 func (c *conn) interrupt(l *loanState) {
 	defer func() {
 		if v := recover(); v != nil { // from a ctx of the caller's making
-			c.site.pool.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
+			c.site.pool.report.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
 	if !c.cutShort() {

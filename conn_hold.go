@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"time"
@@ -35,34 +36,54 @@ type loanRecord struct {
 	stack []uintptr
 	trace *Trace // of the borrow, which has the pool's in it
 
-	next, prev *loanRecord // in holds
+	next, prev *loanRecord // in the list of the loanLog
 	listed     bool
-	out        *list.Element // in Pool.out
+	out        *list.Element // in loanLog.out
 }
 
-// holds is the list of what is out and has not been reported yet, longest held
-// first. Its timer runs while there is anything in it.
+// loanLog knows what is out, as far as that is written down, and tells of what has
+// been out for long.
 type loanLog struct {
+	wanted  bool           // each loan is written down, not only the leases
+	warn    time.Duration  // Config.HoldWarn, 0 or less: nothing is told
+	profile *pprof.Profile // nil: none
+	clock   *clock.Clock
+	report  *reporter
+
+	out loansOut // all that is written down
+
+	// Those that have not been told of, longest held first. The timer runs while there
+	// are any.
 	mu             sync.Mutex // guards the list and the timer; no hook, log line or other lock under it
 	oldest, newest *loanRecord
 	timer          *time.Timer
 }
 
-// hold begins a hold of c by the caller's caller, skip frames further up. Only
-// the owner of c calls it.
-func (p *Pool) recordLoan(c *conn, skip int) {
+func (l *loanLog) init(cfg *Config, k *clock.Clock, r *reporter) {
+	l.wanted = cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug
+	l.warn, l.profile, l.clock, l.report = cfg.HoldWarn, cfg.Profile, k, r
+}
+
+// recordLoan writes down that c is lent to the caller's caller, skip frames further
+// up. Only the owner of c calls it.
+func (c *conn) recordLoan(skip int) {
+	p := c.site.pool
 	var pcs [64]uintptr
 	n := runtime.Callers(skip+2, pcs[:])
 	h := &loanRecord{addr: c.site.addr, id: c.id, since: p.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
 	c.loanState().record = h
-	p.out.add(h)
-	if p.cfg.Profile != nil {
-		p.cfg.Profile.Add(h, skip+2)
+	p.loanLog.add(h, skip+2)
+}
+
+// add begins the record of a loan to the caller, skip frames further up.
+func (l *loanLog) add(h *loanRecord, skip int) {
+	l.out.add(h)
+	if l.profile != nil {
+		l.profile.Add(h, skip+1)
 	}
-	if p.cfg.HoldWarn <= 0 {
+	if l.warn <= 0 {
 		return
 	}
-	l := p.loanLog
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	h.listed, h.prev = true, l.newest
@@ -73,37 +94,42 @@ func (p *Pool) recordLoan(c *conn, skip int) {
 	}
 	l.oldest = h
 	if l.timer == nil {
-		l.timer = time.AfterFunc(p.cfg.HoldWarn, p.reportLongLoans)
+		l.timer = time.AfterFunc(l.warn, l.tell)
 	} else {
-		l.timer.Reset(p.cfg.HoldWarn)
+		l.timer.Reset(l.warn)
 	}
 }
 
-// unhold ends the hold that lent knows of. Only the owner of the connection calls
-// it, and is about to give it up.
-func (p *Pool) dropRecord(lent *loanState) {
-	h := lent.record
-	lent.record = nil
-	p.out.remove(h)
-	if p.cfg.Profile != nil {
-		p.cfg.Profile.Remove(h)
+// dropRecord ends the record of the loan of c, if there is one. Only the owner of c
+// calls it, and is about to give c up.
+func (c *conn) dropRecord() {
+	if l := c.loan.Load(); l != nil && l.record != nil {
+		h := l.record
+		l.record = nil
+		c.site.pool.loanLog.remove(h)
 	}
-	if p.cfg.HoldWarn <= 0 {
+}
+
+func (l *loanLog) remove(h *loanRecord) {
+	l.out.remove(h)
+	if l.profile != nil {
+		l.profile.Remove(h)
+	}
+	if l.warn <= 0 {
 		return
 	}
-	l := p.loanLog
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if h.listed {
-		l.remove(h)
+		l.unlist(h)
 	}
 	if l.oldest == nil && l.timer != nil { // else the Profile has panicked, and h never came so far
 		l.timer.Stop()
 	}
 }
 
-// remove needs mu.
-func (l *loanLog) remove(h *loanRecord) {
+// unlist needs mu.
+func (l *loanLog) unlist(h *loanRecord) {
 	if h.prev == nil {
 		l.oldest = h.next
 	} else {
@@ -117,28 +143,27 @@ func (l *loanLog) remove(h *loanRecord) {
 	h.prev, h.next, h.listed = nil, nil, false
 }
 
-// reportLongLoans tells of each connection that has been out for HoldWarn, once.
-func (p *Pool) reportLongLoans() {
-	now := p.clock.Exactly()
+// tell tells of each connection that has been out for HoldWarn, once.
+func (l *loanLog) tell() {
+	now := l.clock.Exactly()
 	var late []*loanRecord
-	l := p.loanLog
 	l.mu.Lock()
 	for h := l.oldest; h != nil; h = l.oldest {
-		left := p.cfg.HoldWarn - now.Sub(h.since)
+		left := l.warn - now.Sub(h.since)
 		if left > 0 {
 			l.timer.Reset(max(left, time.Millisecond))
 			break
 		}
-		l.remove(h)
+		l.unlist(h)
 		late = append(late, h)
 	}
 	l.mu.Unlock()
 	for _, h := range late {
 		info := h.info(now)
 		if h.trace != nil && h.trace.HeldLong != nil {
-			p.observe("Trace.HeldLong", func() { h.trace.HeldLong(info) })
+			l.report.observe("Trace.HeldLong", func() { h.trace.HeldLong(info) })
 		}
-		p.log(slog.LevelWarn, "a connection has been in use for long", "addr", info.Addr, "id", info.ID,
+		l.report.log(slog.LevelWarn, "a connection has been in use for long", "addr", info.Addr, "id", info.ID,
 			"held", info.Held, "borrowed at", info.Place)
 	}
 }
@@ -164,13 +189,14 @@ func (h *loanRecord) info(now clock.Instant) HeldInfo {
 func leakedLease(c *conn) {
 	go func() { // the caller is the runtime, and its other clean-ups wait
 		if c.abort() {
-			c.site.pool.noteLeaked(c)
+			c.noteLeaked()
 		}
 	}()
 }
 
 // leaked closes a connection that the caller owns because nobody else can.
-func (p *Pool) noteLeaked(c *conn) {
+func (c *conn) noteLeaked() {
+	p := c.site.pool
 	t, h := c.trace(), c.loanState().record
 	if h == nil { // nobody wanted to know; only leases are always written down
 		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}
@@ -179,10 +205,10 @@ func (p *Pool) noteLeaked(c *conn) {
 	p.mu.Lock()
 	p.counts.Leaked++
 	p.mu.Unlock()
-	p.discard(c, ClosedLeaked, nil)
+	c.discard(ClosedLeaked, nil)
 	if t != nil && t.Leaked != nil {
-		p.observe("Trace.Leaked", func() { t.Leaked(info) })
+		p.report.observe("Trace.Leaked", func() { t.Leaked(info) })
 	}
-	p.log(slog.LevelError, "a lease or session was forgotten; its connection is closed", "addr", info.Addr, "id", info.ID,
+	p.report.log(slog.LevelError, "a lease or session was forgotten; its connection is closed", "addr", info.Addr, "id", info.ID,
 		"held", info.Held, "borrowed by", info.Stack)
 }

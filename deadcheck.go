@@ -30,7 +30,8 @@ type Prober interface{ Probe() error }
 // unfit says why an idle connection may not be lent, ClosedUnknown if it may.
 // The caller owns it. Age comes first, because it is cheap; then one look into
 // the socket; then, for one that has long been idle, the protocol's own ping.
-func (p *Pool) whyUnfit(ctx context.Context, c *conn) (CloseReason, error) {
+func (c *conn) whyUnfit(ctx context.Context) (CloseReason, error) {
+	p := c.site.pool
 	unproven := p.clock.Age(c.since-clock.Instant(c.idleFor), c.since)
 	idleFor := unproven
 	if e := c.cold.Load(); e != nil && e.fromReserve {
@@ -53,17 +54,18 @@ func (p *Pool) whyUnfit(ctx context.Context, c *conn) (CloseReason, error) {
 	if max(0, unproven) < p.cfg.CheckAfterIdle {
 		return ClosedUnknown, nil
 	}
-	return p.ping(ctx, c)
+	return c.ping(ctx)
 }
 
-func (p *Pool) ping(ctx context.Context, c *conn) (CloseReason, error) {
+func (c *conn) ping(ctx context.Context) (CloseReason, error) {
+	p := c.site.pool
 	asked := false
 	defer func() {
 		if !asked { // a ctx of the borrower's making panicked
-			p.discard(c, ClosedCheckFailed, nil)
+			c.discard(ClosedCheckFailed, nil)
 		}
 	}()
-	err := p.runHook(ctx, c, "Config.Check", p.cfg.Check)
+	err := c.runHook(ctx, "Config.Check", p.cfg.Check)
 	canceled := ctx.Err() != nil
 	asked = true
 	if err != nil {
@@ -257,7 +259,7 @@ func (c *conn) probe() (CloseReason, error) {
 		return reason, err
 	}
 	reason, err := c.sock.probe(&c.site.pool.cfg, c.nc)
-	c.site.pool.outlived(err, c.site.addr)
+	c.site.pool.report.outlived(err, c.site.addr)
 	if reason == ClosedDirty && c.sock.keep {
 		c.keepPushback(err)
 	}

@@ -82,3 +82,25 @@ func TestNoErrorIsAskedUnderTheLock(t *testing.T) {
 	}
 	require.Greater(t, locked, 40)
 }
+
+// A method of Pool is about the pool: what is about a connection, a dial, a waiter, or
+// another thing with a type is a method of that type. The number is what keeps Pool from
+// becoming everybody's receiver again; whoever needs one more looks first for the type
+// that the method is really about. The methods of books are not among them.
+func TestThePoolHasFewMethods(t *testing.T) {
+	const most = 60
+	var methods []string
+	for _, f := range source(t, ".") {
+		for _, d := range f.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok {
+				if name, ok := strings.CutPrefix(nameOfFunc(fn), "Pool."); ok {
+					methods = append(methods, name)
+				}
+			}
+		}
+	}
+	slices.Sort(methods)
+	t.Logf("%d methods of Pool: %s", len(methods), strings.Join(methods, ", "))
+	require.Contains(t, methods, "With", "the search finds methods")
+	require.LessOrEqual(t, len(methods), most)
+}

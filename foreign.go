@@ -194,14 +194,14 @@ func (k *call) awaitLong(patience time.Duration) bool {
 
 // outlived books err if it says that foreign code was left behind or went wrong,
 // and reports whether it does.
-func (p *Pool) outlived(err error, addr Addr) bool {
+func (r *reporter) outlived(err error, addr Addr) bool {
 	switch err := err.(type) {
 	case *lateError:
-		p.noteAbandoned(err.what, addr)
+		r.noteAbandoned(err.what, addr)
 	case *hookPanic:
-		return p.outlived(err.pan, addr)
+		return r.outlived(err.pan, addr)
 	case *PanicError:
-		p.log(slog.LevelError, err.Error(), append(whose(addr), "stack", string(err.Stack))...)
+		r.log(slog.LevelError, err.Error(), append(whose(addr), "stack", string(err.Stack))...)
 	default:
 		return false
 	}
@@ -418,7 +418,7 @@ func (c *conn) query(what string, ask func() error) error {
 	}
 	_, err := aside(what, over, nil, func() (int64, error) { return 0, ask() })
 	if overdue {
-		c.site.pool.outlived(err, c.site.addr)
+		c.site.pool.report.outlived(err, c.site.addr)
 	}
 	return err
 }
@@ -487,7 +487,7 @@ func (c *conn) tellDeadline(l *loanState, unlessCut bool, set func() error) erro
 		c.word.Or(flagBroken)
 	}
 	c.dmu.Unlock()
-	c.site.pool.outlived(err, c.site.addr)
+	c.site.pool.report.outlived(err, c.site.addr)
 	return err
 }
 
@@ -543,7 +543,7 @@ func (c *conn) interruptForeign(l *loanState) {
 			return
 		}
 		if err != nil {
-			p.noteAbandoned("an operation of a connection that was closed", c.site.addr)
+			p.report.noteAbandoned("an operation of a connection that was closed", c.site.addr)
 		}
 		c.dmu.Lock()
 		defer c.dmu.Unlock()
@@ -564,7 +564,7 @@ func (c *conn) interruptForeign(l *loanState) {
 		err = nil
 		time.AfterFunc(foreignPatience, func() {
 			if c.blocked() {
-				p.noteAbandoned("an operation that takes no notice of its deadline", c.site.addr)
+				p.report.noteAbandoned("an operation that takes no notice of its deadline", c.site.addr)
 				refuse()
 			}
 		})
@@ -589,7 +589,7 @@ func (c *conn) revoke() {
 			return
 		}
 		if c.word.CompareAndSwap(w, w|flagGone) {
-			c.site.pool.discard(c, ClosedCanceled, c.interruption())
+			c.discard(ClosedCanceled, c.interruption())
 			return
 		}
 	}
@@ -630,16 +630,25 @@ func (r *carefulRaw) Control(f func(uintptr)) error {
 	return err
 }
 
+// reporter is how the pool tells others what happens: the functions of a Trace, and
+// the lines of Config.Logger. Both are foreign code. It also counts the foreign code
+// that the pool goes on without.
+type reporter struct {
+	logger                  *slog.Logger  // nil: none
+	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
+	abandoned               atomic.Uint64 // Stats.Abandoned
+}
+
 // observe runs a Trace function in the middle of the pool's own work, which goes
 // on whatever the function does. While one is stuck none is waited for.
-func (p *Pool) observe(what string, f func()) {
-	p.notify(what, &p.stuckTraces, func(err error) {
-		p.outlived(err, Addr{})
+func (r *reporter) observe(what string, f func()) {
+	notify(what, &r.stuckTraces, func(err error) {
+		r.outlived(err, Addr{})
 	}, f)
 }
 
 // notify runs f, waits for it as long as briefly does, and reports what went wrong.
-func (p *Pool) notify(what string, stuck *atomic.Int32, report func(error), f func()) {
+func notify(what string, stuck *atomic.Int32, report func(error), f func()) {
 	patience := foreignPatience
 	if stuck.Load() > 0 {
 		patience = 0
@@ -671,11 +680,11 @@ func (p *Pool) notify(what string, stuck *atomic.Int32, report func(error), f fu
 
 // named lets a panic or Goexit of a Trace function that runs in its borrower's own
 // time pass, and says in the log whose it was.
-func (p *Pool) named(what string, f func()) {
+func (r *reporter) named(what string, f func()) {
 	returned := false
 	defer func() {
 		if !returned {
-			p.log(slog.LevelError, what+" panicked or ended its goroutine; the borrower gets it")
+			r.log(slog.LevelError, what+" panicked or ended its goroutine; the borrower gets it")
 		}
 	}()
 	f()
@@ -684,15 +693,19 @@ func (p *Pool) named(what string, f func()) {
 
 // log writes a line to Config.Logger, which must not cost a slot if it is broken.
 // Lines are dropped while an earlier one is stuck.
-func (p *Pool) log(level slog.Level, msg string, args ...any) {
-	if p.cfg.Logger == nil || p.stuckLines.Load() > 0 {
+func (r *reporter) log(level slog.Level, msg string, args ...any) {
+	if r.logger == nil || r.stuckLines.Load() > 0 {
 		return
 	}
-	p.notify("Config.Logger", &p.stuckLines, func(err error) {
+	notify("Config.Logger", &r.stuckLines, func(err error) {
 		if isLate(err) {
-			p.mu.Lock()
-			p.counts.AbandonedCalls++
-			p.mu.Unlock()
+			r.abandoned.Add(1)
 		}
-	}, func() { p.cfg.Logger.Log(context.Background(), level, "connpool: "+msg, args...) })
+	}, func() { r.logger.Log(context.Background(), level, "connpool: "+msg, args...) })
+}
+
+// noteAbandoned counts and reports foreign code that the pool goes on without.
+func (r *reporter) noteAbandoned(what string, addr Addr) {
+	r.abandoned.Add(1)
+	r.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)
 }

@@ -211,7 +211,7 @@ func TestAProfileShowsWhatIsInUseAndByWhom(t *testing.T) {
 func TestNobodyPaysForReportsThatNobodyWants(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
-		require.Nil(t, n.p.loanLog)
+		require.False(t, n.p.loanLog.wanted)
 		b := n.borrow(bg, at("a"))
 		require.Nil(t, holdOf(b.conn().c))
 		require.NoError(t, b.giveBack())
@@ -240,14 +240,14 @@ func holdOf(c *conn) *loanRecord {
 func TestAProfileThatPanicsCostsNoSlot(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxPerAddr: 1, HoldWarn: time.Hour})
-		n.p.cfg.Profile = pprof.Lookup("heap") // which New refuses
+		n.p.loanLog.profile = pprof.Lookup("heap") // which New refuses
 		require.Panics(t, func() { n.p.With(bg, at("a"), func(Conn) error { return nil }) })
 		require.Panics(t, func() { n.p.Lease(bg, at("a")) })
 		ctx, end := n.p.Session(bg)
 		require.Panics(t, func() { n.p.With(ctx, at("a"), func(Conn) error { return nil }) })
 		end()
 		n.gauges(0, 0, 0)
-		n.p.cfg.Profile = nil
+		n.p.loanLog.profile = nil
 		n.use(at("a"))
 		n.gauges(0, 1, 0)
 	})

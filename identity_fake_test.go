@@ -87,7 +87,7 @@ func (f *fakeSystem) pool(t testing.TB, cfg Config) *Pool {
 		handleLimit:  func() (int, bool) { return 0, false },
 		noHandleFree: func() bool { return false },
 	}
-	p.refreshHandleLimit()
+	p.handles.refresh(p.sys)
 	return p
 }
 

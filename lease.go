@@ -74,7 +74,7 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	case ctx == nil:
 		return nil, usage(addr, errors.New("ctx is nil: pass context.Background()"))
 	}
-	k := checkout{p: p, trace: p.trace(ctx)}
+	k := checkout{p: p, trace: p.cfg.trace(ctx)}
 	k.get(&addr)
 	if err := k.borrow(ctx, &addr); err != nil {
 		return nil, err

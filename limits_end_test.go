@@ -115,7 +115,7 @@ func TestAConnectionIsNoReserveAnyMoreWhenThereIsNone(t *testing.T) {
 				c := n.p.sites.find(at("a")).top
 				at := idleRef{c, c.generation()}
 				n.p.mu.Unlock()
-				n.p.examine(at, false)
+				at.examine(false)
 			}
 			n.use(at("a"))
 			st := n.p.Stats()
@@ -153,11 +153,11 @@ func TestAReserveThatIsHandedOverIsLentAndNothingElse(t *testing.T) {
 			n.Host("a").SetLatency(5 * time.Second)
 			expired := n.p.Stats().Closed[ClosedIdleTimeout]
 			b := n.queue(1, at("a"))[0]
-			n.p.releaseFrom(looked[0], fromCheck)
+			looked[0].releaseFrom(fromCheck)
 			synctest.Wait()
 			require.Equal(t, reserve, b.holds(), "lent, or closed, and a dial serves the borrower")
 			for _, c := range looked[1:] {
-				n.p.releaseFrom(c, fromCheck)
+				c.releaseFrom(fromCheck)
 			}
 			b.conn()
 			synctest.Wait()
@@ -244,7 +244,7 @@ func TestALookThatFindsNothingLeavesTheAgeAsItIs(t *testing.T) {
 		since := c.since
 		for range 5 {
 			time.Sleep(10 * time.Second)
-			n.p.examine(idleRef{c, c.generation()}, false)
+			idleRef{c, c.generation()}.examine(false)
 			require.Equal(t, since, c.since)
 		}
 		// To a waiter, which has gone when it looks.
@@ -257,10 +257,10 @@ func TestALookThatFindsNothingLeavesTheAgeAsItIs(t *testing.T) {
 		n.p.refreshLocked(s)
 		n.p.mu.Unlock()
 		time.Sleep(time.Second)
-		n.p.releaseFrom(c, fromCheck)
+		c.releaseFrom(fromCheck)
 		<-w.ready
 		require.Equal(t, 51*time.Second, c.idleFor)
-		n.p.noteDeclined(w)
+		w.noteDeclined()
 		require.Equal(t, since, c.since)
 		time.Sleep(9 * time.Second)
 		require.Equal(t, "a#2", n.use(at("a")), "a minute has passed since its last loan")

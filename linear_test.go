@@ -60,7 +60,7 @@ func TestAnEvictionFindsWhatWasLookedAtMeanwhile(t *testing.T) {
 		n.use(at("b"))
 		c := n.p.every()[0]
 		require.Equal(t, "a", c.site.addr.Host)
-		go n.p.examine(idleRef{c, c.generation()}, true)
+		go idleRef{c, c.generation()}.examine(true)
 		synctest.Wait()
 		addr, ok := n.p.EvictLRU() // passes it
 		require.Equal(t, [2]any{at("b"), true}, [2]any{addr, ok})
@@ -98,7 +98,7 @@ func TestALookEndsWhereItBegan(t *testing.T) {
 		}
 		before := stack()
 		for _, c := range n.p.every() {
-			go n.p.examine(idleRef{c, c.generation()}, true)
+			go idleRef{c, c.generation()}.examine(true)
 			synctest.Wait()
 			require.True(t, c.linked())
 			require.Equal(t, before, stack())
@@ -110,7 +110,7 @@ func TestALookEndsWhereItBegan(t *testing.T) {
 		}
 		// A borrower takes the one below.
 		top := n.p.every()[4]
-		go n.p.examine(idleRef{top, top.generation()}, true)
+		go idleRef{top, top.generation()}.examine(true)
 		synctest.Wait()
 		b := n.borrow(bg, at("a"))
 		require.Equal(t, before[1], b.conn().Info().ID)
@@ -123,7 +123,7 @@ func TestALookEndsWhereItBegan(t *testing.T) {
 		n.check()
 		// All that is there is being looked at: a borrower dials.
 		for _, c := range n.p.every() {
-			go n.p.examine(idleRef{c, c.generation()}, true)
+			go idleRef{c, c.generation()}.examine(true)
 		}
 		synctest.Wait()
 		n.use(at("a"))
@@ -168,7 +168,7 @@ func TestLooksAtRandomLeaveTheStacksInOrder(t *testing.T) {
 				case 3, 4:
 					for _, c := range n.p.every() {
 						if r.IntN(3) == 0 {
-							go n.p.examine(idleRef{c, c.generation()}, true)
+							go idleRef{c, c.generation()}.examine(true)
 						}
 					}
 					synctest.Wait()

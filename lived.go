@@ -45,12 +45,13 @@ func (c *conn) noteTraffic(way uint64) {
 		return // Setup and the other hooks are part of what makes a connection fit
 	}
 	if (c.word.Or(way)|way)&flagsLived == flagsLived {
-		c.site.pool.noteLived(c, true)
+		c.noteLived(true)
 	}
 }
 
 // lives books that c has lived: in a loan, or idle.
-func (p *Pool) noteLived(c *conn, inLoan bool) {
+func (c *conn) noteLived(inLoan bool) {
+	p := c.site.pool
 	var todo agenda
 	p.mu.Lock()
 	// An operation may outlive its connection's time in the pool.
@@ -62,26 +63,27 @@ func (p *Pool) noteLived(c *conn, inLoan bool) {
 }
 
 // stood books that c was found fit in a sweep, if it has stood for long enough.
-func (p *Pool) noteStood(c *conn, now clock.Instant) {
-	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= p.sweepPeriod() {
-		p.noteLived(c, false)
+func (c *conn) noteStood(now clock.Instant) {
+	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {
+		c.noteLived(false)
 	}
 }
 
 // judge is told that c leaves the pool. Only its owner calls it.
-func (p *Pool) noteLoss(c *conn, reason CloseReason, err error) {
+func (c *conn) noteLoss(reason CloseReason, err error) {
 	if c.word.Load()&flagsLived == flagsLived {
 		return
 	}
 	if why := c.hollowness(reason, err); why != nil {
-		p.noteHollow(c, why)
+		c.noteHollow(why)
 	}
 }
 
 // hollow books that c was, and reports whether its borrower has to be told: if
 // the address is backing off, and if others wait for it or dial, each of whom
 // would go on to the next one as well.
-func (p *Pool) noteHollow(c *conn, why error) bool {
+func (c *conn) noteHollow(why error) bool {
+	p := c.site.pool
 	now := p.clock.Exactly()
 	var todo agenda
 	p.mu.Lock()

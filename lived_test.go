@@ -66,9 +66,9 @@ func (n *testnet) heed(c *conn) {
 		case gone && !heard:
 			heard = true // once, as the watcher does
 			c.word.Or(flagHungUp)
-			n.p.examine(idleRef{c, c.generation()}, false)
+			idleRef{c, c.generation()}.examine(false)
 		case n.p.cfg.Push != nil && errors.Is(sock.Probe(), ErrUnread):
-			n.p.examine(idleRef{c, c.generation()}, false)
+			idleRef{c, c.generation()}.examine(false)
 		}
 	}
 }

@@ -139,7 +139,7 @@ func (h Conn) Close() error {
 		return nil
 	}
 	h.c.stopWatch()
-	h.c.site.pool.discard(h.c, ClosedByBorrower, nil)
+	h.c.discard(ClosedByBorrower, nil)
 	return nil
 }
 
@@ -153,26 +153,26 @@ func (h Conn) Detach() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, p := h.c, h.c.site.pool
+	c := h.c
 	if !c.stopWatch() || word&flagCut != 0 {
 		c.word.And(^uint64(flagDetached))
 		why := c.interruption()
-		p.discard(c, ClosedCanceled, why)
+		c.discard(ClosedCanceled, why)
 		return nil, why
 	}
 	if word&flagStolen != 0 || c.sock.isStolen() {
 		c.word.And(^uint64(flagDetached))
-		p.discard(c, ClosedQuarantined, errStolen)
+		c.discard(ClosedQuarantined, errStolen)
 		return nil, errStolen
 	}
 	if c.deadlineSet {
 		if err := c.clearDeadline(); err != nil {
 			c.word.And(^uint64(flagDetached))
-			p.discard(c, ClosedBroken, err)
+			c.discard(ClosedBroken, err)
 			return nil, err
 		}
 	}
-	p.noteDetached(c)
+	c.noteDetached()
 	return c.nc, nil
 }
 

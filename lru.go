@@ -16,6 +16,10 @@ package connpool
 // long, and the order among the idle ones is exactly that of their last give-back (but
 // one that was only looked at, and met by a search meanwhile, counts as used then).
 //
+// It is also the registry of all open connections, for whoever lists them (all) or meets
+// them bit by bit (walk): a registry of its own would cost each connection two pointers
+// more, and MaxIdle lowered, Shutdown's error and the sweep want this very order.
+//
 // All methods need Pool.mu.
 type recency struct {
 	ends conn // no connection: the youngest is its older, the oldest its younger

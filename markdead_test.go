@@ -121,22 +121,22 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			require.NoError(t, m.use(bg))
 			c := m.p.every()[0]
 			m.inLook = m.mark
-			m.p.examine(idleRef{c, c.generation()}, true)
+			idleRef{c, c.generation()}.examine(true)
 			require.Nil(t, m.inLook)
 		}, ClosedMarkedDead},
 		"taken for a look": {nil, func(t *testing.T, m *marking) {
 			require.NoError(t, m.use(bg))
 			c := m.take()
 			m.mark()
-			reason, _ := m.p.whyUnfit(bg, c)
+			reason, _ := c.whyUnfit(bg)
 			require.Equal(t, ClosedMarkedDead, reason)
-			m.p.discard(c, reason, nil)
+			c.discard(reason, nil)
 		}, ClosedMarkedDead},
 		"with a waiter that gave up": {nil, func(t *testing.T, m *marking) {
 			require.NoError(t, m.use(bg))
 			c := m.take()
 			m.mark()
-			m.p.noteDeclined(&waiter{c: c})
+			(&waiter{c: c}).noteDeclined()
 		}, ClosedMarkedDead},
 		"on its way to a waiter": {func(**marking) Config { return Config{MaxPerAddr: 1} }, func(t *testing.T, m *marking) {
 			second := make(chan error)
@@ -156,7 +156,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			go func() { second <- m.use(bg) }()
 			soon(t, "a waiter", func() bool { return m.p.Stats().Waiting == 1 })
 			m.mark()
-			require.False(t, m.p.releaseFrom(c, fromDial))
+			require.False(t, c.releaseFrom(fromDial))
 			require.NoError(t, <-second)
 		}, ClosedMarkedDead},
 		"warmed": {nil, func(t *testing.T, m *marking) {
@@ -204,7 +204,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			c := m.take()
 			m.mark()
 			c.ensureCold().pushback = &pushback{bytes: []byte("x")}
-			m.p.push(c)
+			c.push()
 		}, ClosedMarkedDead},
 		"after Push": {func(m **marking) Config {
 			return Config{Push: func(_ context.Context, c Conn) error {
@@ -216,7 +216,7 @@ func TestMarkDeadTakesEffectWhereverTheConnectionIs(t *testing.T) {
 			require.NoError(t, m.use(bg))
 			c := m.take()
 			c.ensureCold().pushback = &pushback{bytes: []byte("x")}
-			m.p.push(c)
+			c.push()
 		}, ClosedMarkedDead},
 	} {
 		t.Run(name, func(t *testing.T) {

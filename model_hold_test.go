@@ -356,10 +356,10 @@ func (c *conn) watched() bool {
 
 // holdsInconsistency needs mu.
 func (p *Pool) holdsInconsistency() error {
-	if p.loanLog == nil {
+	l := &p.loanLog
+	if !l.wanted {
 		return nil
 	}
-	l := p.loanLog
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := 0

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
@@ -43,29 +42,24 @@ type Pool struct {
 	stop  context.CancelFunc
 	clock clock.Clock
 
-	sys *system
+	sys    *system
+	report reporter
 
 	inSession atomic.Int64 // sessions that have not ended; With looks into its ctx only if there are any
-	loanLog   *loanLog     // nil unless somebody wants to know who holds what
-	out       loansOut     // what is known of that
+	loanLog   loanLog      // who holds what
 
 	sessions *sessionCaches // for TLS
 
-	newWatcher func() (*sock.Watcher, error) // but for tests that of the system
-	handles    atomic.Int64                  // what the process's handle limit leaves, as of the last look
+	handles handleBudget
 
-	addWatch func(*sock.Watcher, syscall.RawConn, bool) error // Watcher.Add, but for tests
-
-	checkers                chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
-	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
+	checkers chan struct{} // holds one for each ping of a sweep that counts, see examineInTurn
 
 	// mu guards the books, the fields of site, conn and waiter that say so, and
 	// what follows. See invariant 1 for what must not happen under it.
 	mu sync.Mutex
 	books
 
-	watching      watching       // how it stands with watcher
-	watcher       *sock.Watcher  // nil where there is none, and before the first connection
+	watching      watching       // the watcher, and how it stands with it; what mu guards of that, it says
 	sweeping      bool           // a sweep is under way
 	examiners     int            // goroutines of the pool's that look at idle connections
 	checkingSites map[*site]bool // whose connections one of them asks Check; nil before the first
@@ -128,19 +122,17 @@ func New(cfg Config) (*Pool, error) {
 		sessions: newSessionCaches(),
 		checkers: make(chan struct{}, maxCheckers),
 
-		newWatcher: sock.NewWatcher,
-		addWatch:   (*sock.Watcher).Add,
+		watching: watching{create: sock.NewWatcher, add: (*sock.Watcher).Add},
 	}
+	p.report.logger = cfg.Logger
+	p.loanLog.init(&p.cfg, &p.clock, &p.report)
 	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())
 	// Who asks for short times, or watches, gets them exactly.
 	p.clock.Read = time.Now
 	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
 		cfg.Check != nil && cfg.CheckAfterIdle < 100*clock.Tick || cfg.Trace != nil
 	p.ctx, p.stop = context.WithCancel(context.Background())
-	if cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug {
-		p.loanLog = &loanLog{}
-	}
-	p.refreshHandleLimit()
+	p.handles.refresh(p.sys)
 	if err := given.reachable("Config", int(p.handles.Load())); err != nil {
 		p.stop()
 		return nil, &configError{err}
@@ -194,13 +186,13 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 			return err
 		}
 	}
-	k := checkout{p: p, trace: p.trace(ctx)}
+	k := checkout{p: p, trace: p.cfg.trace(ctx)}
 	k.get(&addr)
 	if err := k.borrow(ctx, &addr); err != nil {
 		return err
 	}
 	defer k.rescue()
-	if p.loanLog != nil {
+	if p.loanLog.wanted {
 		k.record(1)
 	}
 	loan := k.start(ctx)
@@ -275,9 +267,9 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			todo.run(p)
 		case got.w != nil:
 			r.seq = got.w.seq
-			p.announce(got.w, t, &todo)
+			got.w.announce(t, &todo)
 			var err error
-			c, err = p.await(ctx, got.w.site, got.w)
+			c, err = got.w.await(ctx)
 			if t != nil {
 				waited = p.clock.Exactly().Sub(r.start)
 			}
@@ -299,14 +291,14 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		default:
 			// Keys are canonical, so an addr that is found needs no checking. This one
 			// was not found, so nothing of it is in the books, and todo is empty.
-			canonical, err := p.resolve(*r.addr)
+			canonical, err := p.cfg.canonical(*r.addr)
 			if err != nil {
 				return nil, 0, usage(canonical, err)
 			}
 			r.addr, r.known, r.hash = &canonical, true, p.sites.hash(&canonical)
 			continue
 		}
-		reason, err := p.whyUnfit(ctx, c)
+		reason, err := c.whyUnfit(ctx)
 		if reason == ClosedUnknown {
 			return c, waited, nil
 		}
@@ -314,14 +306,14 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		if dead {
 			hollow++
 			why := unborn(reason, err)
-			if !reason.innocent() && p.noteHollow(c, why) || hollow >= maxHollow {
+			if !reason.innocent() && c.noteHollow(why) || hollow >= maxHollow {
 				vain = why
 			}
 		}
-		if p.isForPush(reason) {
+		if p.cfg.isForPush(reason) {
 			// It goes to Push, and this borrower takes another, or it
 			// when Push is done.
-			p.push(c)
+			c.push()
 			todo = agenda{}
 			switch {
 			case ctx.Err() != nil:
@@ -331,13 +323,13 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			}
 			continue
 		}
-		if p.isDone(ctx, c, reason, err) || isPanic(err) {
-			p.discard(c, reason, err)
+		if c.isDone(ctx, reason, err) || isPanic(err) {
+			c.discard(reason, err)
 			passOn(err)
 			return nil, 0, p.failed(*r.addr, StageWait, causeOf(ctx), r.start)
 		}
 		if vain != nil {
-			p.discard(c, reason, err)
+			c.discard(reason, err)
 			return nil, 0, p.failed(*r.addr, StageDial, vain, r.start)
 		}
 		todo = agenda{}
@@ -347,11 +339,11 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 
 // isDone asks a ctx while its borrower has c, which is closed for reason if the ctx
 // panics.
-func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err error) bool {
+func (c *conn) isDone(ctx context.Context, reason CloseReason, err error) bool {
 	asked := false
 	defer func() {
 		if !asked {
-			p.discard(c, reason, err)
+			c.discard(reason, err)
 		}
 	}()
 	done := ctx.Err() != nil
@@ -361,16 +353,17 @@ func (p *Pool) isDone(ctx context.Context, c *conn, reason CloseReason, err erro
 
 // announce runs the agenda of a borrower that was queued, and tells Trace.Wait. If
 // either ends the borrower's goroutine, the borrower leaves the queue.
-func (p *Pool) announce(w *waiter, t *Trace, todo *agenda) {
+func (w *waiter) announce(t *Trace, todo *agenda) {
+	p := w.site.pool
 	told := false
 	defer func() {
 		if !told { // a Trace function called runtime.Goexit
-			p.leave(w.site, w)
+			w.leave()
 		}
 	}()
 	todo.run(p)
 	if t != nil && t.Wait != nil {
-		p.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
+		p.report.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
 	}
 	told = true
 }

@@ -38,7 +38,7 @@ func (k *checkout) get(addr *Addr) {
 
 func (k *checkout) tellGet(addr *Addr) {
 	if t := k.trace; t.GetConn != nil {
-		k.p.named("Trace.GetConn", func() { t.GetConn(*addr) })
+		k.p.report.named("Trace.GetConn", func() { t.GetConn(*addr) })
 	}
 }
 
@@ -53,7 +53,7 @@ func (k *checkout) borrow(ctx context.Context, addr *Addr) (err error) {
 // up.
 func (k *checkout) record(skip int) {
 	k.c.observedBy(k.trace) // a hold that lasts too long is told to the borrower's Trace
-	k.p.recordLoan(k.c, skip+1)
+	k.c.recordLoan(skip + 1)
 }
 
 // start begins the loan.
@@ -78,7 +78,7 @@ func (k *checkout) tellGot() {
 		return
 	}
 	info := GotInfo{Addr: c.site.addr, ID: c.id, Reused: c.uses > 1, Uses: c.uses, IdleFor: c.idleFor, Waited: k.waited}
-	k.p.named("Trace.GotConn", func() { t.GotConn(info) })
+	k.p.report.named("Trace.GotConn", func() { t.GotConn(info) })
 }
 
 // end ends the loan. It returns the state word as the loan left it, and whether the
@@ -94,7 +94,7 @@ func (k *checkout) end() (word uint64, mine bool) {
 // close discards the connection.
 func (k *checkout) close(reason CloseReason, why error) {
 	k.owned = false
-	k.p.discard(k.c, reason, why)
+	k.c.discard(reason, why)
 }
 
 // finish is the end of a loan that ended by return: the verdict, and the give-back.
@@ -126,14 +126,14 @@ func (k *checkout) finish(ctx context.Context, err error) error {
 // kept it.
 func (k *checkout) release() (kept bool) {
 	k.owned = false
-	return k.p.release(k.c)
+	return k.c.release()
 }
 
 // put tells Trace.PutConn of a connection that was lent at that moment and kept.
 func (k *checkout) put(addr Addr, id uint64, lentAt clock.Instant) {
 	if t := k.trace; t != nil && t.PutConn != nil {
 		info := PutInfo{Addr: addr, ID: id, Held: k.p.clock.Exactly().Sub(lentAt)}
-		k.p.named("Trace.PutConn", func() { t.PutConn(info) })
+		k.p.report.named("Trace.PutConn", func() { t.PutConn(info) })
 	}
 }
 
@@ -195,7 +195,7 @@ func (k *checkout) reset(ctx context.Context) bool {
 	own := false // why is of Reset, which ran for this borrower
 	reason, why := c.condemned()
 	if reason == ClosedUnknown && c.word.Load()&flagHungUp != 0 {
-		if reason, why = c.probe(); p.isForPush(reason) {
+		if reason, why = c.probe(); p.cfg.isForPush(reason) {
 			reason = ClosedUnknown
 			c.ensureCold().unread = true
 		}
@@ -203,7 +203,7 @@ func (k *checkout) reset(ctx context.Context) bool {
 	if reason == ClosedUnknown && p.cfg.Reset != nil {
 		if c.sock.isStolen() {
 			reason, why = ClosedQuarantined, errStolen
-		} else if why = p.runHook(context.WithoutCancel(ctx), c, "Config.Reset", p.cfg.Reset); why != nil {
+		} else if why = c.runHook(context.WithoutCancel(ctx), "Config.Reset", p.cfg.Reset); why != nil {
 			reason, own = ClosedResetFailed, true
 		}
 	}

@@ -106,7 +106,7 @@ func (p *Pool) shut() bool {
 		return false
 	}
 	p.closed = true
-	watcher := p.watcher
+	watcher := p.watching.watcher
 	if p.sweeper != nil {
 		p.sweeper.Stop()
 	}
@@ -155,8 +155,8 @@ func (e *cutShort) Unwrap() error { return spent(e.ctx) }
 
 // borrowedBy names the places where the connections of an address that are in use
 // were borrowed, as far as they are known, up to ten of them.
-func (p *Pool) borrowedBy(a Addr, now clock.Instant) string {
-	known, more := p.out.at(a, 10)
+func (o *loansOut) borrowedBy(a Addr, now clock.Instant) string {
+	known, more := o.at(a, 10)
 	var b strings.Builder
 	for i, h := range known {
 		b.WriteString([]string{" borrowed", ", and"}[min(i, 1)])
@@ -195,7 +195,7 @@ func (p *Pool) stillOut() string {
 	var b strings.Builder
 	for _, a := range order {
 		o := byAddr[a]
-		fmt.Fprintf(&b, "%d in use for %s (for %v)%s, ", o.n, a, o.held.Round(time.Millisecond), p.borrowedBy(a, now))
+		fmt.Fprintf(&b, "%d in use for %s (for %v)%s, ", o.n, a, o.held.Round(time.Millisecond), p.loanLog.out.borrowedBy(a, now))
 	}
 	fmt.Fprintf(&b, "%d dials and %d closes have not ended", dials, closes)
 	return b.String()

@@ -113,13 +113,13 @@ func (a *attempt) wrap(nc net.Conn) bool {
 }
 
 // closeSocket closes what was dialled and not adopted, for closeTimeout at most.
-func (p *Pool) closeSocket(a *attempt) {
+func (a *attempt) closeSocket() {
 	a.mu.Lock()
 	nc := a.socket
 	a.socket = nil
 	a.mu.Unlock()
 	if nc != nil {
-		p.closeUnowned(nc, a.c.site.addr)
+		a.closeUnowned(nc)
 	}
 }
 
@@ -140,8 +140,9 @@ func (a *attempt) isClaimed() bool {
 
 // dial opens c for the pool and books the outcome, whatever the dialer and the
 // hooks do: return, panic, end their goroutine, or never come back.
-func (p *Pool) dial(a *attempt) {
-	p.refreshHandleLimit()
+func (a *attempt) dial() {
+	p := a.c.site.pool
+	p.handles.refresh(p.sys)
 	t := p.cfg.Trace
 	cancel := context.CancelFunc(func() {})
 	c, start := a.c, p.clock.Exactly()
@@ -151,8 +152,8 @@ func (p *Pool) dial(a *attempt) {
 	if p.cfg.DialTimeout > 0 {
 		late = time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
 			if mine, adopted := a.claim(); mine {
-				p.noteAbandoned("a dial", c.site.addr)
-				p.abandonDial(a, adopted, start, traced.Load())
+				p.report.noteAbandoned("a dial", c.site.addr)
+				a.abandon(adopted, start, traced.Load())
 			}
 		})
 	}
@@ -163,10 +164,10 @@ func (p *Pool) dial(a *attempt) {
 		if !a.ended {
 			a.err = panicOf(a.where, recover()) // or a runtime.Goexit
 		}
-		p.dialEnded(a, start, t, cancel)
+		a.dialEnded(start, t, cancel)
 	}()
 	a.stage, a.where = StageDial, "a method of the borrower's ctx"
-	t = p.trace(a.ctx)
+	t = p.cfg.trace(a.ctx)
 	traced.Store(t)
 	ctx := a.ctx
 	if !c.site.unpooled() { // else it can serve nobody but the caller
@@ -186,21 +187,21 @@ func (p *Pool) dial(a *attempt) {
 	if surplus {
 		cancel()
 	}
-	hush := time.AfterFunc(silence, func() { p.hush(a, answers) })
+	hush := time.AfterFunc(silence, func() { a.hush(answers) })
 	defer hush.Stop()
 
-	a.err = tame(p.open(ctx, a))
+	a.err = tame(a.open(ctx))
 	a.ended = true
 }
 
 // dialEnded is deferred by dial, and is the end of it however that came.
-func (p *Pool) dialEnded(a *attempt, start clock.Instant, t *Trace, cancel context.CancelFunc) {
+func (a *attempt) dialEnded(start clock.Instant, t *Trace, cancel context.CancelFunc) {
 	defer cancel()
 	if a.err != nil {
-		p.closeSocket(a)
+		a.closeSocket()
 	}
 	if mine, _ := a.claim(); !mine {
-		p.closeSocket(a)
+		a.closeSocket()
 		if s, ok := a.state.(io.Closer); ok {
 			defer func() { _ = recover() }()
 			s.Close()
@@ -209,40 +210,41 @@ func (p *Pool) dialEnded(a *attempt, start clock.Instant, t *Trace, cancel conte
 	}
 	a.handState()
 	if a.err == nil {
-		p.noteDialed(a, start, t, nil)
+		a.noteDialed(start, t, nil)
 		return
 	}
-	p.dialFailed(a, start, t, a.err)
+	a.dialFailed(start, t, a.err)
 }
 
 // dialFailed books a dial that came to nothing. If there is a socket already,
 // the slot is free when it is closed.
-func (p *Pool) dialFailed(a *attempt, start clock.Instant, t *Trace, err error) {
-	p.noteDialed(a, start, t, failedDial(a.stage, err))
+func (a *attempt) dialFailed(start clock.Instant, t *Trace, err error) {
+	a.noteDialed(start, t, failedDial(a.stage, err))
 	if a.stage == StageSetup {
-		p.discard(a.c, ClosedSetupFailed, err)
+		a.c.discard(ClosedSetupFailed, err)
 	}
 }
 
-// abandonDial goes on without a dialer, handshake or Setup that has not come
+// abandon goes on without a dialer, handshake or Setup that has not come
 // back long after its ctx was done. What it returns at last is closed.
-func (p *Pool) abandonDial(a *attempt, adopted bool, start clock.Instant, t *Trace) {
+func (a *attempt) abandon(adopted bool, start clock.Instant, t *Trace) {
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
 	if !adopted {
-		go p.closeSocket(a)
-		p.noteDialed(a, start, t, failedDial(StageDial, fmt.Errorf("dialer: %w", late)))
+		go a.closeSocket()
+		a.noteDialed(start, t, failedDial(StageDial, fmt.Errorf("dialer: %w", late)))
 		return
 	}
 	a.c.word.And(^uint64(flagLent)) // shuts the guard
 	late = fmt.Errorf("Config.Setup: %w", late)
-	p.noteDialed(a, start, t, failedDial(StageSetup, late))
-	p.discard(a.c, ClosedSetupFailed, late)
+	a.noteDialed(start, t, failedDial(StageSetup, late))
+	a.c.discard(ClosedSetupFailed, late)
 }
 
 // open dials, shakes hands and sets up.
-func (p *Pool) open(ctx context.Context, a *attempt) error {
+func (a *attempt) open(ctx context.Context) error {
+	p := a.c.site.pool
 	c := a.c
-	nc, err := p.connect(ctx, a)
+	nc, err := a.connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -266,7 +268,7 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 	if late { // and closed by dialEnded
 		return ctx.Err()
 	}
-	p.registerFD(c)
+	c.registerFD()
 	if setup == nil {
 		return nil
 	}
@@ -284,7 +286,7 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 		err = c.failureOf(word, "Config.Setup closed the connection")
 	}
 	if err == nil {
-		err = p.setUp(a)
+		err = a.setUp()
 	}
 	return err
 }
@@ -299,11 +301,12 @@ func (p *Pool) open(ctx context.Context, a *attempt) error {
 // handles in plenty. So one that hides its errno in another error is believed
 // only if there is none indeed, and one that a dialer of somebody else's returns as
 // if it came from the system only once. The pool's own dialer keeps none.
-func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
+func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
+	p := a.c.site.pool
 	asked, patience := false, handlePatience
 	for tries := 0; ; tries++ {
-		nc, err := p.connectOnce(ctx, a)
-		if err == nil || !p.outOfHandles(err) {
+		nc, err := a.connectOnce(ctx)
+		if err == nil || !p.sys.outOfHandles(err) {
 			return nc, err
 		}
 		if !asked && (tries > 0 && !a.ours || a.stage != StageDial || !asFromSystem(err)) && !p.sys.noHandleFree() {
@@ -312,11 +315,11 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 		if ctx.Err() != nil {
 			return nil, err
 		}
-		if _, ok := p.evictFor(ctx, foreignPatience); ok || p.awaitHandle(ctx, &patience) {
+		if _, ok := p.evictFor(ctx, foreignPatience); ok || a.awaitHandle(ctx, &patience) {
 			continue
 		}
 		err = &noHandle{err}
-		decide := p.noneRemovable(ctx)
+		decide := p.cfg.noneRemovable(ctx)
 		if asked || decide == nil {
 			return nil, err
 		}
@@ -328,7 +331,8 @@ func (p *Pool) connect(ctx context.Context, a *attempt) (net.Conn, error) {
 	}
 }
 
-func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
+func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
+	p := a.c.site.pool
 	addr := a.c.site.addr
 	if a.c.site.absolute {
 		addr.Host += "."
@@ -347,7 +351,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 		}
 	}
 	if addr.Transport == TLS && own == nil {
-		if err := p.loadRoots(p.cfg.TLS); err != nil {
+		if err := a.loadRoots(); err != nil {
 			return nil, err
 		}
 	}
@@ -356,7 +360,7 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 	switch {
 	case err != nil:
 		if !isNil(nc) {
-			go p.closeUnowned(nc, addr)
+			go a.closeUnowned(nc)
 		}
 		return nil, err
 	case isNil(nc):
@@ -367,9 +371,9 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 		return nc, nil
 	}
 	a.enter(StageHandshake)
-	tc, err := p.handshake(ctx, a, nc)
+	tc, err := a.handshake(ctx, nc)
 	if err != nil {
-		p.closeSocket(a)
+		a.closeSocket()
 		return nil, err
 	}
 	return tc, nil
@@ -377,8 +381,9 @@ func (p *Pool) connectOnce(ctx context.Context, a *attempt) (net.Conn, error) {
 
 // closeUnowned closes a connection that never got into the books. A foreign one
 // may take its time over it.
-func (p *Pool) closeUnowned(nc net.Conn, addr Addr) {
-	p.outlived(briefly("Close of the connection", closeTimeout, nc.Close), addr)
+func (a *attempt) closeUnowned(nc net.Conn) {
+	s := a.c.site
+	s.pool.report.outlived(briefly("Close of the connection", closeTimeout, nc.Close), s.addr)
 }
 
 // brokenContract is foreign code that did what its contract forbids.
@@ -392,8 +397,8 @@ type leftUnread struct{ broken *brokenContract }
 func (e *leftUnread) Error() string   { return e.broken.what }
 func (e *leftUnread) Unwrap() []error { return []error{e.broken, ErrUnread} }
 
-// resolve is the canonical form of addr, for which there is a dialer.
-func (p *Pool) resolve(addr Addr) (Addr, error) {
+// canonical is the canonical form of addr, for which there is a dialer.
+func (cfg *Config) canonical(addr Addr) (Addr, error) {
 	addr, err := addr.canonical()
 	if err != nil {
 		return addr, err
@@ -401,7 +406,7 @@ func (p *Pool) resolve(addr Addr) (Addr, error) {
 	switch addr.Transport {
 	case TCP, TLS, Unix:
 	default:
-		if p.cfg.Dialers[addr.Transport] == nil {
+		if cfg.Dialers[addr.Transport] == nil {
 			return addr, fmt.Errorf("no dialer for transport %q: set Config.Dialers[%q]", addr.Transport, addr.Transport)
 		}
 	}
@@ -409,7 +414,8 @@ func (p *Pool) resolve(addr Addr) (Addr, error) {
 }
 
 // dialed books the outcome of a dial.
-func (p *Pool) noteDialed(a *attempt, start clock.Instant, t *Trace, failure *dialError) {
+func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) {
+	p := a.c.site.pool
 	now := p.clock.Exactly()
 	var todo agenda
 	c, s := a.c, a.c.site
@@ -460,12 +466,12 @@ func (p *Pool) noteDialed(a *attempt, start clock.Instant, t *Trace, failure *di
 	todo.run(p)
 	switch {
 	case failure == nil:
-		p.recheckHangUp(at)
+		at.recheckHangUp()
 	case !brokenOff:
-		p.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
+		p.report.log(slog.LevelWarn, "dial failed", "addr", s.addr, "stage", failure.stage.String(), "err", failure.err)
 	}
 	if t != nil && t.DialDone != nil {
-		p.observe("Trace.DialDone", func() { t.DialDone(info) })
+		p.report.observe("Trace.DialDone", func() { t.DialDone(info) })
 	}
 }
 
@@ -481,7 +487,7 @@ func (p *Pool) evictFor(ctx context.Context, patience time.Duration) (Addr, bool
 	p.takeLocked(c)
 	p.moveLocked(c, phaseClosing)
 	p.mu.Unlock()
-	if done := p.discard(c, ClosedEvicted, nil); done != nil {
+	if done := c.discard(ClosedEvicted, nil); done != nil {
 		enough := time.NewTimer(patience)
 		defer enough.Stop()
 		select {

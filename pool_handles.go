@@ -6,6 +6,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -45,22 +46,27 @@ func pressureAt(fd uintptr, limit int) pressure {
 // pool's is given back.
 const handlePatience = 250 * time.Millisecond
 
-// refreshHandleLimit brings the budget up to date. The limit may change while the
-// program runs (Go itself raises it at start), so every dial looks again, also
-// while a MaxOpen is set: that may change too.
-func (p *Pool) refreshHandleLimit() {
-	limit, ok := p.sys.handleLimit()
+// handleBudget is what the process's handle limit leaves for connections, as of the
+// last refresh. It guards itself.
+type handleBudget struct{ atomic.Int64 }
+
+// refresh brings the budget up to date. The limit may change while the program runs
+// (Go itself raises it at start), so every dial looks again, also while a MaxOpen is
+// set: that may change too.
+func (h *handleBudget) refresh(sys *system) {
+	limit, ok := sys.handleLimit()
 	if !ok {
-		p.handles.Store(math.MaxInt)
+		h.Store(math.MaxInt)
 		return
 	}
-	p.handles.Store(int64(max(1, limit-reserveOf(limit))))
+	h.Store(int64(max(1, limit-reserveOf(limit))))
 }
 
 // enroll files a connection that was just dialled under the number of its
 // descriptor. An older entry with that number must have been closed behind the
 // pool's back; and the number says how many handles are taken.
-func (p *Pool) registerFD(c *conn) {
+func (c *conn) registerFD() {
+	p := c.site.pool
 	if c.sock.raw == nil {
 		return
 	}
@@ -68,7 +74,7 @@ func (p *Pool) registerFD(c *conn) {
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
-	if c.phase == phaseNone { // given up in this very moment, see abandonDial
+	if c.phase == phaseNone { // given up in this very moment, see abandon
 		p.mu.Unlock()
 		return
 	}
@@ -87,7 +93,7 @@ func (p *Pool) registerFD(c *conn) {
 		p.pressure = handlesPlenty // there is no limit any more that could be short
 	}
 	p.mu.Unlock()
-	p.listenTo(c)
+	c.watch()
 	todo.run(p)
 }
 
@@ -173,7 +179,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 	if p.stop == nil || isNil(nc) {
 		return 0
 	}
-	fd, who, known, err := p.socketOf(nc)
+	fd, who, known, err := p.sys.socketOf(nc)
 	if err != nil {
 		return 0
 	}
@@ -220,7 +226,8 @@ func connBehind(nc syscall.Conn) *conn {
 	return nil
 }
 
-func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, err error) {
+// socketOf is the descriptor of nc, and whose socket it is, if that is known.
+func (sys *system) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, err error) {
 	raw, err := nc.SyscallConn()
 	if err != nil {
 		return 0, who, false, err
@@ -231,7 +238,7 @@ func (p *Pool) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, e
 	shown := false
 	err = raw.Control(func(n uintptr) {
 		fd, shown = n, true
-		who, known = p.sys.identify(n)
+		who, known = sys.identify(n)
 	})
 	if err == nil && !shown { // it has none, and not the number 0
 		err = errors.ErrUnsupported
@@ -274,7 +281,8 @@ func SameConn(a, b syscall.Conn) (bool, error) {
 // others give back are not heard of, so half of what is left of patience ends the
 // wait too: about six more tries. It gives up at once if the pool has nothing
 // that could come back.
-func (p *Pool) awaitHandle(ctx context.Context, patience *time.Duration) bool {
+func (a *attempt) awaitHandle(ctx context.Context, patience *time.Duration) bool {
+	p := a.c.site.pool
 	if *patience <= 0 {
 		return false
 	}
@@ -324,7 +332,7 @@ func asFromSystem(err error) bool {
 
 // outOfHandles sees it also where it hides: without a free handle a name cannot
 // be looked up, and package net says "no such host".
-func (p *Pool) outOfHandles(err error) bool {
+func (sys *system) outOfHandles(err error) bool {
 	var dns *net.DNSError
-	return sock.OutOfFiles(err) || errors.As(err, &dns) && p.sys.noHandleFree()
+	return sock.OutOfFiles(err) || errors.As(err, &dns) && sys.noHandleFree()
 }

@@ -10,7 +10,8 @@ import (
 // runHook lends c to a hook that talks over it (Reset, Check) and waits for
 // its answer, HookTimeout at most. The caller owns c before and after; after an
 // error it must discard it, since the hook may still be running.
-func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(context.Context, Conn) error) (err error) {
+func (c *conn) runHook(ctx context.Context, where string, hook func(context.Context, Conn) error) (err error) {
+	p := c.site.pool
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
 	defer recoverInto(&err, where) // from a ctx of the caller's making
@@ -37,7 +38,7 @@ func (p *Pool) runHook(ctx context.Context, c *conn, where string, hook func(con
 	word := c.end()
 	switch {
 	case late:
-		p.noteAbandoned(where, c.site.addr)
+		p.report.noteAbandoned(where, c.site.addr)
 	case err != nil:
 	case word&(flagCut|inFlight) != 0:
 		err = &brokenContract{"it left an operation running"}
@@ -161,7 +162,7 @@ func (c *conn) reportUseAfterReturn(gen uint64) {
 		}
 	}
 	c.dmu.Unlock()
-	p.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
+	p.report.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
 		"borrowed by", loan, "used by", string(debug.Stack()))
 }
 
@@ -184,7 +185,7 @@ type pastLoan struct {
 	stack []byte
 }
 
-func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
+func (c *conn) logClosed(reason CloseReason, err error) {
 	level := slog.LevelDebug
 	switch reason {
 	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:
@@ -194,13 +195,5 @@ func (p *Pool) logClosed(c *conn, reason CloseReason, err error) {
 	case ClosedStale:
 		level = slog.LevelInfo
 	}
-	p.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
-}
-
-// abandoned counts and reports foreign code that the pool goes on without.
-func (p *Pool) noteAbandoned(what string, addr Addr) {
-	p.mu.Lock()
-	p.counts.AbandonedCalls++
-	p.mu.Unlock()
-	p.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)
+	c.site.pool.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
 }

@@ -37,7 +37,7 @@ func (p *Pool) SetLimits(l Limits) error {
 	if err != nil {
 		return usage(Addr{}, err)
 	}
-	p.refreshHandleLimit()
+	p.handles.refresh(p.sys)
 	if err := l.reachable("Limits", int(p.handles.Load())); err != nil {
 		return usage(Addr{}, err)
 	}

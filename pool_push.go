@@ -134,34 +134,38 @@ func (c *conn) unread() (bool, error) {
 	return c.hasBuffered()
 }
 
-// pushes reports whether a connection that would be closed for this reason is
+// isForPush reports whether a connection that would be closed for this reason is
 // one for Push.
-func (p *Pool) isForPush(reason CloseReason) bool { return reason == ClosedDirty && p.cfg.Push != nil }
+func (cfg *Config) isForPush(reason CloseReason) bool {
+	return reason == ClosedDirty && cfg.Push != nil
+}
 
 // push gives c, on which something waits to be read, to Config.Push until
 // nothing is left. The caller was its owner, and is not any more.
-func (p *Pool) push(c *conn) {
+func (c *conn) push() {
+	p := c.site.pool
 	p.mu.Lock()
 	if p.limits.MinIdlePerAddr > 0 {
 		p.setCheckingLocked(c, true) // a reserve is complete with what Push has
 	}
 	p.mu.Unlock()
 	go func() {
-		reason, err := p.pushAll(c)
+		reason, err := c.pushAll()
 		if reason != ClosedUnknown {
-			p.discard(c, reason, err)
+			c.discard(reason, err)
 			return
 		}
-		p.releaseFrom(c, fromCheck)
+		c.releaseFrom(fromCheck)
 	}()
 }
 
 // pushAll calls Push as long as there is something for it, and says why c has to
 // be closed then, ClosedUnknown if it has not.
-func (p *Pool) pushAll(c *conn) (CloseReason, error) {
+func (c *conn) pushAll() (CloseReason, error) {
+	p := c.site.pool
 	for {
 		e := c.ensureCold()
-		if reason, err := p.awaitMessage(c); !p.isForPush(reason) {
+		if reason, err := c.awaitMessage(); !p.cfg.isForPush(reason) {
 			e.unread, e.pushback = false, nil
 			return reason, err
 		}
@@ -176,7 +180,7 @@ func (p *Pool) pushAll(c *conn) (CloseReason, error) {
 		p.mu.Lock()
 		p.counts.Pushes++
 		p.mu.Unlock()
-		err = p.runHook(context.Background(), c, "Config.Push", p.cfg.Push)
+		err = c.runHook(context.Background(), "Config.Push", p.cfg.Push)
 		after := holdings{}
 		if err == nil {
 			after, err = c.heldSoon()
@@ -197,7 +201,8 @@ var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 // awaitMessage looks everywhere for bytes that wait: ClosedDirty if there are any.
 // Of a TLS record that has arrived in part it waits for the rest, since only then
 // is it known whether it is a message or a ticket.
-func (p *Pool) awaitMessage(c *conn) (CloseReason, error) {
+func (c *conn) awaitMessage() (CloseReason, error) {
+	p := c.site.pool
 	end := p.clock.Exactly() + clock.Instant(defaultHookTimeout)
 	for {
 		if reason, err := c.condemned(); reason != ClosedUnknown {
@@ -212,7 +217,7 @@ func (p *Pool) awaitMessage(c *conn) (CloseReason, error) {
 		if reason == ClosedUnknown && c.sock.tls != nil {
 			reason, err = c.sock.readThrough(tlsNoWait, probePatience)
 			c.keepPushback(err)
-			p.outlived(err, c.site.addr)
+			p.report.outlived(err, c.site.addr)
 		}
 		switch {
 		case !errors.Is(err, errPartial): // then nothing was taken out
@@ -232,9 +237,10 @@ func (p *Pool) awaitMessage(c *conn) (CloseReason, error) {
 
 // listen is called when c was parked: what arrived before is to be heard of now,
 // and what arrives later when it does.
-func (p *Pool) rearmWatch(c *conn) {
+func (c *conn) rearmWatch() {
+	p := c.site.pool
 	p.mu.Lock()
-	watcher := p.watcher
+	watcher := p.watching.watcher
 	p.mu.Unlock()
 	watcher.Rearm(c.sock.raw, c.hearsData())
 }
@@ -249,7 +255,7 @@ func (p *Pool) readable(fd uintptr) {
 		return
 	}
 	if c.phase == phaseIdle {
-		p.examineAsideLocked(idleRef{c, c.generation()})
+		idleRef{c, c.generation()}.examineAsideLocked()
 	}
 	p.mu.Unlock()
 }

@@ -21,20 +21,19 @@ import (
 
 // release is park for a loan that ended in good order: what it left to read goes
 // to Push.
-func (p *Pool) release(c *conn) bool {
+func (c *conn) release() bool {
+	p := c.site.pool
 	if p.cfg.Push == nil {
-		return p.releaseFrom(c, fromLoan)
+		return c.releaseFrom(fromLoan)
 	}
 	switch unread, err := c.unread(); {
 	case err != nil:
-		p.discard(c, ClosedDirty, err)
+		c.discard(ClosedDirty, err)
 		return false
 	case !unread:
-		return p.releaseFrom(c, fromLoan)
+		return c.releaseFrom(fromLoan)
 	}
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+	c.dropRecord()
 	now := p.clock.Now()
 	p.mu.Lock()
 	p.countLoanLocked(c)
@@ -42,17 +41,16 @@ func (p *Pool) release(c *conn) bool {
 	c.dropLoanState()
 	p.recency.touch(c)
 	p.mu.Unlock()
-	p.push(c)
+	c.push()
 	return true
 }
 
 // park is what an owner does who has no more use for a connection: it goes to
 // the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
 // It reports whether the connection was kept.
-func (p *Pool) releaseFrom(c *conn, u origin) bool {
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+func (c *conn) releaseFrom(u origin) bool {
+	p := c.site.pool
+	c.dropRecord()
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
@@ -60,20 +58,19 @@ func (p *Pool) releaseFrom(c *conn, u origin) bool {
 	at := idleRef{c, c.generation()}
 	p.mu.Unlock()
 	todo.run(p)
-	p.recheckHangUp(at)
+	at.recheckHangUp()
 	return kept
 }
 
 // discard closes a connection that its owner gives up, and frees the slot. The
 // channel is closed when the socket is; it is nil if that has happened already.
-func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
-	p.noteLoss(c, reason, err)
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
+	p := c.site.pool
+	c.noteLoss(reason, err)
+	c.dropRecord()
 	first, own := c.seal()
 	if !own {
-		p.noteRemoved(c, ClosedQuarantined, errStolen)
+		c.noteRemoved(ClosedQuarantined, errStolen)
 		c.wake()
 		return nil
 	}
@@ -83,7 +80,7 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 		} else {
 			c.awaitStrike()
 		}
-		p.noteRemoved(c, reason, err)
+		c.noteRemoved(reason, err)
 		return nil
 	}
 	p.mu.Lock()
@@ -96,7 +93,7 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 	var once sync.Once
 	free := func() {
 		once.Do(func() {
-			p.noteRemoved(c, reason, err)
+			c.noteRemoved(reason, err)
 			close(done)
 		})
 	}
@@ -107,12 +104,12 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 		if ended.Load() {
 			return // closesSlowly wound it up at the last moment
 		}
-		p.noteAbandoned(at.Load().(string), c.site.addr)
+		p.report.noteAbandoned(at.Load().(string), c.site.addr)
 		go c.closeBelow()
 		free()
 	})
 	slow := time.AfterFunc(closePatience, func() {
-		if p.closesSlowly(c) && reason == ClosedEvicted && late.Stop() {
+		if c.closesSlowly() && reason == ClosedEvicted && late.Stop() {
 			late.Reset(evictionPatience)
 		}
 	})
@@ -131,7 +128,8 @@ func (p *Pool) discard(c *conn, reason CloseReason, err error) <-chan struct{} {
 // closesSlowly books that the slot of c, which is being closed, cannot be counted on:
 // if something idle can make room, waiters need not wait for it. It reports whether
 // somebody waits for a slot.
-func (p *Pool) closesSlowly(c *conn) (wanted bool) {
+func (c *conn) closesSlowly() (wanted bool) {
+	p := c.site.pool
 	var todo agenda
 	e := c.ensureCold()
 	p.mu.Lock()
@@ -149,7 +147,8 @@ func (p *Pool) closesSlowly(c *conn) (wanted bool) {
 // removed is the one place where a slot becomes free: the socket of c is closed,
 // or is no longer the pool's (ClosedQuarantined; ClosedUnknown for one that was
 // detached).
-func (p *Pool) noteRemoved(c *conn, reason CloseReason, err error) {
+func (c *conn) noteRemoved(reason CloseReason, err error) {
+	p := c.site.pool
 	var todo agenda
 	var lost error
 	if c.uses == 0 && !reason.innocent() {
@@ -190,27 +189,26 @@ func (p *Pool) noteRemoved(c *conn, reason CloseReason, err error) {
 		return
 	}
 	if t := c.trace(); t != nil && t.Closed != nil {
-		p.observe("Trace.Closed", func() {
+		p.report.observe("Trace.Closed", func() {
 			t.Closed(CloseInfo{Addr: s.addr, ID: c.id, Reason: reason, Uses: c.uses, Age: age, Err: err})
 		})
 	}
-	p.logClosed(c, reason, err)
+	c.logClosed(reason, err)
 }
 
 // detached books that a borrower took c away.
-func (p *Pool) noteDetached(c *conn) {
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		p.dropRecord(l)
-	}
+func (c *conn) noteDetached() {
+	p := c.site.pool
+	c.dropRecord()
 	p.mu.Lock()
 	p.counts.Detached++
-	watcher := p.watcher
+	watcher := p.watching.watcher
 	p.mu.Unlock()
 	watcher.Remove(c.sock.raw)
 	t, info := c.trace(), PutInfo{Addr: c.site.addr, ID: c.id, Held: p.clock.Exactly().Sub(c.since)}
-	p.noteRemoved(c, ClosedUnknown, nil)
+	c.noteRemoved(ClosedUnknown, nil)
 	if t != nil && t.Detached != nil {
-		p.observe("Trace.Detached", func() { t.Detached(info) })
+		p.report.observe("Trace.Detached", func() { t.Detached(info) })
 	}
 }
 
@@ -223,10 +221,10 @@ func (a *agenda) run(p *Pool) {
 
 func (a *agenda) runAll(p *Pool) {
 	for _, d := range a.dials {
-		go p.dial(d)
+		go d.dial()
 	}
 	for _, t := range a.timers {
-		p.startTimer(t)
+		t.start(p)
 	}
 	for _, cancel := range a.cancels {
 		cancel()
@@ -240,6 +238,6 @@ func (a *agenda) runAll(p *Pool) {
 	for len(a.closes) > 0 {
 		o := a.closes[0]
 		a.closes = a.closes[1:]
-		p.discard(o.c, o.reason, o.err)
+		o.c.discard(o.reason, o.err)
 	}
 }

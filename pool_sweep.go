@@ -98,9 +98,9 @@ func (p *Pool) sweep() {
 		}
 		here.todo.run(p)
 		for _, at := range here.seen {
-			switch p.peekIdle(at) {
+			switch at.peek() {
 			case peekUnfit:
-				p.examine(at, false)
+				at.examine(false)
 				if p.cfg.Check == nil {
 					continue
 				}
@@ -109,7 +109,7 @@ func (p *Pool) sweep() {
 				pings[at.c.site] = append(pings[at.c.site], at)
 				continue // which tells whether it is well
 			}
-			p.noteStood(at.c, now)
+			at.c.noteStood(now)
 		}
 	}
 	p.examineAll(pings)
@@ -143,11 +143,13 @@ func (p *Pool) examineAll(pings map[*site][]idleRef) {
 		}
 		p.checkingSites[s] = true
 		p.examiners++
-		go p.examineSite(s, here)
+		go s.examineIdle(here)
 	}
 }
 
-func (p *Pool) examineSite(s *site, here []idleRef) {
+// examineIdle examines idle connections of s, one after another.
+func (s *site) examineIdle(here []idleRef) {
+	p := s.pool
 	defer func() {
 		p.mu.Lock()
 		delete(p.checkingSites, s)
@@ -156,7 +158,7 @@ func (p *Pool) examineSite(s *site, here []idleRef) {
 		p.mu.Unlock()
 	}()
 	for _, at := range here {
-		if p.ctx.Err() != nil || !p.examineInTurn(at) {
+		if p.ctx.Err() != nil || !at.examineInTurn() {
 			return
 		}
 	}
@@ -165,7 +167,8 @@ func (p *Pool) examineSite(s *site, here []idleRef) {
 // examineInTurn takes one of the places that checkers leaves. It reports false if
 // the peer gave no answer in time: then neither will its other connections, and
 // those keep until the next sweep or loan.
-func (p *Pool) examineInTurn(at idleRef) bool {
+func (at idleRef) examineInTurn() bool {
+	p := at.c.site.pool
 	select {
 	case p.checkers <- struct{}{}:
 	case <-p.ctx.Done():
@@ -176,7 +179,7 @@ func (p *Pool) examineInTurn(at idleRef) bool {
 	defer leave()
 	slow := time.AfterFunc(foreignPatience, leave)
 	defer slow.Stop()
-	err := p.examine(at, true)
+	err := at.examine(true)
 	return !isLate(err) && !errors.Is(err, context.DeadlineExceeded)
 }
 
@@ -189,8 +192,9 @@ const (
 	peekNeedsOwner             // it takes an owner to find out
 )
 
-// glance looks at a connection that it does not own.
-func (p *Pool) peekIdle(at idleRef) peekVerdict {
+// peek looks at the connection without being its owner.
+func (at idleRef) peek() peekVerdict {
+	p := at.c.site.pool
 	pr := &at.c.sock
 	if pr.raw != nil {
 		l := newFDVisit(pr, !p.cfg.NoProbe)
@@ -213,7 +217,8 @@ func (p *Pool) peekIdle(at idleRef) peekVerdict {
 
 // examine takes a connection, unless it was lent since it was sighted, and asks
 // it all that can be asked. The error is why it was closed, if an error was.
-func (p *Pool) examine(at idleRef, ping bool) error {
+func (at idleRef) examine(ping bool) error {
+	p := at.c.site.pool
 	c := at.c
 	p.mu.Lock()
 	if c.phase != phaseIdle || c.generation() != at.gen {
@@ -226,29 +231,30 @@ func (p *Pool) examine(at idleRef, ping bool) error {
 	p.mu.Unlock()
 	reason, err := c.probe()
 	if reason == ClosedUnknown && ping && p.cfg.Check != nil {
-		reason, err = p.ping(context.Background(), c)
+		reason, err = c.ping(context.Background())
 	}
 	switch {
-	case p.isForPush(reason):
-		p.push(c)
+	case p.cfg.isForPush(reason):
+		c.push()
 		return nil
 	case reason != ClosedUnknown:
-		p.discard(c, reason, err)
+		c.discard(reason, err)
 		return err
 	}
 	if ping {
-		p.noteStood(c, p.clock.Exactly())
+		c.noteStood(p.clock.Exactly())
 	}
-	p.releaseFrom(c, fromCheck)
+	c.releaseFrom(fromCheck)
 	return nil
 }
 
 // examineAsideLocked is examine for the watcher, which must not wait for what an
 // examination, or the close that it leads to, runs.
-func (p *Pool) examineAsideLocked(at idleRef) {
+func (at idleRef) examineAsideLocked() {
+	p := at.c.site.pool
 	p.examiners++
 	go func() {
-		p.examine(at, false)
+		at.examine(false)
 		p.mu.Lock()
 		p.examiners--
 		p.noteLeftLocked()
@@ -268,18 +274,18 @@ func (p *Pool) hangUp(fd uintptr) {
 	}
 	c.word.Or(flagHungUp)
 	if c.phase == phaseIdle {
-		p.examineAsideLocked(idleRef{c, c.generation()})
+		idleRef{c, c.generation()}.examineAsideLocked()
 	}
 	p.mu.Unlock()
 }
 
 // recheckHangUp is for a connection that was given back, or opened, while its peer
 // hung up: the news found it in use, and comes only once.
-func (p *Pool) recheckHangUp(at idleRef) {
+func (at idleRef) recheckHangUp() {
 	if at.c.word.Load()&flagHungUp != 0 {
-		p.examine(at, false)
+		at.examine(false)
 	}
-	if p.cfg.Push != nil {
-		p.rearmWatch(at.c)
+	if at.c.site.pool.cfg.Push != nil {
+		at.c.rearmWatch()
 	}
 }

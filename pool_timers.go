@@ -2,15 +2,15 @@ package connpool
 
 import "time"
 
-// The timers that the books ask for: an agenda starts them (startTimer), and each of
+// The timers that the books ask for: an agenda starts them (timerOrder.start), and each of
 // them ends here. hush is told by a timer of the dial itself.
 
-func (p *Pool) startTimer(t timerOrder) {
+func (t timerOrder) start(p *Pool) {
 	switch {
 	case t.pause != nil:
-		p.startPause(t.site, t.pause, t.after)
+		t.site.startPause(t.pause, t.after)
 	case t.doubt != nil:
-		time.AfterFunc(t.after, func() { p.doubtDials(t.site, t.doubt) })
+		time.AfterFunc(t.after, func() { t.site.doubtDials(t.doubt) })
 	default:
 		p.startSweeper(t.after)
 	}
@@ -18,16 +18,18 @@ func (p *Pool) startTimer(t timerOrder) {
 
 // startPause starts the timer of a pause that an agenda has brought, unless the
 // pause has been ended meanwhile.
-func (p *Pool) startPause(s *site, running *pause, after time.Duration) {
+func (s *site) startPause(running *pause, after time.Duration) {
+	p := s.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if s.backoff != nil && s.backoff.pause == running {
-		running.timer = time.AfterFunc(after, func() { p.retry(s, running) })
+		running.timer = time.AfterFunc(after, func() { s.retry(running) })
 	}
 }
 
 // retry is the end of a pause: the probe of an address that is backing off goes ahead.
-func (p *Pool) retry(s *site, over *pause) {
+func (s *site) retry(over *pause) {
+	p := s.pool
 	var todo agenda
 	p.mu.Lock()
 	p.pauseOverLocked(s, over, &todo)
@@ -48,7 +50,8 @@ func (p *Pool) startSweeper(after time.Duration) {
 }
 
 // doubtDials is the end of surplusPatience.
-func (p *Pool) doubtDials(s *site, q *queue) {
+func (s *site) doubtDials(q *queue) {
+	p := s.pool
 	var todo agenda
 	p.mu.Lock()
 	p.dropDialsLocked(s, q, &todo)
@@ -58,7 +61,8 @@ func (p *Pool) doubtDials(s *site, q *queue) {
 
 // hush is told that a dial has gone without an answer for so long. answers is how
 // many its address had given when it began.
-func (p *Pool) hush(a *attempt, answers int) {
+func (a *attempt) hush(answers int) {
+	p := a.c.site.pool
 	var todo agenda
 	p.mu.Lock()
 	if s := a.c.site; a.giveUp != nil && !a.surplus {

@@ -65,7 +65,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	case ctx == nil:
 		return nil, usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
-	addr, err := p.trackedAddr(ctx, network, address)
+	addr, err := p.cfg.trackedAddr(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -77,7 +77,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
 	s.overflow = uint8(max(0, min(overflow, math.MaxUint8)))
-	t := p.trace(ctx) // a method of ctx, which is foreign: not under the lock
+	t := p.cfg.trace(ctx) // a method of ctx, which is foreign: not under the lock
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -98,11 +98,11 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 		todo.run(p)
 		return nil, got.refused.classify()
 	}
-	p.announce(got.w, t, &todo)
+	got.w.announce(t, &todo)
 	if s.overflow > 0 {
-		defer time.AfterFunc(ownPatience, func() { p.stalled(got.w) }).Stop()
+		defer time.AfterFunc(ownPatience, func() { got.w.noteStalled() }).Stop()
 	}
-	c, err := p.await(ctx, s, got.w)
+	c, err := got.w.await(ctx)
 	if err != nil {
 		stage, err := stageAndCause(err)
 		p.mu.Lock()
@@ -117,7 +117,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 }
 
 // trackedAddr is the Addr for what package net calls network and address.
-func (p *Pool) trackedAddr(ctx context.Context, network, address string) (Addr, error) {
+func (cfg *Config) trackedAddr(ctx context.Context, network, address string) (Addr, error) {
 	wrong := func(err error) (Addr, error) {
 		return Addr{}, usage(Addr{}, fmt.Errorf("dial %s %s: %w", network, address, err))
 	}
@@ -143,7 +143,7 @@ func (p *Pool) trackedAddr(ctx context.Context, network, address string) (Addr, 
 			host = "localhost" // as package net has it
 		}
 		addr.Host, addr.Port = host, uint16(port)
-		if ip := net.ParseIP(host); network != "tcp" && p.cfg.Dialers[TCP] != nil && (ip == nil || (ip.To4() != nil) != (network == "tcp4")) {
+		if ip := net.ParseIP(host); network != "tcp" && cfg.Dialers[TCP] != nil && (ip == nil || (ip.To4() != nil) != (network == "tcp4")) {
 			return wrong(fmt.Errorf("Config.Dialers[%q] cannot be told to dial %s: use network tcp", TCP, network))
 		}
 	default:
@@ -189,17 +189,18 @@ func (t *trackedLoan) release() error {
 		return again
 	}
 	t.cleanup.Stop()
-	if done := t.c.site.pool.untrack(t.c, nil); done != nil {
+	if done := t.c.untrack(nil); done != nil {
 		<-done
 	}
 	return nil
 }
 
-func (p *Pool) untrack(c *conn, err error) <-chan struct{} {
+func (c *conn) untrack(err error) <-chan struct{} {
+	p := c.site.pool
 	p.mu.Lock()
 	p.counts.Tracked--
 	p.mu.Unlock()
-	return p.discard(c, ClosedByBorrower, err)
+	return c.discard(ClosedByBorrower, err)
 }
 
 // ownPatience is how long a dial waits for a slot before it may take of the overflow.
@@ -227,8 +228,9 @@ func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address st
 	}
 }
 
-// stalled is told that w, of a DialOverflow, has waited for ownPatience.
-func (p *Pool) stalled(w *waiter) {
+// noteStalled is told that w, of a DialOverflow, has waited for ownPatience.
+func (w *waiter) noteStalled() {
+	p := w.site.pool
 	var todo agenda
 	p.mu.Lock()
 	w.stalled = true
@@ -303,7 +305,7 @@ func track(c *conn) net.Conn {
 var errLost = errors.New("a connection of DialContext was dropped without being closed")
 
 // lost is called when nobody can reach a connection any more that was not closed.
-func lost(c *conn) { go c.site.pool.untrack(c, errLost) }
+func lost(c *conn) { go c.untrack(errLost) }
 
 type trackedTCP struct {
 	*net.TCPConn

@@ -8,15 +8,15 @@ import "context"
 // await blocks until w is served or ctx is done. On return w is in no queue;
 // exactly one of the connection and the error is set, and with a connection
 // the caller has become its owner.
-func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
+func (w *waiter) await(ctx context.Context) (*conn, error) {
 	served, over := false, false
 	defer func() {
 		switch {
 		case over:
 		case !served: // a ctx of the borrower's making panicked
-			p.leave(s, w)
+			w.leave()
 		case w.err == nil:
-			p.noteDeclined(w)
+			w.noteDeclined()
 		}
 	}()
 	select {
@@ -25,16 +25,16 @@ func (p *Pool) await(ctx context.Context, s *site, w *waiter) (*conn, error) {
 		canceled := ctx.Err() != nil
 		over = true
 		if canceled && w.err == nil {
-			p.noteDeclined(w)
+			w.noteDeclined()
 			return nil, causeOf(ctx)
 		}
 		return w.c, w.err
 	case <-ctx.Done():
 		over = true
-		if err := p.leave(s, w); err != nil {
+		if err := w.leave(); err != nil {
 			return nil, err
 		}
-		return nil, p.gaveUp(s, w, causeOf(ctx))
+		return nil, w.gaveUp(causeOf(ctx))
 	}
 }
 
@@ -48,7 +48,8 @@ func stageAndCause(err error) (Stage, error) {
 
 // leave takes w out of the queue. If it was served meanwhile, a connection goes
 // back, and an error is returned.
-func (p *Pool) leave(s *site, w *waiter) error {
+func (w *waiter) leave() error {
+	s, p := w.site, w.site.pool
 	var todo agenda
 	p.mu.Lock()
 	if w.queued {
@@ -65,15 +66,16 @@ func (p *Pool) leave(s *site, w *waiter) error {
 	p.mu.Unlock()
 	<-w.ready // served before the lock was ours
 	if w.err == nil {
-		p.noteDeclined(w)
+		w.noteDeclined()
 	}
 	return w.err
 }
 
-// declined gives back what a waiter was served that had given up.
-func (p *Pool) noteDeclined(w *waiter) {
+// noteDeclined gives back what a waiter was served that had given up.
+func (w *waiter) noteDeclined() {
+	p := w.c.site.pool
 	p.mu.Lock()
 	p.counts.WaitsFailed++
 	p.mu.Unlock()
-	p.releaseFrom(w.c, fromCheck)
+	w.c.releaseFrom(fromCheck)
 }

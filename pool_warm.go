@@ -39,7 +39,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	case n < 0:
 		return usage(addr, errNegative)
 	}
-	addr, err := p.resolve(addr)
+	addr, err := p.cfg.canonical(addr)
 	if err != nil {
 		return usage(addr, err)
 	}

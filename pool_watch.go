@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"log/slog"
+	"syscall"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
@@ -22,8 +23,13 @@ const (
 	rewatchAfter = time.Second
 )
 
-// watching is what a pool knows of its watcher. Pool.mu guards it.
+// watching is a pool's watcher, and how it stands with it.
 type watching struct {
+	create func() (*sock.Watcher, error)                    // but for tests that of the system
+	add    func(*sock.Watcher, syscall.RawConn, bool) error // Watcher.Add, but for tests
+
+	// Pool.mu guards these.
+	watcher  *sock.Watcher      // nil where there is none, and before the first connection
 	off      bool               // there shall be none
 	starting bool               // somebody is making it
 	failedAt clock.Instant      // when it could not be made; 0: it could, or was not tried
@@ -33,84 +39,107 @@ type watching struct {
 	running  int                // goroutines in watch
 }
 
-// listenTo sees to it that c, which has just been filed in byFD, is watched.
-func (p *Pool) listenTo(c *conn) {
+// mayStartLocked reports whether a watcher may be made now, as far as that is for the
+// watching to say.
+func (ws *watching) mayStartLocked(now clock.Instant) bool {
+	pausing := ws.failedAt != 0 && now.Sub(ws.failedAt) < ws.pause
+	return sock.CanWatch && !ws.off && ws.watcher == nil && !ws.starting && !pausing
+}
+
+// noteFailedLocked books that no watcher could be made: the next try is after a pause.
+func (ws *watching) noteFailedLocked(now clock.Instant) {
+	ws.failedAt, ws.pause = now, min(max(rewatchSoon, 2*ws.pause), rewatchAfter)
+}
+
+// noteStartedLocked books that w is the watcher, of which watch will run.
+func (ws *watching) noteStartedLocked(w *sock.Watcher) {
+	ws.watcher = w
+	ws.failedAt, ws.pause = 0, 0
+	ws.missed = nil
+	ws.running++
+}
+
+// missLocked books that the watcher could not take c.
+func (ws *watching) missLocked(c *conn) {
+	if ws.missed == nil {
+		ws.missed = make(map[*conn]struct{})
+	}
+	ws.missed[c] = struct{}{}
+}
+
+// watch sees to it that c, which has just been filed in byFD, is watched.
+func (c *conn) watch() {
+	p := c.site.pool
 	p.mu.Lock()
-	w := p.watcher
+	w := p.watching.watcher
 	p.mu.Unlock()
 	if w == nil {
 		p.startWatcher()
 		return
 	}
-	p.addTo(w, c)
+	c.watchWith(w)
 }
 
-func (p *Pool) addTo(w *sock.Watcher, c *conn) {
-	err := p.addWatch(w, c.sock.raw, c.hearsData())
+// watchWith has w watch c. If w cannot, the sweep tries it again.
+func (c *conn) watchWith(w *sock.Watcher) {
+	p := c.site.pool
+	err := p.watching.add(w, c.sock.raw, c.hearsData())
 	if err == nil {
 		return
 	}
 	p.mu.Lock()
 	first := p.watching.missed == nil
 	if p.byFD[c.sock.fd()] == c {
-		if first {
-			p.watching.missed = make(map[*conn]struct{})
-		}
-		p.watching.missed[c] = struct{}{}
+		p.watching.missLocked(c)
 	}
 	p.mu.Unlock()
 	if first {
-		p.log(slog.LevelWarn, "the deaths of some idle connections are found by the sweep only", "err", err)
+		p.report.log(slog.LevelWarn, "the deaths of some idle connections are found by the sweep only", "err", err)
 	}
 }
 
 // startWatcher makes the pool's watcher, if there is none and may be one, and has it
 // watch what there is.
 func (p *Pool) startWatcher() {
-	now := p.clock.Exactly()
+	now, ws := p.clock.Exactly(), &p.watching
 	p.mu.Lock()
-	ws := &p.watching
 	failedBefore := ws.failedAt != 0
-	if !sock.CanWatch || ws.off || p.cfg.NoProbe || p.closed || p.watcher != nil || ws.starting ||
-		len(p.byFD) == 0 || failedBefore && now.Sub(ws.failedAt) < ws.pause {
+	if !ws.mayStartLocked(now) || p.cfg.NoProbe || p.closed || len(p.byFD) == 0 {
 		p.mu.Unlock()
 		return
 	}
 	ws.starting = true
 	p.mu.Unlock()
 
-	w, err := p.newWatcher()
+	w, err := ws.create()
 
 	var all []*conn
 	p.mu.Lock()
 	ws.starting = false
 	switch {
 	case err != nil:
-		ws.failedAt, ws.pause = now, min(max(rewatchSoon, 2*ws.pause), rewatchAfter)
+		ws.noteFailedLocked(now)
 		p.rewatchLocked()
 	case p.closed:
 	default:
-		ws.failedAt, ws.pause = 0, 0
-		ws.missed = nil
-		ws.running++
-		p.watcher = w
+		ws.noteStartedLocked(w)
 		for _, c := range p.byFD {
 			all = append(all, c)
 		}
 	}
-	began := p.watcher == w && w != nil
+	began := ws.watcher == w && w != nil
 	p.mu.Unlock()
 	switch {
 	case err != nil:
 		if !failedBefore {
-			p.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
+			p.report.log(slog.LevelWarn, "deaths of idle connections are found by the sweep only", "err", err)
 		}
 	case !began:
 		w.Close()
 	default:
 		go p.watch(w)
 		for _, c := range all {
-			p.addTo(w, c)
+			c.watchWith(w)
 		}
 	}
 }
@@ -133,9 +162,9 @@ func (p *Pool) rewatchLocked() {
 func (p *Pool) rewatch() {
 	var missed []*conn
 	p.mu.Lock()
-	w, idle := p.watcher, len(p.byFD) == 0
-	if w != nil && idle {
-		p.watcher = nil
+	w, idle := p.watching.watcher, len(p.byFD) == 0
+	if idle {
+		p.watching.watcher = nil
 	}
 	for c := range p.watching.missed {
 		missed = append(missed, c)
@@ -149,7 +178,7 @@ func (p *Pool) rewatch() {
 		w.Close()
 	default:
 		for _, c := range missed {
-			p.addTo(w, c)
+			c.watchWith(w)
 		}
 	}
 }
@@ -175,8 +204,8 @@ func (p *Pool) watch(w *sock.Watcher) {
 func (p *Pool) unwatched(w *sock.Watcher) {
 	p.mu.Lock()
 	p.watching.running--
-	if p.watcher == w {
-		p.watcher = nil
+	if p.watching.watcher == w {
+		p.watching.watcher = nil
 	}
 	p.noteLeftLocked()
 	p.mu.Unlock()
@@ -185,7 +214,7 @@ func (p *Pool) unwatched(w *sock.Watcher) {
 // unwatchLocked forgets c, which leaves the books.
 func (p *Pool) unwatchLocked(c *conn, todo *agenda) {
 	delete(p.watching.missed, c)
-	if len(p.byFD) == 0 && p.watcher != nil {
+	if len(p.byFD) == 0 && p.watching.watcher != nil {
 		p.armSweepLocked(todo) // which ends it
 	}
 }

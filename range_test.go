@@ -140,16 +140,16 @@ func TestCheckIsNotLeftOutForAClockThatWasReadBeforeTheLock(t *testing.T) {
 			c.lendAtLocked(early) // as in borrow
 			n.p.mu.Unlock()
 			require.Zero(t, c.idleFor)
-			reason, err := n.p.whyUnfit(bg, c)
+			reason, err := c.whyUnfit(bg)
 			require.NoError(t, err)
 			require.Equal(t, ClosedUnknown, reason)
 			require.Equal(t, before+1, checks, "behind by %v", behind)
 			// Not even a clock that is behind the answer of Check.
 			c.checked = c.since + clock.Instant(time.Hour)
-			_, err = n.p.whyUnfit(bg, c)
+			_, err = c.whyUnfit(bg)
 			require.NoError(t, err)
 			require.Equal(t, before+2, checks, "behind by %v", behind)
-			n.p.releaseFrom(c, fromCheck)
+			c.releaseFrom(fromCheck)
 		}
 	})
 }

@@ -1,7 +1,6 @@
 package connpool
 
 import (
-	"crypto/tls"
 	"crypto/x509"
 	"os"
 	"sync"
@@ -20,9 +19,11 @@ var roots struct {
 	loaded atomic.Bool
 }
 
-// loadRoots does that, if a dial under cfg may need them. Without a handle it
-// says so, as a dial would: what makes room for a dial makes room for this.
-func (p *Pool) loadRoots(cfg *tls.Config) error {
+// loadRoots does that, if the dial may need them. Without a handle it says so, as a
+// dial would: what makes room for a dial makes room for this.
+func (a *attempt) loadRoots() error {
+	p := a.c.site.pool
+	cfg := p.cfg.TLS
 	if roots.loaded.Load() || p.cfg.TLSFor == nil && cfg != nil && (cfg.RootCAs != nil || cfg.InsecureSkipVerify) {
 		return nil
 	}

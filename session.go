@@ -50,7 +50,7 @@ func (p *Pool) Session(ctx context.Context) (_ context.Context, end func()) {
 		return ctx, func() {}
 	}
 	s := &session{sessionConns: &sessionConns{
-		p: p, ctx: context.WithoutCancel(ctx), trace: p.trace(ctx), byAddr: make(map[Addr]*sessionConn),
+		p: p, ctx: context.WithoutCancel(ctx), trace: p.cfg.trace(ctx), byAddr: make(map[Addr]*sessionConn),
 	}}
 	p.inSession.Add(1)
 	runtime.AddCleanup(s, func(b *sessionConns) { go b.leakedSession() }, s.sessionConns)
@@ -81,7 +81,7 @@ func (s *session) endQuietly() {
 func (b *sessionConns) leakedSession() {
 	for _, c := range b.endSession() {
 		if c.abort() {
-			b.p.noteLeaked(c)
+			c.noteLeaked()
 		}
 	}
 }
@@ -96,7 +96,7 @@ func (p *Pool) withinSession(ctx context.Context, addr Addr, fn func(Conn) error
 	if ctx.Err() != nil {
 		return true, p.tooLate(ctx, addr)
 	}
-	addr, err := p.resolve(addr)
+	addr, err := p.cfg.canonical(addr)
 	if err != nil {
 		return true, usage(addr, err)
 	}

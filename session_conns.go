@@ -110,7 +110,7 @@ func (b *sessionConns) releaseOne(c *conn) (kept bool) {
 func (b *sessionConns) releaseQuietly(held ...*conn) {
 	defer func() {
 		if v := recover(); v != nil {
-			b.p.log(slog.LevelError, "the end of a session panicked", "panic", v)
+			b.p.report.log(slog.LevelError, "the end of a session panicked", "panic", v)
 		}
 	}()
 	b.releaseAll(held)

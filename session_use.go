@@ -23,14 +23,14 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 		}
 	}()
 	st.loan, st.spoiled, st.why = Conn{}, ClosedUnknown, nil
-	k := checkout{p: p, trace: p.trace(ctx)}
+	k := checkout{p: p, trace: p.cfg.trace(ctx)}
 	defer k.rescue()
 	k.get(&st.addr)
 	if st.c == nil {
 		if err := k.borrow(ctx, &st.addr); err != nil {
 			return err
 		}
-		if p.loanLog != nil {
+		if p.loanLog.wanted {
 			k.record(3 + st.marks)
 		}
 	} else {
@@ -86,14 +86,14 @@ func (k *checkout) checkKept() error {
 	}
 	reason, why := c.probe()
 	if p.cfg.Push != nil {
-		unread := p.isForPush(reason)
+		unread := p.cfg.isForPush(reason)
 		if reason == ClosedUnknown {
 			if unread, why = c.unread(); why != nil {
 				reason = ClosedDirty
 			}
 		}
 		if unread {
-			reason, why = p.pushAll(c) // a message that came between two uses
+			reason, why = c.pushAll() // a message that came between two uses
 		}
 	}
 	if reason == ClosedUnknown {

@@ -24,7 +24,8 @@ func (a *attempt) handState() {
 }
 
 // setUp judges what Setup, which said that all was well, has left behind.
-func (p *Pool) setUp(a *attempt) error {
+func (a *attempt) setUp() error {
+	p := a.c.site.pool
 	c := a.c
 	a.mu.Lock()
 	late := a.claimed
@@ -47,7 +48,7 @@ func (p *Pool) setUp(a *attempt) error {
 		return c.speaksUnasked()
 	}
 	a.where = "Config.Push"
-	reason, err := p.pushAll(c)
+	reason, err := c.pushAll()
 	switch kind := KindOf(err); {
 	case reason == ClosedUnknown:
 		return nil
@@ -69,7 +70,7 @@ func (c *conn) speaksUnasked() error {
 	pr.keep = true // so that a look tells how much there is
 	defer func() { pr.keep = keep }()
 	_, err := pr.leftovers(true)
-	if c.site.pool.outlived(err, c.site.addr) {
+	if c.site.pool.report.outlived(err, c.site.addr) {
 		return err
 	}
 	if text, ok := err.(*plaintext); ok {
@@ -77,7 +78,7 @@ func (c *conn) speaksUnasked() error {
 	}
 	// Not c.ask, which would forget that the peer was seen to hang up.
 	reason, err := pr.probe(&c.site.pool.cfg, c.nc)
-	if c.site.pool.outlived(err, c.site.addr) {
+	if c.site.pool.report.outlived(err, c.site.addr) {
 		return err // what still looks at it has it
 	}
 	if reason == ClosedStale {

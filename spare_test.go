@@ -277,7 +277,7 @@ func (p *Pool) looksAround() {
 	}
 	p.mu.Unlock()
 	for _, at := range all {
-		p.examine(at, false)
+		at.examine(false)
 	}
 }
 

@@ -64,7 +64,7 @@ func (c *conn) held() (h holdings) {
 		if v != nil { // it goes on to the borrower, who is told whose it is
 			panic(pan)
 		}
-		c.site.pool.outlived(pan, c.site.addr)
+		c.site.pool.report.outlived(pan, c.site.addr)
 	}()
 	h = c.search(shape)
 	looked = true
@@ -87,7 +87,7 @@ func (c *conn) heldSoon() (h holdings, _ error) {
 		return nil
 	})
 	if err != nil {
-		c.site.pool.outlived(err, c.site.addr)
+		c.site.pool.report.outlived(err, c.site.addr)
 		return h, err
 	}
 	return <-got, nil

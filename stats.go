@@ -86,6 +86,7 @@ func (p *Pool) Stats() Stats {
 		st.Limit = 0
 	}
 	st.Addrs = p.sites.len()
+	st.AbandonedCalls = p.report.abandoned.Load()
 	return st
 }
 

@@ -22,9 +22,10 @@ import (
 
 // handshake makes a TLS connection of nc, under the identity and trust that
 // belong to the address. nc is a's to close, whatever happens here.
-func (p *Pool) handshake(ctx context.Context, a *attempt, nc net.Conn) (net.Conn, error) {
+func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) {
+	p := a.c.site.pool
 	a.where = "Config.TLSFor"
-	cfg, err := p.tlsConfig(a.c.site.addr)
+	cfg, err := a.tlsConfig()
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +86,9 @@ func isLocalhost(name string) bool {
 	return strings.EqualFold(strings.TrimSuffix(name, "."), "localhost")
 }
 
-func (p *Pool) tlsConfig(addr Addr) (*tls.Config, error) {
+// tlsConfig is what the handshake goes by: the identity and trust of the address.
+func (a *attempt) tlsConfig() (*tls.Config, error) {
+	p, addr := a.c.site.pool, a.c.site.addr
 	cfg, before := p.cfg.TLS, p.sessions.age()
 	if p.cfg.TLSFor != nil {
 		own, err := p.cfg.TLSFor(addr)

@@ -173,7 +173,7 @@ func (x *tortureSystem) run(plain, secret *faultnet.Server) error {
 		return err
 	}
 	x.target.Store(-1)
-	p.refreshHandleLimit()
+	p.handles.refresh(p.sys)
 	for _, a := range addrs { // both slots, of both
 		hold := make(chan struct{})
 		held := make(chan error, 2)

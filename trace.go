@@ -139,11 +139,11 @@ func WithNoneRemovable(ctx context.Context, decide func(*Error) bool) context.Co
 }
 
 // noneRemovable is whom a dial under ctx asks; nil: nobody.
-func (p *Pool) noneRemovable(ctx context.Context) func(*Error) bool {
+func (cfg *Config) noneRemovable(ctx context.Context) func(*Error) bool {
 	if decide, ok := ctx.Value(noneRemovableKey{}).(func(*Error) bool); ok {
 		return decide
 	}
-	return p.cfg.NoneRemovable
+	return cfg.NoneRemovable
 }
 
 // WithTrace returns a ctx whose uses of a pool are observed by t, in addition
@@ -189,7 +189,7 @@ func both[T any](f, g func(T)) func(T) {
 
 // trace is what observes one use: the pool's Trace and the one in ctx. It is
 // nil when nobody looks.
-func (p *Pool) trace(ctx context.Context) *Trace {
+func (cfg *Config) trace(ctx context.Context) *Trace {
 	one, _ := ctx.Value(traceKey{}).(*Trace)
-	return chain(p.cfg.Trace, one)
+	return chain(cfg.Trace, one)
 }

@@ -119,7 +119,7 @@ func TestTheInnerConnectionKeepsATrackedConnection(t *testing.T) {
 		if own, ok := inner.(*ownConn); ok { // the pool cannot find out that it was dropped
 			require.NoError(t, own.Close())
 			for _, c := range p.every() { // there is no handle on it any more
-				p.untrack(c, nil)
+				c.untrack(nil)
 			}
 			return
 		}
@@ -336,7 +336,7 @@ func TestDialContextDialsTheNameAsGiven(t *testing.T) {
 	p := n.pool(t, nil)
 	s := &site{pool: p, addr: n.addr, family: family4, absolute: true}
 	s.addr.Host = "no-such-host.invalid"
-	_, err := p.connectOnce(t.Context(), &attempt{c: &conn{site: s}})
+	_, err := (&attempt{c: &conn{site: s}}).connectOnce(t.Context())
 	require.ErrorContains(t, err, "no-such-host.invalid.")
 	require.False(t, absolute("unix", "/tmp/x.:1."))
 }

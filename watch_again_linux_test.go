@@ -24,8 +24,8 @@ func (loggerFunc) Enabled(_ context.Context, l slog.Level) bool    { return l >=
 func (f loggerFunc) Handle(_ context.Context, r slog.Record) error { f(r); return nil }
 func (f loggerFunc) WithAttrs([]slog.Attr) slog.Handler            { return f }
 func (f loggerFunc) WithGroup(string) slog.Handler                 { return f }
-func (p *Pool) isWatching() bool                                   { p.mu.Lock(); defer p.mu.Unlock(); return p.watcher != nil }
-func (p *Pool) setWatcher(make func() (*sock.Watcher, error))      { p.newWatcher = make }
+func (p *Pool) isWatching() bool                                   { p.mu.Lock(); defer p.mu.Unlock(); return p.watching.watcher != nil }
+func (p *Pool) setWatcher(make func() (*sock.Watcher, error))      { p.watching.create = make }
 func failing(while *atomic.Bool, err error) func() (*sock.Watcher, error) {
 	return func() (*sock.Watcher, error) {
 		if while.Load() {
@@ -102,7 +102,7 @@ func TestAConnectionThatCouldNotBeWatchedIsTriedAgain(t *testing.T) {
 	p := n.pool(t, func(c *Config) { c.SweepInterval = time.Hour })
 	var full atomic.Bool
 	full.Store(true)
-	p.addWatch = func(w *sock.Watcher, raw syscall.RawConn, data bool) error {
+	p.watching.add = func(w *sock.Watcher, raw syscall.RawConn, data bool) error {
 		if full.Load() {
 			return unix.ENOSPC
 		}
@@ -164,7 +164,7 @@ func TestTheWatcherComesAndGoesWithTheConnections(t *testing.T) {
 	ended := func() bool {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		return p.watcher == nil && p.watching.running == 0
+		return p.watching.watcher == nil && p.watching.running == 0
 	}
 	for range 3 {
 		fillIdle(t, p, n.addr, 2)

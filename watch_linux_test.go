@@ -210,7 +210,7 @@ func TestOneGoroutineWatchesFiveHundredConnections(t *testing.T) {
 	comesTrue(t, "one descriptor more", func() bool { return descriptorsOpen(t) == listening+1000+1 })
 	p.check(t)
 	require.NoError(t, p.Close())
-	require.Nil(t, p.watcher)
+	require.Nil(t, p.watching.watcher)
 	require.LessOrEqual(t, runtime.NumGoroutine(), goroutines)
 	require.Equal(t, listening+500, descriptorsOpen(t), "the pool's are closed")
 	stop()
@@ -229,15 +229,15 @@ func TestAPoolWithoutConnectionsWatchesNothing(t *testing.T) {
 		return mem.Dial(ctx, a.Host)
 	}}}, nil)
 	require.Error(t, p.With(context.Background(), addr, func(Conn) error { return nil }))
-	require.Nil(t, p.watcher, "no connection was made")
+	require.Nil(t, p.watching.watcher, "no connection was made")
 	require.NoError(t, p.With(context.Background(), Addr{Transport: "mem", Host: "m"}, func(Conn) error { return nil }))
-	require.Nil(t, p.watcher, "there is no descriptor to watch")
+	require.Nil(t, p.watching.watcher, "there is no descriptor to watch")
 	require.NoError(t, p.Close())
 
 	require.NoError(t, s.Restart())
 	trusting := watchPool(t, Config{NoProbe: true}, nil)
 	fillIdle(t, trusting, addr, 1)
-	require.Nil(t, trusting.watcher, "the look into the socket is switched off")
+	require.Nil(t, trusting.watching.watcher, "the look into the socket is switched off")
 	require.NoError(t, trusting.Close())
 	s.Close()
 	mem.Close()
@@ -273,7 +273,7 @@ func TestADetachedConnectionIsNotWatched(t *testing.T) {
 func stillWatched(t *testing.T, p *Pool, nc net.Conn) bool {
 	t.Helper()
 	p.mu.Lock()
-	w := p.watcher
+	w := p.watching.watcher
 	p.mu.Unlock()
 	require.NotNil(t, w)
 	raw, err := nc.(syscall.Conn).SyscallConn()

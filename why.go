@@ -83,7 +83,8 @@ const farEnough = 256
 func (e *inVain) counts(addr, mine Addr) bool { return e.full != "MaxPerAddr" || addr == mine }
 
 // gaveUp completes what w wrote down, and is the error of its wait. mu is not held.
-func (p *Pool) gaveUp(s *site, w *waiter, ctx error) error {
+func (w *waiter) gaveUp(ctx error) error {
+	p := w.site.pool
 	e := w.why
 	if e == nil { // it was served in the last moment
 		return ctx
@@ -92,7 +93,7 @@ func (p *Pool) gaveUp(s *site, w *waiter, ctx error) error {
 	if e.held == 0 && !e.here {
 		return e
 	}
-	e.holder = p.out.find(func(h *loanRecord) bool { return e.counts(h.addr, s.addr) })
+	e.holder = p.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) })
 	if e.holder != nil {
 		e.held = max(e.held, p.clock.Exactly().Sub(e.holder.since))
 	}

@@ -130,7 +130,7 @@ var mutants = []mutant{
 	{
 		name:  "death-noticed-at-once",
 		file:  "pool_sweep.go",
-		old:   "p.examineAsideLocked(idleRef{c, c.generation()})",
+		old:   "idleRef{c, c.generation()}.examineAsideLocked()",
 		new:   "",
 		tests: `TestServersThatHangUpEmptyTheIdleListUnasked`,
 	},
@@ -266,7 +266,7 @@ var mutants = []mutant{
 	{
 		name:  "panic-discards",
 		old:   `k.close(reason, nil)`,
-		new:   `_, _ = reason, k.p.releaseFrom(k.c, fromLoan)`,
+		new:   `_, _ = reason, k.c.releaseFrom(fromLoan)`,
 		tests: `TestEveryWayOfLeavingFnGivesTheConnectionBack|TestVerdictOfEachEnd|TestPanicWhileBuilding`,
 	},
 	{
@@ -331,8 +331,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setup-failure-closes",
-		old:   `p.discard(a.c, ClosedSetupFailed, err)`,
-		new:   `p.noteRemoved(a.c, ClosedSetupFailed, err)`,
+		old:   `a.c.discard(ClosedSetupFailed, err)`,
+		new:   `a.c.noteRemoved(ClosedSetupFailed, err)`,
 		tests: `TestSetupThatFailsInAnyWayIsTheBorrowersAndLeavesNothing`,
 	},
 
@@ -363,13 +363,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "first-loan-is-judged",
-		old:   "p.noteLoss(c, reason, err)\n",
+		old:   "c.noteLoss(reason, err)\n",
 		new:   "\n",
 		tests: `TestALoanThatMeetsTheEndBeforeAByteSpeaksAgainstTheAddress`,
 	},
 	{
 		name:  "three-hollow-are-enough",
-		old:   `if !reason.innocent() && p.noteHollow(c, why) || hollow >= maxHollow {`,
+		old:   `if !reason.innocent() && c.noteHollow(why) || hollow >= maxHollow {`,
 		new:   `if false {`,
 		tests: `TestOneBorrowOpensThreeConnectionsAtMost`,
 	},
@@ -387,7 +387,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lives-in-its-loan",
-		old:   "c.site.pool.noteLived(c, true)\n",
+		old:   "c.noteLived(true)\n",
 		new:   "\n",
 		tests: `TestTheBackOffEndsWhenAConnectionLives`,
 	},
@@ -423,7 +423,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "roots-before-the-socket",
-		old:   `if err := p.loadRoots(p.cfg.TLS); err != nil {`,
+		old:   `if err := a.loadRoots(); err != nil {`,
 		new:   `if err := error(nil); err != nil {`,
 		tests: `TestATLSDialWithoutAHandleSpoilsNoLaterOne`,
 	},
@@ -484,7 +484,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "late-delivery-goes-back",
-		old:   "p.mu.Unlock()\n\tp.releaseFrom(w.c, fromCheck)",
+		old:   "p.mu.Unlock()\n\tw.c.releaseFrom(fromCheck)",
 		new:   `p.mu.Unlock()`,
 		tests: `TestACancelledWaiterIsNeverHandedAConnection`,
 	},
@@ -584,20 +584,20 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-before-the-loan-is-left-out",
-		old:   "if p.isForPush(reason) {\n\t\t\t// It goes to Push",
-		new:   "if p.isForPush(reason) {\n\t\t\treturn c, waited, nil\n\t\t}\n\t\tif false {\n\t\t\t// It goes to Push",
+		old:   "if p.cfg.isForPush(reason) {\n\t\t\t// It goes to Push",
+		new:   "if p.cfg.isForPush(reason) {\n\t\t\treturn c, waited, nil\n\t\t}\n\t\tif false {\n\t\t\t// It goes to Push",
 		tests: `TestAMessageIsPushedBeforeTheConnectionIsLent`,
 	},
 	{
 		name:  "push-is-not-told-of-what-came-during-the-loan",
-		old:   "if p.cfg.Push != nil {\n\t\tp.rearmWatch(at.c)",
-		new:   "if false {\n\t\tp.rearmWatch(at.c)",
+		old:   "if at.c.site.pool.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
+		new:   "if false {\n\t\tat.c.rearmWatch()",
 		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
 	{
 		name:  "push-verdict-is-ignored",
-		old:   "if reason != ClosedUnknown {\n\t\t\tp.discard(c, reason, err)\n\t\t\treturn\n\t\t}\n\t\tp.releaseFrom(c, fromCheck)",
-		new:   "_, _ = reason, err\n\t\tp.releaseFrom(c, fromCheck)",
+		old:   "if reason != ClosedUnknown {\n\t\t\tc.discard(reason, err)\n\t\t\treturn\n\t\t}\n\t\tc.releaseFrom(fromCheck)",
+		new:   "_, _ = reason, err\n\t\tc.releaseFrom(fromCheck)",
 		tests: `TestAnErrorOfPushClosesTheConnection`,
 	},
 	{
@@ -626,7 +626,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-dies-of-a-message",
-		old:   "reason, why = p.pushAll(c) // a message that came between two uses",
+		old:   "reason, why = c.pushAll() // a message that came between two uses",
 		new:   "_ = reason",
 		tests: `TestAMessageBetweenTwoUsesOfASessionIsPushed`,
 	},
@@ -778,7 +778,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "tracked-lost-for-ever",
-		old:   `func lost(c *conn) { go c.site.pool.untrack(c, errLost) }`,
+		old:   `func lost(c *conn) { go c.untrack(errLost) }`,
 		new:   `func lost(c *conn) { _ = errLost }`,
 		tests: `TestATrackedConnectionThatWasDroppedFreesItsSlot`,
 	},
@@ -854,19 +854,19 @@ var mutants = []mutant{
 	// --- handles ---
 	{
 		name:  "exhaustion-evicts",
-		old:   `if err == nil || !p.outOfHandles(err) {`,
+		old:   `if err == nil || !p.sys.outOfHandles(err) {`,
 		new:   `if true {`,
 		tests: `TestOutOfHandlesTheLeastRecentlyUsedMakeRoomInExactOrder`,
 	},
 	{
 		name:  "exhaustion-behind-dns",
-		old:   `errors.As(err, &dns) && p.sys.noHandleFree()`,
+		old:   `errors.As(err, &dns) && sys.noHandleFree()`,
 		new:   `errors.As(err, &dns) && false`,
 		tests: `TestExhaustionHiddenBehindTheLookupOfANameEvicts`,
 	},
 	{
 		name:  "unknown-name-evicts-nothing",
-		old:   `errors.As(err, &dns) && p.sys.noHandleFree()`,
+		old:   `errors.As(err, &dns) && sys.noHandleFree()`,
 		new:   `errors.As(err, &dns)`,
 		tests: `TestATrulyUnknownNameEvictsNothing|TestAnUnknownNameEvictsNothing`,
 	},
@@ -1054,7 +1054,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "hold-ends",
-		old:   "if h.listed {\n\t\tl.remove(h)\n\t}",
+		old:   "if h.listed {\n\t\tl.unlist(h)\n\t}",
 		new:   "",
 		tests: `TestReportsComeInTimeForEach`,
 	},
@@ -1092,8 +1092,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-mark-in-a-dials-error",
-		old:   `a.err = tame(p.open(ctx, a))`,
-		new:   `a.err = p.open(ctx, a)`,
+		old:   `a.err = tame(a.open(ctx))`,
+		new:   `a.err = a.open(ctx)`,
 		tests: `TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody`,
 	},
 	{
@@ -1167,7 +1167,7 @@ var mutants = []mutant{
 	{
 		name:  "setup-leaves-a-message",
 		file:  "setup.go",
-		old:   "reason, err := p.pushAll(c)\n\tswitch kind",
+		old:   "reason, err := c.pushAll()\n\tswitch kind",
 		new:   "reason, err := ClosedUnknown, error(nil)\n\tswitch kind",
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	},
@@ -1448,7 +1448,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "ignored-deadline-closes",
-		old:   "p.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
+		old:   "p.report.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
 		new:   "_ = refuse",
 		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/does_nothing/read`,
 	},
@@ -1490,7 +1490,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "uncleared-deadline-is-not-detached",
-		old:   "p.discard(c, ClosedBroken, err)\n\t\t\treturn nil, err",
+		old:   "c.discard(ClosedBroken, err)\n\t\t\treturn nil, err",
 		new:   "_ = err",
 		tests: `TestADeadlineThatCannotBeClearedEndsTheConnection/detach`,
 	},
@@ -1514,13 +1514,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "dialed-socket-has-an-owner",
-		old:   "if a.err != nil {\n\t\tp.closeSocket(a)\n\t}",
+		old:   "if a.err != nil {\n\t\ta.closeSocket()\n\t}",
 		new:   "",
 		tests: `TestNothingIsLostWhicheverForeignCallFails/panic`,
 	},
 	{
 		name:  "abandoned-dial-gives-its-socket-up",
-		old:   "go p.closeSocket(a)\n",
+		old:   "go a.closeSocket()\n",
 		new:   "",
 		tests: `TestAHangBeforeTheHandshakeKeepsNoSocket`,
 	},
@@ -1556,8 +1556,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-tried-again",
-		old:   "2*ws.pause), rewatchAfter)\n\t\tp.rewatchLocked()",
-		new:   "2*ws.pause), century)",
+		old:   "ws.noteFailedLocked(now)\n\t\tp.rewatchLocked()",
+		new:   "ws.noteFailedLocked(now)",
 		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
 	},
 	{
@@ -1568,7 +1568,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-not-at-each-dial",
-		old:   "failedBefore && now.Sub(ws.failedAt) < ws.pause",
+		old:   "ws.failedAt != 0 && now.Sub(ws.failedAt) < ws.pause",
 		new:   "false",
 		tests: `TestAWatcherIsNotTriedAtEachDial`,
 	},
@@ -1581,7 +1581,7 @@ var mutants = []mutant{
 	{
 		name:  "watcher-ends",
 		old:   "case idle:\n\t\tw.Close()",
-		new:   "case phaseIdle:",
+		new:   "case idle:",
 		tests: `TestForgottenPoolsLeaveNothing|TestTheWatcherComesAndGoes`,
 	},
 	{
@@ -1612,7 +1612,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-panic-in-the-queue-leaves-the-waiter",
-		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tp.leave(s, w)",
+		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tw.leave()",
 		new:   "case !served: // a ctx of the borrower's making panicked",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
 	},
@@ -1624,8 +1624,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-panic-beside-a-dead-connection-keeps-it",
-		old:   "if !asked {\n\t\t\tp.discard(c, reason, err)",
-		new:   "if false && !asked {\n\t\t\tp.discard(c, reason, err)",
+		old:   "if !asked {\n\t\t\tc.discard(reason, err)",
+		new:   "if false && !asked {\n\t\t\tc.discard(reason, err)",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
 	},
 	{
