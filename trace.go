@@ -59,8 +59,8 @@ func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), 
 // GetConn, GotConn and PutConn are called on the borrower's goroutine, and With waits for
 // them; a panic or runtime.Goexit in them is the borrower's. The others are called in the
 // middle of the pool's own work, on goroutines of their own. The pool waits a quarter of
-// a second for them, and not at all while an earlier one has not returned. Their panics
-// are logged and go no further.
+// a second for them, and not at all while an earlier one has not returned. A panic or
+// runtime.Goexit in them is logged and goes no further.
 //
 // What is said here of With and its fn holds for a [Lease] too, from [Pool.Lease] to its
 // return. Within a [Pool.Session] each With is reported separately, but a With nested in

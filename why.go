@@ -45,10 +45,10 @@ func (e *inVain) Error() string {
 	case e.pause:
 		fmt.Fprintf(&b, "; the next dial is not due after %s, the last one: %s", times(e.failures, "failure"), textOf(e.last))
 	default:
-		fmt.Fprintf(&b, "; the dial before failed: %s", textOf(e.last))
+		fmt.Fprintf(&b, "; the last dial failed: %s", textOf(e.last))
 	}
 	if e.held > 0 {
-		fmt.Fprintf(&b, "; what is in use for longest has been for %v", e.held.Round(time.Microsecond))
+		fmt.Fprintf(&b, "; the longest loan has lasted %v", e.held.Round(time.Microsecond))
 		if e.holder != nil {
 			fmt.Fprintf(&b, ", borrowed by %s", e.holder.place())
 		}
