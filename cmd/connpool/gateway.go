@@ -75,7 +75,7 @@ examples:
   connpool gateway ... -status tcp://127.0.0.1:9100   and   curl http://127.0.0.1:9100/metrics
 `
 
-// gatewayOptions is what the command line decides.
+// gatewayOptions holds the settings from the command line.
 type gatewayOptions struct {
 	gateway.Config
 	check, reach, quiet, verbose bool
@@ -134,8 +134,8 @@ func (o octal) Set(s string) error {
 	return nil
 }
 
-// parseGateway reads the flags. It returns flag.ErrHelp after having told the
-// usage on stdout, and any other error without having told anything.
+// parseGateway reads the flags. It returns flag.ErrHelp after it printed the usage on
+// stdout, and any other error without printing anything.
 func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	var o gatewayOptions
 	maxFrame := int64(16 << 20)
@@ -199,7 +199,7 @@ func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	}
 	var others []string // flags of another framing
 	clients := o.MaxClients
-	o.MaxClients = 0 // what was not asked for is as many as fit
+	o.MaxClients = 0 // not set: as many as the limit of open files allows
 	fs.Visit(func(f *flag.Flag) {
 		if f.Name == "max-clients" {
 			if o.MaxClients = clients; clients == 0 {
@@ -255,14 +255,14 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 	}
 	o.Logger = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	ignoreBrokenPipes()
-	// Nothing that it says of itself may keep it: neither whoever reads its log,
-	// nor whoever reads its report, need be alive or awake.
+	// The gateway's own output must not block it: a reader of its log or of its report
+	// may be slow, stopped or gone.
 	told, logged := &teller{w: stdout}, &teller{w: stderr}
 	defer told.flush(ctx, o.check)
 	defer logged.flush(ctx, o.check)
 	stdout, stderr = told, logged
-	// From the beginning: it would end a process that waits for a file, or leave
-	// the socket of one that has just listened.
+	// First, because the signal would otherwise end a process that waits for a file, or
+	// leave behind the socket file of one that has just begun to listen.
 	reload, stopReload := reloadSignal()
 	defer stopReload()
 	var g *gateway.Gateway
@@ -286,7 +286,7 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		fmt.Fprintf(stderr, "connpool gateway: %v\n", err)
 		return exitBroken
 	}
-	// A second signal ends the drain, and not the process, which has files to
+	// A second signal ends the drain, and not the process, which still has files to
 	// remove.
 	again := make(chan os.Signal, 2)
 	signal.Notify(again, os.Interrupt, syscall.SIGTERM)
@@ -299,8 +299,8 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		for {
 			select {
 			case <-reload:
-				go g.Renew() // which tells, and may wait for a file
-			case <-again: // the first one is that which ends ctx
+				go g.Renew() // Renew logs its outcome, and may wait for a file
+			case <-again: // the first signal is the one that ends ctx
 				if signals++; signals == 2 {
 					g.Logger.Info("told to hurry")
 					hasten()
@@ -336,7 +336,7 @@ func statusPlace(g *gateway.Gateway) string {
 	return "none"
 }
 
-// checkGateway says what would be done, and whether it can be.
+// checkGateway prints what would be done, and whether that is possible.
 func checkGateway(ctx context.Context, o gatewayOptions, g *gateway.Gateway, stdout, stderr io.Writer) int {
 	defer g.Close()
 	if o.reach {

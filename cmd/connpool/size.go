@@ -86,9 +86,9 @@ status is 0 if there is an answer, 1 if the peer could not be measured, 2 for a
 mistake on the command line.
 `
 
-// sizeOptions is what the command line of size decides.
+// sizeOptions holds the settings from the command line of size.
 type sizeOptions struct {
-	mode string // the flag that chose it
+	mode string // the flag that chose the mode
 
 	// arithmetic
 	users, concurrency int
@@ -105,13 +105,13 @@ type sizeOptions struct {
 	targetFlags        targetFlags
 	ramp               rampOptions
 	own                string
-	work               func() // of the server of its own
+	work               func() // the work of size's own server
 	loadCommand, svg   string
-	explicit           map[string]bool // flags that were given
+	explicit           map[string]bool // flags that were set
 	connectionsText    string
 }
 
-// sizeModes says which flags belong to which mode; those of no mode go with all.
+// sizeModes lists which flags belong to which mode; flags of no mode go with all modes.
 var sizeModes = []struct {
 	flag  string // that chooses the mode
 	other []string
@@ -124,8 +124,8 @@ var sizeModes = []struct {
 	{"total", []string{"processes"}},
 }
 
-// parseSize reads the flags. It returns flag.ErrHelp after having told the
-// usage on stdout, and any other error without having told anything.
+// parseSize reads the flags. It returns flag.ErrHelp after it printed the usage on
+// stdout, and any other error without printing anything.
 func parseSize(args []string, stdout io.Writer) (sizeOptions, error) {
 	o := sizeOptions{explicit: make(map[string]bool)}
 	fs := flag.NewFlagSet("connpool size", flag.ContinueOnError)
@@ -160,10 +160,10 @@ func parseSize(args []string, stdout io.Writer) (sizeOptions, error) {
 	return o, o.check()
 }
 
-// parseTeaching parses args. For -h it tells the usage on stdout and returns
-// flag.ErrHelp; it tells no other error.
+// parseTeaching parses args. For -h it prints the usage on stdout and returns
+// flag.ErrHelp; it prints no other error.
 func parseTeaching(fs *flag.FlagSet, args []string, stdout io.Writer, before, after string) error {
-	fs.SetOutput(io.Discard) // an error is told once, by the caller, without the whole usage
+	fs.SetOutput(io.Discard) // the caller prints an error once, without the whole usage
 	fs.Usage = func() {}
 	err := fs.Parse(args)
 	switch {
@@ -185,7 +185,7 @@ func parseTeaching(fs *flag.FlagSet, args []string, stdout io.Writer, before, af
 	return nil
 }
 
-// check finds the mode, and everything that does not fit it.
+// check finds the mode, and every flag that does not fit the mode.
 func (o *sizeOptions) check() error {
 	var modes []string
 	var fits []string
@@ -300,7 +300,7 @@ func (o *sizeOptions) checkExperiment() (err error) {
 	return nil
 }
 
-// sizeReport is what size has to say, as JSON or as text.
+// sizeReport is the result of size, as JSON or as text.
 type sizeReport interface{ text() string }
 
 // size is the command.
@@ -353,7 +353,7 @@ func writeReport(w io.Writer, r sizeReport, asJSON bool) error {
 	return nil
 }
 
-// advice is what to set, and the command that shows whether it is right.
+// advice is what to set, and the command that verifies it.
 type advice struct {
 	Text    string `json:"text"`
 	Command string `json:"measure_with"`
