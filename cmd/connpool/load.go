@@ -71,7 +71,7 @@ func parseLoad(args []string, stdout io.Writer) (loadOptions, error) {
 	o.flags.register(fs)
 	fs.IntVar(&o.workers, "workers", 8, "`number` of workers, each with one request at a time")
 	fs.DurationVar(&o.span, "for", 6*time.Second, "`duration` of the whole run")
-	fs.IntVar(&o.requests, "n", 0, "`number` of requests made in each way, in the place of -for")
+	fs.IntVar(&o.requests, "n", 0, "`number` of requests made in each way, instead of -for")
 	fs.IntVar(&o.rounds, "rounds", 5, "`number` of turns that each way gets")
 	fs.DurationVar(&o.think, "think", 0, "`time` that a worker pauses between two requests")
 	fs.IntVar(&o.maxPerAddr, "max-per-addr", 0, "`number` of connections that the pool may open; 0: as many as there are workers at work")

@@ -90,7 +90,7 @@ usage: connpool <command> [flags]
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)
 	}
 	fmt.Fprint(w, `
-"connpool help <command>" teaches one of them.
+"connpool help <command>" explains one of them.
 
 examples:
   connpool demo

@@ -37,8 +37,8 @@ type targetFlags struct {
 func (f *targetFlags) register(fs *flag.FlagSet) {
 	fs.StringVar(&f.to, "to", "", "`address` of the peer: tcp://host:port, tls://host:port or unix:/path, with the options of connpool.Addr")
 	fs.StringVar(&f.probe, "probe", "line", "what to `ask` it, see below")
-	fs.StringVar(&f.ca, "tls-ca", "", "`file` with the certificates (PEM) that are trusted in the place of the system's")
-	fs.BoolVar(&f.trustAnyone, "tls-insecure-trust-anyone", false, "do not verify the peer's certificate: whoever answers is believed, and is told the passwords")
+	fs.StringVar(&f.ca, "tls-ca", "", "`file` with the certificates (PEM) that are trusted instead of the system's")
+	fs.BoolVar(&f.trustAnyone, "tls-insecure-trust-anyone", false, "do not verify the peer's certificate: any peer is trusted, and gets the passwords")
 	fs.DurationVar(&f.timeout, "timeout", 10*time.Second, "`time` after which a dial or an exchange counts as failed")
 }
 

@@ -249,7 +249,7 @@ func (g *Gateway) reload(ctx context.Context) error {
 		return ctx.Err()
 	case err != nil:
 		g.count.reloadsFailed.Add(1)
-		g.notice(slog.LevelError, "reload", "certificates not reloaded, the old ones stay in force", "error", err)
+		g.notice(slog.LevelError, "reload", "certificates not reloaded, the old ones stay in use", "error", err)
 		return err
 	}
 	if changed {

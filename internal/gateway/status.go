@@ -146,7 +146,7 @@ func (st *Status) metrics() []byte {
 	count("slow_clients_total", "Clients closed because they did not take their replies.", st.Slow)
 	count("client_bytes_in_total", "Bytes from clients.", st.BytesIn)
 	count("client_bytes_out_total", "Bytes to clients.", st.BytesOut)
-	count("reloads_total", "Changes of certificates put in force.", st.Reloads)
+	count("reloads_total", "Changes of certificates put into use.", st.Reloads)
 	count("reloads_failed_total", "Changes of certificates refused.", st.ReloadsFailed)
 	count("log_lines_dropped_total", "Lines that the log did not take.", st.LogDropped)
 	gauge("max_clients", "Clients that may be connected: -max-clients, or fewer where the limit of open files is lower.", st.MaxClients)
