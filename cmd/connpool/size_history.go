@@ -221,7 +221,7 @@ func (r *histories) text() string {
 		}
 		fmt.Fprintf(&b, "connpool size: %s%s, %s samples over %s\n\n", r.File, prefixed(", ", h.Addr), grouped(uint64(h.Samples)), seconds(h.Seconds))
 		fmt.Fprintf(&b, "  in use     %.1f on average, %d or less for 99 %% of the time, %d at most\n", h.Average, h.P99, h.Peak)
-		fmt.Fprintf(&b, "  waiting    %d at most; %s borrowers queued, %s on average, %s in vain\n", h.MostWait, grouped(h.Waits), seconds(h.MeanWait), grouped(h.WaitsFailed))
+		fmt.Fprintf(&b, "  waiting    %d at most; %s borrowers queued, %s on average, %s got none\n", h.MostWait, grouped(h.Waits), seconds(h.MeanWait), grouped(h.WaitsFailed))
 		fmt.Fprintf(&b, "  loans      %s, and %s dials\n", grouped(h.Loans), grouped(h.Dials))
 		if h.Share != nil {
 			fmt.Fprintf(&b, "  shares     %v\n", h.Share)

@@ -227,7 +227,7 @@ var respErrors = [numFailures]string{
 	noMemory:    "the gateway has no room for the reply; the command was carried out",
 	outOfStep:   "what the server said was no answer to the command, which may have been carried out",
 	ending:      "the gateway is ending; the command may have been carried out",
-	speaks:      "the server speaks before it is asked, so that nobody could tell its answers apart; the command was not sent",
+	speaks:      "the server speaks before it is asked, so its answers cannot be told from what it says by itself; the command was not sent",
 	pinsFull:    "as many clients as -max-pinned allows have a connection to themselves; the command was not sent",
 	left:        "the client left; the command was not sent",
 }

@@ -255,7 +255,7 @@ func (cfg Config) plan() (*plan, error) {
 		if p.status, err = parseEndpoint(p.StatusListen); err != nil {
 			bad("-status: %w", err)
 		} else if p.status.tls || !p.status.isLocal() {
-			bad("-status is %s: use unix:/path or tcp:// on loopback; it shows addresses and counts to whoever asks", p.StatusListen)
+			bad("-status is %s: use unix:/path or tcp:// on loopback; it shows addresses and counts to anyone who asks", p.StatusListen)
 		}
 	}
 	errs = append(errs, p.Server.fits(p.listen.tls)...)

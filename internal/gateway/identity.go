@@ -254,7 +254,7 @@ func (cl *client) identify(frame []byte, v verb) error {
 		g.known.add(scope)
 		cl.become(claimed)
 	case hasPrefix(reply, "-ERR gateway:"): // the server may have carried it out, on a connection that is not the client's
-		cl.out.b = append(cl.out.b[:len(cl.out.b)-2], "; the client is who it was before\r\n"...)
+		cl.out.b = append(cl.out.b[:len(cl.out.b)-2], "; the client's identity is unchanged\r\n"...)
 	case scope != "": // the server no longer accepts what it accepted before
 		g.known.remove(scope)
 		_, addr := g.under(&claimed)

@@ -100,8 +100,8 @@ func TestACommandThatMeetsTheReleaseIsNotLost(t *testing.T) {
 	wg.Wait()
 }
 
-// TRY-26: a client that is told that its SELECT or HELLO failed must not have its next
-// commands carried out under the new identity.
+// TRY-26: if the reply to a SELECT or HELLO is lost, the client keeps its identity, and the
+// error says so.
 func TestALoginWhoseReplyIsLostSaysThatNothingHasChanged(t *testing.T) {
 	to := scripted(t, func(_ *faultnet.Peer, command string) string {
 		if command == "HELLO 3" {
@@ -113,6 +113,6 @@ func TestALoginWhoseReplyIsLostSaysThatNothingHasChanged(t *testing.T) {
 	c := g.call()
 	told := c.do("HELLO", "3")
 	require.Contains(t, told, respErrors[tooLong])
-	require.Contains(t, told, "; the client is who it was before\r\n")
+	require.Contains(t, told, "; the client's identity is unchanged\r\n")
 	require.Equal(t, "+GET k\r\n", c.do("GET", "k"))
 }

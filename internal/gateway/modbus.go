@@ -197,7 +197,7 @@ func (g *Gateway) late(_ context.Context, c connpool.Conn) error {
 		return err
 	}
 	if came := owedBy(reply.b); !u.settle(came) {
-		return &malformed{fmt.Sprintf("transaction %d (unit %d, function %d) came, for which nobody waits", came.tid, came.unit, came.function)}
+		return &malformed{fmt.Sprintf("transaction %d (unit %d, function %d) answers no request", came.tid, came.unit, came.function)}
 	}
 	return nil
 }

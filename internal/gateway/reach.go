@@ -94,7 +94,7 @@ func (g *Gateway) hangsUp(err error) error {
 	case refusal(err) != "":
 		return fmt.Errorf("the server refuses the certificate of -upstream-cert (%w)", err)
 	case errors.Is(err, io.EOF), connpool.KindOf(err) == connpool.KindEOF, connpool.KindOf(err) == connpool.KindBroken:
-		advice := "it is full, refuses this machine, or is a proxy with nobody behind it"
+		advice := "it is full, refuses this machine, or is a proxy without a server behind it"
 		if g.to.Transport != connpool.TLS {
 			advice += ", or speaks TLS at this address (tls:// in -to)"
 		}
