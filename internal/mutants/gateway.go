@@ -730,7 +730,7 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "logins-say-that-nothing-has-changed",
-		old:   `"; the client is who it was before\r\n"`,
+		old:   `"; the client's identity is unchanged\r\n"`,
 		new:   `"\r\n"`,
 		tests: `TestALoginWhoseReplyIsLost`,
 	},
