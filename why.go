@@ -45,7 +45,7 @@ func (e *inVain) Error() string {
 	case e.pause:
 		fmt.Fprintf(&b, "; the next dial is not due after %s, the last one: %s", times(e.failures, "failure"), textOf(e.last))
 	default:
-		fmt.Fprintf(&b, "; the last dial failed: %s", textOf(e.last))
+		fmt.Fprintf(&b, "; the previous dial failed: %s", textOf(e.last))
 	}
 	if e.held > 0 {
 		fmt.Fprintf(&b, "; the longest loan has lasted %v", e.held.Round(time.Microsecond))

@@ -75,7 +75,7 @@ func TestAWaitForADialSaysHowFarItIs(t *testing.T) {
 		n.Host("a").BlackHole(true)
 		pe := n.fail(deadline(t, time.Second), at("a"))
 		require.ErrorIs(t, pe, syscall.ECONNREFUSED)
-		require.ErrorContains(t, pe, "a dial has been under way for 1s (dial); the last dial failed: ")
+		require.ErrorContains(t, pe, "a dial has been under way for 1s (dial); the previous dial failed: ")
 	})
 }
 
