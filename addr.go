@@ -10,9 +10,9 @@ import (
 	"time"
 )
 
-// Transport names how the bytes travel. The pool itself opens the three below;
-// any other name is opened by the function that Config.Dialers has for it. A
-// name begins with a-z and goes on with a-z, 0-9, '+', '.' and '-'.
+// Transport names how the bytes travel. The pool itself opens the three below; the
+// function in Config.Dialers under its name opens any other. A name begins with a-z and
+// goes on with a-z, 0-9, '+', '.' and '-'.
 type Transport string
 
 const (
@@ -21,98 +21,92 @@ const (
 	Unix Transport = "unix" // a stream socket of the Unix domain
 )
 
-// Addr names a peer, the kind of connection to it and the quality of service.
-// It is a plain value: compare it with ==, use it as a map key, send it as
-// text or JSON. Two Addr share connections exactly if their canonical forms
-// are equal in every field; a field that is not set is a value like any other,
-// never a wildcard.
+// Addr names a peer, the kind of connection to it and the quality of service. It is a
+// plain value: compare it with ==, use it as a map key, send it as text or JSON. Two Addr
+// share connections exactly if their canonical forms are equal in every field; a field
+// that is not set is a value like any other, never a wildcard.
 //
-// The canonical form folds what the network does not distinguish, and nothing
-// else: the DNS names of TCP and TLS lose upper case and one final dot, IP
-// addresses take the form of [netip.Addr.String], every negative KeepAlive is
-// -1. [Pool] and [ParseAddr] make it themselves.
+// The canonical form folds what the network does not distinguish, and nothing else: DNS
+// names of TCP and TLS become lower case and lose one final dot, IP addresses take the
+// form of [netip.Addr.String], and every negative KeepAlive becomes -1. [Pool] and
+// [ParseAddr] make the canonical form themselves.
 //
-// The zero Addr is invalid. No field may hold a secret: all of them are shown
-// in errors, statistics and logs.
+// The zero Addr is invalid. No field may hold a secret: errors, statistics and logs show
+// all fields.
 type Addr struct {
 	Transport Transport
 
-	// Host is, for TCP and TLS, a DNS name (other alphabets in their xn--
-	// form) or an IP address without brackets, IPv6 with its zone if it needs
-	// one: "fe80::1%eth0". The zone is kept as it is, and so is an IPv4
-	// address written as IPv6: neither equals its shorter form. As a name
-	// loses its final dot, the resolver's search list applies to it.
-	// For Unix it is the path of the socket, or "@name" for an abstract one,
-	// which Linux alone has; a path that begins with "@" is written "./@".
-	// 107 bytes at most; some systems take a few less and fail the dial.
-	// For other transports it is whatever their dialer takes, byte for byte,
-	// up to 1024 bytes.
+	// Host is, for TCP and TLS, a DNS name (other alphabets in their xn-- form) or an IP
+	// address without brackets, IPv6 with its zone if it needs one: "fe80::1%eth0". The
+	// zone is kept as it is, and so is an IPv4 address written as IPv6: neither equals
+	// its shorter form. Because a name loses its final dot, the resolver's search list
+	// applies to it. For Unix it is the path of the socket, or "@name" for an abstract
+	// socket (Linux only); write "./@" for a path that begins with "@". 107 bytes at
+	// most; some systems accept a few less and fail the dial. For other transports it is
+	// whatever their dialer accepts, byte for byte, up to 1024 bytes.
 	Host string
 
 	// Port is 1 to 65535 for TCP and TLS, 0 for Unix. For other transports 0
 	// means none.
 	Port uint16
 
-	// ServerName is the name (or IP address) that TLS asks for and verifies,
-	// if it is not Host. "" means Host, but is another key than Host spelled
-	// out. It may be set for TLS and, byte for byte and up to 1024 bytes, for
-	// other transports.
+	// ServerName is the name (or IP address) that TLS sends and verifies, if it is not
+	// Host. "" means Host, but is another key than Host spelled out. It may be set for
+	// TLS and, byte for byte and up to 1024 bytes, for other transports.
 	ServerName string
 
-	// Scope keeps connections apart that agree in all else: those of two
-	// tenants, or of two sets of credentials. Any bytes, up to 1024; "" is a
-	// scope of its own. It may be a tag derived from a secret, but not the
-	// secret, because String shows it as it is.
+	// Scope keeps connections apart whose other fields are equal: those of two tenants,
+	// or of two sets of credentials. Any bytes, up to 1024; "" is a scope of its own. It
+	// may be a tag derived from a secret, but not the secret, because String shows it as
+	// it is.
 	Scope string
 
 	QoS QoS
 }
 
-// QoS is set on the socket of each new connection. It is part of the key:
-// connections of different QoS never stand in for each other. The zero QoS
-// leaves everything as package net and the system have it. A field that the
-// system, or the kind of socket, cannot honour fails the dial with an error
-// that is [errors.ErrUnsupported]; none is ignored. Unix sockets have the two
-// buffers only. For other transports it is up to their dialer, see
-// [QoS.Control].
+// QoS is set on the socket of each new connection. It is part of the key: connections of
+// different QoS never replace each other. The zero QoS leaves everything as package net
+// and the system have it. No field is ignored: a field that the system, or the kind of
+// socket, cannot honour fails the dial with an error that is [errors.ErrUnsupported].
+// Unix sockets have the two buffers only. For other transports the dialer applies the
+// QoS, see [QoS.Control].
 type QoS struct {
-	// DSCP is the class of service in the header of each packet we send, the
-	// first SYN included: 0 to 63, where 0 leaves the system's own (that is 0
-	// as a rule). Linux, macOS and the BSDs.
+	// DSCP is the class of service in the header of each packet we send, the first SYN
+	// included: 0 to 63. 0 leaves the system's default, which is 0 as a rule. Linux,
+	// macOS and the BSDs.
 	DSCP uint8
 
-	// Delay leaves Nagle's algorithm on: small writes wait for the
-	// acknowledgement of what was sent before. false sends them at once
-	// (TCP_NODELAY). Linux, macOS, the BSDs and Windows.
+	// Delay leaves Nagle's algorithm on: small writes wait until earlier data is
+	// acknowledged. false sends them at once (TCP_NODELAY). Linux, macOS, the BSDs and
+	// Windows.
 	Delay bool
 
-	// KeepAlive is the time without traffic before the first probe, and
-	// between probes: whole seconds, up to 32767 s. 0 is the default of
-	// package net, 15 s; negative sends no probes. Linux, macOS, FreeBSD,
-	// NetBSD, DragonFly and Windows; on OpenBSD it can only be switched off.
+	// KeepAlive is the time without traffic before the first keep-alive probe, and
+	// between probes: whole seconds, up to 32767 s. 0 is the default of package net, 15
+	// s; negative sends no probes. Linux, macOS, FreeBSD, NetBSD, DragonFly and Windows;
+	// OpenBSD can only switch probes off.
 	KeepAlive time.Duration
 
-	// UserTimeout is how long sent data, or a probe of KeepAlive, may stay
-	// without acknowledgement before the system gives the connection up:
-	// whole milliseconds, up to 2147483647 ms. 0 is the system's default,
-	// which is many minutes; it is never negative. Linux only.
+	// UserTimeout is how long sent data, or a keep-alive probe, may stay unacknowledged
+	// before the system breaks the connection: whole milliseconds, up to 2147483647 ms. 0
+	// is the system's default, which is many minutes; it is never negative. Linux only.
 	UserTimeout time.Duration
 
-	// SendBuffer and RecvBuffer are the sizes of the socket's buffers in
-	// bytes, set before connecting, since the window that TCP can offer is
-	// fixed by then. 0 lets the system size them as it goes; they are never
-	// negative, and 1073741823 at most. A size beyond the system's limit
-	// fails the dial; one below its minimum (a few KiB on Linux) is raised to
-	// it. Linux, macOS, the BSDs and Windows.
+	// SendBuffer and RecvBuffer are the sizes of the socket's buffers in bytes. The pool
+	// sets them before connecting, because connecting fixes the window that TCP can
+	// offer. 0 lets the system size the buffers as it goes; the sizes are never negative,
+	// and 1073741823 at most. A size beyond the system's limit fails the dial; one below
+	// its minimum (a few KiB on Linux) is raised to the minimum. Linux, macOS, the BSDs
+	// and Windows.
 	SendBuffer int
 	RecvBuffer int
 }
 
 const (
-	maxFree      = 1024 // bytes of a field that may hold anything
-	maxUnixPath  = 107  // sun_path on Linux, less its final NUL
+	maxFree      = 1024 // bytes in a free-form field
+	maxUnixPath  = 107  // sun_path on Linux, without its final NUL
 	maxKeepAlive = 32767 * time.Second
-	maxBuffer    = math.MaxInt32 / 2 // Linux doubles it, in an int
+	maxBuffer    = math.MaxInt32 / 2 // Linux doubles the size, in an int
 )
 
 const (
@@ -120,13 +114,13 @@ const (
 	noCredentials = `holds "@": credentials have no place in an address, give them in Config.Setup`
 )
 
-// addrError says what is wrong with one field. It is fs.ErrInvalid.
+// addrError describes what is wrong with one field. It is fs.ErrInvalid.
 type addrError struct{ field, what string }
 
 func (e *addrError) Error() string { return "connpool: Addr." + e.field + " " + e.what }
 func (e *addrError) Unwrap() error { return fs.ErrInvalid }
 
-// contradicts is the error for a field that the transport has no use for.
+// contradicts returns the error for a field that the transport does not use.
 func contradicts(field, why string) error {
 	return &addrError{field, "and Addr.Transport contradict each other: " + why}
 }
@@ -139,9 +133,9 @@ func (a Addr) Validate() error {
 	return err
 }
 
-// canonical returns the only form of a that may be a key, or a itself and an
-// error. It is the one place that folds anything, and it does not allocate if
-// there is nothing to fold: each loan comes through here.
+// canonical returns the canonical form of a, the only form that may be a key; with an
+// error it returns a itself. No other function folds anything. Every loan calls
+// canonical, so it does not allocate if there is nothing to fold.
 func (a Addr) canonical() (Addr, error) {
 	c, err := a, a.Transport.validate()
 	if err != nil {
@@ -196,7 +190,7 @@ func tooLong(field, value string, limit int) error {
 	return &addrError{field, fmt.Sprintf("is %d bytes long: use %d at most", len(value), limit)}
 }
 
-// validate reports whether t has the form of a transport's name.
+// validate returns an error if t does not have the form of a transport's name.
 func (t Transport) validate() error {
 	for i := range len(t) {
 		switch c := t[i]; {
@@ -253,10 +247,9 @@ func (a Addr) validateUnix() error {
 	return nil
 }
 
-// canonicalHost folds a DNS name or an IP address. What looks like either but
-// is not is refused, because resolvers disagree about it: to some "127.1" is
-// 127.0.0.1 and "010.0.0.1" is 8.0.0.1, and two readings of one key are two
-// peers behind it.
+// canonicalHost folds a DNS name or an IP address. It refuses a host that looks like
+// either and is not, because resolvers disagree about such a host: some read "127.1" as
+// 127.0.0.1 and "010.0.0.1" as 8.0.0.1, and then one key would stand for two peers.
 func canonicalHost(field, host string) (string, error) {
 	bad := func(format string, args ...any) (string, error) {
 		return "", &addrError{field, fmt.Sprintf(format, args...)}
@@ -273,7 +266,7 @@ func canonicalHost(field, host string) (string, error) {
 	if len(name) > 253 {
 		return "", tooLong(field, host, 253)
 	}
-	label := 0 // where the current one begins
+	label := 0 // start of the current label
 	for i := range len(name) {
 		switch c := name[i]; {
 		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_':
@@ -300,8 +293,8 @@ func canonicalHost(field, host string) (string, error) {
 	return strings.ToLower(name), nil
 }
 
-// isNumber reports whether some resolver may take the last label of a name for
-// a number, and so the name for an IPv4 address.
+// isNumber reports whether some resolver may read the last label of a name as a number,
+// and so the name as an IPv4 address.
 func isNumber(label string) bool {
 	digits, hex := label, false
 	if len(label) >= 2 && label[0] == '0' && label[1]|0x20 == 'x' {
@@ -353,8 +346,8 @@ func canonicalIPv6(field, host string) (string, error) {
 	return string(canon), nil
 }
 
-// Compare orders Addr field by field as they are declared, QoS last. It looks
-// at the fields as they are: the result is 0 exactly if a == b.
+// Compare orders Addr field by field as they are declared, QoS last. It compares the
+// fields as they are, not their canonical forms: the result is 0 exactly if a == b.
 func (a Addr) Compare(b Addr) int {
 	p, q := a.QoS, b.QoS
 	delay := 0

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// addrOption is one "key=value" of the text form. The order of options is the
-// order in which String writes them.
+// addrOption is one "key=value" of the text form. String writes options in the order of
+// addrOptions.
 type addrOption struct {
 	key, field string
 	set        func(a *Addr, value string) error
@@ -42,7 +42,7 @@ var addrOptions = [...]addrOption{
 		}
 		d, err := time.ParseDuration(v)
 		if err != nil || d <= 0 {
-			// To some, 0 means off, and to others the default.
+			// 0 could mean off, or the default; users disagree.
 			return errors.New("use a duration above zero, such as 30s, or off")
 		}
 		a.QoS.KeepAlive = d
@@ -103,7 +103,7 @@ func showDuration(d time.Duration) string {
 	return d.String()
 }
 
-// knownKeys is for the error about one that is not.
+// knownKeys lists the known keys, for the error about an unknown one.
 func knownKeys() string {
 	keys := make([]string, len(addrOptions))
 	for i := range addrOptions {
@@ -137,12 +137,12 @@ func (a Addr) AppendText(b []byte) ([]byte, error) {
 	return c.appendTo(b), nil
 }
 
-// MarshalText returns what String returns. The zero Addr is the empty text;
-// any other invalid one is an error.
+// MarshalText returns the same text as String. The zero Addr is the empty text; any other
+// invalid Addr is an error.
 func (a Addr) MarshalText() ([]byte, error) { return a.AppendText([]byte{}) }
 
-// UnmarshalText is [ParseAddr], but takes the empty text for the zero Addr.
-// After an error a is what it was.
+// UnmarshalText is [ParseAddr], but accepts the empty text for the zero Addr. After an
+// error a is unchanged.
 func (a *Addr) UnmarshalText(text []byte) error {
 	if len(text) == 0 {
 		*a = Addr{}
@@ -159,7 +159,7 @@ func (a *Addr) appendTo(b []byte) []byte {
 	b = appendEscaped(b, string(a.Transport), "+")
 	switch {
 	case a.Transport == Unix && strings.HasPrefix(a.Host, "//"):
-		b = append(b, ":/%2F"...) // "unix://" is refused, see ParseAddr
+		b = append(b, ":/%2F"...) // ParseAddr refuses "unix://"
 		b = appendEscaped(b, a.Host[2:], "/@:+,=")
 	case a.Transport == Unix:
 		b = append(b, ':')
@@ -183,7 +183,7 @@ func (a *Addr) appendTo(b []byte) []byte {
 	switch {
 	case a.Port == 0:
 	case a.Transport == Unix:
-		option("port", strconv.Itoa(int(a.Port))) // invalid, and no part of the path
+		option("port", strconv.Itoa(int(a.Port))) // invalid, and not part of the path
 	default:
 		b = strconv.AppendUint(append(b, ':'), uint64(a.Port), 10)
 	}
@@ -193,8 +193,8 @@ func (a *Addr) appendTo(b []byte) []byte {
 	return b
 }
 
-// appendEscaped appends s with each byte as %XX that is neither unreserved in
-// URLs nor in keep.
+// appendEscaped appends s and writes as %XX each byte that is neither unreserved in URLs
+// nor in keep.
 func appendEscaped(b []byte, s, keep string) []byte {
 	const hex = "0123456789ABCDEF"
 	for i := range len(s) {
@@ -209,8 +209,8 @@ func appendEscaped(b []byte, s, keep string) []byte {
 	return b
 }
 
-// unescape is the inverse of appendEscaped. bad is the index of a '%' without
-// two hexadecimal digits after it, or -1.
+// unescape is the inverse of appendEscaped. bad is the index of a '%' that two
+// hexadecimal digits do not follow, or -1.
 func unescape(s string) (raw string, bad int) {
 	if strings.IndexByte(s, '%') < 0 {
 		return s, -1
@@ -242,7 +242,7 @@ func isEscape(s string) bool {
 // parseAddrError is an error of ParseAddr: what is wrong, and where.
 type parseAddrError struct {
 	text string
-	at   int // text[at:] is where it broke
+	at   int // text[at:] is where parsing failed
 	what string
 	err  error
 }
@@ -250,8 +250,8 @@ type parseAddrError struct {
 func (e *parseAddrError) Unwrap() error { return e.err }
 
 func (e *parseAddrError) Error() string {
-	// What stands before an '@' may be credentials. They are refused, but must
-	// not reach a log by way of the refusal. Only a Unix path cannot be.
+	// Text before an '@' may be credentials. ParseAddr refuses it, and the error must not
+	// carry it into a log. Only a Unix path cannot hold credentials.
 	text, hidden, at := e.text, 0, ""
 	if end := strings.LastIndexByte(text, '@'); end > 0 && !strings.HasPrefix(text, "unix:") {
 		begin := 0
@@ -286,11 +286,11 @@ const badEscape = "a '%' begins an escape of two hexadecimal digits: write %25 f
 //	send-buffer=BYTES           recv-buffer=BYTES
 //	server-name=NAME            scope=TEXT
 //
-// as in "tls://db.example:5432?dscp=46&server-name=x&scope=t7". Host, path and
-// values may hold any byte as %XX; '+' is a plus. The '%' before an IPv6 zone
-// may be written as it is if what follows does not look like an escape. An
-// option that is unknown, given twice or empty is an error: leave out what is
-// not set. Errors say what is wrong and where, and are [fs.ErrInvalid].
+// as in "tls://db.example:5432?dscp=46&server-name=x&scope=t7". Host, path and values may
+// hold any byte as %XX; '+' is a plus. The '%' before an IPv6 zone may be written as it
+// is if the text after it does not look like an escape. An unknown, repeated or empty
+// option is an error: leave an option out to leave its field unset. Errors tell what is
+// wrong and where, and are [fs.ErrInvalid].
 func ParseAddr(s string) (Addr, error) {
 	p := addrParser{text: s, where: make(map[string]int)}
 	if err := p.parse(); err != nil {
@@ -317,7 +317,7 @@ func MustParseAddr(s string) Addr {
 type addrParser struct {
 	text  string
 	addr  Addr
-	where map[string]int // field of Addr: where in text it stands
+	where map[string]int // field of Addr: its offset in text
 }
 
 func (p *addrParser) fail(at int, what string) error {
@@ -339,8 +339,7 @@ func (p *addrParser) parse() error {
 	case p.addr.Transport != Unix:
 		err = p.parseHostPort(rest[len("//"):], at+len("//"))
 	case slashes:
-		// Read as a URL it means /run, read as a path //run: two keys for one
-		// socket.
+		// A URL parser would read "/run", a path "//run": two keys for one socket.
 		err = p.fail(at, "a Unix socket is written without //, as in unix:/run/x.sock")
 	default:
 		err = p.parseHost("", rest, at)
@@ -351,7 +350,8 @@ func (p *addrParser) parse() error {
 	return p.parseOptions(query, len(body)+len("?"))
 }
 
-// parseHost takes literal as it is and s with its escapes undone.
+// parseHost parses a host. literal is the host as written, s the same with its escapes
+// undone.
 func (p *addrParser) parseHost(literal, s string, at int) error {
 	host, bad := unescape(s)
 	if bad >= 0 {
@@ -423,8 +423,8 @@ func (p *addrParser) parseOptions(query string, at int) error {
 		if _, twice := p.where[o.field]; twice {
 			return p.fail(at, key+" is given twice")
 		}
-		// An empty value is what a template leaves of a variable that is not
-		// set, and an empty scope would be shared.
+		// A template writes an empty value for a variable that is not set. An empty scope
+		// would then be shared by all such users.
 		if value == "" {
 			return p.fail(at, key+" has no value: leave it out if it is not set")
 		}

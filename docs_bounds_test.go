@@ -29,9 +29,9 @@ func TestTheBoundsOfTheDocsAreTheCodes(t *testing.T) {
 		"lost within " + said(youth) + ", before its first loan",
 		"the last one " + said(failureMemory) + " old",
 		"has not ended after " + said(closeTimeout) + ", or a dial or hook " + said(hookGrace) + " after its bound",
-		"of a dialer's connection), after " + said(foreignPatience),
-		"A TLS goodbye gets " + said(tlsGoodbye),
-		"given up after " + said(surplusPatience) + ", all but one",
+		"of a dialer's connection) is abandoned after " + said(foreignPatience),
+		"A TLS close_notify gets " + said(tlsGoodbye),
+		"cancelled after " + said(surplusPatience) + ", all but one",
 		"waits at most " + said(closeGrace) + " for sockets and dials",
 		"When nothing does for " + said(handlePatience) + " it asks",
 	} {

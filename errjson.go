@@ -11,15 +11,15 @@ import (
 	"unicode/utf8"
 )
 
-// Errors as JSON. What package encoding/json makes of an error is chance: nothing
-// of one without exported fields, certificates and all of one of crypto/tls, a
-// password of one that has it for a field, and no JSON at all of a panic with a
-// func. So the errors that come with statistics are marshaled as their text.
+// Errors as JSON. The output of package encoding/json for an error is unpredictable:
+// nothing for an error without exported fields, all certificates for an error of
+// crypto/tls, the password for an error that has one in a field, and a failure for a
+// panic with a func. So the errors in statistics are marshaled as their text.
 
 // maxTold bounds the text of an error in JSON, in bytes.
 const maxTold = 400
 
-// errorText is the text of err for a line of JSON.
+// errorText returns the text of err for a line of JSON.
 func errorText(err error) string {
 	if err == nil {
 		return ""
@@ -29,7 +29,7 @@ func errorText(err error) string {
 
 func cutShortly(text string) string {
 	text = strings.Map(func(r rune) rune {
-		if r == utf8.RuneError || !unicode.IsPrint(r) { // takes six bytes in JSON
+		if r == utf8.RuneError || !unicode.IsPrint(r) { // would take six bytes in JSON
 			return '?'
 		}
 		return r
@@ -44,14 +44,14 @@ func cutShortly(text string) string {
 	return text[:end] + "..."
 }
 
-// toldError is an error of a statistic.
+// toldError wraps an error in a statistic.
 type toldError struct{ err error }
 
 func (e *toldError) Error() string                { return textOf(e.err) }
 func (e *toldError) Unwrap() error                { return e.err }
 func (e *toldError) MarshalText() ([]byte, error) { return []byte(errorText(e.err)), nil }
 
-// inStats is err as a statistic has it.
+// inStats wraps err for a statistic.
 func inStats(err error) error {
 	if err == nil {
 		return nil
@@ -59,8 +59,8 @@ func inStats(err error) error {
 	return &toldError{err}
 }
 
-// MarshalJSON gives the fields of e, and its text as Error. Each text is one line
-// of 400 bytes at most.
+// MarshalJSON returns the fields of e, and its text as Error. Each text is one line of
+// 400 bytes at most.
 func (e *Error) MarshalJSON() ([]byte, error) {
 	addr := ""
 	if e.Addr != (Addr{}) {
@@ -79,14 +79,14 @@ func (e *Error) MarshalJSON() ([]byte, error) {
 	}{errorText(e), addr, e.Stage.String(), e.Kind, e.Waited, e.Open, e.InUse, e.Idle, e.Waiting, e.Limit, e.LimitName, errorText(e.Err)})
 }
 
-// LogValue is the text of e.
+// LogValue returns the text of e.
 func (e *Error) LogValue() slog.Value { return slog.StringValue(e.Error()) }
 
-// MarshalText gives the text of e, 400 bytes at most.
+// MarshalText returns the text of e, 400 bytes at most.
 func (e *PanicError) MarshalText() ([]byte, error) { return []byte(errorText(e)), nil }
 
-// panicText is what a value says that somebody panicked with. Of one that was not
-// made to be read, the type has to do: its fields may be secret.
+// panicText returns the text of a panic's value. For a value that is not meant to be read
+// it returns the type only, because the value's fields may be secret.
 func panicText(v any) string {
 	switch v := v.(type) {
 	case error, fmt.Stringer, string:

@@ -18,42 +18,44 @@ import (
 
 // Sentinels, for [errors.Is].
 var (
-	// ErrClosed says that the pool was closed (or is the zero Pool, which
-	// was never opened). Make a new one with [New].
+	// ErrClosed means that the pool was closed (or is the zero Pool, which was never
+	// opened). Make a new one with [New].
 	ErrClosed = errors.New("connpool: pool is closed")
 
-	// ErrReturned says that a [Conn] was used after its loan ended, or
-	// after it was detached.
+	// ErrReturned means that a [Conn] was used after its loan ended, or after it was
+	// detached.
 	ErrReturned = errors.New("connpool: connection was given back: a Conn is valid only until fn returns")
 
-	// ErrExhausted says that a limit was reached and the pool was told not
-	// to wait: [FullFail] is in force, or MaxWaiters borrowers wait already.
+	// ErrExhausted means that a limit was reached and the borrow does not wait:
+	// Config.WhenFull is [FullFail], or MaxWaiters borrowers wait already.
 	ErrExhausted = errors.New("connpool: limit reached")
 
-	// ErrSessionLost says that the connection a [Pool.Session] kept for an
-	// address cannot go on: it died or got dirty between two uses, or the use
-	// around this one spoiled or closed it. It is not replaced in silence,
-	// because what was begun on it is gone. The next use gets another.
+	// ErrSessionLost means that the connection a [Pool.Session] kept for an address is no
+	// longer usable: it died or received unexpected bytes between two uses, or the use
+	// around this one broke or closed it. The session reports this instead of opening
+	// another connection silently, because the work begun on the old one is lost. The
+	// next use gets another connection.
 	ErrSessionLost = errors.New("connpool: the session's connection is lost")
 
-	// ErrUnread says that bytes were waiting which nobody had asked for: why an
-	// idle connection was closed, why Config.Setup failed or a loan's connection
-	// was not kept, or the answer of a [Prober] that wants the bytes to go to
+	// ErrUnread means that unrequested bytes were waiting on a connection. It is the
+	// error of an idle connection closed for that reason, of a failed Config.Setup, or of
+	// a loan whose connection was not kept. A [Prober] returns it to pass the bytes to
 	// Config.Push.
 	ErrUnread = errors.New("connpool: bytes were waiting that nobody had asked for")
 
-	// ErrNoneRemovable says that file handles ran out and no idle
-	// connection was left that could make room.
+	// ErrNoneRemovable means that the process ran out of file handles and no idle
+	// connection was left that the pool could close to free one.
 	ErrNoneRemovable = errors.New("connpool: out of handles, and no idle connection is left to close")
 )
 
-// noHandle is a dial that lacked a handle, with nothing left to make room.
+// noHandle is the error of a dial that lacked a file handle while the pool had no idle
+// connection to close for one.
 type noHandle struct{ err error }
 
 func (e *noHandle) Error() string   { return ErrNoneRemovable.Error() + ": " + e.err.Error() }
 func (e *noHandle) Unwrap() []error { return []error{ErrNoneRemovable, e.err} }
 
-// Stage tells how far a borrow came before it failed.
+// Stage tells how far a borrow got before it failed.
 type Stage uint8
 
 const (
@@ -63,7 +65,7 @@ const (
 	StageDial                       // opening the socket
 	StageHandshake                  // the TLS handshake
 	StageSetup                      // Config.Setup
-	StageSession                    // the session of ctx: its connection is lost, or still in use by another goroutine of it
+	StageSession                    // the session of ctx: its connection is lost, or another goroutine of the session still uses it
 )
 
 var stageNames = [...]string{StageUsage: "usage", StageWait: "wait", StageBackoff: "back-off",
@@ -71,11 +73,11 @@ var stageNames = [...]string{StageUsage: "usage", StageWait: "wait", StageBackof
 
 func (s Stage) String() string { return nameOf(stageNames[:], s) }
 
-// Kind classes an error by what went wrong, whatever layer said so.
+// Kind classifies an error by what went wrong, whichever layer reported it.
 type Kind uint8
 
 const (
-	// None of the others; also the class of nil.
+	// None of the other kinds; also the kind of nil.
 	KindUnknown           Kind = iota
 	KindAccess                 // permission denied
 	KindAddress                // no such address or no route to it
@@ -87,9 +89,9 @@ const (
 	KindCanceled               // the caller's ctx was canceled
 	KindRefused                // nobody listens there
 	KindResource               // out of handles, ports, memory or room in the pool
-	KindTimeout                // too late, and nothing had been transferred
-	KindTimeoutInTransfer      // too late, in the middle of an exchange: the connection is out of step
-	KindUsage                  // the caller's mistake
+	KindTimeout                // the time ran out before any byte was transferred
+	KindTimeoutInTransfer      // the time ran out in the middle of an exchange: the connection is out of step
+	KindUsage                  // a mistake of the caller
 )
 
 var kindNames = [...]string{KindUnknown: "unknown", KindAccess: "access", KindAddress: "address",
@@ -99,7 +101,7 @@ var kindNames = [...]string{KindUnknown: "unknown", KindAccess: "access", KindAd
 
 func (k Kind) String() string { return nameOf(kindNames[:], k) }
 
-// MarshalText gives the name that String gives.
+// MarshalText returns the same text as String.
 func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
 
 func nameOf[T ~uint8](names []string, v T) string {
@@ -109,28 +111,29 @@ func nameOf[T ~uint8](names []string, v T) string {
 	return fmt.Sprintf("%T(%d)", v, v)
 }
 
-// Error is what [Pool.With] returns when fn never ran. (An fn that borrows from
-// a pool itself may return the *Error of that.)
+// Error is what the methods of a [Pool] return when they could not get a connection:
+// [Pool.With] when fn never ran, and also [Pool.Lease], [Lease.Do], [Pool.Warm] and
+// [Pool.DialContext]; [Pool.SetLimits] and [Pool.Shutdown] return one of [StageUsage] for
+// a mistake in their arguments. (An fn that itself borrows from a pool may return the
+// *Error of that borrow.)
 type Error struct {
 	Addr   Addr
 	Stage  Stage
 	Kind   Kind
 	Waited time.Duration // since With was called
 
-	// The books of the address when the borrow failed, and the limit that
-	// held it up: Limit connections of what LimitName counts (0 and "" if
-	// no limit was in the way).
+	// The counts of the address when the borrow failed, and the limit that delayed it:
+	// Limit is the value of the limit LimitName (0 and "" if no limit was in the way).
 	Open, InUse, Idle, Waiting int
 	Limit                      int
 	LimitName                  string
 
 	Err error // never nil
 
-	elsewhere bool // the pool had nothing open when handles ran out
+	elsewhere bool // handles ran out while the pool had nothing open
 }
 
-// Error says in one line what failed, for how long it was tried, and what to
-// change.
+// Error describes in one line what failed, how long the borrow tried, and what to change.
 func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString("connpool: ")
@@ -159,8 +162,7 @@ func (e *Error) Error() string {
 	return oneLine(b.String())
 }
 
-// adviseOnLimit says how full the limit is that was in the way, and what helps
-// against it.
+// adviseOnLimit writes how full the limit is that was in the way, and how to avoid that.
 func (e *Error) adviseOnLimit(b *strings.Builder) {
 	switch e.LimitName {
 	case "MaxWaiters":
@@ -188,14 +190,14 @@ func (e *Error) Unwrap() error { return e.Err }
 // Timeout reports whether the borrow ran out of time.
 func (e *Error) Timeout() bool { return e.Kind == KindTimeout }
 
-// Temporary makes e a net.Error. It reports whether time, or something of the
-// process's own, ran out.
+// Temporary makes e a net.Error. It reports whether the borrow ran out of time, or the
+// process ran out of a resource.
 func (e *Error) Temporary() bool { return e.Kind == KindTimeout || e.Kind == KindResource }
 
 var _ net.Error = (*Error)(nil)
 
-// As gives errors.As a *net.OpError, as package net's dialer would: that of the dial
-// if there was one, else one with the Op "dial" that wraps e.
+// As gives errors.As a *net.OpError, as package net's dialer would return: the OpError of
+// the dial if there was one, else one with the Op "dial" that wraps e.
 func (e *Error) As(target any) bool {
 	if op, ok := target.(**net.OpError); ok {
 		if !errors.As(e.Err, op) {
@@ -214,7 +216,7 @@ type PanicError struct {
 	Value any
 	Stack []byte
 
-	cause error // Value, if it is an error, as far as its methods can be called
+	cause error // Value, if it is an error whose methods can be called safely
 }
 
 func (e *PanicError) Error() string {
@@ -228,11 +230,11 @@ func (e *PanicError) Unwrap() error {
 	if e.cause != nil {
 		return e.cause
 	}
-	err, _ := e.Value.(error) // of one that was made elsewhere
+	err, _ := e.Value.(error) // a PanicError made by another package has no cause
 	return spent(err)
 }
 
-// textOf is what err says, in one line.
+// textOf returns the text of err in one line.
 func textOf(err error) string {
 	if err == nil {
 		return "no error"
@@ -240,8 +242,8 @@ func textOf(err error) string {
 	return oneLine(err.Error())
 }
 
-// oneLine is text with its lines after each other, since a log takes an error for
-// one line: errors.Join and what peers say have several.
+// oneLine joins the lines of text with "; ". A log expects one line for each error, and
+// errors.Join and the texts of peers have several.
 func oneLine(text string) string {
 	if !strings.ContainsAny(text, "\n\r") {
 		return text
@@ -253,11 +255,11 @@ func oneLine(text string) string {
 	return strings.Join(lines, "; ")
 }
 
-// ioError is a time-out inside a loan, with the two facts that the plain error
-// of the socket lacks: whose time ran out, and whether bytes had moved.
+// ioError is a timeout inside a loan. It adds two facts that the socket's error lacks:
+// whose time ran out (the operation's or the ctx's), and whether bytes had moved.
 type ioError struct {
 	kind  Kind
-	cause error // the ctx's error if it was the ctx, else nil
+	cause error // the ctx's error if the ctx ended, else nil
 	err   error
 }
 
@@ -276,8 +278,8 @@ func (e *ioError) Unwrap() []error {
 func (e *ioError) Timeout() bool   { return true }
 func (e *ioError) Temporary() bool { return true }
 
-// KindOf classes any error: of With, of a Conn's methods, of package net,
-// crypto/tls or the operating system.
+// KindOf classifies any error: of With, of a Conn's methods, of package net, crypto/tls
+// or the operating system.
 func KindOf(err error) Kind {
 	if k, ok := ownKind(err); ok {
 		return k
@@ -333,7 +335,7 @@ func KindOf(err error) Kind {
 		errors.As(err, &ope) && (ope.Op == "remote error" || ope.Op == "local error"): // a TLS alert over TCP
 		return KindBadMessage
 	case errors.Is(err, sock.ErrRefused), errors.Is(err, fs.ErrNotExist):
-		return KindRefused // a Unix socket that is not there has nobody listening either
+		return KindRefused // if the Unix socket does not exist, nobody listens there either
 	case errors.Is(err, sock.ErrReset), errors.Is(err, sock.ErrPipe), errors.Is(err, sock.ErrAborted),
 		errors.Is(err, io.ErrClosedPipe), errors.Is(err, io.ErrShortWrite):
 		return KindBroken
@@ -346,15 +348,16 @@ func KindOf(err error) Kind {
 		return KindTimeout
 	}
 	for ; err != nil; err = errors.Unwrap(err) {
-		if strings.HasPrefix(err.Error(), "tls: ") { // most of crypto/tls's errors have no type
+		if strings.HasPrefix(err.Error(), "tls: ") { // most errors of crypto/tls have no type
 			return KindBadMessage
 		}
 	}
 	return KindUnknown
 }
 
-// inTransfer reports whether err comes from an operation on a connection, and not
-// from the dial: that the system gave up there is the end of a connection.
+// inTransfer reports whether err comes from an operation on an open connection and not
+// from a dial. A timeout that the system reports during an operation is the end of the
+// connection.
 func inTransfer(err error) bool {
 	var (
 		ope *net.OpError
@@ -369,9 +372,9 @@ func inTransfer(err error) bool {
 	return false
 }
 
-// ownKind is that of the outermost error of a pool's in err. What is further in, as
-// the cause of a ctx or the last dial's error, may be of another kind, and of
-// another pool.
+// ownKind returns the Kind of the outermost error in err that a pool made. Errors further
+// in, such as the cause of a ctx or the error of the last dial, may be of another kind,
+// and may come from another pool.
 func ownKind(err error) (Kind, bool) {
 	for err != nil {
 		switch e := err.(type) {
@@ -410,8 +413,8 @@ func (p *Pool) failed(addr Addr, stage Stage, err error, start clock.Instant) *E
 	return e.classify()
 }
 
-// classify completes an error that was made under Pool.mu. The methods of an error
-// are foreign code, which may use the pool, so they are called with no lock held.
+// classify completes an error that was made under Pool.mu. The methods of the wrapped
+// error are foreign code that may use the pool, so classify calls them with no lock held.
 func (e *Error) classify() *Error {
 	if e.Stage == StageUsage {
 		return e
@@ -421,8 +424,8 @@ func (e *Error) classify() *Error {
 	return e
 }
 
-// tooLate is the error of a borrow whose ctx was done before it began. It has
-// waited for nothing.
+// tooLate returns the error of a borrow whose ctx was done before the borrow began. Its
+// Waited is 0.
 func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
 	e := p.failed(addr, StageWait, causeOf(ctx), 0)
 	e.Limit, e.LimitName = 0, ""

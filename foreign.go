@@ -636,7 +636,7 @@ func (r *carefulRaw) Control(f func(uintptr)) error {
 type reporter struct {
 	logger                  *slog.Logger  // nil: none
 	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
-	abandoned               atomic.Uint64 // Stats.Abandoned
+	abandoned               atomic.Uint64 // Stats.AbandonedCalls
 }
 
 // observe runs a Trace function in the middle of the pool's own work, which goes

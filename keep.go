@@ -1,33 +1,32 @@
 package connpool
 
-// Keep, and how far its word goes. A mark speaks for the connection of the use
-// whose fn returned it. What With, Do or a use of a session returns goes on to
-// somebody else, who may be inside an fn of his own: there the mark must say
-// nothing, or the outer connection would be kept in the middle of an exchange.
-// The mark itself cannot be told that it is spent, since it may be a variable of
-// a package that is returned many times. So the error that leaves is put behind
-// a spentError, at which isKept turns round; errors.Is and errors.As see through
-// it to all but the mark.
+// How far a Keep mark reaches. A mark counts for the connection of the use whose fn
+// returned it, and for no other. The error that With, Do or a use of a session returns
+// goes to a caller that may itself be inside an outer fn. If the mark still counted
+// there, the pool would keep the outer connection in the middle of an exchange. The mark
+// itself cannot record that it was used, because it may be a package variable that is
+// returned many times. So the pool wraps the error that it returns in a spentError.
+// isKept stops at a spentError; errors.Is and errors.As see through it to everything
+// except the mark.
 
-// keepError is the verdict of [Keep].
+// keepError is the mark that [Keep] makes.
 type keepError struct {
 	err   error
-	spent bool // it is no mark, but what errors.As finds in the place of a spent one
+	spent bool // not a mark, but what errors.As finds in place of one behind a spentError
 }
 
 func (k *keepError) Error() string { return k.err.Error() }
 func (k *keepError) Unwrap() error { return k.err }
 
-// Keep wraps the error of an exchange that went wrong for its own reasons and
-// left the connection in step: a "no such key", a rejected request. fn returns
-// Keep(err) to have err reported while the connection goes back to the pool. The
-// mark may be wrapped, or joined with other errors. Keep(nil) is nil. It does not
-// save a connection whose socket failed, that has unread or unflushed bytes, or
-// whose ctx is done.
+// Keep wraps an error that leaves the connection in step: the peer answered "no such
+// key", or rejected the request. fn returns Keep(err) to report err and have the
+// connection go back to the pool. The mark may be wrapped, or joined with other errors.
+// Keep(nil) is nil. Keep does not save a connection whose socket failed, that has unread
+// or unflushed bytes, or whose ctx is done.
 //
-// A mark speaks for the connection of the fn that returns it, and for no other:
-// in an error that a With or Do returned it has done its work, and an outer fn
-// that returns this error gives its own connection up, unless it says Keep
+// A mark counts for the connection of the fn that returns it, and for no other. In an
+// error that With or Do has returned, the mark no longer counts: if an outer fn returns
+// that error, the pool closes the outer connection, unless the outer fn calls Keep
 // itself.
 func Keep(err error) error {
 	if err == nil {
@@ -36,15 +35,16 @@ func Keep(err error) error {
 	return &keepError{err: err}
 }
 
-// spentError is an error whose marks have had their say.
+// spentError wraps an error whose marks have been used and no longer count.
 type spentError struct{ err error }
 
 func (e *spentError) Error() string      { return e.err.Error() }
 func (e *spentError) Unwrap() error      { return e.err }
 func (e *spentError) As(target any) bool { return entomb(target) }
 
-// entomb answers an As that looks for a mark, and would go on to one that is
-// spent. It is for the wrappers of others, which isKept can only ask by As.
+// entomb answers an errors.As that looks for a mark, so that errors.As does not go on to
+// a mark that no longer counts. isKept needs it where a foreign wrapper offers only an As
+// method.
 func entomb(target any) bool {
 	k, ok := target.(**keepError)
 	if ok {
@@ -53,9 +53,9 @@ func entomb(target any) bool {
 	return ok
 }
 
-// isKept reports whether err, which an fn has returned, has a mark of this fn's.
-// Of the pool's own errors none has: what is in them came from elsewhere, from a
-// Setup, the cause of a ctx, another use.
+// isKept reports whether err, which an fn has returned, holds a mark that counts for this
+// fn. The pool's own errors hold none: an error inside them comes from elsewhere, such as
+// a Setup, the cause of a ctx or another use.
 func isKept(err error) bool {
 	for err != nil {
 		switch e := err.(type) {
@@ -82,8 +82,8 @@ func isKept(err error) bool {
 	return false
 }
 
-// unkeep is what an fn's error is reported as: without the wrapping of Keep, and
-// with nothing in it that another verdict could take for a mark.
+// unkeep returns the error that is reported for an fn's error: without the wrapper of
+// Keep, and with any mark further in made spent.
 func unkeep(err error) error {
 	for {
 		k, ok := err.(*keepError)
@@ -94,7 +94,7 @@ func unkeep(err error) error {
 	}
 }
 
-// spent is err, behind a spentError if there is a mark in it.
+// spent returns err, wrapped in a spentError if err holds a mark.
 func spent(err error) error {
 	if isKept(err) {
 		return &spentError{err}

@@ -7,11 +7,10 @@ import (
 	"strings"
 )
 
-// Errors for code that expects those of package net's dialer, and asserts their
-// types.
+// Errors for code that expects the error types of package net's dialer and asserts them.
 
-// opError is e as a *net.OpError. network and address are what was asked for, ""
-// for what e's address says.
+// opError returns e as a *net.OpError. network and address are what the caller passed to
+// DialContext; if they are "", opError takes them from e.Addr.
 func (e *Error) opError(network, address string) *net.OpError {
 	if network == "" {
 		network, address = string(e.Addr.Transport), e.Addr.Host
@@ -33,7 +32,8 @@ func (e *Error) opError(network, address string) *net.OpError {
 	return op
 }
 
-// dialFailure is an *Error inside a net.OpError, which names the address already.
+// dialFailure is an *Error inside a net.OpError. Its text leaves out the address, which
+// the OpError shows already.
 type dialFailure struct{ e *Error }
 
 func (f *dialFailure) Error() string {
@@ -50,7 +50,7 @@ func (f *dialFailure) Unwrap() error   { return f.e }
 func (f *dialFailure) Timeout() bool   { return f.e.Timeout() }
 func (f *dialFailure) Temporary() bool { return f.e.Temporary() }
 
-// dialedAddr is where a dial was to go.
+// dialedAddr is the address that a dial was for.
 type dialedAddr struct{ network, address string }
 
 func (a dialedAddr) Network() string { return a.network }

@@ -97,7 +97,7 @@ func TestAWaitEndsExactlyWithItsContext(t *testing.T) {
 		require.True(t, pe.Timeout())
 		require.ErrorIs(t, pe, context.DeadlineExceeded)
 		require.Equal(t, [5]int{1, 1, 0, 0, 1}, [5]int{pe.Open, pe.InUse, pe.Idle, pe.Waiting, pe.Limit})
-		require.Equal(t, "connpool: wait mem://a: context deadline exceeded; what is in use for longest has been for 50ms"+
+		require.Equal(t, "connpool: wait mem://a: context deadline exceeded; the longest loan has lasted 50ms"+
 			" (1 of 1 in use, 0 waiting;"+
 			" raise MaxPerAddr, borrow for a shorter time, or give ctx longer), after 50ms", pe.Error())
 		n.gauges(1, 0, 0)

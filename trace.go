@@ -5,27 +5,27 @@ import (
 	"time"
 )
 
-// CloseReason says why a connection left the pool. The set is closed: every
-// close has exactly one of these, in [Stats] and in [Trace.Closed].
+// CloseReason says why a connection left the pool. The set is closed: every close has
+// exactly one of these, in [Stats] and in [Trace.Closed].
 type CloseReason uint8
 
 const (
-	// The zero value, never the reason of a close.
+	// The zero value; no close has it.
 	ClosedUnknown     CloseReason = iota
-	ClosedEvicted                 // by us: least recently used, to make room
+	ClosedEvicted                 // evicted by the pool: least recently used, to make room
 	ClosedIdleTimeout             // by age: idle longer than IdleTimeout
 	ClosedLifetime                // by age: older than MaxLifetime
 	ClosedMaxUses                 // lent MaxUses times
-	ClosedSurplus                 // more idle ones than MaxIdle or MaxIdlePerAddr keeps, or more open ones than a limit allows
+	ClosedSurplus                 // more idle connections than MaxIdle or MaxIdlePerAddr keeps, or more open ones than a limit allows
 	ClosedStale                   // the peer closed it, or the socket failed, while it was idle
-	ClosedDirty                   // bytes were waiting that nobody asked for, or that the last borrower left unread
+	ClosedDirty                   // unrequested bytes were waiting, or the last borrower left bytes unread
 	ClosedFnError                 // fn returned an error without Keep
 	ClosedPanic                   // fn panicked
-	ClosedGoexit                  // fn ended its goroutine
+	ClosedGoexit                  // fn ended its goroutine (runtime.Goexit)
 	ClosedCanceled                // the borrower's ctx was done before the loan ended
 	ClosedInFlight                // an operation was still running when fn returned
-	ClosedBroken                  // an operation of the loan failed, and fn returned nil all the same
-	ClosedTimeout                 // an operation of the loan timed out, and fn returned nil all the same
+	ClosedBroken                  // an operation of the loan failed, but fn returned nil
+	ClosedTimeout                 // an operation of the loan timed out, but fn returned nil
 	ClosedHalfClosed              // CloseWrite was called
 	ClosedByBorrower              // Conn.Close was called
 	ClosedSetupFailed             // Config.Setup failed
@@ -33,12 +33,12 @@ const (
 	ClosedCheckFailed             // Config.Check failed, or took too long
 	ClosedPushFailed              // Config.Push failed, took too long, or read nothing
 	ClosedRetired                 // opened before Pool.Retire of its address
-	ClosedOnRequest               // Pool.CloseIdle
-	ClosedWithPool                // Pool.Close or Pool.Shutdown
-	ClosedLowHandles              // by us: the process is running out of file handles
-	ClosedMarkedDead              // Pool.MarkDead: the caller holds the same socket
-	ClosedLeaked                  // a lease or session that nobody could reach any more
-	ClosedQuarantined             // not closed: its descriptor has become somebody else's, and is never touched again
+	ClosedOnRequest               // Pool.CloseIdle was called
+	ClosedWithPool                // Pool.Close or Pool.Shutdown was called
+	ClosedLowHandles              // closed by the pool: the process is running out of file handles
+	ClosedMarkedDead              // Pool.MarkDead was called: the caller holds the same socket
+	ClosedLeaked                  // a lease or session became unreachable without being returned
+	ClosedQuarantined             // not closed: another owner has its descriptor now, so the pool never touches it again
 	numCloseReasons
 )
 
@@ -48,30 +48,29 @@ var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeo
 
 func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 
-// MarshalText gives the name that String gives, so that a map keyed by reason
-// is a JSON object.
+// MarshalText returns the same text as String, so that a map keyed by reason is a JSON
+// object.
 func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
-// Trace observes a pool ([Config.Trace]) or one use of it ([WithTrace]). Any
-// field may be nil. The functions are called with no lock held; they may use the
-// pool. Those of many goroutines run at the same time. They should be quick.
+// Trace observes a pool ([Config.Trace]) or one use of it ([WithTrace]). Any field may be
+// nil. The functions are called with no lock held, concurrently for concurrent uses; they
+// may use the pool. They should be quick.
 //
-// GetConn, GotConn and PutConn are called on the borrower's goroutine, in its own
-// time: With waits for them, and a panic or runtime.Goexit is the borrower's. The
-// others run in the middle of the pool's own work, on goroutines of their own, for
-// which the pool waits a quarter of a second, and not at all while an earlier one has
-// not returned. What they do wrong is logged and goes no further.
+// GetConn, GotConn and PutConn are called on the borrower's goroutine, and With waits for
+// them; a panic or runtime.Goexit in them is the borrower's. The others are called in the
+// middle of the pool's own work, on goroutines of their own. The pool waits a quarter of
+// a second for them, and not at all while an earlier one has not returned. A panic or
+// runtime.Goexit in them is logged and goes no further.
 //
-// What is said here of With and its fn holds for a [Lease] too, from
-// [Pool.Lease] to its return. Within a [Pool.Session] each With is told by
-// itself, but one nested in another is part of it and is not told; a connection
-// that the session keeps between two uses was kept.
+// What is said here of With and its fn holds for a [Lease] too, from [Pool.Lease] to its
+// return. Within a [Pool.Session] each With is reported separately, but a With nested in
+// another is part of the outer one and is not reported; a connection that the session
+// keeps between two uses counts as kept.
 //
-// Where both a pool's and a use's Trace are set, both are called, the pool's
-// first. A use's Trace sees the close that ends the use; only the pool's Trace
-// sees closes of idle connections. A dial is
-// told to the Trace of the borrower it was started for, even if it outlives
-// that borrower.
+// If both a pool's and a use's Trace are set, both are called, the pool's first. A use's
+// Trace sees the close that ends the use; only the pool's Trace sees closes of idle
+// connections. A dial is reported to the Trace of the borrower it was started for, even
+// if the dial outlives that borrower.
 type Trace struct {
 	GetConn  func(Addr)     // With begins
 	Wait     func(WaitInfo) // no connection was idle: the borrower queues
@@ -79,8 +78,8 @@ type Trace struct {
 	DialDone func(DialInfo) // a connection was opened, or could not be
 	PutConn  func(PutInfo)  // fn is over and the connection was kept
 	Detached func(PutInfo)  // the borrower took the connection out of the pool
-	HeldLong func(HeldInfo) // a connection has been out for Config.HoldWarn; told once
-	Leaked   func(HeldInfo) // a lease or session was forgotten, and its connection is closed
+	HeldLong func(HeldInfo) // a loan has lasted for Config.HoldWarn; called once for each loan
+	Leaked   func(HeldInfo) // a lease or session became unreachable, and its connection is closed
 	Closed   func(CloseInfo)
 }
 
@@ -103,7 +102,7 @@ type GotInfo struct {
 // DialInfo is what [Trace.DialDone] gets.
 type DialInfo struct {
 	Addr Addr
-	ID   uint64 // 0 if it failed
+	ID   uint64 // 0 if the dial failed
 	Took time.Duration
 	Err  error
 }
@@ -122,23 +121,24 @@ type CloseInfo struct {
 	Reason CloseReason
 	Uses   int           // loans
 	Age    time.Duration // since it was opened
-	Err    error         // what made the pool give it up, if an error did
+	Err    error         // the error that made the pool close it, if there was one
 }
 
 type traceKey struct{}
 
 type noneRemovableKey struct{}
 
-// WithNoneRemovable returns a ctx whose dials ask decide in the place of
-// Config.NoneRemovable, and of one already in ctx: a hook that decides is
-// replaced by the one closest to the use, while those that observe add up, see
-// [WithTrace]. With nil nobody is asked. As everything about a dial, it is that
-// of the borrower for whom the dial was started.
+// WithNoneRemovable returns a ctx whose dials call decide instead of
+// Config.NoneRemovable. It also replaces a decide already in ctx: of several hooks that
+// decide, the one closest to the use counts, while hooks that observe all run, see
+// [WithTrace]. With a nil decide nothing is called. A dial uses the ctx of the borrower
+// for whom it was started.
 func WithNoneRemovable(ctx context.Context, decide func(*Error) bool) context.Context {
 	return context.WithValue(ctx, noneRemovableKey{}, decide)
 }
 
-// noneRemovable is whom a dial under ctx asks; nil: nobody.
+// noneRemovable returns the function that a dial under ctx calls when no connection is
+// removable; nil: none.
 func (cfg *Config) noneRemovable(ctx context.Context) func(*Error) bool {
 	if decide, ok := ctx.Value(noneRemovableKey{}).(func(*Error) bool); ok {
 		return decide
@@ -156,7 +156,7 @@ func WithTrace(ctx context.Context, t *Trace) context.Context {
 	return context.WithValue(ctx, traceKey{}, chain(outer, t))
 }
 
-// chain is the Trace that calls first, then second; either may be nil.
+// chain returns a Trace that calls first, then second; either may be nil.
 func chain(first, second *Trace) *Trace {
 	if first == nil {
 		return second
@@ -187,8 +187,8 @@ func both[T any](f, g func(T)) func(T) {
 	return func(v T) { f(v); g(v) }
 }
 
-// trace is what observes one use: the pool's Trace and the one in ctx. It is
-// nil when nobody looks.
+// trace returns what observes one use: the pool's Trace and the one in ctx. It is nil if
+// nothing observes the use.
 func (cfg *Config) trace(ctx context.Context) *Trace {
 	one, _ := ctx.Value(traceKey{}).(*Trace)
 	return chain(cfg.Trace, one)

@@ -10,29 +10,28 @@ import (
 	"time"
 )
 
-// Why a wait was in vain. The ctx's own error says only that time ran out; what
-// somebody who reads it wants to know is what the time was spent on: the server
-// refuses connections, a dial is stuck in its handshake, somebody holds all the
-// slots. It is written down when a waiter gives up, and put into words when
-// somebody asks for the text.
+// Why a wait failed. The ctx's own error says only that time ran out. The reader wants to
+// know what the time was spent on: the server refuses connections, a dial hangs in its
+// handshake, or other borrowers hold all the slots. The facts are collected when a waiter
+// gives up, and formatted when somebody asks for the text.
 
-// inVain is the error of a wait that ended with its ctx. errors.Is finds the ctx's
-// error in it, and that of the address's last dial, if that failed.
+// inVain is the error of a wait that ended with its ctx. It wraps the ctx's error and, if
+// the address's last dial failed, the error of that dial.
 type inVain struct {
 	ctx error
 
-	last     error // of the dial before, if it failed
-	failures int   // in a row
-	pause    bool  // the next dial is not due yet
+	last     error // error of the last dial, if that dial failed
+	failures int   // failed dials in a row
+	pause    bool  // the address is in back-off: the next dial is not due yet
 
-	stage Stage // of the oldest dial under way, 0: there is none
+	stage Stage // stage of the oldest dial in flight; 0: there is none
 	since time.Duration
 
 	full   string        // the limit that was in the way
-	held   time.Duration // how long the one of its slots has been out that has been longest; 0: not known
-	holder *loanRecord   // which is that one; nil: not known
-	here   bool          // one of its slots is of the same address
-	nested bool          // ... and the goroutine is inside the fn of another With
+	held   time.Duration // how long the longest loan under that limit has lasted; 0: unknown
+	holder *loanRecord   // the longest loan; nil: unknown
+	here   bool          // a loan under that limit is of the same address
+	nested bool          // here, and this goroutine is inside the fn of another With
 }
 
 func (e *inVain) Error() string {
@@ -46,10 +45,10 @@ func (e *inVain) Error() string {
 	case e.pause:
 		fmt.Fprintf(&b, "; the next dial is not due after %s, the last one: %s", times(e.failures, "failure"), textOf(e.last))
 	default:
-		fmt.Fprintf(&b, "; the dial before failed: %s", textOf(e.last))
+		fmt.Fprintf(&b, "; the previous dial failed: %s", textOf(e.last))
 	}
 	if e.held > 0 {
-		fmt.Fprintf(&b, "; what is in use for longest has been for %v", e.held.Round(time.Microsecond))
+		fmt.Fprintf(&b, "; the longest loan has lasted %v", e.held.Round(time.Microsecond))
 		if e.holder != nil {
 			fmt.Fprintf(&b, ", borrowed by %s", e.holder.place())
 		}
@@ -74,19 +73,19 @@ func times(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// farEnough bounds the search for who holds what: an error must not cost a walk
-// over a hundred thousand connections.
+// farEnough bounds the search for the longest loan: making an error must not walk over a
+// hundred thousand connections.
 const farEnough = 256
 
-// counts reports whether a connection to addr fills the limit that a borrower of
-// mine has met.
+// counts reports whether a connection to addr counts against the limit that a borrower of
+// address mine has met.
 func (e *inVain) counts(addr, mine Addr) bool { return e.full != "MaxPerAddr" || addr == mine }
 
-// gaveUp completes what w wrote down, and is the error of its wait. mu is not held.
+// gaveUp completes w.why and returns the error of the wait. mu is not held.
 func (w *waiter) gaveUp(ctx error) error {
 	p := w.site.pool
 	e := w.why
-	if e == nil { // it was served in the last moment
+	if e == nil { // the waiter was served at the last moment
 		return ctx
 	}
 	e.ctx = ctx
@@ -101,11 +100,10 @@ func (w *waiter) gaveUp(ctx error) error {
 	return e
 }
 
-// outs lists what is out, as far as it is written down at all (see hold), longest
-// held first.
+// loansOut lists the recorded loans (see recordLoan), longest first.
 type loansOut struct {
 	mu  sync.Mutex // guards all; nothing else happens under it
-	all list.List  // of *holding
+	all list.List  // of *loanRecord
 }
 
 func (o *loansOut) add(h *loanRecord) {
@@ -120,7 +118,7 @@ func (o *loansOut) remove(h *loanRecord) {
 	o.mu.Unlock()
 }
 
-// find is the first, of those that are not too far, that which wants.
+// find returns the first loan for which which is true, among the first farEnough.
 func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -134,7 +132,7 @@ func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
 	return nil
 }
 
-// at lists those at addr, up to n of them, and counts the others.
+// at lists up to n loans at addr, and counts the others.
 func (o *loansOut) at(addr Addr, n int) (hs []*loanRecord, more int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -150,12 +148,12 @@ func (o *loansOut) at(addr Addr, n int) (hs []*loanRecord, more int) {
 	return hs, more
 }
 
-// place is where h was borrowed.
+// place returns where h was borrowed.
 func (h *loanRecord) place() string { return h.info(h.since).Place }
 
-// insideWith reports whether the calling goroutine, which is in a With, is inside
-// the fn of another one. A goroutine's stack is all there is that could say so. It
-// is looked at only when a wait has failed.
+// insideWith reports whether the calling goroutine, which is in a With, is also inside
+// the fn of another With. Only the goroutine's stack can tell. It is read only after a
+// wait has failed.
 func insideWith() bool {
 	var pcs [128]uintptr
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])

@@ -75,7 +75,7 @@ func TestAWaitForADialSaysHowFarItIs(t *testing.T) {
 		n.Host("a").BlackHole(true)
 		pe := n.fail(deadline(t, time.Second), at("a"))
 		require.ErrorIs(t, pe, syscall.ECONNREFUSED)
-		require.ErrorContains(t, pe, "a dial has been under way for 1s (dial); the dial before failed: ")
+		require.ErrorContains(t, pe, "a dial has been under way for 1s (dial); the previous dial failed: ")
 	})
 }
 
@@ -107,7 +107,7 @@ func TestAWaitForALimitSaysWhoHoldsIt(t *testing.T) {
 				defer cancel()
 				pe := n.fail(ctx, at("a"))
 				require.Equal(t, c.limit, pe.LimitName)
-				require.ErrorContains(t, pe, "what is in use for longest has been for 3s")
+				require.ErrorContains(t, pe, "the longest loan has lasted 3s")
 				require.Equal(t, c.place, strings.Contains(pe.Error(), "testnet_test.go:"), "%v", pe)
 				require.Equal(t, pe.Kind == KindTimeout, strings.Contains(pe.Error(), "give ctx longer"), "%v", pe)
 				require.NotContains(t, pe.Error(), "Session")

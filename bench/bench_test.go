@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// few is the size of a workload: n, or with -short something that proves that
+// few is the size of a workload: n, or short under -short, where the run only shows that
 // it works.
 func few(n, short int) int {
 	if testing.Short() {
@@ -57,7 +57,7 @@ func start(b testing.TB, rival string, s *Settings) Rival {
 	return r
 }
 
-// lenders lend a connection, own have a protocol of their own.
+// lenders lend a connection; own are clients with a protocol of their own.
 var (
 	libraries = []string{"puddle", "sql", "commons"}
 	byHand    = []string{"channel", "stack"}
@@ -65,7 +65,7 @@ var (
 	own       = []string{"redis", "http"}
 )
 
-// checksOf are those that make sense for a rival.
+// checksOf returns the checks that a rival supports.
 func checksOf(rival string) []Check {
 	switch rival {
 	case "connpool":
@@ -76,7 +76,7 @@ func checksOf(rival string) []Check {
 	return []Check{CheckNone, CheckPeek}
 }
 
-// each runs a benchmark for all rivals with all checks that they have.
+// each runs a benchmark for all rivals with all their checks.
 func each(b *testing.B, rivals []string, run func(b *testing.B, rival string, check Check)) {
 	for _, check := range []Check{CheckNone, CheckPeek, CheckAll} {
 		for _, rival := range rivals {
@@ -87,9 +87,9 @@ func each(b *testing.B, rivals []string, run func(b *testing.B, rival string, ch
 	}
 }
 
-// W1: one goroutine borrows a warm connection and gives it back. The dial for
-// each use is here for what is saved (ORA-76: what a loan costs, in time and in
-// allocations, beside a dial on loopback).
+// W1: one goroutine borrows a warm connection and gives it back. The dial for each use
+// shows what a loan saves (ORA-76: what a loan costs, in time and in allocations, beside
+// a dial on loopback).
 func BenchmarkW1(b *testing.B) {
 	each(b, slices.Concat(lenders, []string{"shared", "held", "dial"}), func(b *testing.B, rival string, check Check) {
 		r := start(b, rival, &Settings{Servers: []string{server(b, Echo, false).Addr}, Max: 1, Check: check})
@@ -102,13 +102,13 @@ func BenchmarkW1(b *testing.B) {
 				b.Fatal(err)
 			}
 		}
-		// On a machine that does other things too, this is the better figure.
+		// On a machine with other load, this is the better figure.
 		b.ReportMetric(float64(cpuTime()-before)/float64(b.N), "cpu-ns/op")
 	})
 }
 
-// W1 under a ctx that can be cancelled. rival=afterfunc is what a watch on the
-// ctx costs by itself; only this pool has one.
+// W1 under a ctx that can be cancelled. rival=afterfunc is the cost of a watch on the ctx
+// alone; only this pool has one.
 func BenchmarkW1Cancellable(b *testing.B) {
 	run := func(b *testing.B, rival string, check Check) {
 		r := start(b, rival, &Settings{Servers: []string{server(b, Echo, false).Addr}, Max: 1, Check: check})
@@ -133,7 +133,7 @@ func BenchmarkW1Cancellable(b *testing.B) {
 	})
 }
 
-// ORA-76: what is cheap to make is not worth a pool. rival=make allocates.
+// ORA-76: an object that is cheap to make is not worth a pool. rival=make allocates.
 func BenchmarkCheap(b *testing.B) {
 	ctx := context.Background()
 	b.Run("rival=make", func(b *testing.B) {
@@ -181,13 +181,13 @@ func BenchmarkW2(b *testing.B) {
 	})
 }
 
-// W3: 256 goroutines echo over 8 connections. Besides the time of a request it
-// tells the 99th percentile of the wait for a connection, and how many more
-// requests the luckiest goroutine did than the unluckiest.
+// W3: 256 goroutines echo over 8 connections. Besides the time of a request it reports
+// the 99th percentile of the wait for a connection, and the ratio of requests between the
+// goroutines with the most and the fewest.
 //
-// ORA-09: rival=peruser has one connection for each goroutine, rival=dial one
-// for each request; conns is what was open at the peak, dials/op what was
-// opened for a request.
+// ORA-09: rival=peruser has one connection for each goroutine, rival=dial one for each
+// request; conns is the number open at the peak, dials/op the number opened for a
+// request.
 func BenchmarkW3(b *testing.B) {
 	const users, most = 256, 8
 	each(b, slices.Concat(lenders, own, []string{"shared", "dial", "peruser"}), func(b *testing.B, rival string, check Check) {
@@ -259,10 +259,10 @@ func BenchmarkW3(b *testing.B) {
 	})
 }
 
-// W4 and W5: a 64-byte echo, borrowed each time, in turn with the same over a
-// connection that is held. x-held is the ratio. Both are medians over batches,
-// so that what the machine does besides falls on neither. rival=peruser is the
-// same connection twice: how far from 1 chance alone goes.
+// W4 and W5: a 64-byte echo, borrowed each time, in turn with the same over a held
+// connection. x-held is the ratio. Both are medians over batches, so that other load on
+// the machine affects both equally. rival=peruser is the same connection twice: it shows
+// how far from 1 chance alone goes.
 func BenchmarkW4(b *testing.B) { echoes(b, false) }
 
 // W5 is W4 over TLS 1.3.
@@ -305,9 +305,9 @@ func echoes(b *testing.B, overTLS bool) {
 	})
 }
 
-// W6: a random address among many, with connections that go nowhere, since
-// there are more than there are descriptors. B/addr is what an address with one
-// idle connection holds, the connection itself (16 bytes) included.
+// W6: a random address among many, with connections that go nowhere, since there are more
+// addresses than descriptors. B/addr is the memory of an address with one idle
+// connection, including the connection itself (16 bytes).
 func BenchmarkW6(b *testing.B) {
 	for _, addrs := range []int{1, 100, 10_000, 100_000} {
 		b.Run(fmt.Sprintf("addrs=%d", addrs), func(b *testing.B) {
@@ -344,8 +344,8 @@ func BenchmarkW6(b *testing.B) {
 	}
 }
 
-// W7: what an idle connection holds beyond the bare net.Conn, in a process of
-// its own, and the server in another.
+// W7: the memory of an idle connection beyond the bare net.Conn, in a process of its own,
+// with the server in another.
 func BenchmarkW7(b *testing.B) {
 	for _, net := range []string{"tcp", "tls"} {
 		for _, rival := range slices.Concat(lenders, own) {
@@ -372,8 +372,8 @@ func BenchmarkW7(b *testing.B) {
 	}
 }
 
-// W8: 200 goroutines at once meet a cold address, 20 connections at most, each
-// dial takes 5 ms longer. ms/op is until all have had their reply.
+// W8: 200 goroutines at once borrow from a cold address, 20 connections at most, each
+// dial takes 5 ms longer. ms/op is the time until all have their reply.
 func BenchmarkW8(b *testing.B) {
 	const users, most, delay = 200, 20, 5 * time.Millisecond
 	for _, rival := range slices.Concat(lenders, own) {
@@ -395,8 +395,8 @@ func BenchmarkW8(b *testing.B) {
 	}
 }
 
-// W8 with 5 idle connections: 50 goroutines at once need one for 2 ms each, and
-// a dial takes 150 ms. conns is how many there are at last; 50 are allowed.
+// W8 with 5 idle connections: 50 goroutines at once need one for 2 ms each, and a dial
+// takes 150 ms. conns is the number open in the end; 50 are allowed.
 func BenchmarkW8Warm(b *testing.B) {
 	const users, spare, delay, work = 50, 5, 150 * time.Millisecond, 2 * time.Millisecond
 	for _, rival := range lenders {
@@ -415,7 +415,7 @@ func BenchmarkW8Warm(b *testing.B) {
 						return exchange(c, x)
 					})
 				})
-				time.Sleep(delay + delay/4) // the dials that are still under way
+				time.Sleep(delay + delay/4) // the dials still in flight
 				took, conns = append(took, ms), append(conns, float64(s.Opened.Load()))
 				r.Close()
 			}
@@ -426,8 +426,8 @@ func BenchmarkW8Warm(b *testing.B) {
 	}
 }
 
-// stampede runs use in n goroutines at once and tells how many milliseconds
-// passed until all were done.
+// stampede runs use in n goroutines at once and returns how many milliseconds passed
+// until all had ended.
 func stampede(b *testing.B, r Rival, n int, use func(*Exchange) error) float64 {
 	var ready, done sync.WaitGroup
 	begin := make(chan struct{})
@@ -449,9 +449,8 @@ func stampede(b *testing.B, r Rival, n int, use func(*Exchange) error) float64 {
 	return float64(time.Since(began).Microseconds()) / 1000
 }
 
-// W9: the server closes 16 idle connections; of the next 100 exchanges, how
-// many fail? Every rival is as it comes, but for the hand-written ones, which
-// are as their writers leave them.
+// W9: the server closes 16 idle connections; how many of the next 100 exchanges fail?
+// Every rival has its default settings; the hand-written ones check nothing, as usual.
 func BenchmarkW9(b *testing.B) {
 	const idle, uses = 16, 100
 	for _, net := range []string{"tcp", "tls"} {
@@ -493,7 +492,7 @@ func afterTheCut(b *testing.B, rival string, overTLS bool, idle, users, uses int
 	defer r.Close()
 	must(b, Fill(ctx, r, idle, Same))
 	sv.CutAll()
-	for _, l := range socks[:idle] { // until the news has come to each
+	for _, l := range socks[:idle] { // until each has received the FIN
 		for tries := 0; l.alive(); tries++ {
 			if tries > 1000 {
 				b.Fatal("the client's end does not see the cut")
@@ -502,7 +501,7 @@ func afterTheCut(b *testing.B, rival string, overTLS bool, idle, users, uses int
 		}
 	}
 	if rival != "connpool" {
-		// Some notice in the background. This pool must not depend on it.
+		// Some rivals notice in the background. This pool must not depend on that.
 		time.Sleep(20 * time.Millisecond)
 	}
 	var left, bad atomic.Int64
@@ -522,8 +521,9 @@ func afterTheCut(b *testing.B, rival string, overTLS bool, idle, users, uses int
 	return int(bad.Load())
 }
 
-// W11: so many addresses that every loan must evict, through 256 connections;
-// beside a dial and a close. 16 servers, lest the client's ports run out.
+// W11: so many addresses that every loan must evict, through 256 connections, compared
+// with a dial and a close. There are 16 servers so that the client's ports do not run
+// out.
 func BenchmarkW11(b *testing.B) {
 	const most = 256
 	servers := make([]string, 16)
@@ -546,7 +546,7 @@ func BenchmarkW11(b *testing.B) {
 			key := 0
 			next := func() {
 				must(b, r.Loan(ctx, key))
-				key = (key + 7919) % addrs // a prime: each of them once before any twice
+				key = (key + 7919) % addrs // a prime: every address once before any comes twice
 			}
 			for range most {
 				next()
@@ -565,10 +565,10 @@ func BenchmarkW11(b *testing.B) {
 	}
 }
 
-// W12: the share of one core that looking at 10,000 idle connections takes at
-// the default interval of 20 s, from the CPU time of a process that sweeps ten
-// times a second less that of one which never sweeps; beside one bare look at
-// each. p99-us is the borrower's.
+// W12: the share of one core that checking 10,000 idle connections takes at the default
+// interval of 20 s. It is the CPU time of a process that sweeps ten times a second less
+// that of one that never sweeps, compared with one bare peek into each. p99-us is the
+// borrower's.
 func BenchmarkW12(b *testing.B) {
 	const period, usual = 100 * time.Millisecond, 20 * time.Second
 	conns := few(10_000, 200)
@@ -606,8 +606,8 @@ func BenchmarkW12(b *testing.B) {
 	})
 }
 
-// TDBC-12, TDBC-13: a server takes 50 ms for the handshake. What a user waits
-// for a connection from a pool that has been primed, and without one.
+// TDBC-12, TDBC-13: a server takes 50 ms for the handshake. How long a user waits for a
+// connection from a primed pool, and without a pool.
 func BenchmarkPrimed(b *testing.B) {
 	ctx := context.Background()
 	sv, err := Serve(Echo, true, 50*time.Millisecond)
@@ -637,8 +637,8 @@ func BenchmarkPrimed(b *testing.B) {
 	}
 }
 
-// TDBC-13, ORA-77: a TLS connection to a quick server, from the pool and
-// without one; cmd/table -addr does it with a server of the reader's.
+// TDBC-13, ORA-77: a TLS connection to a quick server, from the pool and without one;
+// cmd/table -addr does the same with the user's own server.
 func BenchmarkHandle(b *testing.B) {
 	ctx := context.Background()
 	sv := server(b, Echo, true)
@@ -653,8 +653,8 @@ func BenchmarkHandle(b *testing.B) {
 	}
 }
 
-// APR-04: 64 workers use a connection for an eighth of their time. One for each
-// worker, or a pool: how many connections are there?
+// APR-04: 64 workers use a connection for an eighth of their time. How many connections
+// are there with one for each worker, and with a pool?
 func BenchmarkWorkers(b *testing.B) {
 	const workers, busy, other = 64, 2 * time.Millisecond, 14 * time.Millisecond
 	rounds := few(20, 2)
@@ -696,8 +696,8 @@ func BenchmarkWorkers(b *testing.B) {
 	}
 }
 
-// APR-10: many addresses, more and more processors, one goroutine each. The
-// machine has as many as the table says; beyond that it is a test of collapse.
+// APR-10: many addresses, a growing number of processors, one goroutine each. The table
+// names the machine's processors; beyond them it is a test of overload.
 func BenchmarkCores(b *testing.B) {
 	const addrs = 64
 	for _, procs := range []int{1, 2, 4, 8, 16} {
@@ -723,8 +723,8 @@ func BenchmarkCores(b *testing.B) {
 	}
 }
 
-// ORA-77: only your own application can tell. CONNPOOL_BENCH_ADDR is a server,
-// as ParseAddr takes it; nothing is sent to it.
+// ORA-77: only a measurement of your own application can tell. CONNPOOL_BENCH_ADDR is a
+// server, in the form of ParseAddr; nothing is sent to it.
 func BenchmarkYours(b *testing.B) {
 	text := os.Getenv("CONNPOOL_BENCH_ADDR")
 	if text == "" {

@@ -6,10 +6,10 @@ import (
 	"sync"
 )
 
-// What people write by hand, in the shape in which they write it.
+// Pools as people write them by hand.
 
-// source lends lines; lend turns it into a Rival. What is written out in Loan
-// again and again in this package is what a user of that rival writes.
+// source lends lines; lend turns it into a Rival. The code that repeats in the Loan
+// methods of this package is the code that a user of the rival writes.
 type source interface {
 	get(ctx context.Context, key int) (*line, error)
 	put(key int, l *line, err error)
@@ -25,13 +25,13 @@ func during(s source, ctx context.Context, key int, fn func(net.Conn) error) err
 	return err
 }
 
-// stack is a mutex and a slice for each address. Waiters wait on a condition,
-// so whoever comes first after a return takes it.
+// stack is a mutex and a slice for each address. Waiters wait on a condition, so the
+// first goroutine to come after a return takes the connection.
 type stack struct {
 	s    *Settings
 	keys []string
 
-	mu    sync.Mutex // guards sites and everything in them; no dial and no close under it
+	mu    sync.Mutex // guards sites and their contents; no dial and no close under it
 	sites map[string]*stackSite
 }
 
@@ -133,7 +133,7 @@ func (p *stack) Close() error {
 	return nil
 }
 
-// channel is a buffered channel of idle connections and one of free places.
+// channel is a buffered channel of idle connections and a channel of free slots.
 type channel struct {
 	s     *Settings
 	idle  chan *line
@@ -219,8 +219,8 @@ func (p *channel) Close() error {
 	}
 }
 
-// held is one connection in the hands of one goroutine, which never gives it
-// back: the limit of what can be had.
+// held is one connection that one goroutine holds and never gives back: the best possible
+// result.
 type held struct {
 	s *Settings
 	l *line
@@ -268,9 +268,9 @@ func (p *held) Close() error {
 	return nil
 }
 
-// shared is one connection for everybody, under a mutex.
+// shared is one connection for all goroutines, under a mutex.
 type shared struct {
-	mu sync.Mutex // held during a loan: guards held, and is the queue
+	mu sync.Mutex // held during a loan: guards held, and serves as the queue
 	held
 }
 
@@ -355,8 +355,7 @@ func (p *dialed) Hold(ctx context.Context, key int, fn func(net.Conn) error) err
 
 func (p *dialed) Close() error { return nil }
 
-// keyed is a map of pools, one for each address, for the rivals that know one
-// address only.
+// keyed is a map of pools, one for each address, for rivals that know one address only.
 type keyed struct {
 	s     *Settings
 	keys  []string

@@ -174,8 +174,8 @@ func (r sqlPool) Hold(ctx context.Context, _ int, fn func(net.Conn) error) error
 	return r.with(ctx, func(l *line) error { return fn(l.Conn) })
 }
 
-// with marks a connection on which fn failed as bad in the way that the package
-// prescribes, and reports fn's error.
+// with marks a connection on which fn failed as bad, as the package prescribes, and
+// returns fn's error.
 func (r sqlPool) with(ctx context.Context, fn func(*line) error) error {
 	c, err := r.db.Conn(ctx)
 	if err != nil {
@@ -221,8 +221,8 @@ var errNoSQL = errors.New("this driver knows no SQL")
 func (*driverConn) Prepare(string) (driver.Stmt, error) { return nil, errNoSQL }
 func (*driverConn) Begin() (driver.Tx, error)           { return nil, errNoSQL }
 
-// checkedDriverConn looks into the socket where drivers do: before a
-// connection that has been used before is used again.
+// checkedDriverConn peeks into the socket where drivers do: before a connection is used
+// again.
 type checkedDriverConn struct{ driverConn }
 
 func (c *checkedDriverConn) ResetSession(context.Context) error {

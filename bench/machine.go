@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// Machine names the machine, the system and the versions that figures are from.
+// Machine names the machine, the system and the Go version of the figures.
 func Machine() string {
 	cpu := runtime.GOARCH
 	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {

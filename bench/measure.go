@@ -14,29 +14,29 @@ type memory struct {
 	Bare       float64 // the net.Conn alone
 	Rival      float64 // what the rival adds to it
 	Goroutines float64 // that the rival adds
-	Kernel     float64 // what the kernel has for it, both ends
+	Kernel     float64 // the kernel's memory for it, both ends
 }
 
-// inUse is the heap and the stacks after the garbage has gone.
+// inUse returns the sizes of heap and stacks after garbage collection.
 func inUse() (heap, stacks float64) {
 	var m runtime.MemStats
-	for range 4 { // what a sync.Pool holds survives two
+	for range 4 { // entries of a sync.Pool survive two
 		runtime.GC()
 	}
 	runtime.ReadMemStats(&m)
 	return float64(m.HeapAlloc), float64(m.StackInuse)
 }
 
-// measureMemory opens N connections bare to the first server, closes them, and
-// opens N through the rival to the last, as the ports of the first are taken for
-// a while. Nothing else happens in its process.
+// measureMemory opens N bare connections to the first server, closes them, and opens N
+// through the rival to the last server, because the ports of the first stay in use for a
+// while. Nothing else runs in its process.
 func measureMemory(t task) (memory, error) {
 	ctx := context.Background()
 	s := &Settings{Servers: t.Servers, TLS: t.TLS}
 	x := NewExchange(0)
 
-	// The runtime never gives back the descriptor of a goroutine that has
-	// ended, some 450 bytes, so the ones that will be needed are made first.
+	// The runtime never frees the descriptor of a goroutine that has ended, some 450
+	// bytes. So as many goroutines as will be needed are started beforehand.
 	wait := make(chan struct{})
 	for range 4 * t.N {
 		go func() { <-wait }()
@@ -77,33 +77,33 @@ func measureMemory(t task) (memory, error) {
 		if got := s.Opened.Load(); got != int64(n) {
 			return m, fmt.Errorf("%s opened %d connections, not %d", t.Rival, got, n)
 		}
-		time.Sleep(50 * time.Millisecond) // what ends with the last exchange ends
+		time.Sleep(50 * time.Millisecond) // so that what ends after the last exchange has ended
 		m.Goroutines = float64(runtime.NumGoroutine()-goroutines) / float64(n)
 		after, stacksAfter := inUse()
 		m.Rival = (after-before)/float64(n) - m.Bare
 		if m.Goroutines > 0.5 {
-			// Otherwise the difference is what is left of Fill's, which
-			// the runtime keeps for the next goroutine.
+			// Otherwise the difference is the rest of Fill's stacks, which the runtime
+			// keeps for the next goroutine.
 			m.Rival += (stacksAfter - stacks) / float64(n)
 		}
 		runtime.KeepAlive(r)
 		return m, nil
 	}
-	if _, err := measured(min(t.N, 50)); err != nil { // what is made once is made
+	if _, err := measured(min(t.N, 50)); err != nil { // so that one-time allocations are made
 		return memory{}, err
 	}
 	return measured(t.N)
 }
 
-// sweepCost is what looking at N idle connections takes.
+// sweepCost is what checking N idle connections costs.
 type sweepCost struct {
 	CPU  time.Duration // of the process, in the window
-	P99  time.Duration // of the loans of one borrower meanwhile
-	Peek time.Duration // of one bare look at each
+	P99  time.Duration // of one borrower's loans meanwhile
+	Peek time.Duration // one bare peek into each
 }
 
-// measureSweep keeps N idle connections at 100 addresses, and borrows one of
-// another address each millisecond.
+// measureSweep keeps N idle connections at 100 addresses, and borrows one of another
+// address each millisecond.
 func measureSweep(t task) (cost sweepCost, err error) {
 	ctx := context.Background()
 	const addrs = 100
@@ -150,7 +150,7 @@ func measureSweep(t task) (cost sweepCost, err error) {
 	return cost, nil
 }
 
-// percentile sorts what it gets.
+// percentile sorts d.
 func percentile(d []time.Duration, p int) time.Duration {
 	if len(d) == 0 {
 		return 0

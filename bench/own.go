@@ -16,8 +16,8 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
-// Clients whose pool cannot be had without their protocol. The limit that they
-// are beside is a held connection on which the same bytes travel, see rawHeld.
+// Clients whose pool comes with its protocol. They are compared with a held connection
+// that carries the same bytes, see rawHeld.
 
 // --- go-redis ---
 
@@ -28,8 +28,8 @@ func newRedis(s *Settings) Rival {
 		Addr:     s.Servers[0],
 		Dialer:   func(ctx context.Context, _, _ string) (net.Conn, error) { return s.dial(ctx, 0) },
 		PoolSize: s.Max,
-		// What talks to the server unasked is off, and there is no retry of
-		// a dial; the retry of commands is left as it is by default.
+		// Background traffic to the server and retries of dials are off; retries of
+		// commands are at their default.
 		Protocol:                 2,
 		DisableIdentity:          true,
 		DialerRetries:            1,
@@ -115,14 +115,14 @@ func (r *httpClient) post(ctx context.Context, url string, x *Exchange) error {
 	if _, err := io.ReadFull(resp.Body, x.reply[:]); err != nil {
 		return err
 	}
-	// Without the look at the end, the connection is not given back.
+	// Without this read at the end, net/http does not take the connection back.
 	if _, err := resp.Body.Read(make([]byte, 1)); err != io.EOF {
 		return fmt.Errorf("the body does not end: %v", err)
 	}
 	return x.verify()
 }
 
-// fill asks for n replies at once, which the server gives when all have asked.
+// fill asks for n replies at once, which the server sends when all requests have come.
 func (r *httpClient) fill(ctx context.Context, n int) error {
 	done := make(chan error, n)
 	for i := range n {
@@ -181,14 +181,13 @@ func Fill(ctx context.Context, r Rival, n int, key func(i int) int) error {
 // Same is the key function of [Fill] for one address.
 func Same(int) int { return 0 }
 
-// rawHeld is a held connection on which the bytes of a protocol travel, made
-// beforehand and not looked at: the limit of a client that makes and parses
-// them.
+// rawHeld is a held connection that carries the bytes of a protocol, made beforehand and
+// not parsed: the best possible result for a client that makes and parses them.
 type rawHeld struct {
 	nc      net.Conn
 	request []byte
 	reply   []byte
-	size    int // of the reply, as learned from the first
+	size    int // of the reply, learned from the first
 }
 
 func newRawHeld(s *Settings, protocol string) (*rawHeld, error) {

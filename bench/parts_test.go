@@ -15,8 +15,8 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// What a loan is made of, piece by piece; docs/performance.md says how many of
-// each there are in one.
+// The parts of a loan, one by one; docs/performance.md says how many of each there are in
+// a loan.
 func BenchmarkParts(b *testing.B) {
 	part := func(name string, run func()) {
 		b.Run("part="+name, func(b *testing.B) {

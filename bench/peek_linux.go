@@ -8,8 +8,8 @@ import (
 
 var errNotQuiet = errors.New("bytes, an error or the end wait on the socket")
 
-// quiet reports nil if nothing waits on the socket. The raw system call spares
-// the scheduler's part of an ordinary one; it cannot block.
+// quiet returns nil if nothing waits on the socket. The raw system call cannot block, and
+// saves the work that an ordinary one gives to Go's scheduler.
 func quiet(fd uintptr) error {
 	var b [1]byte
 	_, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(&b)), 1,
@@ -20,7 +20,7 @@ func quiet(fd uintptr) error {
 	return errNotQuiet
 }
 
-// cookie asks who the socket is.
+// cookie returns the socket's cookie.
 func cookie(fd uintptr) (c uint64) {
 	const soCookie = 57
 	size := uint32(8)

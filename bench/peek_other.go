@@ -19,5 +19,5 @@ func quiet(fd uintptr) error {
 	return errNotQuiet
 }
 
-// cookie is Linux's.
+// cookie exists on Linux only.
 func cookie(uintptr) uint64 { return 0 }

@@ -8,7 +8,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// pooled is this pool, with nothing in its Config but what the settings say.
+// pooled is this pool, with nothing in its Config but the settings.
 type pooled struct {
 	p     *connpool.Pool
 	addrs []connpool.Addr
@@ -29,7 +29,7 @@ func newConnpool(s *Settings) Rival {
 		},
 	}
 	if s.Fake {
-		cfg.MaxOpen = -1 // no handles, no limit by handles
+		cfg.MaxOpen = -1 // no handles, so no limit by handles
 	}
 	transport := connpool.TCP
 	if s.TLS {

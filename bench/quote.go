@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// Quote writes text between the marks <!-- name:begin --> and <!-- name:end -->
-// of a document. One that is not there, or has no marks, is left alone.
+// Quote writes text between the marks <!-- name:begin --> and <!-- name:end --> of a
+// document. It leaves a document alone that does not exist or has no marks.
 func Quote(doc, name, text string) error {
 	begin, end := "<!-- "+name+":begin -->", "<!-- "+name+":end -->"
 	page, err := os.ReadFile(doc)

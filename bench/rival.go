@@ -8,13 +8,13 @@ import (
 	"time"
 )
 
-// Rival is a way to get at a connection. Its methods may be called by many
-// goroutines at once, except those of the held connection, which has one user.
+// Rival is a way to get a connection. Many goroutines may call its methods at once,
+// except those of the held connection, which has one user.
 type Rival interface {
 	// Loan borrows a connection to address number key and gives it back.
 	Loan(ctx context.Context, key int) error
 
-	// Exchange borrows a connection and does x over it. One that fails is
+	// Exchange borrows a connection and does x over it. If that fails, the connection is
 	// not used again.
 	Exchange(ctx context.Context, key int, x *Exchange) error
 
@@ -24,8 +24,8 @@ type Rival interface {
 	Close() error
 }
 
-// ErrOwnProtocol is what clients that speak their own protocol, and lend no
-// connection, answer to Loan and Hold.
+// ErrOwnProtocol is the error of Loan and Hold for clients that speak their own protocol
+// and lend no connection.
 var ErrOwnProtocol = errors.New("this rival lends no connection")
 
 // Exchange is one request and its reply, which repeats it. It belongs to one
@@ -52,8 +52,8 @@ func NewExchange(tag int) *Exchange {
 	return x
 }
 
-// exchange is generic because a connpool.Conn that is turned into an interface
-// allocates, which a user of the pool would not do either.
+// exchange is generic because converting a connpool.Conn to an interface allocates, and a
+// user of the pool would not convert it either.
 func exchange[C io.ReadWriter](c C, x *Exchange) error {
 	if x.Stamp {
 		x.Lent = time.Now()

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// What a figure is worth depends on the rival's being used as it should be. So
-// each must keep the rules under which it is measured.
+// A figure is worth something only if the rival is used correctly. So each rival must
+// keep the rules under which it is measured.
 
 func everyRival(t *testing.T, except []string, test func(t *testing.T, name string, s *Settings, sv *Server)) {
 	for _, name := range slices.Sorted(maps.Keys(Rivals)) {
@@ -36,7 +36,7 @@ func everyRival(t *testing.T, except []string, test func(t *testing.T, name stri
 	}
 }
 
-// single are the rivals with one connection, which is no pool's.
+// single are the rivals with one connection, which are no pools.
 var single = []string{"held", "shared"}
 
 func TestEveryRivalReachesTheLimitAndKeepsIt(t *testing.T) {
@@ -131,7 +131,7 @@ func TestEveryRivalDropsAConnectionThatFailed(t *testing.T) {
 		must(t, r.Exchange(context.Background(), 0, x))
 		sv.CutAll()
 		var err error
-		for range 3 { // one may fail, or two: a write can still seem to work
+		for range 3 { // one may fail, or two: a write can still seem to succeed
 			if err = r.Exchange(context.Background(), 0, x); err == nil {
 				break
 			}
@@ -202,7 +202,7 @@ func TestKeyedRivalsKeepAddressesApart(t *testing.T) {
 	}
 }
 
-// The benchmarks are programs, and programs rot: each runs once.
+// Each benchmark runs once, so that none of them breaks unnoticed.
 func TestEveryBenchmarkRuns(t *testing.T) {
 	if testing.Short() {
 		t.Skip("this is what -short is for")

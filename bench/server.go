@@ -23,8 +23,8 @@ import (
 	"time"
 )
 
-// Server is the other end. It repeats frames of FrameSize bytes, or what the
-// protocol has for that.
+// Server is the peer. It repeats frames of FrameSize bytes, or does the equivalent in its
+// protocol.
 type Server struct {
 	Addr     string
 	Think    atomic.Int64 // nanoseconds between a request and its reply
@@ -33,7 +33,7 @@ type Server struct {
 	MostBusy atomic.Int64
 
 	ln        net.Listener
-	handshake time.Duration // what each TLS handshake takes longer
+	handshake time.Duration // extra time of each TLS handshake
 	speak     func(net.Conn)
 
 	mu    sync.Mutex // guards conns
@@ -53,7 +53,7 @@ const (
 	HTTP = "http"
 )
 
-// ProtocolOf is what the named rival speaks.
+// ProtocolOf returns the protocol of the named rival.
 func ProtocolOf(rival string) string {
 	if rival == RESP || rival == HTTP {
 		return rival
@@ -89,7 +89,7 @@ func (s *Server) accept(overTLS bool) {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil { // no descriptor: those of connections that end come back
+		if err != nil { // no descriptor: connections that end will free some
 			time.Sleep(time.Millisecond)
 			continue
 		}
@@ -118,8 +118,8 @@ func (s *Server) accept(overTLS bool) {
 	}
 }
 
-// CutAll closes all connections, under TLS with a farewell, as a server does
-// that finds them idle for too long.
+// CutAll closes all connections, under TLS with close_notify, as a server does with
+// connections that are idle for too long.
 func (s *Server) CutAll() {
 	s.mu.Lock()
 	conns := s.conns
@@ -139,7 +139,7 @@ func (s *Server) Close() error {
 	return err
 }
 
-// think is what happens between a request and its reply.
+// think runs between a request and its reply.
 func (s *Server) think() {
 	busy := s.Busy.Add(1)
 	defer s.Busy.Add(-1)
@@ -167,8 +167,8 @@ func (s *Server) echo(nc net.Conn) {
 	}
 }
 
-// resp knows ECHO; any other command is an error, which go-redis takes in its
-// stride when it greets.
+// resp knows ECHO; any other command gets an error, which go-redis tolerates in its
+// greeting.
 func (s *Server) resp(nc net.Conn) {
 	in := bufio.NewReaderSize(nc, 512)
 	var args [][]byte
@@ -325,7 +325,7 @@ var serverTLS = sync.OnceValue(func() *tls.Config {
 	return &tls.Config{Certificates: []tls.Certificate{identity()}}
 })
 
-// ClientTLS trusts the servers of this package, and them only.
+// ClientTLS trusts the servers of this package, and no others.
 var ClientTLS = sync.OnceValue(func() *tls.Config {
 	roots := x509.NewCertPool()
 	roots.AddCert(identity().Leaf)
@@ -336,7 +336,7 @@ var ClientTLS = sync.OnceValue(func() *tls.Config {
 
 const childEnv = "CONNPOOL_BENCH_CHILD"
 
-// task is what a child process is for.
+// task is the work of a child process.
 type task struct {
 	Do       string // serve, memory or sweep
 	Rival    string
@@ -348,8 +348,8 @@ type task struct {
 	Window   time.Duration
 }
 
-// Child does what the process was started for by [run] or [serveElsewhere], and
-// reports whether it was.
+// Child does the work that [run] or [serveElsewhere] started the process for, and reports
+// whether there was any.
 func Child() bool {
 	text := os.Getenv(childEnv)
 	if text == "" {
@@ -364,7 +364,7 @@ func Child() bool {
 			var s *Server
 			if s, err = Serve(t.Protocol, t.TLS, 0); err == nil {
 				fmt.Println(s.Addr)
-				io.Copy(io.Discard, os.Stdin) // until the parent is gone
+				io.Copy(io.Discard, os.Stdin) // until the parent has ended
 			}
 			return true
 		case "memory":
@@ -397,7 +397,7 @@ func (t task) command() (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// run does t in a process of its own and decodes what it found.
+// run does t in a process of its own and decodes its result.
 func (t task) run(found any) error {
 	cmd, err := t.command()
 	if err != nil {
@@ -410,8 +410,8 @@ func (t task) run(found any) error {
 	return json.Unmarshal(out, found)
 }
 
-// serveElsewhere starts a server in a process of its own, so that neither its
-// memory nor its descriptors nor its time are ours.
+// serveElsewhere starts a server in a process of its own, so that its memory, descriptors
+// and CPU time are not counted as ours.
 func serveElsewhere(protocol string, overTLS bool) (addr string, stop func(), err error) {
 	cmd, err := task{Do: "serve", Protocol: protocol, TLS: overTLS}.command()
 	if err != nil {

@@ -10,30 +10,30 @@ import (
 	"time"
 )
 
-// Check is what is asked of a connection before it is lent.
+// Check is how a connection is checked before it is lent.
 type Check int
 
 const (
 	CheckNone Check = iota // nothing
 	CheckPeek              // one non-blocking peek into the socket
-	CheckAll               // this pool's default: the peek, and whether the descriptor is still its own
+	CheckAll               // this pool's default: the peek, and whether the descriptor still is the same socket
 )
 
 func (c Check) String() string { return [...]string{"none", "peek", "all"}[c] }
 
-// Settings are the same for every rival of a workload. A rival must not be in
-// use when they change.
+// Settings are the same for every rival of a workload. They must not change while a rival
+// is in use.
 type Settings struct {
 	Servers []string // address number i is at Servers[i%len(Servers)]
 	TLS     bool
-	Fake    bool // connections to nowhere, for more addresses than there are descriptors
+	Fake    bool // connections without a socket, for more addresses than there are descriptors
 	Addrs   int  // how many addresses there are; 0: 1
 	Max     int  // connections per address, and idle ones; 0: no limit
 	MaxOpen int  // connections in all; 0: no limit. Only this pool has that.
 	Check   Check
 
-	Sweep  time.Duration  // the period at which idle connections are looked at; 0: the rival's default; <0: never
-	Delay  atomic.Int64   // nanoseconds that each dial takes longer
+	Sweep  time.Duration  // the period at which idle connections are checked; 0: the rival's default; <0: never
+	Delay  atomic.Int64   // extra time of each dial, in nanoseconds
 	Opened atomic.Int64   // dials that succeeded
 	OnDial func(net.Conn) // sees the socket of every connection; may be nil
 }
@@ -79,7 +79,7 @@ func (s *Settings) dial(ctx context.Context, key int) (net.Conn, error) {
 	return t, nil
 }
 
-// name is address number key as the rivals that know more than one have it.
+// name is address number key, for rivals with more than one address.
 func (s *Settings) name(key int) string {
 	if s.Fake {
 		return fakeHost(key) + ":80"
@@ -91,8 +91,8 @@ func fakeHost(key int) string {
 	return "10." + strconv.Itoa(key>>16&255) + "." + strconv.Itoa(key>>8&255) + "." + strconv.Itoa(key&255)
 }
 
-// fake is a connection that goes nowhere and has no descriptor. It has a size,
-// so that no two have the same address.
+// fake is a connection without a socket or descriptor. It has a size, so that no two have
+// the same address.
 type fake struct{ _ int }
 
 func (*fake) Read(b []byte) (int, error)       { return len(b), nil }
@@ -104,7 +104,7 @@ func (*fake) SetDeadline(time.Time) error      { return nil }
 func (*fake) SetReadDeadline(time.Time) error  { return nil }
 func (*fake) SetWriteDeadline(time.Time) error { return nil }
 
-// line is a connection as the rivals that lend any resource hold it.
+// line is a connection as held by rivals that lend any resource.
 type line struct {
 	net.Conn
 	raw  syscall.RawConn
@@ -130,8 +130,8 @@ func (s *Settings) open(ctx context.Context, key int) (*line, error) {
 	return l, err
 }
 
-// alive looks into the socket, if the settings ask for it. It is the cheapest
-// look there is, and the one that this pool uses.
+// alive peeks into the socket, if the settings ask for it. It is the cheapest check there
+// is, and the one that this pool uses.
 func (l *line) alive() bool {
 	if l.raw == nil {
 		return true

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// Weight is what N idle connections of this pool, all checks on, cost one
-// process. Weigh measures it in a process of its own, the server in another.
+// Weight is what N idle connections of this pool, all checks on, cost one process. Weigh
+// measures it in a process of its own, with the server in another.
 type Weight struct {
 	N          int
 	Bare       float64       // bytes of a net.Conn
@@ -21,7 +21,7 @@ type Weight struct {
 }
 
 func Weigh(n int, window time.Duration) (w Weight, err error) {
-	// A server for each measurement: the ports of the last one are still taken.
+	// One server for each measurement: the ports of the last one are still in use.
 	var servers []string
 	for range 4 {
 		addr, stop, err := serveElsewhere(Echo, false)
@@ -68,7 +68,7 @@ func slab() float64 {
 	return 0
 }
 
-// Opening is what a use costs with a dial and without, on loopback.
+// Opening returns what a use costs with a dial and without, on loopback.
 func Opening(overTLS bool, n int) (dial, loan time.Duration, err error) {
 	sv, err := Serve(Echo, overTLS, 0)
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package clients holds tests only: client libraries that people use, at their
-// defaults, over the pool and through the gateway. They live in a module of
-// their own, so that nobody who imports the pool gets their requirements.
+// Package clients holds only tests: common client libraries, at their default settings,
+// over the pool and through the gateway. The package is a module of its own, so that
+// users of the pool do not get its requirements.
 package clients

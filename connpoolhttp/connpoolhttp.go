@@ -1,13 +1,13 @@
-// Package connpoolhttp gives the requests of an HTTP server connections of their
-// own: all that a request does with a pool, in whatever part of the program that
-// has its ctx, gets one connection for each address, and whatever the handler
-// does, the end of the request gives it back.
+// Package connpoolhttp gives each request of an HTTP server pooled connections of its
+// own. All uses of a pool under the request's ctx, in any part of the program, share one
+// connection for each address. The end of the request gives the connection back, whatever
+// the handler does.
 //
 //	http.ListenAndServe(addr, connpoolhttp.Middleware(pool)(handler))
 //
-// What holds within a request is what [connpool.Pool.Session] says. A server
-// whose clients keep their connection may want sessions that last as long:
-// see [PerConnection].
+// [connpool.Pool.Session] describes what holds within a request. If the clients of a
+// server keep their connections open, sessions may instead last as long as a client's
+// connection: see [PerConnection].
 package connpoolhttp
 
 import (
@@ -22,15 +22,15 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// Middleware wraps handlers so that each request has a session of each of the
-// pools in its ctx, from before the handler runs until it has returned, or
-// panicked, or the client is gone. A request that took its connection over
+// Middleware wraps handlers so that the ctx of each request has a session of each of the
+// pools. A session begins before the handler runs. It ends when the handler has returned
+// or panicked, or when the client is gone. A request that took its connection over
 // (http.Hijacker) keeps its sessions for as long as its handler runs.
 //
-// Where the ctx has a session already, from [PerConnection] or from an outer
-// Middleware, the request joins it, and its end gives nothing back. So do
-// requests that the handler makes of others in the same process, as long as
-// they carry its ctx.
+// If the ctx already has a session, from [PerConnection] or from an outer Middleware, the
+// request joins that session, and the end of the request gives nothing back. The same
+// holds for requests that the handler makes to other handlers in the same process with
+// its ctx.
 //
 // Middleware panics if a pool is nil. Without pools it does nothing.
 func Middleware(pools ...*connpool.Pool) func(http.Handler) http.Handler {
@@ -44,19 +44,18 @@ func Middleware(pools ...*connpool.Pool) func(http.Handler) http.Handler {
 	}
 }
 
-// PerConnection makes srv give each of its clients' connections a session of
-// each of the pools: all requests on it, one after another, get the same pooled
-// connection for an address, and give it back when the client's connection
-// closes. A client that stays thus keeps connections of the pool in use while
-// it is silent. That is the price of a state that lives in the peer's
-// connection; where there is none, Middleware is the better choice.
+// PerConnection makes srv give each client connection a session of each of the pools. All
+// requests on a client connection, one after another, get the same pooled connection for
+// an address. The session ends when the client's connection closes. So a silent client
+// that stays connected keeps connections of the pool in use. That is the price of state
+// that lives in the peer's connection; without such state Middleware is the better
+// choice.
 //
-// It sets srv.ConnContext and srv.ConnState, since neither is right without the
-// other, and calls the ones that were set before. So it is called after those
-// have been set and before the server starts; several calls add up. A
-// connection that a handler takes over (http.Hijacker) is none of the server's
-// from then on, and its sessions end. The concurrent requests of an HTTP/2
-// connection take turns at an address.
+// PerConnection sets srv.ConnContext and srv.ConnState, and calls the functions that were
+// set before. Call it after setting those and before the server starts; several calls add
+// up. When a handler takes a connection over (http.Hijacker), the connection leaves the
+// server and its sessions end. The concurrent requests of an HTTP/2 connection take turns
+// at an address.
 //
 // PerConnection panics if srv or a pool is nil. Without pools it does nothing.
 func PerConnection(srv *http.Server, pools ...*connpool.Pool) {
@@ -71,7 +70,7 @@ func PerConnection(srv *http.Server, pools ...*connpool.Pool) {
 	srv.ConnContext = func(ctx context.Context, nc net.Conn) context.Context {
 		if connContext != nil {
 			if ctx = connContext(ctx, nc); ctx == nil {
-				return nil // which the server reports in its own words
+				return nil // the server reports the nil ctx in its own words
 			}
 		}
 		if !reflect.TypeOf(nc).Comparable() {
@@ -103,7 +102,7 @@ func (c *clients) add(nc net.Conn, end func()) {
 	c.ends[nc] = end
 }
 
-// remove forgets nc and returns what is left to be done for it.
+// remove drops nc and returns the function that ends its sessions.
 func (c *clients) remove(nc net.Conn) (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -114,8 +113,8 @@ func (c *clients) remove(nc net.Conn) (end func()) {
 	return end
 }
 
-// quietly calls end where a panic, which a Config.Reset may bring about, would
-// end the program: it goes to the server's log, as those of handlers do.
+// quietly calls end. A panic in end, which a Config.Reset may cause, goes to the server's
+// log, as a handler's panic does; here it would otherwise end the program.
 func quietly(srv *http.Server, end func()) {
 	defer func() {
 		v := recover()
@@ -130,8 +129,8 @@ func quietly(srv *http.Server, end func()) {
 	end()
 }
 
-// sessions begins a session of each pool. end ends them, all of them even if one
-// panics over it.
+// sessions begins a session of each pool. end ends all of them, even if one of them
+// panics.
 func sessions(ctx context.Context, pools []*connpool.Pool) (_ context.Context, end func()) {
 	ends := make([]func(), len(pools))
 	for i, p := range pools {
@@ -144,7 +143,7 @@ func sessions(ctx context.Context, pools []*connpool.Pool) (_ context.Context, e
 	}
 }
 
-// checked is a copy of pools, none of which is nil.
+// checked returns a copy of pools; it panics if one of them is nil.
 func checked(who string, pools []*connpool.Pool) []*connpool.Pool {
 	for i, p := range pools {
 		if p == nil {

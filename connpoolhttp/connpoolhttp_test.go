@@ -45,7 +45,7 @@ func start(t *testing.T, cfg connpool.Config) *backend {
 	return &backend{t, srv, pool, connpool.Addr{Transport: connpool.TCP, Host: srv.Host(), Port: srv.Port()}}
 }
 
-// ask exchanges one message and returns the serial of the connection.
+// ask exchanges one message and returns the serial number of the connection.
 func (b *backend) ask(ctx context.Context) (serial int, err error) {
 	err = b.pool.With(ctx, b.addr, func(c connpool.Conn) (err error) {
 		serial, err = exchange(c)
@@ -66,7 +66,7 @@ func exchange(c net.Conn) (serial int, err error) {
 	return serial, err
 }
 
-// settles waits until the pool's gauges are so.
+// settles waits until the pool's gauges have these values.
 func (b *backend) settles(inUse, idle int) {
 	b.t.Helper()
 	want := [2]int{inUse, idle}
@@ -97,7 +97,7 @@ func get(t *testing.T, client *http.Client, url string) string {
 func TestARequestHasAConnectionOfItsOwn(t *testing.T) {
 	b := start(t, connpool.Config{MaxPerAddr: 1})
 	var inner http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// A part of the program that knows nothing of the others.
+		// A part of the program that does not know the others.
 		ctx, cancel := context.WithTimeout(r.Context(), time.Minute)
 		defer cancel()
 		serial, err := b.ask(ctx)
@@ -106,7 +106,7 @@ func TestARequestHasAConnectionOfItsOwn(t *testing.T) {
 	srv := httptest.NewServer(Middleware(b.pool)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		inner.ServeHTTP(w, r) // one after another
 		err := b.pool.With(r.Context(), b.addr, func(c connpool.Conn) error {
-			inner.ServeHTTP(w, r) // inside: MaxPerAddr is 1, and nothing waits
+			inner.ServeHTTP(w, r) // nested: MaxPerAddr is 1, and the inner use does not wait
 			// An internal redirect that goes through the middleware again.
 			sub, err := http.NewRequestWithContext(r.Context(), "GET", "/", nil)
 			if err != nil {
@@ -121,7 +121,7 @@ func TestARequestHasAConnectionOfItsOwn(t *testing.T) {
 			t.Error(err)
 		}
 		inner.ServeHTTP(w, r)
-		// And it is forgotten: nobody gives anything back.
+		// The handler returns without giving anything back.
 	})))
 	defer srv.Close()
 	for range 3 {
@@ -131,7 +131,7 @@ func TestARequestHasAConnectionOfItsOwn(t *testing.T) {
 	require.Equal(t, 1, b.srv.Accepts())
 }
 
-// Requests that run at the same time have one each.
+// Requests that run at the same time have one connection each.
 func TestTwoRequestsShareNothing(t *testing.T) {
 	b := start(t, connpool.Config{})
 	var mu sync.Mutex
@@ -269,7 +269,7 @@ func TestAClientsConnectionHasAConnectionOfItsOwn(t *testing.T) {
 		require.True(t, seen[s], "the server's own hook was told of %v", s)
 	}
 	require.Equal(t, 2, b.srv.Accepts())
-	// The end of the server is the end of all.
+	// The end of the server ends all sessions.
 	get(t, first, srv.URL)
 	b.settles(1, 1)
 	srv.Close()
@@ -300,7 +300,7 @@ func TestConcurrentRequestsOfOneClientTakeTurns(t *testing.T) {
 	PerConnection(srv.Config, b.pool)
 	srv.StartTLS()
 	defer srv.Close()
-	require.Equal(t, "2 1", get(t, srv.Client(), srv.URL)) // so that there is one connection, for all of them
+	require.Equal(t, "2 1", get(t, srv.Client(), srv.URL)) // so that all of them share one connection
 	var wg sync.WaitGroup
 	for range 16 {
 		wg.Go(func() {

@@ -14,7 +14,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/connpoolhttp"
 )
 
-// A request whose parts all talk to one peer, each as if it was alone.
+// The parts of a request all talk to one peer, each as if it were the only one.
 func ExampleMiddleware() {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// demoOptions is what the command line of the demo decides.
+// demoOptions holds the settings from the demo's command line.
 type demoOptions struct {
 	addrs, workers, maxOpen int
 	span                    time.Duration // of the storm
@@ -54,8 +54,8 @@ examples:
   connpool demo -json -quiet | jq .foreign_replies
 `
 
-// parseDemo reads the flags. It returns flag.ErrHelp after having told the
-// usage on stdout, and any other error without having told anything.
+// parseDemo reads the flags. It returns flag.ErrHelp after it printed the usage on
+// stdout, and any other error without printing anything.
 func parseDemo(args []string, stdout io.Writer) (demoOptions, error) {
 	var o demoOptions
 	fs := flag.NewFlagSet("connpool demo", flag.ContinueOnError)
@@ -119,9 +119,9 @@ func demo(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return r.exitStatus()
 }
 
-// play runs the whole piece: servers, storm, comparison, and the count of what
-// is left when all of it is closed. ctx ends it early; what must happen in any
-// case (closing, counting) does not depend on ctx.
+// play runs the whole demo: servers, storm, comparison, and the count of what is still
+// open after everything was closed. ctx ends it early; closing and counting do not depend
+// on ctx.
 func play(ctx context.Context, o demoOptions, live *liveLine) (*report, error) {
 	if err := openNetpoller(); err != nil {
 		return nil, err

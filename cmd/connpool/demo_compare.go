@@ -11,10 +11,9 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// compare does the same work twice, with servers that are left alone and
-// answer at once: through a pool, and with a dial for each exchange. The second
-// half gets what can be had without a pool: the same limit on open connections,
-// and TLS sessions that are resumed.
+// compare does the same work twice, with servers that answer at once and suffer no
+// faults: through a pool, and with a dial for each exchange. The second half gets what is
+// possible without a pool: the same limit on open connections, and resumed TLS sessions.
 func compare(ctx context.Context, o demoOptions, f *fleet, r *report) error {
 	f.calm.Store(true)
 	pool, err := connpool.New(poolConfig(o, f))
@@ -36,8 +35,7 @@ func compare(ctx context.Context, o demoOptions, f *fleet, r *report) error {
 	return nil
 }
 
-// half lets a new crew do one thing again and again for the time of the
-// comparison.
+// half lets a new crew repeat one thing for the duration of the comparison.
 func half(ctx context.Context, o demoOptions, f *fleet, r *report, once func(*worker)) pace {
 	ctx, cancel := context.WithTimeout(ctx, o.compare)
 	defer cancel()

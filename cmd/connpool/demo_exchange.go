@@ -12,38 +12,38 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// stageUse is the stage of an error that fn met on the connection it was lent.
+// stageUse is the stage of an error inside fn, on the borrowed connection.
 const stageUse = "use"
 
-// note is what the demo keeps with a connection, as the state that Setup
-// returns. Only the borrower touches it, with no lock of its own: under the
-// race detector, two borrowers of one connection are found out by it alone.
+// note is the state that the demo's Setup returns for a connection. Only the borrower
+// touches it, without a lock: the race detector thus finds two borrowers of one
+// connection.
 type note struct {
 	born     time.Time // when the connection had been opened
-	returned time.Time // when its last borrower was done with it
-	serial   int       // by which the server knows it; 0: not heard yet
+	returned time.Time // when its last borrower had finished
+	serial   int       // the server's number for it; 0: not known yet
 	seq      int       // of the last reply
 }
 
-// Errors of an exchange that the bytes read are the reason for.
+// Errors of an exchange that the received bytes cause.
 var (
 	errForeign = errors.New("the reply is somebody else's")
 	errNoise   = errors.New("what came is no reply")
 )
 
-// exchange is one question and its answer, with all that is needed to say
-// afterwards what an error means.
+// exchange is one request and its reply, with the facts needed to judge an error
+// afterwards.
 type exchange struct {
 	token     string
-	sent      func() // called between the question and the answer
-	impatient bool   // its ctx is meant to be done before the answer is there
+	sent      func() // called between the request and the reply
+	impatient bool   // its ctx is meant to be done before the reply arrives
 
 	asked   time.Time // With was called
 	got     time.Time // fn began
 	ran     bool
 	reused  bool
-	checked time.Time // the pool has looked at the connection after this time
-	heard   bool      // something that belongs to the reply was read
+	checked time.Time // the pool has checked the connection after this time
+	heard   bool      // a part of the reply was read
 }
 
 // with makes the exchange over a connection that the pool lends for addr.
@@ -59,10 +59,10 @@ func (x *exchange) with(ctx context.Context, pool *connpool.Pool, addr connpool.
 	})
 }
 
-// lent notes from when on the pool must have looked at the connection. It
-// cannot have done so for this loan before the borrower came, nor before the
-// borrower ahead was done. A connection that nobody has used yet needs no
-// look, so whatever happened since its dial may have passed unseen.
+// lent records since when the pool must have checked the connection. For this loan the
+// pool cannot have checked before the borrower came, nor before the previous borrower
+// finished. A connection that nobody has used yet needs no check, so a fault since its
+// dial may have gone unnoticed.
 func (x *exchange) lent(n *note, reused bool) {
 	x.ran, x.reused = true, reused
 	x.checked = x.asked
@@ -74,8 +74,8 @@ func (x *exchange) lent(n *note, reused bool) {
 	}
 }
 
-// talk sends the token and reads one line, which must be the reply to it on
-// this very connection.
+// talk sends the token and reads one line, which must be the reply to the token on this
+// connection.
 func (x *exchange) talk(rw io.ReadWriter, n *note) error {
 	if _, err := io.WriteString(rw, x.token+"\n"); err != nil {
 		return err
@@ -101,9 +101,9 @@ func (x *exchange) talk(rw io.ReadWriter, n *note) error {
 	}
 }
 
-// verify takes the reply apart. Bytes that the demo itself sent unasked are
-// noise, also between two pieces of a reply; anything else that is not the answer to the token, or was meant for
-// another connection or another turn on this one, is somebody else's.
+// verify parses the reply. Bytes that the demo itself sent unasked are noise, also
+// between two pieces of a reply. A reply to another token, or for another connection or
+// another turn on this one, belongs to somebody else.
 func (x *exchange) verify(line, rest []byte, n *note) error {
 	if bytes.Contains(line, noiseMark) {
 		return errNoise
@@ -130,8 +130,7 @@ func (x *exchange) verify(line, rest []byte, n *note) error {
 	return nil
 }
 
-// outcome says what the end of the exchange means, in the light of what was
-// done to its server.
+// outcome classifies the end of the exchange, given the faults of its server.
 func (x *exchange) outcome(err error, log *faultLog) outcome {
 	o := outcome{class: answered, stage: stageUse}
 	if err == nil {
@@ -158,7 +157,7 @@ func (x *exchange) outcome(err error, log *faultLog) outcome {
 		o.class = unexplained
 		switch pe.Stage {
 		case connpool.StageSetup:
-			// Bytes that nobody asked for came right behind the hello.
+			// Unrequested bytes came right after the hello.
 			if errors.Is(err, connpool.ErrUnread) && log.since(x.asked, unasked) {
 				o.class = diedInUse
 			}
@@ -166,7 +165,7 @@ func (x *exchange) outcome(err error, log *faultLog) outcome {
 			if errors.Is(err, connpool.ErrUnread) && log.since(x.asked.Add(-longestBackoff), unasked) {
 				o.class = diedInUse
 			}
-			// The refusal is the echo of an earlier one.
+			// The pool refuses because an earlier dial failed.
 			if log.since(x.asked.Add(-longestBackoff), down, cutIdle, cutBusy) {
 				o.class = serverDown
 			}
@@ -191,7 +190,7 @@ func (x *exchange) outcome(err error, log *faultLog) outcome {
 	return o
 }
 
-// ofTheCtx tells whether an error of this kind can come from a ctx.
+// ofTheCtx reports whether a ctx can cause an error of this kind.
 func ofTheCtx(k connpool.Kind) bool {
 	return k == connpool.KindCanceled || k == connpool.KindTimeout || k == connpool.KindTimeoutInTransfer
 }

@@ -9,24 +9,23 @@ import (
 type fault uint8
 
 const (
-	cutIdle  fault = iota // connections with no request on them are ended
-	cutBusy               // connections with a request on them are ended
+	cutIdle  fault = iota // idle connections are ended
+	cutBusy               // connections with a request in flight are ended
 	unasked               // bytes are sent that answer no request
-	stopping              // the server goes, and ends all its connections
+	stopping              // the server stops, and ends all its connections
 	down                  // from the beginning of stopping until it listens again
 	numFaults
 )
 
 var faultNames = [numFaults]string{"idle connections cut", "busy connections cut", "connections sent unasked bytes", "servers stopped and started", "down"}
 
-// faultLog is the record of what was done to one server, by which an error can
-// be told from a mistake of the pool.
+// faultLog records the faults of one server. With it an unavoidable error is told from a
+// mistake of the pool.
 //
-// What it proves: a fault that had ended at time t was there to be seen by a
-// look at the connection after t. So if the pool looked after t and a borrower
-// met the fault all the same, the pool should have known. A fault that was
-// still going on at t, or began later, proves nothing, for it may have struck
-// between the look and the use.
+// A fault that had ended at time t was visible to a check of the connection after t. So
+// if the pool checked after t and a borrower still met the fault, the pool should have
+// noticed it. A fault that was still going on at t, or began later, proves nothing,
+// because it may have struck between the check and the use.
 type faultLog struct {
 	mu    sync.Mutex // guards the fields below; nothing is called under it
 	now   [numFaults]int
@@ -46,15 +45,15 @@ func (l *faultLog) end(f fault) {
 	l.ended[f] = time.Now()
 }
 
-// during keeps f on record for as long as do runs.
+// during records f for as long as do runs.
 func (l *faultLog) during(f fault, do func()) {
 	l.begin(f)
 	defer l.end(f)
 	do()
 }
 
-// since tells whether any of the faults was going on at t or later. The zero
-// time asks whether it ever happened.
+// since reports whether any of the faults was going on at t or later. The zero time asks
+// whether it ever happened.
 func (l *faultLog) since(t time.Time, faults ...fault) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

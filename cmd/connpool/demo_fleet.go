@@ -13,15 +13,14 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// peer is one server of the demo, its address for the pool, and the record of
-// what was done to it.
+// peer is one server of the demo, its address for the pool, and the record of its faults.
 type peer struct {
 	*faultnet.Server
 	faultLog
 	addr    connpool.Addr
 	network string // for package net, as target is
 	target  string
-	tls     *tls.Config // of its clients, the pool and those without; nil without TLS
+	tls     *tls.Config // for clients: the pool and those without a pool; nil without TLS
 }
 
 // fleet is all the servers.
@@ -72,8 +71,8 @@ func startFleet(o demoOptions) (*fleet, error) {
 	return f, nil
 }
 
-// replyDelay is none for most replies; some come late, and a few so late that
-// whoever asked is likely to have left.
+// replyDelay is zero for most replies; some come late, and a few so late that the client
+// has probably left.
 func replyDelay(x uint64) time.Duration {
 	x = scatter(x)
 	span := time.Duration(x >> 32 % 1000)
@@ -94,8 +93,8 @@ func scatter(x uint64) uint64 {
 	return x ^ x>>31
 }
 
-// served is the number of connections open at the servers. They hear of a
-// close after it has happened, so it may exceed what the pool has open.
+// served is the number of connections open at the servers. A server notices a close a
+// little later, so this number may exceed the pool's.
 func (f *fleet) served() int {
 	n := 0
 	for _, p := range f.peers {

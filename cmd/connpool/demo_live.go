@@ -16,8 +16,8 @@ const (
 	barCells   = 16
 )
 
-// liveLine tells how the storm goes: one line redrawn in place on a terminal,
-// a line now and then in a log, nothing when told to be quiet.
+// liveLine shows the progress of the storm: one line redrawn in place on a terminal, a
+// line now and then in a log, nothing with -quiet.
 type liveLine struct {
 	w      io.Writer
 	off    bool
@@ -45,7 +45,7 @@ func isTerminal(w io.Writer) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
-// show tells st, taken at the given time since the start.
+// show prints st, taken at the given time since the start.
 func (l *liveLine) show(at time.Duration, st connpool.Stats) {
 	if l.off || !l.redraw && at < l.next {
 		return
@@ -93,7 +93,7 @@ func (l *liveLine) bar(st connpool.Stats) string {
 	return b.String()
 }
 
-// end leaves the terminal clean for what comes next.
+// end clears the line on the terminal.
 func (l *liveLine) end() {
 	if !l.off && l.redraw {
 		fmt.Fprint(l.w, "\r\x1b[K")

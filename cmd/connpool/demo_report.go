@@ -12,20 +12,20 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// class says what an exchange that was not answered means for the pool.
+// class says what an unanswered exchange means for the pool.
 type class string
 
 const (
 	answered    class = "answered"
 	gaveUp      class = "gave_up"     // the borrower's own ctx was done
-	diedInUse   class = "died_in_use" // cut, stopped or polluted after the pool had looked at it for the last time
-	serverDown  class = "server_down" // no connection could be opened, and the server was really down
+	diedInUse   class = "died_in_use" // cut, stopped or polluted after the pool's last check
+	serverDown  class = "server_down" // no connection could be opened, and the server really was down
 	avoidable   class = "avoidable"   // dead or polluted before the loan, and lent all the same
-	unexplained class = "unexplained" // nothing was done to the server that could be the reason
+	unexplained class = "unexplained" // no fault of the server explains it
 	foreign     class = "foreign"     // somebody else's reply
 )
 
-// errorClasses is their order in the table, and what is said about them there.
+// errorClasses is the order of the classes in the table, and the text about each.
 var errorClasses = []struct {
 	class class
 	text  string
@@ -38,7 +38,7 @@ var errorClasses = []struct {
 	{foreign, "somebody else's reply"},
 }
 
-// outcome is the bin that the end of an exchange falls into.
+// outcome is the category of the end of an exchange.
 type outcome struct {
 	class class
 	stage string // of a *connpool.Error, else "use": inside fn
@@ -70,16 +70,16 @@ type comparison struct {
 	Ratio   float64 `json:"ratio"`
 }
 
-// leftovers is what outlived the closing of the pools and servers.
+// leftovers is what was still open after the pools and servers were closed.
 type leftovers struct {
-	PoolOpen    int `json:"pool_open"`   // by the books of a closed pool
+	PoolOpen    int `json:"pool_open"`   // by the count of a closed pool
 	ServerOpen  int `json:"server_open"` // by the servers' own count, after that
 	Goroutines  int `json:"goroutines"`
 	Descriptors int `json:"descriptors"` // unknown where the system does not tell
 }
 
-// report is all that a run found out. Everything that decides the exit status
-// is in it, so that the decision can be tested without a run.
+// report holds the results of a run. It holds everything that decides the exit status, so
+// that tests can check the decision without a run.
 type report struct {
 	Seed        uint64  `json:"seed"`
 	Servers     int     `json:"servers"`
@@ -91,10 +91,10 @@ type report struct {
 	Exchanges uint64       `json:"exchanges"`
 	Answered  uint64       `json:"answered"`
 	Errors    []errorCount `json:"errors"`
-	Examples  []string     `json:"examples,omitempty"` // of errors that should not be
+	Examples  []string     `json:"examples,omitempty"` // of errors that should not occur
 
 	ForeignReplies uint64 `json:"foreign_replies"`
-	Overlaps       int    `json:"overlaps"` // two requests at once on one connection, as the servers saw it
+	Overlaps       int    `json:"overlaps"` // requests that overlapped on one connection, as the servers saw it
 	Avoidable      uint64 `json:"avoidable_errors"`
 	Unexplained    uint64 `json:"unexplained_errors"`
 
@@ -114,12 +114,12 @@ type report struct {
 
 	PeakOpen      int `json:"peak_open"`
 	PeakServed    int `json:"peak_open_seen_by_servers"`
-	LastingServed int `json:"lasting_open_seen_by_servers"` // never fewer than so many for lagSpan
+	LastingServed int `json:"lasting_open_seen_by_servers"` // the number never fell below this for lagSpan
 
 	Comparison *comparison `json:"comparison,omitempty"`
 	Left       leftovers   `json:"left"`
 
-	Broken []string `json:"broken"` // the promises that were not kept
+	Broken []string `json:"broken"` // the promises that were broken
 }
 
 func newReport(o demoOptions, f *fleet) *report {
@@ -127,10 +127,10 @@ func newReport(o demoOptions, f *fleet) *report {
 		Faults: map[string]int{}, Closed: map[connpool.CloseReason]uint64{}}
 }
 
-// judge fills in Broken. Errors that a borrower had to see do not count. An
-// avoidable one does not either: the log knows when a server had closed a
-// connection, not when the other end's kernel had heard of it, and on a busy
-// machine that may be later.
+// judge fills in Broken. Errors that a borrower could not avoid do not count. An
+// avoidable one does not count either: the log knows when a server closed a connection,
+// but not when the client's kernel learned of it, and on a busy machine that may be
+// later.
 func (r *report) judge() {
 	r.Broken = []string{}
 	broken := func(format string, args ...any) { r.Broken = append(r.Broken, fmt.Sprintf(format, args...)) }
@@ -194,7 +194,7 @@ func (r *report) count(o outcome, n uint64) {
 	r.Errors[i].Count += n
 }
 
-// table is the report for people.
+// table returns the report as text.
 func (r *report) table() string {
 	var b strings.Builder
 	row := func(name, format string, args ...any) {
@@ -270,8 +270,8 @@ func (r *report) table() string {
 	return b.String()
 }
 
-// errorsOf is "7: 4 eof, 3 broken" for one class; the stage is told where it
-// is not fn.
+// errorsOf returns a text such as "7: 4 eof, 3 broken" for one class, with the stage
+// where the stage is not fn.
 func (r *report) errorsOf(c class) string {
 	var total uint64
 	var rows []errorCount

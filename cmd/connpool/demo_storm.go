@@ -16,29 +16,28 @@ import (
 
 const (
 	dialTimeout = 2 * time.Second
-	// longestBackoff is more than the pool goes on refusing an address after
-	// a dial failed.
+	// longestBackoff is longer than the pool refuses an address after a failed dial.
 	longestBackoff = 3 * time.Second
-	// leakGrace is what a server may take to notice a close, and a goroutine
-	// to unwind, on a busy machine.
+	// leakGrace is how long a server may take to notice a close, and a goroutine to end,
+	// on a busy machine.
 	leakGrace = 5 * time.Second
 	faultGap  = 5 * time.Millisecond // between two faults
 	glance    = 20 * time.Millisecond
-	// lagSpan is far more than a server takes to notice a close.
+	// lagSpan is much longer than a server takes to notice a close.
 	lagSpan = time.Second
 )
 
-// skew is the exponent by which some servers get more traffic than others: the
-// second gets a third of what the first gets, the tenth a thirtieth.
+// skew is the exponent of the traffic's distribution over the servers: the second gets a
+// third of the first one's traffic, the tenth a thirtieth.
 const skew = 1.5
 
-// noiseMark begins what the servers send unasked, and is in no reply.
+// noiseMark begins the servers' unrequested bytes, and occurs in no reply.
 var noiseMark = []byte("#")
 
 var noise = []byte("#unasked\n")
 
-// poolConfig has short times, so that a few seconds see connections expire by
-// idleness and by age, and the sweep at work.
+// poolConfig has short timeouts, so that within a few seconds connections expire by idle
+// time and by age, and the sweep runs.
 func poolConfig(o demoOptions, f *fleet) connpool.Config {
 	return connpool.Config{
 		MaxOpen:       o.maxOpen,
@@ -51,7 +50,7 @@ func poolConfig(o demoOptions, f *fleet) connpool.Config {
 			if p == nil {
 				return nil, fmt.Errorf("the pool asks for %v, which nobody named", a)
 			}
-			return p.tls, nil // the same each time: sessions are resumed
+			return p.tls, nil // the same each time, so that sessions are resumed
 		},
 		Setup: func(context.Context, connpool.Addr, net.Conn) (any, error) {
 			return &note{born: time.Now()}, nil
@@ -85,7 +84,7 @@ func storm(ctx context.Context, o demoOptions, f *fleet, live *liveLine, r *repo
 		watch(over, began, pool, f, live, r)
 		return nil
 	})
-	crowd.Wait() // the workers end between two exchanges; none is cut short
+	crowd.Wait() // the workers end between two exchanges; none is cut off
 	r.Seconds = time.Since(began).Seconds()
 	cancel()
 	if err := chaos.Wait(); err != nil {
@@ -110,7 +109,7 @@ func storm(ctx context.Context, o demoOptions, f *fleet, live *liveLine, r *repo
 	return nil
 }
 
-// finish closes the pool and adds what stays open to the report.
+// finish closes the pool and reports what stays open.
 func finish(pool *connpool.Pool, f *fleet, r *report) {
 	pool.Close()
 	eventually(leakGrace, func() bool { return pool.Stats().Open == 0 })
@@ -121,7 +120,7 @@ func finish(pool *connpool.Pool, f *fleet, r *report) {
 	r.PeakOpen = max(r.PeakOpen, st.PeakOpen)
 }
 
-// watch keeps an eye on the pool and the servers until ctx is done.
+// watch samples the pool and the servers until ctx is done.
 func watch(ctx context.Context, began time.Time, pool *connpool.Pool, f *fleet, live *liveLine, r *report) {
 	tick := time.NewTicker(glance)
 	defer tick.Stop()
@@ -133,9 +132,8 @@ func watch(ctx context.Context, began time.Time, pool *connpool.Pool, f *fleet, 
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
-			// A server counts a closed connection until it notices the
-			// close, so more than the limit proves nothing, unless it
-			// stays more.
+			// A server counts a closed connection until it notices the close. So a count
+			// above the limit proves nothing unless it lasts.
 			served := f.served()
 			r.PeakServed = max(r.PeakServed, served)
 			if now.Sub(since) >= lagSpan {
@@ -151,8 +149,8 @@ func watch(ctx context.Context, began time.Time, pool *connpool.Pool, f *fleet, 
 	}
 }
 
-// A strike is one of the things done to a server. The share is its part of
-// all; do returns on how many connections it worked.
+// A strike is one kind of fault. share is its part of all strikes; do returns how many
+// connections it hit.
 type strike struct {
 	share int
 	fault fault
@@ -169,9 +167,8 @@ var strikes = []strike{
 	{5, stopping, func(p *peer, n int) int { p.Stop(); return 1 }},
 }
 
-// harm strikes one server after the other until ctx is done, and leaves all of
-// them running. Which one is struck, how, and in which order follows from the
-// seed alone.
+// harm strikes one server after the other until ctx is done, and leaves all of them
+// running. The seed alone decides which server is struck, how, and in which order.
 func harm(ctx context.Context, o demoOptions, f *fleet, done map[string]int) error {
 	rng := rand.New(rand.NewPCG(o.seed, 0xbad))
 	favour := rand.NewZipf(rng, skew, 1, uint64(len(f.peers)-1))
@@ -182,8 +179,8 @@ func harm(ctx context.Context, o demoOptions, f *fleet, done map[string]int) err
 			if now.Before(until) {
 				continue
 			}
-			// While it was down its port may have become the local port
-			// of some connection. That passes, so it is tried again.
+			// While the server was down, its port may have become the local port of some
+			// connection. That passes, so harm tries again.
 			if err := p.Restart(); err != nil {
 				failed = fmt.Errorf("the server of %v does not start again: %w", p.addr, err)
 				continue
@@ -198,10 +195,10 @@ func harm(ctx context.Context, o demoOptions, f *fleet, done map[string]int) err
 	for {
 		select {
 		case <-ctx.Done():
-			return restart(time.Now().Add(time.Hour)) // all of them
+			return restart(time.Now().Add(time.Hour)) // restarts all of them
 		case now := <-tick.C:
 			restart(now)
-			// Half of the blows go where the traffic is.
+			// Half of the strikes go to the busiest servers.
 			i := int(favour.Uint64())
 			if rng.IntN(2) == 0 {
 				i = rng.IntN(len(f.peers))

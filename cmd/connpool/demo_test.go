@@ -19,7 +19,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// brief are flags that make a run short.
+// brief are the flags of a short run.
 var brief = []string{"demo", "-for", "300ms", "-compare", "50ms", "-workers", "8", "-addrs", "6", "-max-open", "4"}
 
 func runDemo(t *testing.T, more ...string) (status int, stdout, stderr string) {
@@ -62,7 +62,7 @@ func TestJSONReportIsOneObjectAndNothingElse(t *testing.T) {
 	var r report
 	require.NoError(t, json.Unmarshal([]byte(out), &struct {
 		*report
-		Errors any            `json:"errors"` // kinds and reasons have no way back from their text
+		Errors any            `json:"errors"` // kinds and reasons cannot be parsed from their text
 		Closed map[string]int `json:"closed"`
 	}{report: &r}))
 	assert.EqualValues(t, 7, r.Seed)
@@ -75,7 +75,7 @@ func TestJSONReportIsOneObjectAndNothingElse(t *testing.T) {
 	assert.False(t, r.Interrupted)
 }
 
-// writeFunc is a Writer that tells somebody.
+// writeFunc is a Writer that calls a function.
 type writeFunc func(p []byte) (int, error)
 
 func (f writeFunc) Write(p []byte) (int, error) { return f(p) }
@@ -86,7 +86,7 @@ func TestInterruptedDemoStillReportsAndJudges(t *testing.T) {
 	var out bytes.Buffer
 	began := time.Now()
 	status := run(ctx, []string{"demo", "-for", "1m", "-workers", "4", "-addrs", "3", "-max-open", "2"}, &out,
-		writeFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })) // by the first live line
+		writeFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })) // at the first live line
 	assert.Equal(t, exitOK, status, out.String())
 	assert.Less(t, time.Since(began), 30*time.Second)
 	assert.Contains(t, out.String(), ", interrupted,")
@@ -199,9 +199,9 @@ func TestReplyToAnotherRequestIsForeign(t *testing.T) {
 		"5 3 w1-1\n":         nil,
 		"5 3 w2-1\n":         errForeign, // another's token
 		"5 3 w1-11\n":        errForeign,
-		"-1\n":               errForeign, // the tail of a longer reply
-		"6 3 w1-1\n":         errForeign, // another connection's
-		"5 4 w1-1\n":         errForeign, // somebody asked in between
+		"-1\n":               errForeign, // the end of a longer reply
+		"6 3 w1-1\n":         errForeign, // for another connection
+		"5 4 w1-1\n":         errForeign, // another request came in between
 		"5 2 w1-1\n":         errForeign,
 		"\n":                 errForeign,
 		"#unasked\n":         errNoise,

@@ -11,27 +11,27 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// The tide: for the first part of each period all workers are at it and queue
-// for connections; for the rest only a few are, so that connections lie idle,
-// where faults can reach them unseen.
+// The tide: for the first part of each period all workers run and queue for connections;
+// for the rest only a few run, so that connections are idle, where faults can hit them
+// unnoticed.
 const (
 	tidePeriod = 400 * time.Millisecond
 	highTide   = 250 * time.Millisecond
-	ebbShare   = 8 // one worker in ebbShare goes on
+	ebbShare   = 8 // one worker in ebbShare continues
 )
 
-// patience is what a borrower waits that has no reason to give up: so long
-// that its end is a failure of the pool.
+// patience is how long a borrower waits that has no reason to give up. It is so long that
+// a timeout is a failure of the pool.
 const patience = 5 * time.Second
 
-// mood is how a worker goes about one exchange.
+// mood is how a worker behaves in one exchange.
 type mood struct {
 	patience  time.Duration
-	leaves    bool          // its ctx is canceled after the question was sent
-	leavesFor time.Duration // so long after
+	leaves    bool          // its ctx is canceled after the request was sent
+	leavesFor time.Duration // the time from the request to that
 }
 
-// worker makes one exchange after the other. Its fields are its own.
+// worker makes one exchange after the other. No other goroutine uses its fields.
 type worker struct {
 	id     int
 	rng    *rand.Rand
@@ -52,7 +52,7 @@ func hire(o demoOptions, f *fleet) []*worker {
 	return crew
 }
 
-// token is unlike any other token of the run.
+// token returns a token that differs from every other token of the run.
 func (w *worker) token() string {
 	w.asked++
 	return "w" + strconv.Itoa(w.id) + "-" + strconv.Itoa(w.asked)
@@ -60,8 +60,7 @@ func (w *worker) token() string {
 
 func (w *worker) peer() *peer { return w.fleet.peers[w.favour.Uint64()] }
 
-// mood is patient most of the time. The others are those that late replies are
-// made of.
+// mood returns a patient mood most of the time. The other moods cause late replies.
 func (w *worker) mood() mood {
 	switch n := w.rng.IntN(100); {
 	case n < 7:
@@ -74,8 +73,7 @@ func (w *worker) mood() mood {
 	return mood{patience: patience}
 }
 
-// waitForTide returns when it is the worker's time to go on, and false when
-// ctx is done.
+// waitForTide returns true when the worker may continue, and false when ctx is done.
 func (w *worker) waitForTide(ctx context.Context, began time.Time) bool {
 	if ctx.Err() != nil {
 		return false
@@ -94,8 +92,8 @@ func (w *worker) waitForTide(ctx context.Context, began time.Time) bool {
 	}
 }
 
-// borrow makes one exchange through the pool. It runs to its own end, whatever
-// becomes of the demo meanwhile, so that no error is of the demo's making.
+// borrow makes one exchange through the pool. It runs to its own end even if the demo's
+// ctx ends, so that the demo causes no error.
 func (w *worker) borrow(pool *connpool.Pool, m mood) {
 	p := w.peer()
 	ctx, cancel := context.WithTimeout(context.Background(), m.patience)
@@ -112,15 +110,15 @@ func (w *worker) borrow(pool *connpool.Pool, m mood) {
 	w.tally.add(&x, o, time.Now())
 	switch o.class {
 	case serverDown:
-		// As any sensible client does, and so that the refusals, which are
-		// quick, do not outnumber everything else.
+		// As a sensible client does; otherwise the refusals, which are quick, would
+		// outnumber everything else.
 		time.Sleep(time.Duration(5+w.rng.IntN(15)) * time.Millisecond)
 	case avoidable, unexplained, foreign:
 		w.tally.example(fmt.Sprintf("%s: %v: %v", o.class, p.addr, err))
 	}
 }
 
-// tally is what a worker, and in the end the crew, has seen.
+// tally is what a worker, and in the end the crew, has counted.
 type tally struct {
 	outcomes map[outcome]uint64
 	borrow   latencies // from the call of With to the beginning of fn

@@ -13,8 +13,8 @@ import (
 // noWork is for servers that answer at once.
 func noWork() {}
 
-// workersOf reads "10x20ms": a number of workers, each of whom takes so long
-// for a request. Requests wait in line for a worker.
+// workersOf reads "10x20ms": a number of workers, each of which takes 20 ms for a
+// request. Requests queue for a worker.
 func workersOf(text string) (work func(), err error) {
 	count, each, _ := strings.Cut(text, "x")
 	n, err1 := strconv.Atoi(count)
@@ -30,8 +30,7 @@ func workersOf(text string) (work func(), err error) {
 	}, nil
 }
 
-// echoServer answers each line with the same line, for who has no server at
-// hand to measure.
+// echoServer answers each line with the same line, for users without a server to measure.
 type echoServer struct {
 	l       net.Listener
 	work    func() // done for each line
@@ -64,7 +63,7 @@ func (s *echoServer) accept() {
 			if closed {
 				return
 			}
-			time.Sleep(10 * time.Millisecond) // out of handles: the clients have some to give back
+			time.Sleep(10 * time.Millisecond) // out of file handles: clients will free some
 			continue
 		}
 		s.mu.Lock()
@@ -99,7 +98,7 @@ func echo(nc net.Conn, work func()) {
 	}
 }
 
-// close ends all connections and waits for what served them.
+// close ends all connections and waits for their goroutines.
 func (s *echoServer) close() {
 	s.mu.Lock()
 	s.closed = true

@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// unknown stands for a number that this system does not tell.
+// unknown stands for a number that this system does not provide.
 const unknown = -1
 
-// footprint is what a process holds that a pool could leak.
+// footprint counts the resources of a process that a pool could leak.
 type footprint struct {
 	goroutines  int
 	descriptors int // unknown where there is no /proc
@@ -25,8 +25,8 @@ func footprintNow() footprint {
 	return fp
 }
 
-// beyond is what fp holds more than before, 0 where it holds no more, and
-// unknown where that cannot be told.
+// beyond returns how much more fp holds than before, 0 if it holds no more, and unknown
+// if either number is unknown.
 func (fp footprint) beyond(before footprint) footprint {
 	more := footprint{
 		goroutines:  max(0, fp.goroutines-before.goroutines),
@@ -38,9 +38,9 @@ func (fp footprint) beyond(before footprint) footprint {
 	return more
 }
 
-// openNetpoller makes the runtime open the descriptors that it keeps for good
-// with the first socket, which would look like a leak if the first socket were
-// opened after the baseline was taken.
+// openNetpoller makes the runtime open the descriptors that it opens with the first
+// socket and keeps for good. If the first socket were opened after the baseline, they
+// would look like a leak.
 func openNetpoller() error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -49,9 +49,8 @@ func openNetpoller() error {
 	return l.Close()
 }
 
-// eventually asks done again and again, for at most limit, until it says yes.
-// The things waited for here (a peer that notices a close, a goroutine that
-// unwinds) send no signal of their own.
+// eventually calls done repeatedly, for at most limit, until it returns true. The events
+// waited for here (a peer notices a close, a goroutine ends) send no signal.
 func eventually(limit time.Duration, done func() bool) bool {
 	deadline := time.Now().Add(limit)
 	tick := time.NewTicker(2 * time.Millisecond)

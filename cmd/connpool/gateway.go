@@ -22,34 +22,35 @@ import (
 const gatewayTeaching = `usage: connpool gateway -listen ADDR -to ADDR -framing NAME [flags]
 
 Many clients, few connections. The gateway stands between clients and one
-server: clients connect to it as they would to the server, unchanged, and each
-of their requests is carried out over a connection of a pool, which is taken
-for as long as the request takes. A client that says nothing holds none.
+server. Clients connect to it, unchanged, as they would to the server. The
+gateway carries out each request over a connection borrowed from a pool for as
+long as the request takes. A silent client holds no connection.
 
 ADDR is tcp://host:port, tls://host:port or unix:/path, on either side.
 
 NAME says how the protocol marks the end of a message:
 
   line     a line feed ends it; one line is the answer to one line
-  length   a field of 1, 2 or 4 bytes tells the length (see -length-...)
-  resp     Redis and its kin. Pipelines stay pipelines. What AUTH, HELLO, SELECT
-           and CLIENT SETNAME say becomes part of which connections a client
-           shares; MULTI, WATCH, SUBSCRIBE, MONITOR, blocking commands and others
-           that leave something behind in a connection get one of their own
+  length   a field of 1, 2 or 4 bytes gives the length (see -length-...)
+  resp     Redis and compatible servers. Pipelines stay pipelines. Clients share
+           connections only with clients that sent the same AUTH, HELLO, SELECT
+           and CLIENT SETNAME. After MULTI, WATCH, SUBSCRIBE, MONITOR, a blocking
+           command or another that leaves state on its connection, a client has
+           a connection of its own
   modbus   Modbus/TCP; transaction ids are replaced on the way and put back
   session  anything: each client has a connection of its own, from its first
            byte to its end
 
 A request that got no answer is never sent again, since the server may have
-carried it out. The client is told in the protocol's own words (resp: -ERR,
-modbus: exception 0x0A, 0x0B or 0x06), by -error-reply, or by the end of its
+carried it out. The client gets an error reply of the protocol (resp: -ERR,
+modbus: exception 0x0A, 0x0B or 0x06), the -error-reply, or the end of its
 connection.
 
 Without TLS the gateway listens on loopback and Unix sockets only. Ctrl-C or
-SIGTERM ends it: it stops listening, on -status too, lets the requests under way
-end, for -drain at most, and closes. A second one ends it at once. SIGHUP reads
-the certificates again, as a change of their files does, and replaces all
-connections to the server.
+SIGTERM ends it: it stops listening, also on -status, waits for the requests
+under way, for -drain at most, and closes. A second signal ends it at once.
+SIGHUP reads the certificates again, as a change of their files does, and
+replaces all connections to the server.
 
 flags:
 `
@@ -75,7 +76,7 @@ examples:
   connpool gateway ... -status tcp://127.0.0.1:9100   and   curl http://127.0.0.1:9100/metrics
 `
 
-// gatewayOptions is what the command line decides.
+// gatewayOptions holds the settings from the command line.
 type gatewayOptions struct {
 	gateway.Config
 	check, reach, quiet, verbose bool
@@ -134,72 +135,72 @@ func (o octal) Set(s string) error {
 	return nil
 }
 
-// parseGateway reads the flags. It returns flag.ErrHelp after having told the
-// usage on stdout, and any other error without having told anything.
+// parseGateway reads the flags. It returns flag.ErrHelp after it printed the usage on
+// stdout, and any other error without printing anything.
 func parseGateway(args []string, stdout io.Writer) (gatewayOptions, error) {
 	var o gatewayOptions
 	maxFrame := int64(16 << 20)
 	o.MaxMemory, o.SocketMode = 512<<20, 0o600
 	var endian, errorReply string
 	fs := flag.NewFlagSet("connpool gateway", flag.ContinueOnError)
-	fs.StringVar(&o.Listen, "listen", "", "where clients connect: an `address`; port 0 is any that is free")
+	fs.StringVar(&o.Listen, "listen", "", "where clients connect: an `address`; port 0 is any free port")
 	fs.StringVar(&o.To, "to", "", "the server: an `address`")
 	fs.StringVar(&o.Framing, "framing", "", "line, length, resp, modbus or session: a `name` from above")
 	fs.StringVar(&o.StatusListen, "status", "", "serve /metrics and /status.json at this `address`: a Unix socket, or TCP on loopback")
 	fs.Var(octal{&o.SocketMode}, "socket-mode", "`permissions` of the Unix sockets it listens on")
-	fs.BoolVar(&o.InsecureListen, "insecure-listen", false, "one of two flags that together allow to listen beyond loopback without TLS")
-	fs.BoolVar(&o.AnyoneCanConnect, "i-know-that-anyone-can-connect", false, "the other one")
+	fs.BoolVar(&o.InsecureListen, "insecure-listen", false, "one of two flags that together allow listening beyond loopback without TLS")
+	fs.BoolVar(&o.AnyoneCanConnect, "i-know-that-anyone-can-connect", false, "the other of the two flags that allow listening beyond loopback without TLS")
 
 	fs.StringVar(&o.Server.Cert, "cert", "", "PEM `file` with the gateway's certificate, for -listen tls://")
-	fs.StringVar(&o.Server.Key, "key", "", "PEM `file` with its key")
-	fs.StringVar(&o.Server.ClientCA, "client-ca", "", "PEM `file`: clients must have a certificate of one of these authorities")
-	fs.StringVar(&o.Upstream.CA, "ca", "", "PEM `file`: the server's certificate must be of one of these authorities; without it, of one the system trusts")
+	fs.StringVar(&o.Server.Key, "key", "", "PEM `file` with the key of -cert")
+	fs.StringVar(&o.Server.ClientCA, "client-ca", "", "PEM `file`: clients must have a certificate issued by one of these authorities")
+	fs.StringVar(&o.Upstream.CA, "ca", "", "PEM `file`: the server's certificate must be issued by one of these authorities; without this flag, by one that the system trusts")
 	fs.StringVar(&o.Upstream.ServerName, "server-name", "", "the `name` in the server's certificate, if it is not the host of -to")
 	fs.StringVar(&o.Upstream.Cert, "upstream-cert", "", "PEM `file` with the certificate that the gateway shows to the server")
-	fs.StringVar(&o.Upstream.Key, "upstream-key", "", "PEM `file` with its key")
-	fs.DurationVar(&o.ReloadEvery, "reload-every", 5*time.Second, "how often to look whether the files of certificates changed; negative: on SIGHUP only")
+	fs.StringVar(&o.Upstream.Key, "upstream-key", "", "PEM `file` with the key of -upstream-cert")
+	fs.DurationVar(&o.ReloadEvery, "reload-every", 5*time.Second, "how often to check whether the certificate files changed; negative: on SIGHUP only")
 
 	fs.StringVar(&o.ALPN, "alpn", "", "TLS: the `name` of the protocol, or several with commas, that is offered to the server and accepted from clients, such as postgresql")
 
 	fs.IntVar(&o.Length.Size, "length-bytes", 4, "length: `bytes` of the field, 1, 2 or 4")
 	fs.IntVar(&o.Length.Offset, "length-offset", 0, "length: `bytes` before the field")
 	fs.StringVar(&endian, "length-endian", "big", "length: `order` of the field's bytes, big or little")
-	fs.BoolVar(&o.Length.WithHead, "length-includes-header", false, "length: the field counts itself and what is before it, not only what follows")
+	fs.BoolVar(&o.Length.WithHead, "length-includes-header", false, "length: the field counts itself and the bytes before it as well, not only the bytes after it")
 	fs.StringVar(&errorReply, "error-reply", "", `line, length: the `+"`reply`"+` to a request that the server did not answer, with escapes as in Go: 'ERR\n', '\x00\x00\x00\x03ERR'`)
 	fs.BoolVar(&o.Eager, "eager", false, "session: connect to the server at once, not at the client's first byte; for protocols where the server speaks first")
 
-	fs.IntVar(&o.MaxClients, "max-clients", 10_000, "`number` of clients, or as many as the limit of open files has room for, if it is not given; one more is closed at once")
+	fs.IntVar(&o.MaxClients, "max-clients", 10_000, "`number` of clients; if not given, fewer if the limit of open files has no room for so many; one more is closed at once")
 	fs.IntVar(&o.MaxOpen, "max-open", 16, "`number` of connections to the server")
-	fs.IntVar(&o.MaxPinned, "max-pinned", 0, "resp: `number` of them that single clients may have to themselves; 0: half of -max-open")
+	fs.IntVar(&o.MaxPinned, "max-pinned", 0, "resp: `number` of connections to the server that single clients may have to themselves; 0: half of -max-open")
 	fs.IntVar(&o.MaxUses, "max-uses", 0, "`number` of times a connection is used; 0: no limit; 1 for a server that is not trusted")
 	fs.Var(byteSize{&maxFrame}, "max-frame", "`size` of a request, and of a reply")
-	fs.Var(byteSize{&o.MaxMemory}, "max-memory", "`size` of what is held for all clients together")
+	fs.Var(byteSize{&o.MaxMemory}, "max-memory", "`size` of the data stored for all clients together")
 	fs.IntVar(&o.Pipeline, "pipeline", 0, "`number` of requests of one client that are sent ahead of their replies; 0: 32, and 1 for modbus")
 
-	fs.DurationVar(&o.IdleTimeout, "idle-timeout", time.Hour, "close a client that says nothing for so long; negative: never")
-	fs.DurationVar(&o.HoldTimeout, "hold-timeout", time.Minute, "resp: the same in the middle of a transaction, when it holds a connection")
-	fs.DurationVar(&o.RequestTimeout, "request-timeout", 30*time.Second, "from a request to its reply, the wait for a connection included")
-	fs.DurationVar(&o.WriteTimeout, "write-timeout", 10*time.Second, "close a client that does not take its replies for so long")
-	fs.DurationVar(&o.DialTimeout, "dial-timeout", 10*time.Second, "for opening a connection to the server")
+	fs.DurationVar(&o.IdleTimeout, "idle-timeout", time.Hour, "close a client that is silent for this long; negative: never")
+	fs.DurationVar(&o.HoldTimeout, "hold-timeout", time.Minute, "resp: close a client that is silent for this long in the middle of a transaction, when it holds a connection")
+	fs.DurationVar(&o.RequestTimeout, "request-timeout", 30*time.Second, "from a request to its reply, including the wait for a connection")
+	fs.DurationVar(&o.WriteTimeout, "write-timeout", 10*time.Second, "close a client that does not read its replies for this long")
+	fs.DurationVar(&o.DialTimeout, "dial-timeout", 10*time.Second, "time for opening a connection to the server")
 	fs.DurationVar(&o.MaxLifetime, "max-lifetime", 30*time.Minute, "age at which a connection to the server is replaced, between two requests; negative: none")
-	fs.DurationVar(&o.GreetingWait, "greeting-wait", 1100*time.Millisecond, "how late a server may speak first and still be noticed: the first reply of all is held until its connection is so old; negative: nobody listens")
-	fs.BoolVar(&o.BroadcastSilent, "broadcast-silent", false, "modbus: tell the client of a broadcast nothing; else it gets the normal response once the broadcast is out")
-	fs.DurationVar(&o.BroadcastWait, "broadcast-wait", 200*time.Millisecond, "modbus: how long a broadcast (unit 0, or function 8/4) has the line, if no reply comes")
+	fs.DurationVar(&o.GreetingWait, "greeting-wait", 1100*time.Millisecond, "how late a server may speak first and still be noticed: the very first reply is held until its connection is this old; negative: do not listen")
+	fs.BoolVar(&o.BroadcastSilent, "broadcast-silent", false, "modbus: send the client of a broadcast nothing; without this flag it gets the normal response once the broadcast is over")
+	fs.DurationVar(&o.BroadcastWait, "broadcast-wait", 200*time.Millisecond, "modbus: how long a broadcast (unit 0, or function 8/4) occupies the connection, if no reply comes")
 	fs.DurationVar(&o.ConnectDelay, "connect-delay", 0, "between the opening of a connection and its first request, for devices that are not ready at once")
-	fs.DurationVar(&o.RedialDelay, "redial-delay", 0, "between the end of a connection and the opening of the next, for devices that take one at a time")
-	fs.DurationVar(&o.Drain, "drain", 30*time.Second, "for what is under way when the gateway is told to end; negative: nothing is waited for")
+	fs.DurationVar(&o.RedialDelay, "redial-delay", 0, "between the end of a connection and the opening of the next, for devices that accept one at a time")
+	fs.DurationVar(&o.Drain, "drain", 30*time.Second, "time for the requests under way when the gateway is asked to end; negative: do not wait")
 
-	fs.BoolVar(&o.check, "check", false, "check the flags and certificates, say what would be done, and end: status 0 if all is good, else 2")
-	fs.BoolVar(&o.reach, "reach", false, "with -check: find out too whether the server would answer a request")
-	fs.BoolVar(&o.quiet, "quiet", false, "tell errors only")
-	fs.BoolVar(&o.verbose, "verbose", false, "tell also why single clients were closed and single requests failed")
+	fs.BoolVar(&o.check, "check", false, "check the flags and certificates, print what would be done, and exit: status 0 if all is good, else 2")
+	fs.BoolVar(&o.reach, "reach", false, "with -check: also find out whether the server would answer a request")
+	fs.BoolVar(&o.quiet, "quiet", false, "log errors only")
+	fs.BoolVar(&o.verbose, "verbose", false, "also log why single clients were closed and single requests failed")
 
 	if err := parseTeaching(fs, args, stdout, gatewayTeaching, gatewayExamples); err != nil {
 		return o, err
 	}
 	var others []string // flags of another framing
 	clients := o.MaxClients
-	o.MaxClients = 0 // what was not asked for is as many as fit
+	o.MaxClients = 0 // not set: as many as the limit of open files allows
 	fs.Visit(func(f *flag.Flag) {
 		if f.Name == "max-clients" {
 			if o.MaxClients = clients; clients == 0 {
@@ -255,14 +256,14 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 	}
 	o.Logger = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	ignoreBrokenPipes()
-	// Nothing that it says of itself may keep it: neither whoever reads its log,
-	// nor whoever reads its report, need be alive or awake.
+	// The gateway's own output must not block it: a reader of its log or of its report
+	// may be slow, stopped or gone.
 	told, logged := &teller{w: stdout}, &teller{w: stderr}
 	defer told.flush(ctx, o.check)
 	defer logged.flush(ctx, o.check)
 	stdout, stderr = told, logged
-	// From the beginning: it would end a process that waits for a file, or leave
-	// the socket of one that has just listened.
+	// First, because the signal would otherwise end a process that waits for a file, or
+	// leave behind the socket file of one that has just begun to listen.
 	reload, stopReload := reloadSignal()
 	defer stopReload()
 	var g *gateway.Gateway
@@ -286,7 +287,7 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		fmt.Fprintf(stderr, "connpool gateway: %v\n", err)
 		return exitBroken
 	}
-	// A second signal ends the drain, and not the process, which has files to
+	// A second signal ends the drain, and not the process, which still has files to
 	// remove.
 	again := make(chan os.Signal, 2)
 	signal.Notify(again, os.Interrupt, syscall.SIGTERM)
@@ -299,8 +300,8 @@ func gatewayCommand(ctx context.Context, args []string, stdout, stderr io.Writer
 		for {
 			select {
 			case <-reload:
-				go g.Renew() // which tells, and may wait for a file
-			case <-again: // the first one is that which ends ctx
+				go g.Renew() // Renew logs its outcome, and may wait for a file
+			case <-again: // the first signal is the one that ends ctx
 				if signals++; signals == 2 {
 					g.Logger.Info("told to hurry")
 					hasten()
@@ -336,7 +337,7 @@ func statusPlace(g *gateway.Gateway) string {
 	return "none"
 }
 
-// checkGateway says what would be done, and whether it can be.
+// checkGateway prints what would be done, and whether that is possible.
 func checkGateway(ctx context.Context, o gatewayOptions, g *gateway.Gateway, stdout, stderr io.Writer) int {
 	defer g.Close()
 	if o.reach {

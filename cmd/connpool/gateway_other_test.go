@@ -2,5 +2,5 @@
 
 package main
 
-// limitFiles: there is no such limit here.
+// limitFiles does nothing: this system has no such limit.
 func limitFiles(string) {}

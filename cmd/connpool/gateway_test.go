@@ -29,8 +29,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// As a child of a test this binary is the command itself, or a client that knows
-// nothing but an address.
+// As a child of a test this binary is the command itself, or a client that knows only an
+// address.
 func TestMain(m *testing.M) {
 	switch os.Getenv("CONNPOOL_TEST_AS") {
 	case "command":
@@ -76,9 +76,9 @@ func beClients(network, addr string) int {
 type child struct {
 	*exec.Cmd
 	t    *testing.T
-	at   string // where it listens, as package net takes it
+	at   string // the address it listens on, as package net takes it
 	mu   sync.Mutex
-	text bytes.Buffer // what it told on stderr
+	text bytes.Buffer // its output on stderr
 	out  bytes.Buffer
 	left chan error
 }
@@ -146,9 +146,9 @@ func (c *child) ended() int {
 	}
 }
 
-// PLT-07, PLT-11, PLT-14: three client processes with thirty sessions in turn,
-// a gateway in a process of its own, and a server that sees no more connections
-// than the gateway may open.
+// PLT-07, PLT-11, PLT-14: three client processes with thirty sessions in turn, a gateway
+// in a process of its own, and a server that never sees more connections than the
+// gateway's limit.
 func TestClientsAndGatewayAreSeparateProcesses(t *testing.T) {
 	t.Parallel()
 	srv, err := faultnet.Start(faultnet.Options{})
@@ -186,7 +186,7 @@ func TestCtrlCLeavesNoSocketBehind(t *testing.T) {
 		nc, err := net.Dial("unix", g.at)
 		require.NoError(t, err)
 		defer nc.Close()
-		if signals == 2 { // something is under way, and nobody waits for it
+		if signals == 2 { // a request is under way, and the gateway does not wait for it
 			before := srv.Accepts()
 			io.WriteString(nc, "slow\n")
 			require.True(t, eventually(time.Minute, func() bool { return srv.Accepts() > before }))
@@ -206,7 +206,7 @@ func TestCtrlCLeavesNoSocketBehind(t *testing.T) {
 	}
 }
 
-// lockedBuffer takes what several goroutines write.
+// lockedBuffer is a buffer for several goroutines.
 type lockedBuffer struct {
 	mu sync.Mutex // guards b
 	b  bytes.Buffer
@@ -224,7 +224,7 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// gatewayRun is the command in this process; only for what ends by itself.
+// gatewayRun runs the command in this process; only for runs that end by themselves.
 func gatewayRun(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -312,7 +312,7 @@ func TestAnAddressInUseIsAnError(t *testing.T) {
 	require.Contains(t, errs, "in use")
 }
 
-// The two words of each size are one size.
+// Both units of each size mean the same.
 func TestSizesHaveUnits(t *testing.T) {
 	for text, want := range map[string]int64{"0": 0, "5": 5, "5B": 5, "64KiB": 64 << 10, "16MiB": 16 << 20, "2GiB": 2 << 30} {
 		var n int64
@@ -328,7 +328,7 @@ func TestSizesHaveUnits(t *testing.T) {
 	}
 }
 
-// writeKeys writes a certificate of its own authority, valid until then.
+// writeKeys writes a certificate of an authority of its own, valid until the given time.
 func writeKeys(t *testing.T, dir string, until time.Time) (cert, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -22,7 +22,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// endsInTime tells a process to end, and waits for it.
+// endsInTime sends a process SIGTERM, and waits for its end.
 func endsInTime(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	left := make(chan error, 1)
@@ -55,7 +55,7 @@ func TestTheReaderOfItsWordsMayLeaveOrStandStill(t *testing.T) {
 			outs, toOuts, err := os.Pipe()
 			require.NoError(t, err)
 			cmd.Stderr, cmd.Stdout = toErrs, toOuts
-			if how == "nobody reads" { // nor is there room
+			if how == "nobody reads" { // and the pipe is full
 				fill(t, toErrs)
 				fill(t, toOuts)
 			}
@@ -99,7 +99,7 @@ func TestTheReaderOfItsWordsMayLeaveOrStandStill(t *testing.T) {
 	}
 }
 
-// fill takes the room that a pipe has.
+// fill fills a pipe.
 func fill(t *testing.T, f *os.File) {
 	t.Helper()
 	require.NoError(t, f.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
@@ -120,7 +120,7 @@ func shortDirOf(t *testing.T) string {
 	return dir
 }
 
-// TRY-09: what hangs in a system call ends with the process.
+// TRY-09: a hanging system call ends with the process.
 func TestSIGTERMEndsAStartThatHangs(t *testing.T) {
 	dir := shortDirOf(t)
 	never := filepath.Join(dir, "never.pem")
@@ -139,15 +139,15 @@ func TestSIGTERMEndsAStartThatHangs(t *testing.T) {
 			cmd.Env = append(os.Environ(), "CONNPOOL_TEST_AS=command")
 			require.NoError(t, cmd.Start())
 			defer cmd.Process.Kill()
-			// It has begun to wait when it has been told to end in vain: the
-			// signals of a process that has just been born may end it anyhow.
+			// The test waits until the process has its signal handler: signals to a
+			// process that has just started end it in any case.
 			require.True(t, eventually(time.Minute, func() bool { return handlesSIGTERM(cmd.Process.Pid) }))
 			endsInTime(t, cmd)
 		})
 	}
 }
 
-// TRY-09: with a file that does not open any more, also while it serves.
+// TRY-09: with a certificate file that no longer opens, also while the gateway serves.
 func TestSIGTERMEndsAGatewayWhoseCertificateDoesNotOpen(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -240,7 +240,7 @@ func TestFewDescriptorsAreSharedOutBeforeClientsTakeThem(t *testing.T) {
 	}
 }
 
-// limitFiles is what a child does that is to have few descriptors.
+// limitFiles lowers the limit of descriptors in a child that is to have few.
 func limitFiles(n string) {
 	var r syscall.Rlimit
 	if _, err := fmt.Sscan(n, &r.Cur); err == nil {
@@ -249,8 +249,8 @@ func limitFiles(n string) {
 	}
 }
 
-// handlesSIGTERM reports whether a process has taken the signal into its own
-// hands; where that is not told, it is taken to have.
+// handlesSIGTERM reports whether a process handles the signal itself; true where the
+// system does not tell.
 func handlesSIGTERM(pid int) bool {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

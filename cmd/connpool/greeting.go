@@ -6,15 +6,15 @@ import (
 	"time"
 )
 
-// listenFor is how long a peer may take to say something unasked.
+// listenFor is how long a peer may take to send something unasked.
 const listenFor = 250 * time.Millisecond
 
-// listening watches, on a connection of its own beside a measurement, whether
-// the peer speaks before it is asked: then a probe takes what the peer says by
-// itself for the answer, and all figures are those of greetings. The returned
-// ctx ends when it does. verdict waits for the look, and says what was heard.
+// listening watches, on a connection of its own beside a measurement, whether the peer
+// speaks before it is asked. If so, a probe takes the unrequested bytes for the reply,
+// and all figures are wrong. The returned ctx ends in that case. verdict waits for the
+// result and returns it.
 func (t *target) listening(ctx context.Context) (during context.Context, verdict func() error) {
-	if t.probe.marked || t.open != nil { // a network that was made up counts its connections
+	if t.probe.marked || t.open != nil { // a network made up by a test counts its connections
 		return ctx, func() error { return nil }
 	}
 	during, cut := context.WithCancel(ctx)
@@ -31,15 +31,15 @@ func (t *target) listening(ctx context.Context) (during context.Context, verdict
 		select {
 		case err := <-heard:
 			return err
-		case <-ctx.Done(): // interrupted, and so is the look
+		case <-ctx.Done(): // interrupted, together with the measurement
 			cut()
 			return <-heard
 		}
 	}
 }
 
-// listen returns an error if bytes come that were not asked for. Whatever else
-// is wrong with the peer is for the measurement to tell.
+// listen returns an error if bytes come that were not asked for. The measurement itself
+// reports other problems of the peer.
 func (t *target) listen(ctx context.Context) error {
 	dial, cancel := context.WithTimeout(ctx, t.timeout)
 	defer cancel()
@@ -60,16 +60,16 @@ func (t *target) listen(ctx context.Context) error {
 	case !isTimeout(err) || !t.probe.blind || ctx.Err() != nil:
 		return nil
 	}
-	// A greeting may come late, even after the first question. Then something is
-	// left over after the answer, and as much after the next; if it grows, the
-	// answers are longer than the probe says.
+	// A greeting may come late, even after the first request. Then bytes are left over
+	// after the reply, and as many after the next. If the number grows, the replies are
+	// longer than the probe assumes.
 	nc.SetReadDeadline(time.Time{})
 	s, err := t.probe.begin(ctx, t.addr, nc)
 	if err != nil {
 		return nil
 	}
-	w := s.(*bytesSession) // that of each blind probe
-	var left, whole [2]int // bytes, and answers in them
+	w := s.(*bytesSession) // every blind probe has a bytesSession
+	var left, whole [2]int // bytes, and whole replies in them
 	var said []byte
 	for i := range left {
 		nc.SetDeadline(time.Now().Add(t.timeout))

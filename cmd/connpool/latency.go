@@ -12,10 +12,10 @@ const (
 	subBuckets    = 1 << subBucketBits
 )
 
-// latencies counts durations in buckets that widen with what they hold, so
-// that a microsecond and a minute fit with the same relative precision and a
-// million samples take no more room than one. It is not for concurrent use:
-// each worker has its own, and they are added up at the end.
+// latencies counts durations in buckets that grow with the duration. A microsecond and a
+// minute have the same relative precision, and a million samples take no more memory than
+// one. It is not for concurrent use: each worker has its own, and they are added up at
+// the end.
 type latencies struct {
 	count   uint64
 	largest time.Duration

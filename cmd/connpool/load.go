@@ -48,10 +48,10 @@ examples:
 Ctrl-C ends it early, with a report. The status is 1 if there were no answers.
 `
 
-// loadOptions is what the command line of load decides.
+// loadOptions holds the settings from the command line of load.
 type loadOptions struct {
 	target     *target
-	own        bool // the server is load's own
+	own        bool // load starts a server of its own
 	flags      targetFlags
 	workers    int
 	span       time.Duration // of the whole run
@@ -63,15 +63,15 @@ type loadOptions struct {
 	quiet      bool
 }
 
-// parseLoad reads the flags. It returns flag.ErrHelp after having told the
-// usage on stdout, and any other error without having told anything.
+// parseLoad reads the flags. It returns flag.ErrHelp after it printed the usage on
+// stdout, and any other error without printing anything.
 func parseLoad(args []string, stdout io.Writer) (loadOptions, error) {
 	var o loadOptions
 	fs := flag.NewFlagSet("connpool load", flag.ContinueOnError)
 	o.flags.register(fs)
 	fs.IntVar(&o.workers, "workers", 8, "`number` of workers, each with one request at a time")
 	fs.DurationVar(&o.span, "for", 6*time.Second, "`duration` of the whole run")
-	fs.IntVar(&o.requests, "n", 0, "`number` of requests made in each way, in the place of -for")
+	fs.IntVar(&o.requests, "n", 0, "`number` of requests made in each way, instead of -for")
 	fs.IntVar(&o.rounds, "rounds", 5, "`number` of turns that each way gets")
 	fs.DurationVar(&o.think, "think", 0, "`time` that a worker pauses between two requests")
 	fs.IntVar(&o.maxPerAddr, "max-per-addr", 0, "`number` of connections that the pool may open; 0: as many as there are workers at work")
@@ -137,7 +137,7 @@ func load(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitOK
 }
 
-// comparing is a whole run: server if need be, rounds, report.
+// comparing makes a whole run: the server if needed, the rounds, the report.
 func comparing(ctx context.Context, o loadOptions, live *notices) (*loadReport, error) {
 	during, greeting := ctx, func() error { return nil }
 	if o.own {
@@ -172,7 +172,7 @@ func comparing(ctx context.Context, o loadOptions, live *notices) (*loadReport, 
 	began := time.Now()
 	for round := range o.rounds {
 		for i := range ways {
-			at := (round + i) % len(ways) // nobody always comes first
+			at := (round + i) % len(ways) // so that no way always comes first
 			r.add(at, o.turn(during, ways[at], round, live))
 			if during.Err() != nil {
 				break

@@ -25,16 +25,16 @@ type loadReport struct {
 	Interrupted bool      `json:"interrupted"`
 	Ways        []wayPace `json:"ways"`
 
-	// Ratio is how many times as much the pool does as dialing, over all
-	// rounds; the least and most of a single round show how far to trust it.
+	// Ratio is the pool's throughput divided by that of dialing, over all rounds. The
+	// least and the most of a single round show how reliable it is.
 	Ratio      float64    `json:"ratio"`
 	RatioRange [2]float64 `json:"ratio_range"`
 	Saved      float64    `json:"saved_per_request_s"` // mean of dial less mean of pool
 	BreakEven  *breakEven `json:"break_even,omitempty"`
 	Advice     []advice   `json:"advice"`
 
-	turns [][]*turn // by way, of the rounds that were completed
-	now   []*turn   // of the round under way
+	turns [][]*turn // by way, of completed rounds
+	now   []*turn   // of the current round
 }
 
 // wayPace is one line of the table.
@@ -52,12 +52,12 @@ type wayPace struct {
 	firstErr error
 }
 
-// breakEven is from which rate of requests on a pool saves anything.
+// breakEven is the rate of requests from which a pool saves dials.
 //
-// A request finds an open connection if the last one was no longer ago than
-// IdleTimeout. If requests come at random, r a second, that is the share
-// 1-exp(-r*IdleTimeout) of them; it is a half at r = ln 2/IdleTimeout. Below,
-// most requests dial all the same, and what the pool keeps open serves nobody.
+// A request finds an open connection if the previous one was no longer ago than
+// IdleTimeout. If requests come at random, r a second, that holds for the share
+// 1-exp(-r*IdleTimeout) of them, which is a half at r = ln 2/IdleTimeout. Below that rate
+// most requests dial anyway, and the pool's idle connections serve nobody.
 type breakEven struct {
 	IdleTimeout float64 `json:"idle_timeout_s"`
 	PerMinute   float64 `json:"requests_per_minute"`
@@ -70,11 +70,11 @@ func newLoadReport(o loadOptions, ways []way) *loadReport {
 		Think: o.think.Seconds(), MaxPerAddr: o.maxPerAddr, turns: make([][]*turn, len(ways)), now: make([]*turn, len(ways))}
 }
 
-// add notes what a way did in the round under way.
+// add stores the result of a way in the current round.
 func (r *loadReport) add(at int, t *turn) { r.now[at] = t }
 
-// endRound counts the round, if each way had its turn: a round that was
-// interrupted would favour those that came first.
+// endRound counts the round if each way had its turn: an interrupted round would favour
+// the ways that came first.
 func (r *loadReport) endRound() {
 	if !slices.Contains(r.now, nil) {
 		r.Rounds++
@@ -87,7 +87,7 @@ func (r *loadReport) endRound() {
 
 var errNothingMeasured = errors.New("interrupted before each way had its turn")
 
-// finish makes the figures. The error says that there are none.
+// finish computes the figures. It returns an error if there are none.
 func (r *loadReport) finish(o loadOptions, ways []way) error {
 	if r.Rounds == 0 {
 		return errNothingMeasured

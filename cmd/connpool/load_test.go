@@ -17,7 +17,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// ORA-77: pooled against unpooled, on a peer of one's own.
+// ORA-77: pooled against unpooled, on a user's own peer.
 func TestLoadComparesOnAPeerOfTheUsers(t *testing.T) {
 	t.Parallel()
 	var out, errs bytes.Buffer
@@ -71,15 +71,15 @@ func TestLoadNeedsNoArguments(t *testing.T) {
 	}), "nothing is left over: %+v", footprintNow().beyond(before))
 }
 
-// bench runs load in a bubble, with the given service time, against a peer
-// whose connections take as long to open as dial says.
+// benchIn runs load in a bubble, with the given service time, against a peer whose
+// connections take as long to open as dial says.
 func benchIn(t *testing.T, w *workshop, o loadOptions) (*loadReport, error) {
 	t.Helper()
 	o.target = w.target(t)
 	return comparing(t.Context(), o, newNotices(io.Discard, true))
 }
 
-// ORA-77: what the figures mean, where they are known beforehand.
+// ORA-77: the meaning of the figures, where they are known beforehand.
 func TestLoadCountsTheDialInEachRequestOfDial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorkshop(t, 100, 10*time.Millisecond)
@@ -104,7 +104,7 @@ func TestLoadCountsTheDialInEachRequestOfDial(t *testing.T) {
 	})
 }
 
-// Workers that pause need fewer connections of a pool than of their own.
+// Workers that pause hold fewer connections of a pool than of their own.
 func TestPoolHoldsNoMoreThanWorkersAtWork(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorkshop(t, 100, time.Millisecond)
@@ -117,8 +117,8 @@ func TestPoolHoldsNoMoreThanWorkersAtWork(t *testing.T) {
 }
 
 func TestInterruptedLoadReportsItsWholeRounds(t *testing.T) {
-	// A turn takes two thirds of a second, a round two. Round 4 counts if each
-	// way had its turn, be it a short one.
+	// A turn takes two thirds of a second, a round two seconds. Round 4 counts if each
+	// way had its turn, even a short one.
 	for after, rounds := range map[time.Duration]int{6500 * time.Millisecond: 3, 7 * time.Second: 3, 7605 * time.Millisecond: 4} {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorkshop(t, 100, 10*time.Millisecond)

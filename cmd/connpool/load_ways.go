@@ -11,16 +11,16 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// way is how a request gets at a connection.
+// way is how a request gets a connection.
 type way interface {
 	name() string
 	ask(ctx context.Context, worker int) error // one worker calls it once at a time
-	opened() uint64                            // connections so far
-	held() int                                 // the most at once
+	opened() uint64                            // connections opened so far
+	held() int                                 // the most connections held at once
 	close()
 }
 
-// pooled borrows.
+// pooled borrows from a pool.
 type pooled struct {
 	t    *target
 	pool *connpool.Pool
@@ -93,7 +93,7 @@ type keeping struct {
 	gauge
 	t        *target
 	sessions tls.ClientSessionCache
-	of       []*own // by worker, as is unwatch
+	of       []*own // by worker, like unwatch
 	unwatch  []func() bool
 }
 
@@ -111,7 +111,7 @@ func (k *keeping) ask(ctx context.Context, worker int) error {
 			return err
 		}
 		k.up()
-		// One watch for the life of the connection: ctx is that of the whole run.
+		// One AfterFunc for the life of the connection: ctx is that of the whole run.
 		k.unwatch[worker] = context.AfterFunc(ctx, func() { fresh.nc.Close() })
 		k.of[worker], o = fresh, fresh
 	}
@@ -147,8 +147,8 @@ type turn struct {
 	firstErr error
 }
 
-// turn lets all workers make requests in one way, for their time or number.
-// Requests that ctx interrupted do not count.
+// turn lets all workers make requests in one way, for the given time or number. Requests
+// that ctx interrupted do not count.
 func (o loadOptions) turn(ctx context.Context, w way, round int, live *notices) *turn {
 	var (
 		all     turn
@@ -222,7 +222,7 @@ func (o loadOptions) turn(ctx context.Context, w way, round int, live *notices) 
 	return &all
 }
 
-// kindName is what went wrong with a request, in a word or two.
+// kindName describes what went wrong with a request, in a word or two.
 func kindName(err error) string {
 	var answer *probeError
 	if errors.As(err, &answer) {
@@ -244,7 +244,7 @@ func (t *turn) add(o *turn) {
 	}
 }
 
-// rest pauses, or ends with ctx.
+// rest pauses for d, or until ctx is done.
 func rest(ctx context.Context, d time.Duration) {
 	pause := time.NewTimer(d)
 	defer pause.Stop()

@@ -1,6 +1,6 @@
-// Command connpool shows package connpool at work, and measures what it does
-// for servers of the user's own. Run it without arguments, or as "connpool
-// help", to be told what it can do.
+// Command connpool demonstrates package connpool, and makes measurements against the
+// user's own servers. Run it without arguments, or as "connpool help", for a list of
+// commands.
 package main
 
 import (
@@ -13,16 +13,16 @@ import (
 	"syscall"
 )
 
-// The exit statuses of every command. A broken promise of the pool and a
-// mistake on the command line must not look alike to a script.
+// The exit statuses of every command. A script must be able to tell a broken promise of
+// the pool from a mistake on the command line.
 const (
 	exitOK     = 0
 	exitBroken = 1 // a promise was broken, or the run could not be made
 	exitUsage  = 2
 )
 
-// A command is one word after "connpool". Its run gets the arguments behind
-// that word, ends early when ctx is done, and returns the exit status.
+// A command is one word after "connpool". Its run function gets the arguments after that
+// word, ends early when ctx is done, and returns the exit status.
 type command struct {
 	name, summary string
 	run           func(ctx context.Context, args []string, stdout, stderr io.Writer) int
@@ -37,13 +37,13 @@ var commands = []command{
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// The first signal asks for an early end with a report; letting go of the
-	// signals then leaves the second one to end the process as usual.
+	// The first signal asks for an early end with a report. After stop, a second signal
+	// ends the process as usual.
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// run is main without the process: it picks the command that args name.
+// run is main without the process: it runs the command that args name.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	name := "help"
 	if len(args) > 0 {
@@ -90,7 +90,7 @@ usage: connpool <command> [flags]
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)
 	}
 	fmt.Fprint(w, `
-"connpool help <command>" teaches one of them.
+"connpool help <command>" explains one of them.
 
 examples:
   connpool demo

@@ -7,13 +7,13 @@ import (
 	"time"
 )
 
-// notices tell on stderr how a long run goes: lines that stay, and on a
-// terminal one more below them that is written anew. It is for one goroutine.
+// notices shows the progress of a long run on stderr: lines that stay, and on a terminal
+// one more line below them that is redrawn. It is for one goroutine.
 type notices struct {
 	w      io.Writer
 	off    bool
 	redraw bool
-	next   time.Time // when the line may be written anew
+	next   time.Time // when the line may be redrawn
 	drawn  bool
 }
 
@@ -30,7 +30,7 @@ func (n *notices) say(format string, args ...any) {
 	fmt.Fprintf(n.w, format+"\n", args...)
 }
 
-// redo writes the last line anew, if that is possible and not too soon.
+// redo redraws the last line, if that is possible and not too soon.
 func (n *notices) redo(format string, args ...any) {
 	now := time.Now()
 	if n.off || !n.redraw || now.Before(n.next) {
@@ -41,7 +41,7 @@ func (n *notices) redo(format string, args ...any) {
 	fmt.Fprintf(n.w, "\r"+format+"\x1b[K", args...)
 }
 
-// end leaves the terminal clean for what comes next.
+// end clears the redrawn line on the terminal.
 func (n *notices) end() {
 	if n.drawn {
 		fmt.Fprint(n.w, "\r\x1b[K")
@@ -49,8 +49,7 @@ func (n *notices) end() {
 	}
 }
 
-// seconds writes a time in the unit that suits its size, with three digits or
-// so.
+// seconds formats a time in the unit that suits its size, with about three digits.
 func seconds(s float64) string {
 	switch {
 	case s <= 0:

@@ -7,7 +7,7 @@ import (
 	"io"
 )
 
-// commandPage writes docs/command.md: what "connpool help" says of each command,
+// commandPage writes docs/command.md from the output of "connpool help" for each command,
 // so that the page and the help cannot differ. In the root of the module:
 //
 //	go run ./cmd/connpool help -markdown >docs/command.md

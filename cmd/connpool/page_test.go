@@ -26,7 +26,7 @@ func TestTheCommandPageIsWhatHelpSays(t *testing.T) {
 	}
 }
 
-// Each flag that a page names is one of a command's.
+// Each flag that a page names is a flag of a command.
 func TestTheFlagsOfThePagesAreTheCommands(t *testing.T) {
 	known := make(map[string]bool)
 	for _, c := range commands {

@@ -17,30 +17,30 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// A probe is one kind of question that a measurement asks a peer, again and
-// again. begin logs in, or greets, on a new connection.
+// A probe is a kind of request that a measurement repeats. begin logs in, or sends a
+// greeting, on a new connection.
 type probe struct {
 	name  string
 	begin func(ctx context.Context, addr connpool.Addr, nc net.Conn) (session, error)
 
-	// blind: any bytes pass for the answer, so that it takes a look at the peer
-	// to tell one from what it says by itself.
+	// blind: any bytes count as the reply, so that the peer must be watched for bytes
+	// that it sends unasked.
 	blind bool
 
-	// marked: each message of the peer says what it is, so that no look is needed.
+	// marked: each message of the peer has a type, so that no watch is needed.
 	marked bool
 
-	// alpn is the name of the protocol for a TLS handshake. "": none is told.
+	// alpn is the protocol name for a TLS handshake. "": none is sent.
 	alpn string
 }
 
 // session is a probe's side of one connection: the state that Setup returns.
 type session interface {
-	// exchange asks once and reads the whole answer. more is false if the
-	// peer said that it closes the connection now.
+	// exchange sends one request and reads the whole reply. more is false if the peer
+	// announced that it closes the connection now.
 	exchange() (more bool, err error)
 
-	// Buffered is what was read beyond the answer. The pool asks it.
+	// Buffered is the number of bytes read beyond the reply. The pool calls it.
 	Buffered() int
 }
 
@@ -132,19 +132,18 @@ func parseHexProbe(p probe, text string) (probe, error) {
 	return p, nil
 }
 
-// maxAnswer bounds what is read for one answer, so that a wrong probe fails
-// instead of filling the memory.
+// maxAnswer bounds the bytes read for one reply, so that a wrong probe fails instead of
+// filling the memory.
 const maxAnswer = 16 << 20
 
-// probeError says that the peer answered, but not as the probe expects.
+// probeError means that the peer answered, but not as the probe expects.
 type probeError struct{ text string }
 
 func (e *probeError) Error() string { return e.text }
 
 func unexpected(format string, args ...any) error { return &probeError{fmt.Sprintf(format, args...)} }
 
-// bytesSession sends the same bytes each time. The answer has n bytes, or ends
-// with until.
+// bytesSession sends the same bytes each time. The reply has n bytes, or ends with until.
 type bytesSession struct {
 	*wire
 	request []byte
@@ -193,7 +192,7 @@ func (s *bytesSession) exchange() (bool, error) {
 	return false, unexpected("%d bytes came, and not %x", maxAnswer, s.until)
 }
 
-// answersIn is how many whole answers b holds.
+// answersIn returns how many whole replies b holds.
 func (s *bytesSession) answersIn(b []byte) int {
 	if s.until == nil {
 		return len(b) / s.n
@@ -240,7 +239,7 @@ func (s *redisSession) exchange() (bool, error) {
 	return true, s.command("*1\r\n$4\r\nPING\r\n", "+PONG")
 }
 
-// shortened is the beginning of what a peer sent, for an error.
+// shortened returns the beginning of a peer's bytes, for an error.
 func shortened(b []byte) []byte { return b[:min(len(b), 80)] }
 
 // --- HTTP ---
@@ -257,8 +256,8 @@ func httpProbe(path string) func(context.Context, connpool.Addr, net.Conn) (sess
 	}
 }
 
-// httpHost is the field Host for addr: a zone means nothing to the peer, and
-// the port may be left out only if it is that of the scheme.
+// httpHost is the Host header for addr: without a zone, which means nothing to the peer,
+// and without a port only if the port is that of the scheme.
 func httpHost(addr connpool.Addr) string {
 	host := addr.ServerName
 	if host == "" {
@@ -280,7 +279,7 @@ func httpHost(addr connpool.Addr) string {
 	return host
 }
 
-// maxInterim is how many informational answers may precede the final one.
+// maxInterim is how many informational responses may precede the final one.
 const maxInterim = 16
 
 func (s *httpSession) exchange() (bool, error) {
@@ -309,8 +308,8 @@ func (s *httpSession) exchange() (bool, error) {
 	return !resp.Close, nil
 }
 
-// final reads on beyond informational answers, which are none (RFC 9110, 15.2).
-// That of a change of protocol is one.
+// final skips informational responses, which are not final (RFC 9110, 15.2). 101
+// Switching Protocols is final.
 func (s *httpSession) final() (*http.Response, error) {
 	for range maxInterim {
 		resp, err := http.ReadResponse(s.Reader, nil)

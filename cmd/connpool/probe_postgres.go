@@ -40,7 +40,7 @@ func postgresProbe(sql string) func(context.Context, connpool.Addr, net.Conn) (s
 	}
 }
 
-// postgresLogin is what psql would use.
+// postgresLogin returns the names and the password that psql would use.
 func postgresLogin() (name, database, password string) {
 	if name = os.Getenv("PGUSER"); name == "" {
 		name = "postgres"
@@ -54,7 +54,7 @@ func postgresLogin() (name, database, password string) {
 	return name, database, os.Getenv("PGPASSWORD")
 }
 
-// postgresMessage is a message with its length. The first of a connection has
+// postgresMessage builds a message with its length. The first message of a connection has
 // no kind.
 func postgresMessage(kind byte, body string) []byte {
 	var m []byte
@@ -81,8 +81,8 @@ func (s *postgresSession) receive() (kind byte, body []byte, err error) {
 	return head[0], body, err
 }
 
-// refused is the text of an error message of the server: fields of a letter and
-// a string each.
+// refused returns the text of an error message of the server: fields of a letter and a
+// string each.
 func refused(body []byte) error {
 	text, code := "", ""
 	for _, field := range bytes.Split(body, []byte{0}) {
@@ -98,8 +98,8 @@ func refused(body []byte) error {
 	return unexpected("the server says: %s (%s)", shortened([]byte(text)), code)
 }
 
-// exchange sends the query and reads up to "ready for query". If the server
-// hangs up, what it said before is the error.
+// exchange sends the query and reads up to "ready for query". If the server hangs up, the
+// error is what it sent before.
 func (s *postgresSession) exchange() (bool, error) {
 	var failed error
 	asked := s.send(s.query)
@@ -143,7 +143,7 @@ func (s *postgresSession) login(name, database, password string) error {
 		kind, body, err := s.receive()
 		switch {
 		case sent != nil && err != nil:
-			return sent // nor did the server say why
+			return sent // the server did not say why either
 		case err != nil:
 			return err
 		case kind == 'E':
@@ -196,10 +196,9 @@ func md5Hex(text string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// scram is the client's side of SCRAM-SHA-256 (RFC 5802, 7677) without channel
-// binding. PostgreSQL takes the user's name from the start-up message. The
-// password is used as it is, without the normalisation that only concerns
-// passwords beyond ASCII.
+// scram is the client's side of SCRAM-SHA-256 (RFC 5802, 7677) without channel binding.
+// PostgreSQL takes the user's name from the start-up message. The password is used
+// without normalisation, which only matters for passwords beyond ASCII.
 type scram struct {
 	password, nonce, bare string
 	serverSignature       []byte

@@ -36,7 +36,7 @@ func find(t *testing.T, program string) string {
 	return ""
 }
 
-// nobody is who runs the servers, if we are root.
+// nobody returns the user that runs the servers if the tests run as root.
 func nobody(t *testing.T, dir string) *syscall.Credential {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -66,7 +66,7 @@ func aPort(t *testing.T) string {
 	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
 }
 
-// launch starts a server and waits until it takes connections. It ends with the
+// launch starts a server and waits until it accepts connections. The server ends with the
 // test, and with the test binary.
 func launch(t *testing.T, as *syscall.Credential, stop syscall.Signal, dir, port string, argv ...string) {
 	t.Helper()
@@ -131,7 +131,7 @@ func TestLoadAndSizeMeasureARealRedis(t *testing.T) {
 	loadOf(t, to, "redis")
 	loadOf(t, to, "hex:50494e470d0a,len=33") // an inline PING before AUTH: -NOAUTH Authentication required.
 
-	// It takes 24 clients and no more, and the ramp finds that.
+	// It accepts 24 clients and no more, and the ramp finds that number.
 	status, out, errs := runSize(t, "-to", to, "-probe", "redis", "-step", "50ms", "-limit", "1s", "-json", "-quiet")
 	require.Equal(t, exitOK, status, errs)
 	var e experiment
@@ -162,7 +162,8 @@ func TestPostgresProbeLogsInEveryWayItSays(t *testing.T) {
 	}
 	require.NoError(t, err, "%s", said)
 
-	// Who logs in says how. The password of each is kept as that needs.
+	// The user decides the way of logging in. The password of each is stored as its way
+	// needs.
 	hba := ""
 	for _, how := range []string{"scram-sha-256", "md5", "password", "trust"} {
 		hba += fmt.Sprintf("host all %q 127.0.0.1/32 %s\n", "u-"+how, how)

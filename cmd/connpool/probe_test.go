@@ -22,8 +22,8 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// startServer serves each connection on a free port of the loopback. Everything
-// has ended when the test has.
+// startServer serves each connection on a free port of the loopback. Everything ends with
+// the test.
 func startServer(t *testing.T, serve func(net.Conn)) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -67,8 +67,8 @@ func startEcho(t *testing.T) string {
 	return startServer(t, func(nc net.Conn) { echo(nc, noWork) })
 }
 
-// replies answers each request of n bytes with the next of the replies, the
-// last of them for ever, and "" with the end of the connection.
+// replies answers each request of n bytes with the next of the replies, repeats the last
+// one for ever, and ends the connection for "".
 func replies(n int, all ...string) func(net.Conn) {
 	return func(nc net.Conn) {
 		request := make([]byte, n)
@@ -105,7 +105,7 @@ func TestProbesTellAnswersFromNonsense(t *testing.T) {
 		probe string
 		serve func(net.Conn)
 		more  bool
-		says  string // the error, if there is to be one
+		says  string // the expected error, if any
 	}{
 		"line":               {"line:a", replies(2, "whatever\n"), true, ""},
 		"long line":          {"line:a", replies(2, long+"\n"), true, ""},
@@ -301,8 +301,8 @@ func TestPostgresProbeSaysWhatTheServerWants(t *testing.T) {
 	}
 }
 
-// APR-18: peers of five protocols behind one mechanism; what differs is Setup
-// and the function that borrows.
+// APR-18: peers of five protocols behind one mechanism; only Setup and the borrowing
+// function differ.
 func TestOnePoolServesPeersOfEveryProtocol(t *testing.T) {
 	t.Setenv("PGPASSWORD", "")
 	t.Setenv("REDISCLI_AUTH", "")
@@ -391,10 +391,9 @@ func TestArgumentsOfAdviceSurviveAShell(t *testing.T) {
 	assert.Equal(t, "-to 'tls://h:1?scope=a' -probe 'line:x y' -tls-ca ca.pem", f.flags())
 }
 
-// greets answers each line with itself, and says something of its own after a
-// while, however busy it is with that.
-// greetsUnlessAsked is a server that greets; it sets asked if the first question is there before the greeting is
-// sent: on a busy machine a server may be as late as that without meaning it.
+// greetsUnlessAsked is a server that answers each line with the same line, and after a
+// while also sends a greeting. It sets asked if the first question is there before the
+// greeting is sent: a busy machine may delay the greeting that much.
 func greetsUnlessAsked(after time.Duration, greeting string, asked *atomic.Bool) func(net.Conn) {
 	return func(nc net.Conn) {
 		if after <= 0 {
@@ -402,7 +401,7 @@ func greetsUnlessAsked(after time.Duration, greeting string, asked *atomic.Bool)
 			echo(nc, noWork)
 			return
 		}
-		// Like a server that looks up a name before it listens to its client.
+		// Like a server that looks up a name before it reads from its client.
 		time.Sleep(after)
 		in := bufio.NewReader(nc)
 		nc.SetReadDeadline(time.Now().Add(time.Millisecond))
@@ -539,7 +538,7 @@ func TestWhatAServerSaidBeforeItHungUpIsTold(t *testing.T) {
 		"postgres": {func(nc net.Conn) {
 			pgFake(welcome, fatal)(&hangsUp{Conn: nc, writes: 2})
 		}, "57P01"},
-		"postgres:select 1": {func(nc net.Conn) { // the end came before the question
+		"postgres:select 1": {func(nc net.Conn) { // the end came before the query
 			pgFake(welcome + fatal)(&hangsUp{Conn: nc, writes: 1})
 		}, "57P01"},
 	} {
@@ -584,7 +583,7 @@ func TestDialGivesUpOnALogInThatNeverEnds(t *testing.T) {
 	p, err := parseProbe("postgres")
 	require.NoError(t, err)
 	tgt := &target{addr: connpool.MustParseAddr("tcp://" + address), probe: p, timeout: 30 * time.Millisecond}
-	_, err = tgt.dial(t.Context(), nil) // or it would wait for good
+	_, err = tgt.dial(t.Context(), nil) // otherwise it would wait for ever
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 }
 

@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// wire is a probe's connection: what is read ahead, and what the server said
-// last. A server that hangs up has often said why, and "EOF" explains nothing.
+// wire is a probe's connection, with the bytes read ahead and the beginning of what the
+// server sent last. A server that hangs up has often said why, and "EOF" explains
+// nothing.
 type wire struct {
 	*bufio.Reader
 	nc *listener
@@ -21,7 +22,7 @@ func newWire(nc net.Conn) *wire {
 	return &wire{bufio.NewReader(l), l}
 }
 
-// listener remembers the beginning of what was read since it was told to forget.
+// listener remembers the beginning of the bytes read since its last reset.
 type listener struct {
 	net.Conn
 	said [80]byte
@@ -39,7 +40,7 @@ func (l *listener) Read(b []byte) (int, error) {
 func (w *wire) forget()       { w.nc.n = 0 }
 func (w *wire) heard() []byte { return w.nc.said[:w.nc.n] }
 
-// unasked is an error if something was read that nobody has asked for.
+// unasked returns an error if bytes were read that nobody has asked for.
 func (w *wire) unasked() error {
 	if w.Buffered() == 0 {
 		return nil
@@ -58,8 +59,8 @@ func (w *wire) ask(request []byte) error {
 	return nil
 }
 
-// send writes. If that fails because the server has hung up, what it said
-// before can still be read for a moment.
+// send writes a message. If the write fails because the server hung up, the server's last
+// bytes can still be read for a moment.
 func (w *wire) send(message []byte) error {
 	_, err := w.nc.Write(message)
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -68,7 +69,7 @@ func (w *wire) send(message []byte) error {
 	return err
 }
 
-// lastWords adds to err what was heard of an answer that did not come whole.
+// lastWords adds to err the received part of an incomplete reply.
 func (w *wire) lastWords(err error) error {
 	if len(w.heard()) == 0 {
 		return err

@@ -4,8 +4,9 @@ package main
 
 import "os"
 
-// reloadSignal: there is no such signal here; the files are looked at.
+// reloadSignal returns nil: this system has no such signal; the files are checked
+// regularly.
 func reloadSignal() (<-chan os.Signal, func()) { return nil, func() {} }
 
-// ignoreBrokenPipes: a pipe without a reader ends nobody here.
+// ignoreBrokenPipes does nothing: on this system a pipe without a reader ends no process.
 func ignoreBrokenPipes() {}

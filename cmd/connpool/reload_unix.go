@@ -8,13 +8,14 @@ import (
 	"syscall"
 )
 
-// reloadSignal is how an operator asks for the certificates to be read again.
+// reloadSignal returns the signal by which an operator asks to read the certificates
+// again.
 func reloadSignal() (<-chan os.Signal, func()) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGHUP)
 	return c, func() { signal.Stop(c) }
 }
 
-// ignoreBrokenPipes: whoever reads what a long-lived process says may leave
-// before it does. By default that ends the process at its next word.
+// ignoreBrokenPipes keeps the process alive when the reader of its output has gone. By
+// default the next write to a broken pipe would end the process.
 func ignoreBrokenPipes() { signal.Ignore(syscall.SIGPIPE) }

@@ -35,8 +35,7 @@ func TestSIGHUPReadsTheCertificatesAgain(t *testing.T) {
 	require.Equal(t, exitOK, g.ended())
 }
 
-// TRY-28: whoever asks for a new start of the connections does not end a gateway
-// that has only just been started.
+// TRY-28: SIGHUP does not end a gateway that has only just been started.
 func TestSIGHUPEndsNoGatewayThatStarts(t *testing.T) {
 	cert := filepath.Join(t.TempDir(), "cert.pem")
 	require.NoError(t, syscall.Mkfifo(cert, 0o600))
@@ -44,7 +43,7 @@ func TestSIGHUPEndsNoGatewayThatStarts(t *testing.T) {
 	cmd.Env = append(os.Environ(), "CONNPOOL_TEST_AS=command")
 	require.NoError(t, cmd.Start())
 	defer cmd.Process.Kill()
-	file, err := os.OpenFile(cert, os.O_WRONLY, 0) // returns when it reads the file
+	file, err := os.OpenFile(cert, os.O_WRONLY, 0) // returns when the gateway opens the file
 	require.NoError(t, err)
 	require.NoError(t, cmd.Process.Signal(syscall.SIGHUP))
 	require.NoError(t, file.Close())

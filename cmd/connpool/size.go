@@ -21,30 +21,30 @@ const sizeTeaching = `usage: connpool size -users N -think TIME -service TIME   
        connpool size -total N -processes P                 shares only
 
 How many connections should a pool have? Too few, and requests wait although
-the peer could serve them. Too many, and the line only moves from the pool,
-where it is first come first served and ends with its ctx, to the peer.
+the peer could serve them. Too many, and the queue only moves from the pool,
+where it is first come first served and a wait ends with its ctx, to the peer.
 
 By arithmetic. A request needs a connection for the -service time; a user asks
 again after the -think time. The mean number in use is the classic answer, and
 it is too small: with 10,000 users, 10 s and 100 ms it is 99, and of 100
-connections 83 % of the requests find none free. The table says what one gets
-for more. (Exponential times, first come first served, a closed group of users:
+connections 83 % of the requests find none free. The table shows the effect of
+more connections. (Exponential times, first come first served, a closed group of users:
 an exact solution. -simulate follows each user to check it.) With -fraction only
 that share of the requests needs a connection; -concurrency N is N threads that
 are always at work, -fraction of the time with a connection.
 
-By experiment. Clients that ask back to back, each on a connection of its own,
-twice as many each time, until the response exceeds -limit; then two numbers are
-narrowed down:
+By experiment. Clients make requests without a pause, each on a connection of
+its own. Their number doubles until the response exceeds -limit; then two
+numbers are narrowed down:
 
   the knee    the fewest clients with 95 % of the best throughput. It is the
               capacity of the peer: more connections do not get more done.
   the limit   the most clients whose response is within -limit. It sizes the
-              line before the peer, and may be far above the knee.
+              queue before the peer, and may be far above the knee.
 
-It puts the peer under full load: choose one that may be. Where others need it
-too, -share 0.5 with -load-command stops as soon as the command (which prints
-the load of the peer in percent; CONNPOOL_CLIENTS is set for it) says 50.
+It puts the peer under full load: choose a peer that allows this. If others need
+the peer too, -share 0.5 with -load-command stops as soon as the command (which
+prints the load of the peer in percent; CONNPOOL_CLIENTS is set for it) prints 50.
 
 From a history. A file with one JSON object per line, the pool's Stats and when
 they were taken, as written by
@@ -57,10 +57,11 @@ they were taken, as written by
 		}{now, pool.Stats()})
 	}
 
-With a field Addr and a connpool.AddrStats in the place of Stats, each address
-gets an advice of its own. MinIdlePerAddr is advised below the average in use, so that
-spares are not kept for nothing, and MaxPerAddr between the average and the
-peak, so that the last percent of the time may queue.
+With a field Addr and a connpool.AddrStats instead of Stats, the advice is
+separate for each address. The advised MinIdlePerAddr is below the average in
+use, so that no spares are kept for nothing. The advised MaxPerAddr is between
+the average and the peak, so that borrowers may queue in the last percent of the
+time.
 
 Shares. -processes P divides each answer, rounded down, so that all processes
 together never exceed it: 200 over 3 is 66 each.
@@ -86,9 +87,9 @@ status is 0 if there is an answer, 1 if the peer could not be measured, 2 for a
 mistake on the command line.
 `
 
-// sizeOptions is what the command line of size decides.
+// sizeOptions holds the settings from the command line of size.
 type sizeOptions struct {
-	mode string // the flag that chose it
+	mode string // the flag that chose the mode
 
 	// arithmetic
 	users, concurrency int
@@ -105,13 +106,13 @@ type sizeOptions struct {
 	targetFlags        targetFlags
 	ramp               rampOptions
 	own                string
-	work               func() // of the server of its own
+	work               func() // the work of size's own server
 	loadCommand, svg   string
-	explicit           map[string]bool // flags that were given
+	explicit           map[string]bool // flags that were set
 	connectionsText    string
 }
 
-// sizeModes says which flags belong to which mode; those of no mode go with all.
+// sizeModes lists which flags belong to which mode; flags of no mode go with all modes.
 var sizeModes = []struct {
 	flag  string // that chooses the mode
 	other []string
@@ -124,8 +125,8 @@ var sizeModes = []struct {
 	{"total", []string{"processes"}},
 }
 
-// parseSize reads the flags. It returns flag.ErrHelp after having told the
-// usage on stdout, and any other error without having told anything.
+// parseSize reads the flags. It returns flag.ErrHelp after it printed the usage on
+// stdout, and any other error without printing anything.
 func parseSize(args []string, stdout io.Writer) (sizeOptions, error) {
 	o := sizeOptions{explicit: make(map[string]bool)}
 	fs := flag.NewFlagSet("connpool size", flag.ContinueOnError)
@@ -140,9 +141,9 @@ func parseSize(args []string, stdout io.Writer) (sizeOptions, error) {
 	fs.Uint64Var(&o.seed, "seed", 1, "a `number` that the simulation follows from")
 	fs.IntVar(&o.requests, "requests", 1_000_000, "`number` of requests that a simulation follows")
 	o.targetFlags.register(fs)
-	fs.StringVar(&o.own, "own", "", "`workers x time` of a server of its own, such as 10x20ms, in the place of -to: to see what a report looks like")
+	fs.StringVar(&o.own, "own", "", "`workers x time` of a server of its own, such as 10x20ms, instead of -to: to see what a report looks like")
 	fs.DurationVar(&o.ramp.limit, "limit", 2*time.Second, "response `time` that is still acceptable")
-	fs.StringVar(&o.ramp.judge, "judge", "mean", "`figure` of the response that is held against the limit: mean, p50, p95 or p99")
+	fs.StringVar(&o.ramp.judge, "judge", "mean", "`figure` of the response that is compared with the limit: mean, p50, p95 or p99")
 	fs.DurationVar(&o.ramp.step, "step", 2*time.Second, "the least `time` that each number of clients is measured for")
 	fs.IntVar(&o.ramp.max, "max-clients", 1000, "largest `number` of clients that is tried")
 	fs.Float64Var(&o.ramp.share, "share", 0, "`share` of the peer's capacity that you may use, such as 0.5")
@@ -160,10 +161,10 @@ func parseSize(args []string, stdout io.Writer) (sizeOptions, error) {
 	return o, o.check()
 }
 
-// parseTeaching parses args. For -h it tells the usage on stdout and returns
-// flag.ErrHelp; it tells no other error.
+// parseTeaching parses args. For -h it prints the usage on stdout and returns
+// flag.ErrHelp; it prints no other error.
 func parseTeaching(fs *flag.FlagSet, args []string, stdout io.Writer, before, after string) error {
-	fs.SetOutput(io.Discard) // an error is told once, by the caller, without the whole usage
+	fs.SetOutput(io.Discard) // the caller prints an error once, without the whole usage
 	fs.Usage = func() {}
 	err := fs.Parse(args)
 	switch {
@@ -185,7 +186,7 @@ func parseTeaching(fs *flag.FlagSet, args []string, stdout io.Writer, before, af
 	return nil
 }
 
-// check finds the mode, and everything that does not fit it.
+// check finds the mode, and every flag that does not fit the mode.
 func (o *sizeOptions) check() error {
 	var modes []string
 	var fits []string
@@ -300,7 +301,7 @@ func (o *sizeOptions) checkExperiment() (err error) {
 	return nil
 }
 
-// sizeReport is what size has to say, as JSON or as text.
+// sizeReport is the result of size, as JSON or as text.
 type sizeReport interface{ text() string }
 
 // size is the command.
@@ -353,7 +354,7 @@ func writeReport(w io.Writer, r sizeReport, asJSON bool) error {
 	return nil
 }
 
-// advice is what to set, and the command that shows whether it is right.
+// advice is what to set, and the command that verifies it.
 type advice struct {
 	Text    string `json:"text"`
 	Command string `json:"measure_with"`

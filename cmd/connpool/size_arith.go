@@ -25,7 +25,7 @@ type arithmetic struct {
 	Requests  int       `json:"simulated_requests,omitempty"`
 	Seed      uint64    `json:"seed,omitempty"`
 	Advice    []advice  `json:"advice"`
-	requested string    // how the user put it
+	requested string    // the request in the user's words
 }
 
 type sizeRow struct {
@@ -33,8 +33,7 @@ type sizeRow struct {
 	Simulated *simulated `json:"simulated,omitempty"`
 }
 
-// spread is what becomes of it in several processes, each with a pool and a
-// part of the users of its own.
+// spread is the result for several processes, each with a pool and a part of the users.
 type spread struct {
 	division
 	UsersEach  int     `json:"users_each"` // of the largest process
@@ -43,12 +42,12 @@ type spread struct {
 	EnoughSum  int     `json:"enough_sum"`
 }
 
-// modelOf translates the flags.
+// modelOf translates the flags into a model.
 //
-// Of users only a fraction of the requests needs a connection: between two that
-// do lies a geometric number of exponential think times, which is exponential
-// again, with the mean think/fraction. Of threads it is the time that is
-// divided: service/(think+service) must be fraction.
+// With users, only a fraction of the requests needs a connection. Between two that do
+// lies a geometric number of exponential think times, which is again exponential, with
+// the mean think/fraction. With threads, the time is divided: service/(think+service)
+// must be fraction.
 func modelOf(o sizeOptions) closedModel {
 	s := o.service.Seconds()
 	if o.mode == "concurrency" {
@@ -61,8 +60,8 @@ func calculate(ctx context.Context, o sizeOptions, live *notices) (*arithmetic, 
 	m := modelOf(o)
 	r := &arithmetic{Users: m.users, Threads: o.mode == "concurrency", Think: m.think, Service: m.service,
 		Fraction: o.fraction, MayWait: o.mayWait, Offered: m.offered(), Enough: m.fewest(o.mayWait)}
-	// The mean of whole threads times a fraction is a whole number that
-	// rounding must not lift.
+	// The mean of whole threads times a fraction is a whole number that rounding must not
+	// lift.
 	r.Mean = max(1, int(math.Ceil(r.Offered-1e-9)))
 	r.requested = fmt.Sprintf("%s users, %s of thinking, %s of service", grouped(uint64(o.users)), o.think, o.service)
 	if r.Threads {
@@ -113,8 +112,8 @@ func calculate(ctx context.Context, o sizeOptions, live *notices) (*arithmetic, 
 	return r, nil
 }
 
-// interesting is the numbers of connections worth a line: around the mean in
-// round steps of about its deviation, and the answer.
+// interesting returns the numbers of connections worth a line: around the mean, in round
+// steps of about its deviation, and the result.
 func (m closedModel) interesting(enough int) []int {
 	a := m.offered()
 	step := roundStep(math.Sqrt(a))

@@ -7,36 +7,33 @@ import (
 	"time"
 )
 
-// client asks without a pause, one exchange after the other, on a connection
-// that nobody else uses.
+// client makes one exchange after the other, without a pause, on a connection of its own.
 type client struct {
 	leave chan struct{} // closed to end it after the exchange under way
 	gone  chan struct{} // closed when it has ended
 
-	// mu guards what the client notes and the crew reads. It is held for
-	// moments; there is no I/O under it.
+	// mu guards the client's notes, which the crew reads. It is held briefly; there is no
+	// I/O under it.
 	mu      sync.Mutex
-	record  bool // what begins now is noted
-	during  bool // what is under way began while record was set
-	settled bool // it has had an answer, or an error, since it was told to settle
+	record  bool // exchanges that begin now are noted
+	during  bool // the current exchange began while record was set
+	settled bool // it has had an answer, or an error, since settle was called
 	notes
 }
 
-// notes are what a client saw of the exchanges that began in the time it was
-// told to note. They are followed to their end, so that long ones are not
-// missing.
+// notes are the results of the exchanges that began while the client was recording. The
+// client follows them to their end, so that long ones are not missing.
 type notes struct {
 	seen       latencies
 	sum        time.Duration
 	errors     uint64
 	lastErr    error
-	began, end time.Time // of the first, and of the last
+	began, end time.Time // of the first exchange, and of the last
 }
 
-// perSecond is the client's own rate. It is counted from the start of an
-// exchange to the end of another, since with a fixed span it would depend on
-// where in an exchange that begins and ends; peers that answer in step would
-// make that an error of a tenth.
+// perSecond is the client's own rate. It is counted from the start of an exchange to the
+// end of another. With a fixed span it would depend on where in an exchange the span
+// begins and ends; with peers that answer in step that would be an error of a tenth.
 func (n *notes) perSecond() float64 {
 	return perSecond(n.seen.count, n.end.Sub(n.began).Seconds())
 }
@@ -57,8 +54,8 @@ func newCrew(ctx context.Context, t *target) *crew {
 // tight loop.
 const pauseAfterError = 100 * time.Millisecond
 
-// resize has n clients at work from now on. Those that are too many have ended
-// when it returns.
+// resize sets the number of working clients to n. When it returns, surplus clients have
+// ended.
 func (c *crew) resize(n int) {
 	for len(c.clients) < n {
 		cl := &client{leave: make(chan struct{}), gone: make(chan struct{})}
@@ -75,8 +72,7 @@ func (c *crew) resize(n int) {
 	}
 }
 
-// run ends when it is told to leave, or when ctx is done, which interrupts an
-// exchange.
+// run returns when leave is closed, or when ctx is done, which interrupts an exchange.
 func (cl *client) run(ctx context.Context, t *target, sessions tls.ClientSessionCache) {
 	defer close(cl.gone)
 	var o *own
@@ -125,7 +121,7 @@ func (cl *client) run(ctx context.Context, t *target, sessions tls.ClientSession
 	}
 }
 
-// begin notes that an attempt starts, and returns when.
+// begin records that an attempt starts, and returns when.
 func (cl *client) begin() time.Time {
 	now := time.Now()
 	cl.mu.Lock()
@@ -150,7 +146,7 @@ func (cl *client) answered(began time.Time) {
 	cl.during = false
 }
 
-// failed notes an error and pauses. It reports whether to go on.
+// failed records an error and pauses. It reports whether to continue.
 func (cl *client) failed(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {
 		return false
@@ -174,13 +170,12 @@ func (cl *client) failed(ctx context.Context, err error) bool {
 	return true
 }
 
-// settle begins anew: nothing is noted, and nobody has settled.
+// settle starts anew: nothing is noted, and no client counts as settled.
 func (c *crew) settle() {
 	c.each(func(cl *client) { cl.settled, cl.record, cl.during, cl.notes = false, false, false, notes{} })
 }
 
-// note makes everybody note the exchanges that begin from now on, or no more
-// of them.
+// note makes all clients record the exchanges that begin from now on, or stop recording.
 func (c *crew) note(on bool) {
 	c.each(func(cl *client) { cl.record = on })
 }
@@ -193,10 +188,10 @@ func (c *crew) each(do func(*client)) {
 	}
 }
 
-// progress is how far the crew is.
+// progress is how far the crew has come.
 type progress struct {
 	answers, errors  uint64
-	settled, resting bool // everybody has settled; nobody has a noted exchange under way
+	settled, resting bool // every client has settled; no client has a recorded exchange in flight
 }
 
 func (c *crew) progress() progress {
@@ -210,7 +205,7 @@ func (c *crew) progress() progress {
 	return p
 }
 
-// level adds up what was noted.
+// level adds up the notes.
 func (c *crew) level() level {
 	var all latencies
 	l := level{Clients: len(c.clients)}

@@ -26,12 +26,12 @@ type experiment struct {
 	Within int     `json:"limit_clients"` // the most clients within all bounds
 	Ended  string  `json:"ended_by"`
 
-	// Disturbed: the figures contradict each other, so that something else
-	// was going on.
+	// Disturbed: the figures contradict each other, so something else was using the
+	// machine or the peer.
 	Disturbed bool `json:"disturbed"`
 
-	// Beyond is where the limit would lie if the throughput stayed at its
-	// ceiling, for a ramp that ended before it: response = clients/throughput.
+	// Beyond is where the limit would be if the throughput stayed at its ceiling, for a
+	// ramp that ended before the limit: response = clients/throughput.
 	Beyond int `json:"limit_extrapolated,omitempty"`
 
 	KneeShare  *division `json:"knee_division,omitempty"`
@@ -134,7 +134,7 @@ func (e *experiment) advise(o sizeOptions) []advice {
 		advice{"Whether your program needs as many: record its pool's Stats.", "connpool size -history FILE" + processes})
 }
 
-// why says why the ramp ended.
+// why returns the reason why the ramp ended.
 func (e *experiment) why() string {
 	switch e.Ended {
 	case endedByResponse:
@@ -202,8 +202,8 @@ func (e *experiment) text() string {
 	return b.String() + adviceText(e.Advice)
 }
 
-// commandLoad runs a command of the user's for each level, in a shell, and
-// reads a percentage from its output.
+// commandLoad runs the user's command for each level, in a shell, and reads a percentage
+// from its output.
 func commandLoad(command string) func(context.Context, int) (float64, error) {
 	return func(ctx context.Context, clients int) (float64, error) {
 		ctx, cancel := context.WithTimeout(ctx, time.Minute)
@@ -214,7 +214,7 @@ func commandLoad(command string) func(context.Context, int) (float64, error) {
 		}
 		cmd := exec.CommandContext(ctx, shell[0], shell[1], command)
 		cmd.Env = append(os.Environ(), "CONNPOOL_CLIENTS="+strconv.Itoa(clients))
-		cmd.WaitDelay = time.Second // for what the command leaves behind with its output open
+		cmd.WaitDelay = time.Second // for processes that the command leaves behind with its output open
 		var stderr strings.Builder
 		cmd.Stderr = &stderr
 		out, err := cmd.Output()

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// sample is the part of a line of a history that the advice needs: Stats of a
-// pool, or AddrStats with an address.
+// sample is the part of a line of a history that the advice needs: Stats of a pool, or
+// AddrStats with an address.
 type sample struct {
 	Time time.Time
 	Addr string
@@ -26,7 +26,7 @@ type sample struct {
 	WaitDuration                                time.Duration
 }
 
-// history is what a file tells of one pool, or of one address.
+// history is the result for one pool, or for one address, of a file.
 type history struct {
 	Addr     string  `json:"addr,omitempty"`
 	Samples  int     `json:"samples"`
@@ -35,7 +35,7 @@ type history struct {
 	P99      int     `json:"p99_in_use"`     // not exceeded 99 % of the time
 	Peak     int     `json:"peak_in_use"`
 	MostWait int     `json:"most_waiting"`
-	Limit    int     `json:"limit,omitempty"` // in force at the end
+	Limit    int     `json:"limit,omitempty"` // at the end of the file
 	Addrs    int     `json:"addresses,omitempty"`
 
 	Loans       uint64  `json:"loans"`
@@ -79,8 +79,8 @@ func adviseFromFile(o sizeOptions) (*histories, error) {
 	return h, nil
 }
 
-// readHistory reads one JSON object per line. A last line without an end is
-// what a program that is still writing, or was killed, leaves: it is no error.
+// readHistory reads one JSON object per line. An incomplete last line is no error: a
+// program that is still writing, or was killed, leaves one.
 func readHistory(r io.Reader) (map[string][]sample, error) {
 	in := bufio.NewReader(r)
 	out := make(map[string][]sample)
@@ -121,7 +121,7 @@ func readHistory(r io.Reader) (map[string][]sample, error) {
 	return out, nil
 }
 
-// adviseFrom looks at the samples of one pool. Each holds until the next.
+// adviseFrom looks at the samples of one pool. Each sample holds until the next.
 func adviseFrom(samples []sample, processes int) (history, error) {
 	slices.SortStableFunc(samples, func(a, b sample) int { return a.Time.Compare(b.Time) })
 	first, last := samples[0], samples[len(samples)-1]
@@ -129,7 +129,7 @@ func adviseFrom(samples []sample, processes int) (history, error) {
 	if h.Samples < 2 || h.Seconds <= 0 {
 		return h, errors.New("there is only one point in time; an average needs at least two")
 	}
-	spent := make(map[int]float64) // seconds with so many in use
+	spent := make(map[int]float64) // seconds with that many in use
 	for i, s := range samples {
 		h.Peak, h.MostWait, h.Addrs = max(h.Peak, s.InUse), max(h.MostWait, s.Waiting), max(h.Addrs, s.Addrs)
 		h.Cut = h.Cut || s.Waiting > 0 && s.Idle == 0 && s.Limit > 0 && s.Open >= s.Limit
@@ -157,11 +157,10 @@ func adviseFrom(samples []sample, processes int) (history, error) {
 		}
 		atMost += spent[n]
 	}
-	// Below the average: the largest whole number that is, so that spares
-	// cover a normal minute and none lies there for the peaks.
+	// Just below the average: spares for the average minute, and none for the peaks.
 	h.Min = max(0, int(math.Ceil(h.Average))-1)
-	// Between average and peak: what 99 % of the time is enough, and never
-	// less than the average, rounded up.
+	// Between average and peak: enough for 99 % of the time, and never less than the
+	// average, rounded up.
 	h.Max = max(h.P99, int(math.Ceil(h.Average)), 1)
 	if processes > 1 {
 		d := divide(h.Max, processes)
@@ -171,7 +170,7 @@ func adviseFrom(samples []sample, processes int) (history, error) {
 	return h, nil
 }
 
-// since is how much a counter grew; one that fell began anew.
+// since returns how much a counter grew; a counter that fell has started anew.
 func since(before, now uint64) uint64 {
 	if now < before {
 		return now
@@ -222,7 +221,7 @@ func (r *histories) text() string {
 		}
 		fmt.Fprintf(&b, "connpool size: %s%s, %s samples over %s\n\n", r.File, prefixed(", ", h.Addr), grouped(uint64(h.Samples)), seconds(h.Seconds))
 		fmt.Fprintf(&b, "  in use     %.1f on average, %d or less for 99 %% of the time, %d at most\n", h.Average, h.P99, h.Peak)
-		fmt.Fprintf(&b, "  waiting    %d at most; %s borrowers queued, %s on average, %s in vain\n", h.MostWait, grouped(h.Waits), seconds(h.MeanWait), grouped(h.WaitsFailed))
+		fmt.Fprintf(&b, "  waiting    %d at most; %s borrowers queued, %s on average, %s got none\n", h.MostWait, grouped(h.Waits), seconds(h.MeanWait), grouped(h.WaitsFailed))
 		fmt.Fprintf(&b, "  loans      %s, and %s dials\n", grouped(h.Loans), grouped(h.Dials))
 		if h.Share != nil {
 			fmt.Fprintf(&b, "  shares     %v\n", h.Share)

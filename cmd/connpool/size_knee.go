@@ -1,27 +1,26 @@
 package main
 
-// knee is where more clients stop being of use: the smallest measured number of
-// clients that gets at least kneeShare of the ceiling.
+// knee is where more clients stop helping: the smallest measured number of clients that
+// reaches at least kneeShare of the ceiling.
 //
-// The ceiling is the best mean of two neighbours among the levels, so that one
-// lucky level does not set the bar. What is held against it is the throughput
-// as measured: whatever else happens on the way makes a level slower, hardly
-// ever faster, so the first that is good enough is to be believed, and a
-// slower one after it only tells of a disturbance (or of a peer that declines
-// under load, which does not move its knee either).
+// The ceiling is the best mean of two neighbouring levels, so that one lucky level does
+// not set it. Each level is compared with the ceiling by its measured throughput:
+// disturbances make a level slower, hardly ever faster. So the first level that is good
+// enough is trusted; a slower level after it only shows a disturbance (or a peer that
+// declines under load, which does not move its knee).
 type knee struct {
 	Clients   int     `json:"clients"`    // 0: nothing was measured
-	PerSecond float64 `json:"per_second"` // there
+	PerSecond float64 `json:"per_second"` // at the knee
 	Ceiling   float64 `json:"ceiling_per_second"`
 
-	// Reached is false if the throughput was still growing where the
-	// measurement ended: then the knee lies further up.
+	// Reached is false if the throughput was still growing where the measurement ended:
+	// then the knee is higher.
 	Reached bool `json:"reached"`
 
-	// Line is where the straight line of a single client's throughput meets
-	// the ceiling, which is the number of exchanges that the peer (and the
-	// way to it) has under way when it is just saturated: Little's law. If
-	// the knee lies far above it, exchanges get in each other's way early.
+	// Line is where the straight line of a single client's throughput meets the ceiling:
+	// the number of exchanges that the peer (and the network) has in flight when it is
+	// just saturated, by Little's law. If the knee is far above Line, exchanges delay
+	// each other early.
 	Line float64 `json:"line_meets_ceiling_at"`
 
 	below int // the next smaller number measured
@@ -68,9 +67,9 @@ func (k knee) bracket() (below, at int, ok bool) {
 	return k.below, k.Clients, k.below > 0
 }
 
-// disturbed is whether something else was going on while the levels were
-// measured: one of them is much slower than one with fewer clients and one with
-// more, which no peer is by itself.
+// disturbed reports whether something disturbed the measurement of the levels: one of
+// them is much slower than one with fewer clients and one with more, which no peer is by
+// itself.
 func disturbed(levels []level) bool {
 	const much = 0.8
 	for i, l := range levels {

@@ -5,14 +5,14 @@ import (
 	"sort"
 )
 
-// closedModel is a closed group of users, each of whom thinks, asks for a
-// connection, waits in line if all are taken, uses it, gives it back, and
-// thinks again. Both times are exponential; the line is first come, first
-// served. (M/M/c//N in the books, or the machine-repairman model.)
+// closedModel is a closed group of users, each of whom thinks, asks for a connection,
+// waits in line if all are in use, uses one, gives it back, and thinks again. Both times
+// are exponential; the line is first come, first served. (M/M/c//N in textbooks, or the
+// machine-repairman model.)
 //
-// Unlike an open stream of requests, the group slows down when it has to wait,
-// because who waits asks for nothing else; so no number of connections is too
-// small to be computed.
+// Unlike an open stream of requests, the group slows down when it has to wait, because a
+// waiting user asks for nothing else. So the model has a solution for any number of
+// connections.
 type closedModel struct {
 	users   int
 	think   float64 // seconds between an answer and the next request, on average; 0: none
@@ -24,9 +24,8 @@ func (m closedModel) offered() float64 {
 	return float64(m.users) * m.service / (m.think + m.service)
 }
 
-// occupancy is the distribution of the number of users that have or want a
-// connection. What is left out below from and above the end is less than
-// 1e-30 of the whole.
+// occupancy is the distribution of the number of users that have or want a connection.
+// The parts left out below from and above the end are less than 1e-30 of the whole.
 type occupancy struct {
 	from int
 	p    []float64 // of from, from+1, ...
@@ -41,15 +40,15 @@ type occupancy struct {
 // downwards: nothing overflows, and rounding stays relative however many users
 // there are.
 func (m closedModel) occupancy(users, conns int) occupancy {
-	if m.think <= 0 || users == 0 { // nobody is ever away
+	if m.think <= 0 || users == 0 { // no user ever thinks
 		return occupancy{from: users, p: []float64{1}}
 	}
-	ratio := func(k int) float64 { // of the weight of k+1 to that of k
+	ratio := func(k int) float64 { // weight of k+1 divided by the weight of k
 		return float64(users-k) / m.think * m.service / float64(min(k+1, conns))
 	}
 	const negligible = 1e-40
 	mode := sort.Search(users, func(k int) bool { return ratio(k) < 1 })
-	var above, below []float64 // below is backwards
+	var above, below []float64 // below is in reverse order
 	for k, w := mode, 1.0; k < users; k++ {
 		if w *= ratio(k); w < negligible {
 			break
@@ -77,8 +76,8 @@ func (m closedModel) occupancy(users, conns int) occupancy {
 	return o
 }
 
-// service is what a user of the model gets with a number of connections; times
-// are in seconds.
+// service is what a user of the model gets with a number of connections; times are in
+// seconds.
 type service struct {
 	Connections  int     `json:"connections"`
 	WaitShare    float64 `json:"wait_share"` // of requests that find no connection free
@@ -150,10 +149,10 @@ func (o occupancy) tails() []float64 {
 	return t
 }
 
-// waitsLonger is the share of requests that are still in line after a time in
-// which x departures are expected: j have happened with the probability of
-// Poisson, and at least conns+j users were ahead. Terms further than 12
-// deviations from the mean of Poisson add nothing.
+// waitsLonger is the share of requests that are still in line after a time in which x
+// departures are expected: j departures have happened with the Poisson probability, and
+// at least conns+j users were ahead. Terms beyond 12 deviations from the Poisson mean add
+// nothing.
 func waitsLonger(seen occupancy, tail []float64, conns int, x float64) float64 {
 	atLeast := func(k int) float64 {
 		switch i := k - seen.from; {
@@ -183,8 +182,8 @@ func waitsLonger(seen occupancy, tail []float64, conns int, x float64) float64 {
 	return min(sum, 1)
 }
 
-// fewest is the smallest number of connections with which no more than the
-// given share of requests waits. With as many connections as users nobody does.
+// fewest is the smallest number of connections with which at most the given share of
+// requests waits. With as many connections as users no request waits.
 func (m closedModel) fewest(mayWait float64) int {
 	return 1 + sort.Search(m.users-1, func(i int) bool {
 		conns := i + 1

@@ -14,8 +14,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// tenThousand is the example of the old documents, which deduce 100
-// connections from it.
+// tenThousand is the example of the old documents, which derive 100 connections from it.
 var tenThousand = closedModel{users: 10_000, think: 10, service: 0.1}
 
 // ORA-08: the mean alone would make most requests wait.
@@ -44,12 +43,12 @@ func TestSimulationAgreesWithTheModelWithinATenth(t *testing.T) {
 		{tenThousand, 120, 2_000_000},
 		{closedModel{users: 100, think: 0.4, service: 0.1}, 20, 500_000},
 		{closedModel{users: 100, think: 0.4, service: 0.1}, 15, 500_000},
-		{closedModel{users: 30, think: 0.1, service: 1}, 5, 200_000}, // always a line
+		{closedModel{users: 30, think: 0.1, service: 1}, 5, 200_000}, // there is always a queue
 		{closedModel{users: 5, think: 1, service: 1}, 1, 200_000},
 		{closedModel{users: 5, think: 1, service: 1}, 5, 200_000},
 		{closedModel{users: 7, think: 0, service: 1}, 3, 200_000},
 	}
-	for _, c := range cases[short.Of(0, 3):] { // fewer requests would not come near the model
+	for _, c := range cases[short.Of(0, 3):] { // fewer requests would not approach the model
 		t.Run(fmt.Sprintf("%+v, %d", c.m, c.conns), func(t *testing.T) {
 			t.Parallel()
 			want := c.m.with(c.conns)
@@ -126,7 +125,7 @@ func TestModelEqualsItsSolutionInFractions(t *testing.T) {
 	}
 }
 
-// What no model can get wrong: Little's law, and the two lines that bound the
+// What every model must satisfy: Little's law, and the two lines that bound the
 // throughput.
 func TestModelIsStableForManyUsers(t *testing.T) {
 	for _, m := range []closedModel{tenThousand, {1_000_000, 100, 0.1}, {1_000_000, 0.001, 10}, {100_000, 1, 1e-6}} {
@@ -138,7 +137,7 @@ func TestModelIsStableForManyUsers(t *testing.T) {
 			ceiling := min(float64(conns)/m.service, float64(m.users)/(m.think+m.service))
 			require.LessOrEqual(t, s.PerSecond, ceiling*(1+1e-9), "%+v %d", m, conns)
 			require.LessOrEqual(t, s.WaitShare, 1.0)
-			// The mean over the distribution, which with does not use.
+			// The mean over the distribution, which with does not compute.
 			o := m.occupancy(m.users, conns)
 			mean, sum := 0.0, 0.0
 			for i, p := range o.p {

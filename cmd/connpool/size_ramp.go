@@ -22,7 +22,7 @@ type level struct {
 	P50       float64  `json:"p50_s"`
 	P95       float64  `json:"p95_s"`
 	P99       float64  `json:"p99_s"`
-	Load      *float64 `json:"load_percent,omitempty"` // as the load command told
+	Load      *float64 `json:"load_percent,omitempty"` // as the load command reported it
 
 	lastErr error
 }
@@ -35,30 +35,29 @@ type rampOptions struct {
 	max   int           // clients
 
 	share float64                                                 // of a shared peer, 0 to 1; 0: all of it
-	load  func(ctx context.Context, clients int) (float64, error) // in percent; nil: not asked
+	load  func(ctx context.Context, clients int) (float64, error) // in percent; nil: not measured
 }
 
 // The reasons why a ramp ended.
 const (
-	endedByResponse = "response" // it took longer than the limit
+	endedByResponse = "response" // the response took longer than the limit
 	endedByErrors   = "errors"   // more than errorShare of the exchanges failed
-	endedByShare    = "share"    // the peer is loaded as far as it may be
-	endedByHandles  = "handles"  // this machine cannot open more
+	endedByShare    = "share"    // the peer has reached its allowed load
+	endedByHandles  = "handles"  // this machine cannot open more sockets
 	endedByMax      = "max-clients"
 	endedByCtx      = "interrupted"
 )
 
 const (
 	errorShare = 0.01 // of exchanges that may fail
-	// precision is the gap, as a share, at which a search between two
-	// numbers of clients ends.
+	// precision is the gap, as a share, at which a search between two numbers of clients
+	// ends.
 	precision = 0.02
-	// A response needs some samples per client. A level is extended for
-	// them, but not without end.
+	// A response needs some samples per client. A level is extended for them, up to
+	// longestLevel.
 	answersPerClient = 3
 	longestLevel     = 8 // times step
-	// A throughput below this share of one with fewer clients is looked at
-	// twice.
+	// A throughput below this share of one with fewer clients is measured twice.
 	slower = 0.9
 )
 
@@ -70,7 +69,7 @@ type ramp struct {
 	live   *notices
 }
 
-// response is the figure of l that is held against the limit.
+// response is the figure of l that is compared with the limit.
 func (r *ramp) response(l level) float64 {
 	switch r.judge {
 	case "p50":
@@ -83,7 +82,7 @@ func (r *ramp) response(l level) float64 {
 	return l.Mean
 }
 
-// verdict is "" if l is within all bounds, else why not.
+// verdict returns "" if l is within all bounds, else the bound it exceeds.
 func (r *ramp) verdict(l level) string {
 	switch {
 	case !l.sound() && connpool.KindOf(l.lastErr) == connpool.KindResource:
@@ -98,15 +97,14 @@ func (r *ramp) verdict(l level) string {
 	return ""
 }
 
-// sound is whether next to everybody got answers.
+// sound reports whether nearly every client got answers.
 func (l level) sound() bool {
 	return l.Starved == 0 && float64(l.Errors) <= errorShare*float64(l.Answers+l.Errors)
 }
 
-// run raises the number of clients, twofold each time, until a bound is
-// reached; then it searches for that bound, and for the knee, between the
-// numbers it knows. It returns why the ramp ended, and the largest number of
-// clients that stayed within all bounds.
+// run doubles the number of clients until a bound is reached. Then it searches for that
+// bound, and for the knee, between the measured numbers. It returns why the ramp ended,
+// and the largest number of clients that stayed within all bounds.
 func (r *ramp) run(ctx context.Context) (ended string, within int, err error) {
 	defer r.crew.resize(0)
 	beyond := 0
@@ -158,8 +156,8 @@ func (r *ramp) interrupted(ctx context.Context, within int, err error) (string, 
 	return "", within, err
 }
 
-// next is the number of clients after n. A shared peer is approached along the
-// line of its load, so that its share is not overshot more than need be.
+// next is the number of clients after n. For a shared peer it follows the line of the
+// load, so that the ramp overshoots the share as little as possible.
 func (r *ramp) next(n int, l level) int {
 	to := 2 * n
 	if r.share > 0 && *l.Load > 0 {
@@ -168,9 +166,8 @@ func (r *ramp) next(n int, l level) int {
 	return min(max(to, n+1), r.max)
 }
 
-// searchKnee measures between the last level below the knee and the first at
-// it, until they are close. The ceiling may move meanwhile, so the number of
-// steps is bounded.
+// searchKnee measures between the last level below the knee and the first at it, until
+// they are close. The ceiling may move meanwhile, so the number of steps is bounded.
 func (r *ramp) searchKnee(ctx context.Context) error {
 	for range 12 {
 		below, at, ok := kneeOf(r.sorted()).bracket()
@@ -189,10 +186,10 @@ func (r *ramp) sorted() []level {
 	return slices.SortedStableFunc(slices.Values(r.levels), func(a, b level) int { return cmp.Compare(a.Clients, b.Clients) })
 }
 
-// measure is a level, measured twice if need be: what disturbs a measurement
-// makes it slower, hardly ever faster. If the throughput is much lower than with
-// fewer clients, either that has happened or the peer declines under load. A
-// second look tells, and the better of the two counts.
+// measure measures a level, twice if needed: a disturbance makes a measurement slower,
+// hardly ever faster. If the throughput is much lower than with fewer clients, there was
+// a disturbance or the peer declines under load. A second measurement decides, and the
+// better of the two counts.
 func (r *ramp) measure(ctx context.Context, n int) (level, error) {
 	l, err := r.once(ctx, n)
 	if err != nil {
@@ -217,7 +214,7 @@ func (r *ramp) measure(ctx context.Context, n int) (level, error) {
 	return l, nil
 }
 
-// once has n clients ask back to back. What happens before each of them has
+// once has n clients make exchanges without a pause. What happens before each of them has
 // had an answer, the dials included, does not count.
 func (r *ramp) once(ctx context.Context, n int) (level, error) {
 	r.crew.resize(n)
@@ -253,8 +250,7 @@ func (r *ramp) once(ctx context.Context, n int) (level, error) {
 	return l, nil
 }
 
-// await asks done now and then, for at most the time of patience. The error is
-// that of ctx.
+// await calls done now and then, for at most patience. Its error is that of ctx.
 func (r *ramp) await(ctx context.Context, n int, what string, patience time.Duration, done func(progress, time.Duration) bool) error {
 	began := time.Now()
 	tick := time.NewTicker(max(r.step/20, time.Millisecond))
@@ -273,7 +269,7 @@ func (r *ramp) await(ctx context.Context, n int, what string, patience time.Dura
 	}
 }
 
-// line tells of a level in the log of a run.
+// line describes a level in the log of a run.
 func (l level) line() string {
 	s := fmt.Sprintf("%5d clients: %s/s, mean %s, p99 %s", l.Clients, grouped(uint64(l.PerSecond+0.5)), seconds(l.Mean), seconds(l.P99))
 	if l.Errors > 0 {

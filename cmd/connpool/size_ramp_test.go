@@ -27,23 +27,23 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// workshop is a peer with a number of workers, each of whom takes the same time
-// for a request; requests wait in line for a worker.
+// workshop is a peer with a number of workers, each of which takes the same time for a
+// request; requests queue for a worker.
 type workshop struct {
 	workers chan struct{}
 	service time.Duration
 	mem     *faultnet.Mem
 
-	mu      sync.Mutex // guards what it saw; nothing blocks under it
+	mu      sync.Mutex // guards its records; nothing blocks under it
 	pauses  []time.Duration
-	unasked int // requests that came before the answer to the last one was out
+	unasked int // requests that came before the answer to the last one was sent
 	busy    int // requests in line or at work
 	most    int
 }
 
 func newWorkshop(t *testing.T, workers int, service time.Duration) *workshop {
 	w := &workshop{workers: make(chan struct{}, workers), service: service, mem: faultnet.NewMem()}
-	w.mem.Shared(true) // the end of a run closes connections from outside
+	w.mem.Shared(true) // the end of a run closes connections from another goroutine
 	w.mem.Host("peer").Serve(w.serve)
 	t.Cleanup(w.mem.Close)
 	return w
@@ -91,7 +91,7 @@ func brisk(limit time.Duration) rampOptions {
 	return rampOptions{limit: limit, judge: "mean", step: 2 * time.Second, max: 1000}
 }
 
-// experimenting measures the peer in a bubble, where it takes no time.
+// experimenting measures the peer in a bubble, where time costs nothing.
 func experimenting(t *testing.T, tgt *target, ro rampOptions, processes int) (*experiment, error) {
 	t.Helper()
 	o := sizeOptions{target: tgt, targetFlags: targetFlags{to: tgt.addr.String(), probe: "line"}, ramp: ro, processes: processes, loadCommand: "x"}
@@ -146,7 +146,7 @@ func TestRampRisesAndEveryClientAsksBackToBack(t *testing.T) {
 		require.NoError(t, err)
 		synctest.Wait()
 
-		// Twofold each time, up to the first that is beyond the limit.
+		// The number doubles each time, up to the first that is beyond the limit.
 		var rising []int
 		for i, l := range r.levels {
 			if i > 0 && l.Clients < r.levels[i-1].Clients {
@@ -168,7 +168,8 @@ func TestRampRisesAndEveryClientAsksBackToBack(t *testing.T) {
 		sorted := r.sorted()
 		assert.True(t, slices.IsSortedFunc(sorted, func(a, b level) int { return a.Clients - b.Clients }))
 
-		// The answer is the next request's cue; and nobody asks twice at once.
+		// Each answer triggers the next request, and no client has two requests in
+		// flight.
 		require.NotEmpty(t, w.pauses)
 		for _, pause := range w.pauses {
 			require.Zero(t, pause)
@@ -200,8 +201,8 @@ func TestSharedPeerIsLoadedToItsShareOnly(t *testing.T) {
 	}
 }
 
-// A load that grows faster than the clients cannot be foreseen: the share is
-// overshot once, and then narrowed down.
+// A load that grows faster than the number of clients cannot be predicted: the ramp
+// overshoots the share once, and then narrows the number down.
 func TestShareIsFoundWhereLoadLeaps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorkshop(t, 1000, 50*time.Millisecond)
@@ -254,7 +255,7 @@ func TestRampEndsWhereThePeerRefuses(t *testing.T) {
 	})
 }
 
-// Where clients are starved and nothing fails, no error is told.
+// If clients are starved and nothing fails, no error is reported.
 func TestStarvedClientsAreNoFailedExchanges(t *testing.T) {
 	e := &experiment{Ended: endedByErrors}
 	assert.Contains(t, e.why(), "no answer within a step")
@@ -331,7 +332,7 @@ func TestDisturbancesDoNotMoveTheKnee(t *testing.T) {
 		"noise":         {curve(1, 100, 2, 200, 4, 400, 8, 800, 10, 985, 16, 1010, 32, 990, 64, 1020, 128, 985), 10, true},
 		"a lucky dip":   {curve(1, 100, 4, 400, 10, 1000, 16, 930, 32, 1010, 64, 1000), 10, true},
 		"a lucky level": {curve(1, 100, 8, 800, 10, 985, 16, 985, 32, 1050, 64, 985), 10, true},
-		// As it was with a real peer on a busy machine.
+		// As measured with a real peer on a busy machine.
 		"disturbances": {curve(1, 24_242, 2, 49_476, 4, 56_895, 8, 65_387, 16, 57_440, 32, 95_609, 64, 106_294, 128, 101_504, 160, 65_926,
 			176, 80_497, 184, 61_324, 190, 55_322, 192, 109_662, 208, 106_390, 216, 95_142, 256, 105_077), 64, true},
 		"decline":         {curve(1, 100, 8, 800, 10, 1000, 16, 1000, 32, 700, 64, 400), 10, true},

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// simulated is what a simulation of the model saw. It knows nothing of the
-// formulas: each user is followed from event to event.
+// simulated is the result of a simulation of the model. The simulation does not use the
+// formulas: it follows each user from event to event.
 type simulated struct {
 	WaitShare    float64 `json:"wait_share"`
 	MeanWait     float64 `json:"mean_wait_s"`
@@ -24,7 +24,7 @@ type event struct {
 	using bool
 }
 
-// agenda is a heap, the next event first. (container/heap would box each of
+// agenda is a heap with the next event first. (container/heap would allocate for each of
 // some ten million events.)
 type agenda []event
 
@@ -59,9 +59,9 @@ func (a *agenda) pop() event {
 	return next
 }
 
-// simulate follows the users for a number of requests, the first fifth of which
-// only brings the line to its usual length and is not counted. The same seed
-// gives the same result. The error is that of ctx.
+// simulate follows the users for a number of requests. The first fifth only brings the
+// line to its usual length and is not counted. The same seed gives the same result. The
+// error is that of ctx.
 func (m closedModel) simulate(ctx context.Context, conns, requests int, seed uint64) (simulated, error) {
 	rng := rand.New(rand.NewPCG(seed, uint64(conns)))
 	spell := func(mean float64) float64 { return rng.ExpFloat64() * mean }
@@ -84,7 +84,7 @@ func (m closedModel) simulate(ctx context.Context, conns, requests int, seed uin
 	var s simulated
 	var waits latencies
 	warmUp := requests / 5
-	begun, ended := 0, 0 // uses, since the end of the warm-up
+	begun, ended := 0, 0 // uses since the end of the warm-up
 	since, now := 0.0, 0.0
 	begin := func(user int32) {
 		use(now, user)

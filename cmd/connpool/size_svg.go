@@ -23,7 +23,7 @@ func (e *experiment) plot() string {
 		slowest = max(slowest, l.Mean, l.P99)
 	}
 	rateTop, timeTop := roundUp(highest), roundUp(slowest)
-	x := func(clients float64) float64 { // logarithmic: each doubling is as wide
+	x := func(clients float64) float64 { // logarithmic: each doubling has the same width
 		if last <= first {
 			return left + (width-left-right)/2
 		}
@@ -99,8 +99,7 @@ func roundUp(v float64) float64 {
 	return 10 * p
 }
 
-// canWrite tells early, before minutes of measuring, that a file cannot be
-// written where it is wanted.
+// canWrite finds out early, before minutes of measuring, that a file cannot be written.
 func canWrite(name string) error {
 	if info, err := os.Stat(name); err == nil && info.IsDir() {
 		return fmt.Errorf("%s is a directory", name)
@@ -117,8 +116,8 @@ func newNeighbour(name string) (*os.File, error) {
 	return os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+"-*.tmp")
 }
 
-// writeFileAtOnce makes the file appear whole, or not at all: whatever was
-// there before stays until the new one is complete.
+// writeFileAtOnce writes the file whole or not at all: an existing file stays until the
+// new one is complete.
 func writeFileAtOnce(name string, data []byte) (err error) {
 	f, err := newNeighbour(name)
 	if err != nil {

@@ -49,8 +49,7 @@ func lineOf(text, prefix string) string {
 	return ""
 }
 
-// ORA-08, ORA-61: what the table says of itself with -simulate, and that it
-// says the same each time.
+// ORA-08, ORA-61: the table with -simulate, and that it is the same each time.
 func TestSizeSimulatesOnRequestAndAlwaysSaysTheSame(t *testing.T) {
 	args := []string{"-users", "500", "-think", "1s", "-service", "50ms", "-simulate", "-requests", "50000", "-seed", "3", "-json"}
 	status, out, errs := runSize(t, args...)
@@ -68,9 +67,9 @@ func TestSizeSimulatesOnRequestAndAlwaysSaysTheSame(t *testing.T) {
 	assert.Contains(t, text, "simulated:")
 }
 
-// APR-11: one request in five needs the peer, so one connection for five
-// threads is the mean; what more it takes is said, and a simulation of that
-// number keeps the promise.
+// APR-11: one request in five needs the peer, so the mean is one connection for five
+// threads; the report says how many more are needed, and a simulation of that number
+// keeps the promise.
 func TestOneInFiveNeedsMoreThanOneConnectionForFiveThreads(t *testing.T) {
 	status, out, errs := runSize(t, "-concurrency", "100", "-fraction", "0.2")
 	require.Equal(t, exitOK, status, errs)
@@ -92,7 +91,7 @@ func TestOneInFiveNeedsMoreThanOneConnectionForFiveThreads(t *testing.T) {
 		}
 	}
 
-	// The same of users: 1,000 whose every fifth request needs the peer.
+	// The same for users: 1,000 users whose every fifth request needs the peer.
 	_, out, _ = runSize(t, "-users", "1000", "-think", "1s", "-service", "100ms", "-fraction", "0.2", "-json")
 	require.NoError(t, json.Unmarshal([]byte(out), &r))
 	assert.InDelta(t, 1000*0.1/5.1, r.Offered, 1e-9)
@@ -125,7 +124,7 @@ func TestSharesNeverExceedTheTotal(t *testing.T) {
 	assert.Contains(t, out, "200 over 3 processes: 66 each (198 of 200)")
 	assert.Contains(t, divide(2, 3).String(), "less than one each")
 
-	// A divided pool needs more in all than one that is not.
+	// A divided pool needs more connections in all than an undivided one.
 	_, out, _ = runSize(t, "-users", "10000", "-think", "10s", "-service", "100ms", "-processes", "5", "-json")
 	var r arithmetic
 	require.NoError(t, json.Unmarshal([]byte(out), &r))
@@ -195,7 +194,7 @@ func TestHistoryAdvisesMinimumAndMaximum(t *testing.T) {
 	assert.Contains(t, out, "MaxPerAddr: 30, between the average and the peak (50)")
 }
 
-// ORA-46: whatever the history is.
+// ORA-46: for any history.
 func TestAdviceIsAlwaysBelowAverageAndBetweenAverageAndPeak(t *testing.T) {
 	for name, inUse := range map[string]func(int) int{
 		"constant": func(int) int { return 7 },
@@ -225,7 +224,7 @@ func TestHistoryIsWeightedByTimeAndKnowsItsAddresses(t *testing.T) {
 	line := func(s int, addr string, inUse int) string {
 		return fmt.Sprintf(`{"Time":%q,"Addr":%q,"InUse":%d,"Open":%d,"LastErr":null}`+"\n", at(s), addr, inUse, inUse)
 	}
-	// Out of order; the last sample weighs nothing; the last line is cut off.
+	// Out of order; the last sample has no weight; the last line is cut off.
 	text := line(90, "tcp://a:1", 9) + line(0, "tcp://a:1", 1) + line(100, "tcp://a:1", 99) +
 		line(0, "tcp://b:1", 4) + line(10, "tcp://b:1", 4) + "\n" + `{"Time":"20`
 	require.NoError(t, os.WriteFile(name, []byte(text), 0o600))
@@ -279,8 +278,8 @@ func TestHistoryThatIsNoneIsRefusedByLine(t *testing.T) {
 	assert.Contains(t, errs, "-history")
 }
 
-// ORA-61: no advice without the command that measures it, and each of these
-// commands is one that exists, with flags that it takes.
+// ORA-61: each piece of advice names the command that measures it, and each such command
+// exists and accepts its flags.
 func TestEveryAdviceNamesACommandThatWorks(t *testing.T) {
 	dir := t.TempDir()
 	name := filepath.Join(dir, "h")
@@ -337,8 +336,7 @@ func TestEveryAdviceNamesACommandThatWorks(t *testing.T) {
 	}
 }
 
-// ORA-61: whoever reads the output with a program finds the same fields in the
-// same order.
+// ORA-61: a program that reads the output finds the same fields in the same order.
 func TestReportsAreTheSameEachTime(t *testing.T) {
 	for _, args := range [][]string{
 		{"-users", "1000", "-think", "1s"},
@@ -429,7 +427,7 @@ func TestFileAppearsWholeOrNotAtAll(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, files, 1)
 
-	// A directory in its place: the new file cannot take it, and goes.
+	// A directory with the file's name: the new file cannot replace it, and is removed.
 	taken := filepath.Join(dir, "taken")
 	require.NoError(t, os.MkdirAll(filepath.Join(taken, "x"), 0o755))
 	require.Error(t, writeFileAtOnce(taken, []byte("three")))

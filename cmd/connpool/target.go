@@ -16,14 +16,14 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// target is a peer of the user's own, and what it is asked.
+// target is a peer of the user's, and the probe that it is asked.
 type target struct {
 	addr    connpool.Addr
 	probe   probe
 	tls     *tls.Config
 	timeout time.Duration // of a dial with its log-in, and of each exchange
 
-	// open, if it is set, opens a socket in the place of package net.
+	// open opens a socket instead of package net, if it is not nil.
 	open connpool.DialFunc
 }
 
@@ -37,8 +37,8 @@ type targetFlags struct {
 func (f *targetFlags) register(fs *flag.FlagSet) {
 	fs.StringVar(&f.to, "to", "", "`address` of the peer: tcp://host:port, tls://host:port or unix:/path, with the options of connpool.Addr")
 	fs.StringVar(&f.probe, "probe", "line", "what to `ask` it, see below")
-	fs.StringVar(&f.ca, "tls-ca", "", "`file` with the certificates (PEM) that are trusted in the place of the system's")
-	fs.BoolVar(&f.trustAnyone, "tls-insecure-trust-anyone", false, "do not verify the peer's certificate: whoever answers is believed, and is told the passwords")
+	fs.StringVar(&f.ca, "tls-ca", "", "`file` with the certificates (PEM) that are trusted instead of the system's")
+	fs.BoolVar(&f.trustAnyone, "tls-insecure-trust-anyone", false, "do not verify the peer's certificate: any peer is trusted, and gets the passwords")
 	fs.DurationVar(&f.timeout, "timeout", 10*time.Second, "`time` after which a dial or an exchange counts as failed")
 }
 
@@ -85,7 +85,7 @@ func (f *targetFlags) target() (*target, error) {
 	return t, nil
 }
 
-// flags are what is to be given to name the same peer again.
+// flags returns the flags that name the same peer again.
 func (f *targetFlags) flags() string {
 	s := "-to " + quoted(f.to) + " -probe " + quoted(f.probe)
 	if f.ca != "" {
@@ -97,7 +97,7 @@ func (f *targetFlags) flags() string {
 	return s
 }
 
-// poolConfig is that of a pool for this peer.
+// poolConfig returns the Config of a pool for this peer.
 func (t *target) poolConfig() connpool.Config {
 	cfg := connpool.Config{
 		TLS:         t.tls,
@@ -116,11 +116,11 @@ func (t *target) poolConfig() connpool.Config {
 type own struct {
 	session
 	nc       net.Conn
-	deadline time.Time // as set
+	deadline time.Time // the deadline that is set
 }
 
-// dial opens a connection by hand, the way the pool does: the same options, the
-// same handshake with sessions that are resumed, the same log-in.
+// dial opens a connection by hand, the way the pool does: the same options, the same
+// handshake with resumed sessions, the same log-in.
 func (t *target) dial(ctx context.Context, sessions tls.ClientSessionCache) (*own, error) {
 	ctx, cancel := context.WithTimeout(ctx, t.timeout)
 	defer cancel()
@@ -128,7 +128,7 @@ func (t *target) dial(ctx context.Context, sessions tls.ClientSessionCache) (*ow
 	if err != nil {
 		return nil, err
 	}
-	// A probe's log-in knows no ctx, but fails when its time is over.
+	// A probe's log-in has no ctx; the deadline makes it fail in time.
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
 	s, err := t.probe.begin(ctx, t.addr, nc)
 	if !stop() && err == nil {
@@ -168,7 +168,7 @@ func (t *target) connect(ctx context.Context, sessions tls.ClientSessionCache) (
 	cfg := t.tls.Clone()
 	cfg.ClientSessionCache = sessions
 	if cfg.ServerName = a.ServerName; cfg.ServerName == "" {
-		cfg.ServerName, _, _ = strings.Cut(a.Host, "%") // no certificate names a zone
+		cfg.ServerName, _, _ = strings.Cut(a.Host, "%") // no certificate contains a zone
 	}
 	tc := tls.Client(nc, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
@@ -178,9 +178,8 @@ func (t *target) connect(ctx context.Context, sessions tls.ClientSessionCache) (
 	return tc, nil
 }
 
-// ask makes one exchange that fails when the time-out is over. The deadline is
-// pushed on only when half of it is gone, so that this costs no system call per
-// exchange.
+// ask makes one exchange that fails after timeout. It moves the deadline only when half
+// of it has passed, so that most exchanges need no system call for it.
 func (o *own) ask(timeout time.Duration) (more bool, err error) {
 	if now := time.Now(); o.deadline.Sub(now) < timeout/2 {
 		o.deadline = now.Add(timeout)
@@ -191,7 +190,7 @@ func (o *own) ask(timeout time.Duration) (more bool, err error) {
 	return o.exchange()
 }
 
-// quoted is an argument as a shell takes it.
+// quoted returns an argument quoted for a shell.
 func quoted(s string) string {
 	for _, r := range s {
 		switch {

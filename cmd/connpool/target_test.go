@@ -18,8 +18,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// ORA-77: the same over TLS, whose peer is believed only if somebody vouches
-// for it or the user insists.
+// ORA-77: the same over TLS; the peer is trusted only if its certificate verifies or the
+// user insists.
 func TestPeerBehindTLSIsVerifiedUnlessTheUserInsists(t *testing.T) {
 	t.Parallel()
 	s, err := faultnet.Start(faultnet.Options{Network: "tls"})
@@ -66,8 +66,8 @@ func TestPeerBehindAUnixSocketIsMeasured(t *testing.T) {
 	assert.True(t, eventually(time.Minute, func() bool { return s.Open() == 0 }))
 }
 
-// Ctrl-C in the middle of a run that would take an hour: a report, and nothing
-// left over.
+// Ctrl-C in the middle of a run that would take an hour: there is a report, and nothing
+// stays open.
 func TestInterruptEndsEveryCommandAndLeavesNothing(t *testing.T) {
 	require.NoError(t, openNetpoller())
 	to := "tcp://" + startEcho(t)

@@ -9,15 +9,14 @@ import (
 	"time"
 )
 
-// teller writes in the background what is written to it, in order, so that
-// nobody waits for a reader that stands still. It is for few words: what it
-// cannot get rid of stays in memory until the end.
+// teller writes in the background, in order, so that nobody waits for a reader that has
+// stopped. It is for little text: what it cannot write stays in memory until the end.
 type teller struct {
 	w io.Writer
 
-	mu      sync.Mutex // guards what follows; nothing is written under it
+	mu      sync.Mutex // guards the fields below; nothing is written under it
 	waiting [][]byte
-	ended   chan struct{} // closed when all is written; nil: nobody writes
+	ended   chan struct{} // closed when everything is written; nil: no goroutine writes
 }
 
 func (t *teller) Write(b []byte) (int, error) {
@@ -44,16 +43,16 @@ func (t *teller) write(ended chan struct{}) {
 		}
 		t.mu.Unlock()
 		for _, b := range batch {
-			t.w.Write(b) // to a reader that is gone there is nothing to say
+			t.w.Write(b) // if the reader is gone there is nothing to report
 		}
 	}
 }
 
-// lastWords is how long a report may take when the process ends.
+// lastWords is how long writing a report may take when the process ends.
 const lastWords = time.Second
 
-// flush waits for what was written, for lastWords; if the report is what the
-// command is for, until ctx is done.
+// flush waits until everything is written, for lastWords at most; with report, when the
+// report is the purpose of the command, until ctx is done.
 func (t *teller) flush(ctx context.Context, report bool) {
 	t.mu.Lock()
 	ended := t.ended
@@ -77,9 +76,9 @@ func (t *teller) flush(ctx context.Context, report bool) {
 
 var errNotWaited = errors.New("told to end before it was ready")
 
-// within runs what may hang in a system call, such as the opening of a file on a
-// server that is gone. It waits a second longer than ctx, and no more: the
-// process ends, and takes what hangs with it.
+// within runs a function that may hang in a system call, such as opening a file on a
+// server that is down. It waits until a second after ctx is done, and no longer: the
+// process then ends, and the hanging call with it.
 func within(ctx context.Context, do func() error) error {
 	done := make(chan error, 1)
 	go func() { done <- do() }()

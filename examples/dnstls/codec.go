@@ -71,7 +71,7 @@ func same(a, b dnsmessage.Question) bool {
 
 var errPack = errors.New("not a message")
 
-// send writes a message behind its length in two bytes.
+// send writes a message after its length in two bytes.
 func send(w io.Writer, m dnsmessage.Message) error {
 	b, err := m.AppendPack(make([]byte, 2, 512))
 	if err != nil || len(b)-2 > 1<<16-1 {
@@ -94,7 +94,7 @@ func receive(r io.Reader) (m dnsmessage.Message, err error) {
 	return m, m.Unpack(b)
 }
 
-// serveZone answers for db.example, and knows no other name.
+// serveZone answers for db.example, and for no other name.
 func serveZone(nc net.Conn) {
 	for {
 		m, err := receive(nc)

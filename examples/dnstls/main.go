@@ -1,18 +1,17 @@
-// DNS over TLS (RFC 7858). Run it as it is, or with the address of a resolver
-// and names:
+// DNS over TLS (RFC 7858). Run it as it is, or with the address of a resolver and names:
 //
 //	go run ./dnstls [tls://9.9.9.9:853 example.org]
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
-//   - A TLS handshake for each question: the very thing that makes DNS over TLS
-//     slow.
-//   - Resolvers close idle connections after seconds. Over TLS that looks like
-//     unread data, not like an end, and session tickets look like it too; the
-//     pool tells them apart before it lends.
-//   - The identity is part of the address (server-name), so that a resolver
-//     known by its name never answers for another, and sessions are not resumed
-//     across names.
+//   - It saves a TLS handshake for each question; the handshake is what makes
+//     DNS over TLS slow.
+//   - Resolvers close idle connections after seconds. Over TLS a close looks
+//     like unread data, and so do session tickets; the pool tells them apart
+//     before it lends a connection.
+//   - The identity is part of the address (server-name). A resolver known by
+//     one name never answers for another, and sessions are not resumed across
+//     names.
 //   - "No such name" is an answer: Keep.
 package main
 
@@ -34,7 +33,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// lookup is the lines that matter.
+// lookup shows the use of the pool.
 func (r *resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr, err error) {
 	err = r.pool.With(ctx, r.addr, func(c connpool.Conn) error {
 		addrs, err = connpool.State[*codec](c).lookup(name)
@@ -49,7 +48,7 @@ type resolver struct {
 	addr connpool.Addr
 }
 
-// newResolver trusts roots, or those of the system if that is nil.
+// newResolver trusts roots, or the system's roots if roots is nil.
 func newResolver(addr connpool.Addr, roots *x509.CertPool) (*resolver, error) {
 	pool, err := connpool.New(connpool.Config{
 		MaxPerAddr:  4,

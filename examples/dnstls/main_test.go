@@ -67,8 +67,8 @@ func TestResolverOfAnotherNameIsNotBelieved(t *testing.T) {
 	}
 }
 
-// The server hangs up after each answer, as resolvers do after a while: no
-// question fails for it.
+// The server hangs up after each answer, as resolvers do after a while: no question fails
+// because of that.
 func TestServerThatHangsUpCostsAHandshakeAndNoAnswer(t *testing.T) {
 	gone := make(chan struct{}, 100)
 	s, roots, err := loopback.StartTLS(func(nc net.Conn) {

@@ -10,7 +10,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// result is what the directory says of an operation that failed.
+// result is the directory's result for an operation that failed.
 type result struct {
 	code int
 	text string
@@ -36,7 +36,7 @@ func (c *codec) send(operation []byte) error {
 	return err
 }
 
-// receive reads the next message that belongs to the operation under way.
+// receive reads the next message of the current operation.
 func (c *codec) receive() (tag byte, contents *parser, err error) {
 	tag, message, err := readElement(c.Reader)
 	if err != nil {
@@ -73,10 +73,10 @@ func outcome(p *parser) error {
 	return nil
 }
 
-// bind logs in. Its error fails the borrow, whatever it is.
+// bind logs in. Any error of bind fails the borrow.
 func (c *codec) bind(name, password string) error {
 	if name != "" && password == "" {
-		// An empty password binds as nobody, and the directory says success.
+		// An empty password binds anonymously, and the directory reports success.
 		return fmt.Errorf("ldap: no password for %q", name)
 	}
 	if err := c.send(element(tagBind, number(tagInteger, 3), octets(name), element(tagSimple, []byte(password)))); err != nil {
@@ -92,9 +92,8 @@ func (c *codec) bind(name, password string) error {
 	return outcome(p)
 }
 
-// search gives the values of one attribute of the entries below base in which
-// another attribute has the given value. No value needs to be escaped here: it
-// is no text that somebody parses.
+// search returns the values of one attribute of the entries below base in which another
+// attribute has the given value. Values need no escaping here, because no text is parsed.
 func (c *codec) search(base, key, value, attribute string) (values []string, err error) {
 	const wholeSubtree = 2
 	if err := c.send(element(tagSearch, octets(base), number(tagEnum, wholeSubtree), number(tagEnum, 0),
@@ -110,7 +109,7 @@ func (c *codec) search(base, key, value, attribute string) (values []string, err
 		switch tag {
 		case tagDone:
 			return values, outcome(p)
-		case tagReference: // elsewhere there may be more
+		case tagReference: // there may be more entries elsewhere
 			continue
 		case tagEntry:
 		default:

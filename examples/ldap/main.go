@@ -1,17 +1,17 @@
-// LDAP: bind and search. Run it as it is, or with the address of a directory
-// and the name to look for; whoever binds is named by the scope, and the
-// password is taken from LDAP_PASSWORD:
+// LDAP: bind and search. Run it as it is, or with the address of a directory and the name
+// to look for. The scope of the address names the user that binds; the password is taken
+// from LDAP_PASSWORD:
 //
 //	go run ./ldap ['tls://ldap.example:636?scope=cn=app,dc=example' alice]
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
-//   - Bind once per connection, in Setup, not before each search.
-//   - Who is bound is part of the address (Scope): a search on behalf of one
-//     identity never runs on a connection that is bound as another.
-//   - A directory that shuts down says so unasked (notice of disconnection).
-//     What comes unasked on an idle connection costs the connection, and is
-//     never taken for the answer to the next search.
+//   - Bind runs once per connection, in Setup, not before each search.
+//   - The bound user is part of the address (Scope): a search for one identity
+//     never runs on a connection that is bound as another.
+//   - A directory that shuts down sends an unrequested message (notice of
+//     disconnection). The pool closes an idle connection with unrequested
+//     bytes, so they are never taken for the answer to the next search.
 //   - "No such object" is an answer: Keep. A bind that is refused fails the
 //     borrow, and no half-bound connection stays behind.
 package main
@@ -31,7 +31,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// mail is the lines that matter.
+// mail shows the use of the pool.
 func (d *directory) mail(ctx context.Context, addr connpool.Addr, uid string) (mails []string, err error) {
 	err = d.pool.With(ctx, addr, func(c connpool.Conn) error {
 		mails, err = connpool.State[*codec](c).search(base, "uid", uid, "mail")
@@ -40,7 +40,7 @@ func (d *directory) mail(ctx context.Context, addr connpool.Addr, uid string) (m
 	return mails, err
 }
 
-// directory searches as whoever the scope of an address names.
+// directory searches as the user that the scope of an address names.
 type directory struct{ pool *connpool.Pool }
 
 const base = "ou=people,dc=example"

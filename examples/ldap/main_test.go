@@ -82,8 +82,8 @@ func TestNoSuchObjectCostsNoConnection(t *testing.T) {
 	require.Equal(t, 1, s.Accepted())
 }
 
-// The directory says unasked that it disconnects, right behind an answer. The
-// next search must neither fail for it nor take it for its answer.
+// The directory sends an unrequested notice of disconnection right after an answer. The
+// next search must neither fail because of the notice nor take it for its answer.
 func TestNoticeOfDisconnectionIsNobodysAnswer(t *testing.T) {
 	notice := element(tagSequence, number(tagInteger, 0), element(0x78, number(tagEnum, 52), octets(""), octets("shutting down")))
 	d, s := directoryOn(t, func(nc net.Conn) {
@@ -98,7 +98,7 @@ func TestNoticeOfDisconnectionIsNobodysAnswer(t *testing.T) {
 	require.Zero(t, d.pool.Stats().Idle)
 }
 
-// Before an answer, it fails the search that waits for one.
+// A notice before the answer fails the search that waits for the answer.
 func TestNoticeBeforeTheAnswerFailsTheSearch(t *testing.T) {
 	notice := element(tagSequence, number(tagInteger, 0), element(0x78, number(tagEnum, 52), octets(""), octets("shutting down")))
 	d, s := directoryOn(t, func(nc net.Conn) {
@@ -109,7 +109,7 @@ func TestNoticeBeforeTheAnswerFailsTheSearch(t *testing.T) {
 	require.Eventually(t, func() bool { return d.pool.Stats().Open == 0 }, time.Minute, time.Millisecond)
 }
 
-// talkative adds something to one of its writes.
+// talkative adds bytes to one of its writes.
 type talkative struct {
 	net.Conn
 	after int
@@ -126,7 +126,7 @@ func (t *talkative) Write(b []byte) (int, error) {
 	return t.Conn.Write(b)
 }
 
-// TRY-34: where an int has 32 bits too.
+// TRY-34: also where an int has 32 bits.
 func TestALengthBeyondTheBoundIsRefusedOnEverySystem(t *testing.T) {
 	for _, length := range []string{"\x84\xff\xff\xff\xff", "\x84\x80\x00\x00\x00", "\x84\x7f\xff\xff\xff", "\x83\xff\xff\xff"} {
 		_, _, err := readElement(bufio.NewReader(strings.NewReader("\x30" + length + "abc")))

@@ -17,19 +17,19 @@ import (
 var errMiss = errors.New("no such key")
 
 const (
-	maxKey   = 250     // of memcached
-	maxValue = 1 << 20 // of memcached, unless -I says otherwise
+	maxKey   = 250     // limit of memcached
+	maxValue = 1 << 20 // limit of memcached, unless -I changes it
 )
 
-// codec is the state of one connection. The reader is embedded, so that the
-// pool sees what it has buffered.
+// codec is the state of one connection. It embeds the reader, so that the pool sees what
+// the reader has buffered.
 type codec struct {
 	*bufio.Reader
 	w io.Writer
 }
 
-// soundKey keeps a key from ending the command it stands in. Nothing has been
-// sent when it fails, so the connection is kept.
+// soundKey refuses a key that would end the command it is part of. Nothing has been sent
+// then, so the connection is kept.
 func soundKey(key string) error {
 	if key == "" || len(key) > maxKey || strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
 		return connpool.Keep(fmt.Errorf("%q is no key: 1 to %d bytes without spaces", key, maxKey))
@@ -107,10 +107,10 @@ func (c *codec) expect(prefix, format string, args ...any) error {
 	return err
 }
 
-// refusal is the error in a line, if the server says that it cannot do what it
-// understood: then it has read all of the request, and the line is the whole
-// answer. After ERROR and CLIENT_ERROR nobody knows what of the request it still
-// has to read, so those are no refusals, and cost the connection.
+// refusal returns the error in a line if the server says that it cannot do what it
+// understood: then the server has read all of the request, and the line is the whole
+// answer. After ERROR and CLIENT_ERROR it is unknown how much of the request the server
+// still has to read. These are no refusals, and the pool closes the connection.
 func refusal(line string) error {
 	if !strings.HasPrefix(line, "SERVER_ERROR") {
 		return nil

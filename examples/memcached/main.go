@@ -2,15 +2,16 @@
 //
 //	go run ./memcached [tcp://127.0.0.1:11211]
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
 //   - A panic between the request and its answer, or a return in the middle of
 //     a value, leaves bytes on the connection that the next caller would take
-//     for his. Here such a connection is closed.
-//   - "Not found" is an answer and no failure: with Keep it costs no connection.
-//   - Restarts of the server: connections that died while idle are never lent.
-//   - One bufio.Reader per connection, not per call: what it has read ahead
-//     belongs to the connection, and the pool asks it whether anything is left.
+//     for its own. The pool closes such a connection.
+//   - "Not found" is an answer and no failure: with Keep the connection stays.
+//   - When the server restarts, connections that died while idle are never lent.
+//   - There is one bufio.Reader per connection, not per call: the bytes read
+//     ahead belong to the connection, and the pool asks the reader whether any
+//     are left.
 package main
 
 import (
@@ -27,7 +28,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// get is the lines that matter.
+// get shows the use of the pool.
 func (m *cache) get(ctx context.Context, key string) (value string, err error) {
 	err = m.pool.With(ctx, m.addr, func(c connpool.Conn) error {
 		value, err = connpool.State[*codec](c).get(key)

@@ -28,7 +28,7 @@ connections opened: 1
 	require.Error(t, run(&out, []string{"nowhere"}))
 }
 
-// Many callers, and each gets its own value, whatever the others do.
+// Of many callers, each gets its own value, whatever the others do.
 func share(t *testing.T, m *cache) {
 	var all sync.WaitGroup
 	for worker := range 16 {
@@ -109,8 +109,8 @@ func TestWithARealMemcached(t *testing.T) {
 	require.NoError(t, m.pool.With(t.Context(), m.addr, func(c connpool.Conn) error { return connpool.State[*codec](c).ping() }))
 }
 
-// TRY-34: what a server says of itself is a whole answer, and no reason to part
-// at the moment when it has the least to spare.
+// TRY-34: a server's error about itself is a whole answer, and no reason to close a
+// connection at the moment when the server has the fewest resources.
 func TestAServersErrorKeepsTheConnection(t *testing.T) {
 	s, err := loopback.Start(func(nc net.Conn) {
 		in := bufio.NewReader(nc)

@@ -12,7 +12,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// A message stands between a vertical tab and a file separator with a carriage
+// A message begins with a vertical tab and ends with a file separator and a carriage
 // return.
 const (
 	begins     = 0x0b
@@ -20,11 +20,11 @@ const (
 	maxMessage = 1 << 20
 )
 
-// message is an HL7 message: segments, each of which ends with a carriage
-// return, in fields.
+// message is an HL7 message: segments of fields; each segment ends with a carriage
+// return.
 type message string
 
-// field gives a field of the first segment of that name, as HL7 counts them.
+// field returns field n, in HL7's numbering, of the first segment of that name.
 func (m message) field(segment string, n int) string {
 	if segment == "MSH" {
 		n-- // MSH-1 is the separator itself
@@ -106,7 +106,7 @@ func (c *codec) deliver(m message) error {
 	return nil
 }
 
-// ward is a receiver that wants a patient in each message.
+// ward is a receiver that demands a patient in each message.
 type ward struct {
 	mu       sync.Mutex // guards received
 	received []string   // control ids

@@ -1,19 +1,20 @@
-// MLLP, the transport of HL7 version 2 messages between the systems of a
-// hospital. Run it as it is, or with the address of a receiver:
+// MLLP, the transport of HL7 version 2 messages between the systems of a hospital. Run it
+// as it is, or with the address of a receiver:
 //
 //	go run ./mllp [tcp://192.0.2.7:2575]
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
-//   - An acknowledgement that comes late confirms somebody else's message, and
-//     a result counts as delivered that never was. A connection on which a wait
-//     ended early is closed; the control id is compared besides.
-//   - Receivers close after minutes of silence, often without a word from the
-//     firewall between. Dead connections are found before they are lent.
-//   - A refusal (AE, AR) is an answer, to be told to the sender: Keep.
-//   - Whoever wants a message delivered at least once repeats it with the same
-//     control id. That decision needs the message, so the pool never makes it:
-//     fn runs once.
+//   - An acknowledgement that comes late would confirm another message, and a
+//     result would count as delivered that never was. The pool closes a
+//     connection on which a wait ended early; the codec also compares control
+//     ids.
+//   - Receivers close after minutes of silence, and a firewall between often
+//     hides the close. The pool finds dead connections before it lends them.
+//   - A refusal (AE, AR) is an answer to report to the sender: Keep.
+//   - To deliver a message at least once, the sender repeats it with the same
+//     control id. That decision depends on the message, so the pool never
+//     repeats anything: fn runs once.
 package main
 
 import (
@@ -31,7 +32,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// deliver is the lines that matter.
+// deliver shows the use of the pool.
 func (s *sender) deliver(ctx context.Context, m message) error {
 	return s.pool.With(ctx, s.addr, func(c connpool.Conn) error {
 		return connpool.State[*codec](c).deliver(m)
@@ -47,7 +48,7 @@ type sender struct {
 func newSender(addr connpool.Addr) (*sender, error) {
 	pool, err := connpool.New(connpool.Config{
 		MaxPerAddr:  2,
-		IdleTimeout: time.Minute, // below that of the receiver
+		IdleTimeout: time.Minute, // shorter than the receiver's
 		Setup: func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
 			return &codec{bufio.NewReader(nc), nc}, nil
 		},

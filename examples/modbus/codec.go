@@ -43,7 +43,7 @@ type codec struct {
 	transaction uint16
 }
 
-// ask sends a request and returns what follows the function code of the answer.
+// ask sends a request and returns the part of the answer after the function code.
 func (c *codec) ask(unit, function byte, body ...byte) ([]byte, error) {
 	c.transaction++
 	if err := send(c.rw, c.transaction, unit, append([]byte{function}, body...)); err != nil {
@@ -97,8 +97,7 @@ func words(all ...uint16) []byte {
 	return b
 }
 
-// send writes a frame: transaction, protocol 0, length of what follows, unit,
-// and the PDU.
+// send writes a frame: transaction, protocol 0, length of the rest, unit, and the PDU.
 func send(w io.Writer, transaction uint16, unit byte, pdu []byte) error {
 	frame := append(words(transaction, 0, uint16(len(pdu)+1)), unit)
 	_, err := w.Write(append(frame, pdu...))

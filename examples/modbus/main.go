@@ -1,18 +1,19 @@
-// Modbus/TCP. Run it as it is, or with the address of a device whose unit 1 has
-// a holding register 0 that may be written:
+// Modbus/TCP. Run it as it is, or with the address of a device whose unit 1 has a holding
+// register 0 that may be written:
 //
 //	go run ./modbus [tcp://192.0.2.7:502?keepalive=30s]
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
-//   - Devices take few connections, often one. MaxPerAddr is that limit, and
+//   - Devices accept few connections, often one. MaxPerAddr is that limit, and
 //     callers queue in order instead of being refused by the device.
-//   - A reply that comes after its caller gave up is the worst there is: a
-//     register value that is some other register's. The connection is closed
-//     with the caller; the transaction id is checked besides.
+//   - A reply that comes after its caller gave up is the worst case: the next
+//     caller reads the value of another register. The pool closes the
+//     connection when the caller gives up; the codec also compares transaction
+//     ids.
 //   - A device that was switched off leaves a connection that looks open.
-//     Keep-alive and user time-out are part of the address, for each device its
-//     own.
+//     Keep-alive and user timeout are part of the address, so each device has
+//     its own.
 //   - An exception reply ("illegal data address") is an answer: Keep.
 package main
 
@@ -30,7 +31,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// read is the lines that matter.
+// read shows the use of the pool.
 func (d *device) read(ctx context.Context, register, count uint16) (values []uint16, err error) {
 	err = d.pool.With(ctx, d.addr, func(c connpool.Conn) error {
 		values, err = connpool.State[*codec](c).read(d.unit, register, count)

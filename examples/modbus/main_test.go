@@ -31,7 +31,7 @@ func deviceOn(t *testing.T, p *plc) (*device, *loopback.Server) {
 	return &device{pool, s.Addr(), 1}, s
 }
 
-// A device that takes one connection, and many who want to read it.
+// A device that accepts one connection, and many callers that want to read it.
 func TestCallersQueueForTheOneConnection(t *testing.T) {
 	p := newPLC(64)
 	for i := range p.registers {
@@ -54,7 +54,7 @@ func TestCallersQueueForTheOneConnection(t *testing.T) {
 	require.Equal(t, 1, d.pool.Stats().PeakOpen)
 }
 
-// The reply to a read that was given up must not become another register's.
+// The reply to a read that was given up must not become another register's value.
 func TestLateValueMeetsNobody(t *testing.T) {
 	p := newPLC(2)
 	p.registers[0], p.registers[1] = 111, 222

@@ -11,8 +11,8 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// codec is the state of one connection: what package net/rpc does on the
-// client's side, one call at a time.
+// codec is the state of one connection: the client's side of package net/rpc, one call at
+// a time.
 type codec struct {
 	*bufio.Reader // its Buffered tells the pool of bytes left unread
 	w             *bufio.Writer
@@ -48,7 +48,7 @@ func (c *codec) call(method string, args, reply any) error {
 	case head.Seq != c.seq:
 		return fmt.Errorf("net/rpc: the answer to call %d came to call %d", head.Seq, c.seq) // out of step: close it
 	case head.Error != "":
-		if err := c.dec.DecodeValue(reflect.Value{}); err != nil { // the body, which says nothing
+		if err := c.dec.DecodeValue(reflect.Value{}); err != nil { // the body is empty
 			return err
 		}
 		return connpool.Keep(rpc.ServerError(head.Error))

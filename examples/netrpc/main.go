@@ -1,20 +1,21 @@
 // Package net/rpc of the standard library, with its gob encoding, over pooled
 // connections.
 //
-// The library's own rpc.Client keeps one connection, on which a goroutine reads
-// all the time: one slow reply does not hold up the others, but one large reply
-// does, the end of the connection is the end of the client (ErrShutdown for
-// ever), and nobody dials again. Here the same protocol is spoken one call at a
-// time over as many connections as are needed.
+// The library's own rpc.Client keeps one connection, from which a goroutine reads all the
+// time. A slow reply does not delay the others, but a large reply does. When the
+// connection ends, the client ends too (it returns ErrShutdown for ever), and nobody
+// dials again. This example speaks the same protocol, one call at a time, over as many
+// connections as are needed.
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
 //   - Encoder and decoder live as long as the connection. gob describes each
 //     type once per stream: a new encoder on an old connection describes it
 //     again ("duplicate type received"), a new decoder misses the descriptions.
-//   - Dialing again after the server was restarted, without an ErrShutdown.
-//   - An error of the method is an answer: with Keep it costs no connection,
-//     while a call whose ctx ended in the middle does.
+//   - The pool dials again after the server was restarted, without an
+//     ErrShutdown.
+//   - An error of the method is an answer: with Keep the connection stays. If
+//     the ctx ends in the middle of a call, the pool closes the connection.
 package main
 
 import (
@@ -31,7 +32,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// call is the lines that matter.
+// call shows the use of the pool.
 func (c *client) call(ctx context.Context, method string, args, reply any) error {
 	return c.pool.With(ctx, c.addr, func(conn connpool.Conn) error {
 		return connpool.State[*codec](conn).call(method, args, reply)

@@ -20,10 +20,10 @@ func TestExampleRuns(t *testing.T) {
 	require.Equal(t, "84 / 2 = 42, <nil>\n1 / 0 = 0, division by zero\n100 / 7 = 14, <nil>\nconnections opened: 1\n", out.String())
 }
 
-// Slow answers when it is told to.
+// Slow delays its answers on request.
 type Slow struct{ release chan struct{} }
 
-// Wait answers late if Late.
+// Wait answers late if Late is set.
 func (s Slow) Wait(q struct {
 	Late bool
 	N    int

@@ -19,7 +19,7 @@ type redisError string
 
 func (e redisError) Error() string { return string(e) }
 
-// push is what the server sends unasked.
+// push is a message that the server sends unasked.
 type push []any
 
 const (
@@ -35,8 +35,8 @@ type codec struct {
 	cache         *cache
 }
 
-// Close is called by the pool when the connection ends, for whatever reason:
-// from now on nobody is told when the keys it has read change.
+// The pool calls Close when the connection ends, for whatever reason: from then on the
+// server no longer reports changes of the keys that this connection has read.
 func (c *codec) Close() error {
 	c.cache.forgetAll(c)
 	return nil
@@ -47,7 +47,7 @@ func (c *codec) do(words ...string) (any, error) {
 	return c.exchange(func(any) {}, words...)
 }
 
-// get reads a key, and keeps what it has read until an invalidation comes.
+// get reads a key, and caches the value until an invalidation comes.
 func (c *codec) get(key string) (string, error) {
 	reply, err := c.exchange(func(reply any) {
 		if text, ok := reply.(string); ok {
@@ -66,8 +66,8 @@ func (c *codec) get(key string) (string, error) {
 	return "", fmt.Errorf("redis: %T in reply to GET", reply)
 }
 
-// exchange calls heard with the reply, before the pushes that come behind it:
-// their order is what keeps the cache honest.
+// exchange calls heard with the reply before it handles the pushes that follow the reply:
+// their order keeps the cache correct.
 func (c *codec) exchange(heard func(any), words ...string) (any, error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "*%d\r\n", len(words))
@@ -87,7 +87,7 @@ func (c *codec) exchange(heard func(any), words ...string) (any, error) {
 			continue
 		}
 		heard(v)
-		for c.Buffered() > 0 { // these came along: Config.Push would be called for them
+		for c.Buffered() > 0 { // pushes that came with the reply; otherwise Config.Push would be called for them
 			if err := c.hear(); err != nil {
 				return nil, err
 			}
@@ -99,7 +99,7 @@ func (c *codec) exchange(heard func(any), words ...string) (any, error) {
 	}
 }
 
-// hear reads one push, where no reply is owed.
+// hear reads one push while no reply is outstanding.
 func (c *codec) hear() error {
 	v, err := c.value(maxDepth)
 	if err != nil {
@@ -113,8 +113,8 @@ func (c *codec) hear() error {
 	return nil
 }
 
-// invalidate takes a push: keys that have changed, or nil for all of them.
-// Other pushes are none of the cache's business.
+// invalidate handles a push: keys that have changed, or nil for all keys. It ignores
+// other pushes.
 func (c *codec) invalidate(p push) {
 	if len(p) != 2 || p[0] != "invalidate" {
 		return
@@ -188,7 +188,7 @@ func (c *codec) value(depth int) (any, error) {
 	return items, nil
 }
 
-// cache is what all connections of a client have read and still track.
+// cache holds what the connections of a client have read and still track.
 type cache struct {
 	mu   sync.Mutex // guards kept
 	kept map[string]entry
@@ -196,7 +196,7 @@ type cache struct {
 
 type entry struct {
 	value string
-	by    *codec // whose connection hears of a change
+	by    *codec // the connection that gets the invalidation
 }
 
 func newCache() *cache { return &cache{kept: make(map[string]entry)} }

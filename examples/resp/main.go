@@ -1,24 +1,26 @@
-// Redis (RESP3) with pushes: a cache in the client that the server keeps honest.
-// Run it as it is, or with the address of a server of version 6 or later:
+// Redis (RESP3) with pushes: a cache in the client that the server keeps up to date. Run
+// it as it is, or with the address of a server of version 6 or later:
 //
 //	go run ./resp [tcp://127.0.0.1:6379]
 //
-// Each connection is told to track what it reads (CLIENT TRACKING ON). When
+// Each connection asks the server to track what it reads (CLIENT TRACKING ON). When
 // somebody changes one of these keys, the server pushes an invalidation on that
-// connection, asked or not, also between a request and its reply.
+// connection, unasked, and possibly between a request and its reply.
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
-//   - A push that comes while the connection is idle is no reply to the next
-//     request. The pool lends the connection to Config.Push, which reads it, and
-//     nobody borrows it meanwhile.
-//   - The server forgets what a connection tracked when that ends. The state of
-//     a connection is closed with it, whatever the reason (here: its part of the
-//     cache is dropped), so that nothing stays cached that nobody tracks.
-//   - Without either, one reads stale values for ever, or other people's.
+//   - A push that comes while the connection is idle is never taken for the
+//     reply to the next request. The pool lends the connection to Config.Push,
+//     which reads the push, and to nobody else meanwhile.
+//   - When a connection ends, the server forgets what it tracked. The pool
+//     closes the state of a connection with the connection, whatever the reason
+//     (here: the state drops its part of the cache), so that the cache holds
+//     nothing that is no longer tracked.
+//   - Without these two, a client reads stale values for ever, or other
+//     clients' replies.
 //
-// On Linux an invalidation is read as soon as it arrives; elsewhere
-// Config.SweepInterval says how late that may be.
+// On Linux an invalidation is read as soon as it arrives; elsewhere it may come late by
+// up to Config.SweepInterval.
 package main
 
 import (
@@ -36,7 +38,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// get is the lines that matter.
+// get shows the use of the pool.
 func (c *client) get(ctx context.Context, key string) (value string, err error) {
 	if value, ok := c.cache.look(key); ok {
 		return value, nil

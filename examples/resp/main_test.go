@@ -61,9 +61,9 @@ func clientOn(t *testing.T, s *server) (*client, *loopback.Server) {
 	return c, l
 }
 
-// Readers and writers of the same keys over the same few connections, with
-// pushes at every moment: each reply is that of its request, and no value is
-// read that was never written.
+// Readers and writers use the same keys over the same few connections, with pushes at
+// every moment: each reply belongs to its request, and no value is read that was never
+// written.
 func TestPushesNeverBecomeReplies(t *testing.T) {
 	c, _ := clientOn(t, newServer())
 	for key := range 4 {
@@ -101,7 +101,7 @@ func TestPushesNeverBecomeReplies(t *testing.T) {
 	}, time.Minute, time.Millisecond, "what was cached is not stale for ever")
 }
 
-// The connection that tracks a key ends: nobody would hear of a change.
+// When the connection that tracks a key ends, nobody would learn of a change.
 func TestCacheForgetsWithTheConnectionThatTracks(t *testing.T) {
 	s := newServer()
 	c, _ := clientOn(t, s)
@@ -114,7 +114,7 @@ func TestCacheForgetsWithTheConnectionThatTracks(t *testing.T) {
 	require.Eventually(t, func() bool { _, cached := c.cache.look("a"); return !cached }, time.Minute, time.Millisecond)
 }
 
-// A push to an idle connection is heard, and costs neither that nor a reply.
+// A push to an idle connection is read; the connection stays, and no reply is lost.
 func TestPushWhileIdleIsHeard(t *testing.T) {
 	s := newServer()
 	mine, l := clientOn(t, s)

@@ -9,10 +9,10 @@ import (
 	"sync"
 )
 
-// server knows HELLO, CLIENT TRACKING, GET and SET, and tells who has read a key
-// that it has changed.
+// server knows HELLO, CLIENT TRACKING, GET and SET, and tells the readers of a key when
+// it has changed.
 type server struct {
-	mu      sync.Mutex // guards what follows, and orders what is written to tracked connections
+	mu      sync.Mutex // guards the fields below, and orders writes to tracked connections
 	values  map[string]string
 	readers map[string]map[net.Conn]bool
 }

@@ -19,17 +19,17 @@ import (
 
 const maxFrame = 16 << 20
 
-// frames is a framed transport of Thrift: each message behind its length in
-// four bytes. What it has read ahead, and what is left of a frame, can be asked
-// for; and it belongs to one borrower at a time.
+// frames is Thrift's framed transport: each message follows its length in four bytes. It
+// can report what it has read ahead and what is left of a frame, and it belongs to one
+// borrower at a time.
 type frames struct {
 	in   *bufio.Reader
 	nc   net.Conn
-	left int // of the frame that is being read
+	left int // bytes left of the current frame
 	out  bytes.Buffer
 }
 
-// Buffered is for the pool.
+// The pool calls Buffered.
 func (f *frames) Buffered() int { return f.in.Buffered() + f.left }
 
 func (f *frames) Read(b []byte) (int, error) {
@@ -59,16 +59,16 @@ func (f *frames) Flush(context.Context) error {
 }
 
 func (f *frames) RemainingBytes() uint64 { return uint64(f.left) }
-func (f *frames) IsOpen() bool           { return true } // whoever has it was lent it
+func (f *frames) IsOpen() bool           { return true } // the borrower has it, so it is open
 func (f *frames) Open() error            { return nil }
-func (f *frames) Close() error           { return nil } // the connection is the pool's
+func (f *frames) Close() error           { return nil } // the connection belongs to the pool
 
 func newFrames(nc net.Conn) *frames { return &frames{in: bufio.NewReader(nc), nc: nc} }
 
 var limits = &thrift.TConfiguration{MaxMessageSize: maxFrame, MaxFrameSize: maxFrame}
 
-// codec is the state of one connection. The client of the library counts the
-// calls, and finds an answer that is another call's.
+// codec is the state of one connection. The library's client counts the calls, and
+// detects the answer to another call.
 type codec struct {
 	*frames
 	client *thrift.TStandardClient
@@ -86,7 +86,8 @@ func (c *codec) call(ctx context.Context, method string, args, result thrift.TSt
 	if errors.As(err, &exception) && c.Buffered() == 0 {
 		switch exception.TypeId() {
 		case thrift.BAD_SEQUENCE_ID, thrift.WRONG_METHOD_NAME, thrift.INVALID_MESSAGE_TYPE_EXCEPTION:
-			// Found by the client: the answer is somebody else's. Close it.
+			// The library's client found the answer to another call: close the
+			// connection.
 		default:
 			err = connpool.Keep(err)
 		}
@@ -94,8 +95,8 @@ func (c *codec) call(ctx context.Context, method string, args, result thrift.TSt
 	return meta, err
 }
 
-// numbers is a structure with fields of type i32, by their ids: the arguments of
-// divide, or (as field 0) its result.
+// numbers is a structure with fields of type i32, by their ids: the arguments of divide,
+// or (as field 0) its result.
 type numbers map[int16]int32
 
 func (n *numbers) Write(ctx context.Context, p thrift.TProtocol) error {

@@ -1,22 +1,21 @@
-// Apache Thrift: framed transport, binary protocol. What the Thrift compiler
-// generates calls its server through a thrift.TClient. Here the pool is one, so
-// that generated clients work as they are, and any number of goroutines may
-// share them:
+// Apache Thrift: framed transport, binary protocol. The code that the Thrift compiler
+// generates calls its server through a thrift.TClient. The type client below is a
+// thrift.TClient over the pool, so generated clients work unchanged, and any number of
+// goroutines may share them:
 //
 //	calculator.NewCalculatorClient(&client{pool, addr}).Add(ctx, 1, 2)
 //
-// (This example does without generated code: it writes out the two structures of
-// one call.)
+// (This example uses no generated code: it writes out the two structures of one call.)
 //
-// What the pool spares its author:
+// What the pool does for its user:
 //
-//   - A generated client has one transport and may be used by one goroutine at a
-//     time. Sharing it anyway mixes up the answers.
-//   - IsOpen of the library's socket says yes after the server has gone.
-//   - The library's transports read ahead into a buffer that nobody can look
-//     into. The frames here are read from one that the pool can ask.
-//   - An exception of the method is an answer; a call whose ctx ended half way
-//     costs its connection, and the late answer meets nobody.
+//   - A generated client has one transport and is for one goroutine at a time.
+//     If goroutines share it, their answers get mixed up.
+//   - IsOpen of the library's socket returns true after the server has gone.
+//   - The library's transports read ahead into a buffer that nobody can
+//     inspect. The frames here are read from a buffer that the pool can ask.
+//   - An exception of the method is an answer. If the ctx ends in the middle of
+//     a call, the pool closes the connection, and nobody gets the late answer.
 package main
 
 import (
@@ -33,7 +32,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/examples/internal/loopback"
 )
 
-// Call is the lines that matter.
+// Call shows the use of the pool.
 func (c *client) Call(ctx context.Context, method string, args, result thrift.TStruct) (meta thrift.ResponseMeta, err error) {
 	err = c.pool.With(ctx, c.addr, func(conn connpool.Conn) error {
 		meta, err = connpool.State[*codec](conn).call(ctx, method, args, result)

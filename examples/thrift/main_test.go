@@ -62,7 +62,7 @@ func TestExceptionCostsNoConnection(t *testing.T) {
 	require.Equal(t, 1, s.Accepted())
 }
 
-// slowFirst answers the first request when it may.
+// slowFirst answers the first request when it is released.
 type slowFirst struct {
 	net.Conn
 	late chan struct{}
@@ -103,7 +103,7 @@ func TestAnswerToAnotherCallCostsTheConnection(t *testing.T) {
 
 type miscounting struct{ net.Conn }
 
-// Write changes the sequence id, which stands behind the name of the method.
+// Write changes the sequence id, which follows the name of the method.
 func (m *miscounting) Write(b []byte) (int, error) {
 	if i := bytes.Index(b, []byte("divide")); i >= 0 {
 		b = bytes.Clone(b)
@@ -112,7 +112,7 @@ func (m *miscounting) Write(b []byte) (int, error) {
 	return m.Conn.Write(b)
 }
 
-// The server answers twice. The second answer is nobody's.
+// The server answers twice. The second answer belongs to no call.
 func TestAnswerTooManyCostsTheConnection(t *testing.T) {
 	c, s := clientOf(t, func(nc net.Conn) { serveCalculator(&stuttering{nc}) })
 	for range 3 {

@@ -1,16 +1,15 @@
-// Package clock tells how time passes for a pool, at little cost: while it
-// is asked often, Now is an atomic load, as a rule at most one tick (10 ms) behind.
+// Package clock measures time for a pool, cheaply: while Now is called often, it is an
+// atomic load of a value that is, as a rule, at most one tick (10 ms) old.
 //
-// Behind the door are the monotonic clock, a timer that runs only while more than
-// one reading a tick is asked for, and the steps of the wall clock against the
-// monotonic one, from which Age knows of a machine that slept.
+// The package holds the monotonic clock, a timer that runs only while Now is called more
+// than once a tick, and the steps of the wall clock against the monotonic one, from which
+// Age knows that the machine has slept.
 //
-// Nothing here blocks. A mutex is held for the time of one reading of the real
-// clock; no other lock is taken under it and no foreign code runs under it, except
-// Clock.Read.
+// Nothing here blocks. The mutex is held for one reading of the real clock; under it no
+// other lock is taken and no foreign code runs, except Clock.Read.
 //
-// The zero value of a Clock is ready once Read is set. The zero Instant is no
-// moment: no reading ever gives it, so it may stand for "never".
+// The zero value of a Clock is ready once Read is set. The zero Instant is no moment: no
+// reading returns it, so it may stand for "never".
 package clock
 
 import (
@@ -19,69 +18,69 @@ import (
 	"time"
 )
 
-// Instant is a moment on a pool's clock, in nanoseconds. 0 is no moment. Instants
-// of two clocks have nothing to do with each other.
+// Instant is a moment on a pool's clock, in nanoseconds. 0 is no moment. Instants of two
+// clocks cannot be compared.
 type Instant int64
 
-// Sub is the time from u to t; it is negative if t comes first.
+// Sub returns the time from u to t; it is negative if t is earlier.
 func (t Instant) Sub(u Instant) time.Duration { return time.Duration(t - u) }
 
 // Tick is the period of the coarse clock.
 const Tick = 10 * time.Millisecond
 
-// Clock tells how time passes for a pool. It is the monotonic clock: what the
-// pool measures and tells (waits, holds, ages, how long a dial took) does not
-// change because somebody sets the wall clock.
+// Clock measures time for a pool. It follows the monotonic clock, so that durations which
+// the pool measures and reports (waits, holds, ages, dial times) do not change when
+// somebody sets the wall clock.
 //
-// Whether something is stale is another question. A laptop that slept has stale
-// connections, although its monotonic clock stood still meanwhile and only the
-// wall clock went on. So the clock also remembers by how much the wall clock ran
-// ahead of the monotonic one and when, and Age counts that. What was sleep and
-// what was somebody's hand cannot be told apart. Therefore the steps that a
-// connection has lived through never add up: it is older by the largest of them,
-// and a wall clock that is set back and forth for ever expires nothing for ever.
+// Staleness needs the wall clock as well. After a laptop slept, its connections are
+// stale, although the monotonic clock stood still and only the wall clock went on. Clock
+// therefore remembers when the wall clock ran ahead of the monotonic one, and by how
+// much, and Age counts that as time. Clock cannot tell sleep from somebody setting the
+// wall clock. So the steps that a connection has lived through do not add up: Age adds
+// only the largest of them. A wall clock that is set back and forth for ever does not
+// expire connections for ever.
 //
-// Two readings of the real clock would cost a loan more than all its books, so
-// Now is coarse: while it is asked more than once a tick, a timer reads the
-// real clock each tick, and Now is a load. A tick in which nobody asked is the
-// last one; a pool that rests, or is used now and then, has no timer, and its
-// clock is exact. Now is behind by a tick, and by the time that the timer waits
-// for a processor: none on a machine with one to spare, up to some tenths of a
-// second on one that is overloaded. It never goes back, and what was read exactly
-// is known to it at once. That the machine has slept is known at the first
-// reading of the real clock after it woke: a tick later, if the clock ticked when
-// it fell asleep.
+// Two readings of the real clock would cost a loan more than all of its bookkeeping, so
+// Now is coarse. While Now is called more than once a tick, a timer reads the real clock
+// each tick, and Now is a load. The timer stops after a tick in which Now was not called;
+// while it is stopped, Now reads the real clock. Now is late by up to a tick plus the
+// time that the timer waits for a processor: none on a machine that has one to spare,
+// some tenths of a second on an overloaded one. Now never goes back, and is never behind
+// an earlier result of Exactly. Clock learns that the machine has slept at the first
+// reading of the real clock after the machine woke: one tick later, if the timer was
+// running when the machine fell asleep.
 type Clock struct {
-	Read  func() time.Time // time.Now, but for tests; never changed while somebody reads
-	Exact bool             // Now never lags; set before the first reading
+	Read  func() time.Time // time.Now, except in tests; must not change while somebody reads the clock
+	Exact bool             // Now always reads the real clock; set before the first reading
 
-	latest atomic.Int64            // as of the last tick; 0: nothing ticks
-	asked  atomic.Bool             // since the last tick
-	steps  atomic.Pointer[[]sleep] // of the wall clock, see remember; nil as a rule. What it points to is never written again
+	latest atomic.Int64            // the last tick; 0: the timer is stopped
+	asked  atomic.Bool             // Now was called since the last tick
+	steps  atomic.Pointer[[]sleep] // steps of the wall clock, see remember; usually nil. The slice is never written after it is stored
 
-	mu    sync.Mutex // guards what follows; nothing else happens under it
+	mu    sync.Mutex // guards the fields below; nothing else happens under it
 	at    Instant    // the latest reading
-	then  time.Time  // what Read said at it
+	then  time.Time  // what Read returned at that reading
 	timer *time.Timer
 }
 
-// sleep is a moment at which the wall clock was found ahead of the monotonic one
-// by more than before.
+// sleep records that, at a moment, the wall clock was found further ahead of the
+// monotonic one than before.
 type sleep struct {
 	at Instant
 	by time.Duration
 }
 
-// The wall clock is slewed, and the two readings of one time.Time are a moment
-// apart: less than leastStep is no step. One of more than longestStep counts as that long, so that an age can be
-// added to any duration of a Config. No more than maxSteps are remembered.
+// The wall clock is slewed, and the two readings in one time.Time are a moment apart, so
+// a difference below leastStep is no step. A step above longestStep counts as
+// longestStep, so that an age can be added to any duration of a Config. At most maxSteps
+// steps are remembered.
 const (
 	leastStep   = Tick
 	longestStep = 100 * 365 * 24 * time.Hour
 	maxSteps    = 16
 )
 
-// Now is the time, to within a tick as a rule.
+// Now returns the time, as a rule to within a tick.
 func (k *Clock) Now() Instant {
 	if t := k.latest.Load(); t != 0 {
 		if !k.asked.Load() {
@@ -105,15 +104,16 @@ func (k *Clock) Now() Instant {
 	return now
 }
 
-// Exactly is the time for what somebody may compare with a clock of his own.
+// Exactly returns the time from the real clock. Use it for a time that somebody may
+// compare with a clock of their own.
 func (k *Clock) Exactly() Instant {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.advance()
 }
 
-// Age is how long ago then was, as far as what has been left alone since then is
-// concerned: now less then, and the longest sleep in between.
+// Age returns the time from then to now for something left alone in between: the
+// difference of the two, plus the longest step of the wall clock between them.
 func (k *Clock) Age(then, now Instant) time.Duration {
 	steps := k.steps.Load()
 	if steps == nil {
@@ -122,9 +122,9 @@ func (k *Clock) Age(then, now Instant) time.Duration {
 	return now.Sub(then) + longestAfter(*steps, then)
 }
 
-// longestAfter is the longest of the steps that came after then. They are in
-// order of time, and each is longer than all that came later. (What has the
-// moment of a step came after it.)
+// longestAfter returns the longest of the steps after then. steps is in order of time,
+// and each is longer than all later ones, so the first after then is the longest. A step
+// whose moment is then came before it.
 func longestAfter(steps []sleep, then Instant) time.Duration {
 	for _, s := range steps {
 		if s.at > then {
@@ -134,31 +134,31 @@ func longestAfter(steps []sleep, then Instant) time.Duration {
 	return 0
 }
 
-// advance reads the real clock; it needs mu.
+// advance reads the real clock. The caller holds mu.
 func (k *Clock) advance() Instant {
 	t := k.Read()
 	if k.at == 0 {
 		k.at = 1
 	} else {
-		passed := max(0, t.Sub(k.then)) // where there is no monotonic clock, that too may go back
+		passed := max(0, t.Sub(k.then)) // without a monotonic clock this difference may be negative too
 		k.at += Instant(passed)
 		if by := t.Round(0).Sub(k.then.Round(0)) - passed; by >= leastStep {
-			k.at++ // what came before the step is told from what came after it
+			k.at++ // so that a moment before the step differs from one after it
 			k.remember(sleep{k.at, min(by, longestStep)})
 		}
 	}
 	k.then = t
-	if k.latest.Load() != 0 { // what was read exactly is never ahead of Now by more than a tick
+	if k.latest.Load() != 0 { // Now is never more than a tick behind an exact reading
 		k.latest.Store(int64(k.at))
 	}
 	return k.at
 }
 
-// remember adds a step of the wall clock; it needs mu. A shorter one before it
-// will never be asked for again. If there are too many all the same, the oldest
-// two become one, which is as long as the longer and as late as the later of
-// them: what came in between counts as older than it is, but by no more than a
-// step that there was.
+// remember adds a step of the wall clock. The caller holds mu. It drops shorter earlier
+// steps, because longestAfter would never return them. If there are still too many, it
+// merges the two oldest into one that is as long as the longer and as late as the later.
+// A connection from between the two then counts as older than it is, by no more than a
+// step that did happen.
 func (k *Clock) remember(s sleep) {
 	var steps []sleep
 	if old := k.steps.Load(); old != nil {

@@ -28,7 +28,7 @@ func TestTheCoarseClockLagsByATickAtMost(t *testing.T) {
 			require.Equal(t, time.Since(start), k.Now().Sub(begin), "what was read exactly is known")
 		}
 		require.True(t, k.ticks())
-		time.Sleep(2*Tick + 1) // lets it come to rest
+		time.Sleep(2*Tick + 1) // lets the timer stop
 		synctest.Wait()
 		require.False(t, k.ticks())
 	})
@@ -61,7 +61,7 @@ func TestAClockThatMustBeExactNeverTicks(t *testing.T) {
 	})
 }
 
-// stepped is a clock over a real one that a test sets: both its hands, or the wall's alone.
+// stepped is a clock that a test sets: both its readings, or the wall clock's alone.
 type stepped struct {
 	mu  sync.Mutex // guards now
 	now time.Time
@@ -79,9 +79,9 @@ func (s *stepped) step(monotonic, wall time.Duration) {
 	s.now = onTheWall(s.now.Add(monotonic), wall-monotonic)
 }
 
-// TRY-21: what is measured follows the monotonic clock. What is old may be older than
-// that: the monotonic clock stands still while a laptop sleeps, and only the wall
-// clock tells. A wall clock that is set back makes nothing younger.
+// TRY-21: measured durations follow the monotonic clock. An age may be longer: the
+// monotonic clock stands still while a laptop sleeps, and only the wall clock shows it. A
+// wall clock that is set back makes nothing younger.
 func TestTheClockMeasuresByOneHandAndAgesByBoth(t *testing.T) {
 	real := &stepped{now: time.Now()}
 	k := newClock()
@@ -110,8 +110,8 @@ func TestTheClockMeasuresByOneHandAndAgesByBoth(t *testing.T) {
 	require.Zero(t, k.Age(now, now), "what begins after a step is not aged by it")
 }
 
-// TRY-21: however the wall clock is set, what has been left alone for a while is no older
-// than that while and the largest step in it, and no younger than either.
+// TRY-21: however the wall clock is set, the age of something is never less than the time
+// that has passed, and never more than that time plus the largest step in it.
 func TestStepsOfTheWallClockNeverAddUp(t *testing.T) {
 	for seed := range uint64(200) {
 		r := rand.New(rand.NewPCG(seed, 5))
@@ -146,7 +146,7 @@ func TestStepsOfTheWallClockNeverAddUp(t *testing.T) {
 		}
 		require.LessOrEqual(t, len(*k.steps.Load()), maxSteps)
 	}
-	// One after another, each shorter: the list is full, and the longest rules.
+	// One after another, each shorter: the list is full, and the longest step counts.
 	real := &stepped{now: time.Now()}
 	k := newClock()
 	k.Read = real.read
@@ -160,9 +160,9 @@ func TestStepsOfTheWallClockNeverAddUp(t *testing.T) {
 	require.Equal(t, now.Sub(begin)+1000*time.Second, k.Age(begin, now))
 }
 
-// TRY-49: many readings, however close, are worth no more time than few. (The two hands
-// of a reading are taken one after the other, so the wall clock seems to run ahead by
-// some nanoseconds at each.)
+// TRY-49: many readings, however close together, add up to no more time than few
+// readings. (The two readings of one time.Time are taken one after the other, so the wall
+// clock seems to run ahead by some nanoseconds each time.)
 func TestAClockThatIsReadOftenRunsNoFaster(t *testing.T) {
 	now := time.Now()
 	k := newClock()
@@ -183,7 +183,7 @@ func TestAClockThatIsReadOftenRunsNoFaster(t *testing.T) {
 	require.InDelta(t, real.Seconds(), told.Seconds(), real.Seconds()/1000)
 	require.Equal(t, real, k.Age(from, from+Instant(real)))
 
-	// And by the real one, which nobody stops meanwhile.
+	// The same with the real clock, which runs meanwhile.
 	k = newClock()
 	start, from = time.Now(), k.Exactly()
 	for range 1_000_000 {
@@ -193,8 +193,8 @@ func TestAClockThatIsReadOftenRunsNoFaster(t *testing.T) {
 	require.LessOrEqual(t, told, time.Since(start))
 }
 
-// TRY-49: the lag is that of a tick, also after the machine slept: the first reading of
-// the real clock that follows knows of the sleep.
+// TRY-49: the lag is one tick, also after the machine slept: the first reading of the
+// real clock after the sleep shows the sleep.
 func TestATickAfterASleepTheClockKnows(t *testing.T) {
 	real := &stepped{now: time.Now()}
 	k := newClock()
@@ -209,16 +209,16 @@ func TestATickAfterASleepTheClockKnows(t *testing.T) {
 	k.timer.Stop()
 }
 
-// onTheWall is t with d added to its wall clock and not to its monotonic clock,
-// for which package time has no function. (The wall clock's seconds begin at
-// bit 30 of the first word, as long as there is a monotonic reading.)
+// onTheWall returns t with d added to its wall clock and not to its monotonic clock.
+// Package time has no function for that. (The wall clock's seconds begin at bit 30 of the
+// first word, as long as there is a monotonic reading.)
 func onTheWall(t time.Time, d time.Duration) time.Time {
 	wall := (*uint64)(unsafe.Pointer(&t))
 	*wall += uint64(int64(d/time.Second) << 30)
 	return t
 }
 
-// onTheWallBy is onTheWall for less than a second, which must not be carried.
+// onTheWallBy is onTheWall for less than a second, without a carry into the seconds.
 func onTheWallBy(t time.Time, d time.Duration) time.Time {
 	wall := (*uint64)(unsafe.Pointer(&t))
 	if uint64(*wall&(1<<30-1))+uint64(d) < uint64(time.Second) {

@@ -13,20 +13,20 @@ import (
 	"time"
 )
 
-// CA is an authority that exists in memory only.
+// CA is a certificate authority that exists in memory only.
 type CA struct {
 	cert *x509.Certificate
 	key  crypto.Signer
 }
 
-// Certificates are valid for so long because the clock of a testing/synctest
-// bubble starts in the year 2000: what was issued outside has to hold inside.
+// The long validity is for the bubbles of testing/synctest, whose clock starts in the
+// year 2000: a certificate issued outside a bubble must be valid inside.
 var (
 	notBefore = time.Date(1999, time.January, 1, 0, 0, 0, 0, time.UTC)
 	notAfter  = time.Date(2199, time.January, 1, 0, 0, 0, 0, time.UTC)
 )
 
-// NewCA makes an authority with a fresh key. No two trust each other.
+// NewCA makes an authority with a fresh key. Two authorities do not trust each other.
 func NewCA() *CA {
 	ca := &CA{key: newKey()}
 	template := &x509.Certificate{
@@ -39,7 +39,7 @@ func NewCA() *CA {
 	return ca
 }
 
-// Pool trusts what the authority issues, and nothing else.
+// Pool trusts the certificates that the authority issues, and no others.
 func (ca *CA) Pool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(ca.cert)
@@ -97,9 +97,9 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, signer cr
 	return cert
 }
 
-// must is for what fails only if this file is wrong: its callers all pass a
-// curve, templates and keys of their own making. The one thing from outside is
-// the names, and a name that is no IA5 string is a mistake in the test.
+// must panics on an error that can occur only if this file is wrong: its callers pass a
+// curve, templates and keys that they made themselves. Only the names come from outside,
+// and a name that is no IA5 string is a mistake in the test.
 func must(err error) {
 	if err != nil {
 		panic(fmt.Errorf("faultnet: making a certificate: %w", err))

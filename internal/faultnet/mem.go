@@ -1,6 +1,6 @@
-// Package faultnet is a network made to misbehave on request. [Mem] lives in
-// memory, needs no descriptor and is at home in testing/synctest bubbles;
-// [Server] listens on loopback, for whatever only a kernel can do.
+// Package faultnet is a network that fails on request. [Mem] lives in memory, needs no
+// descriptor and works in testing/synctest bubbles; [Server] listens on loopback, for
+// tests that need a kernel.
 package faultnet
 
 import (
@@ -14,18 +14,18 @@ import (
 	"time"
 )
 
-// ErrUnread is what [Conn.Probe] finds when bytes wait to be read.
+// ErrUnread is the error of [Conn.Probe] when bytes wait to be read.
 var ErrUnread = errors.New("faultnet: bytes wait to be read")
 
-// Mem is a network of named hosts in memory. All its methods, and those of
-// its hosts, may be called from any goroutine.
+// Mem is a network of named hosts in memory. Its methods, and the methods of its hosts,
+// may be called from any goroutine.
 type Mem struct {
-	// mu guards the fields of Mem and of every Host. Nothing waits under
-	// it, and no pair.mu is taken under it, nor it under one.
+	// mu guards the fields of Mem and of every Host. Nothing waits under mu. mu and a
+	// pair.mu are never held together.
 	mu      sync.Mutex
 	hosts   map[string]*Host
 	shared  bool
-	serving int       // goroutines that run a function given to Serve
+	serving int       // goroutines that run a function passed to Serve
 	quiet   sync.Cond // serving fell to 0
 }
 
@@ -36,8 +36,8 @@ func NewMem() *Mem {
 	return m
 }
 
-// Host gives the host of that name, and makes it if need be: up, with no
-// latency, served by nobody.
+// Host returns the host of that name, and makes it if it does not exist: up, without
+// latency and without a Serve function.
 func (m *Mem) Host(name string) *Host {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -49,9 +49,9 @@ func (m *Mem) Host(name string) *Host {
 	return h
 }
 
-// Shared(true) allows several goroutines at once in one direction of a
-// dialled end, as package net does, on the connections dialled from then on.
-// Without it the race detector reports them; see [Conn.Touch].
+// Shared(true) allows several goroutines at once in one direction of a dialed end, as
+// package net does, on connections dialed from then on. Without it the race detector
+// reports them; see [Conn.Touch].
 func (m *Mem) Shared(on bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -69,9 +69,9 @@ func (m *Mem) Dial(ctx context.Context, name string) (net.Conn, error) {
 		return failed(err)
 	}
 
-	// Errors are dealt out when dials start and everything else is looked
-	// up when they arrive: FailNext thus follows the order of the calls,
-	// while a host can go down under a dial that is on its way.
+	// A dial takes its FailNext error when it starts, and sees the other settings when it
+	// arrives. So FailNext follows the order of the calls, while a host can go down under
+	// a dial that is on its way.
 	m.mu.Lock()
 	var scripted error
 	if len(h.fail) > 0 {
@@ -133,7 +133,7 @@ type Host struct {
 	mem  *Mem
 	name string
 
-	// What the script says, guarded by mem.mu like the rest.
+	// The settings, guarded by mem.mu like the other fields.
 	down, blackHole bool
 	fail            []error
 	latency         time.Duration
@@ -144,8 +144,8 @@ type Host struct {
 	accepts, peak int
 }
 
-// pace is how bytes travel: delay late, and if n > 0 then n at a time, every
-// apart.
+// pace is how bytes travel: delay late, and if n > 0 in pieces of n bytes, at intervals
+// of every.
 type pace struct {
 	delay time.Duration
 	n     int
@@ -158,34 +158,34 @@ func (h *Host) Up() { h.set(func() { h.down = false }) }
 // Down refuses dials (ECONNREFUSED). Open connections stay.
 func (h *Host) Down() { h.set(func() { h.down = true }) }
 
-// BlackHole(true) makes dials hang until their ctx is done, even if it is
-// called off in the meantime. Open connections stay.
+// BlackHole(true) makes dials hang until their ctx is done, even if BlackHole(false) is
+// called meanwhile. Open connections stay.
 func (h *Host) BlackHole(on bool) { h.set(func() { h.blackHole = on }) }
 
 // SetLatency makes dials that start from now on take d.
 func (h *Host) SetLatency(d time.Duration) { h.set(func() { h.latency = d }) }
 
-// SetDelay makes bytes, and the end of the stream, arrive d after they were
-// sent, in both directions, from now on. A reset is always at once.
+// SetDelay makes bytes, and the end of the stream, arrive d after they were sent, in both
+// directions, from now on. A reset always arrives at once.
 func (h *Host) SetDelay(d time.Duration) { h.set(func() { h.pace.delay = d }) }
 
-// Drip makes what is written from now on arrive in pieces of n bytes, the next
-// one at least every later than the last, and one Read returns bytes of one
-// piece only. It holds for both directions; n <= 0 ends it.
+// Drip makes bytes written from now on arrive in pieces of n bytes, each piece at least
+// every later than the one before, and one Read returns bytes of one piece only. It holds
+// for both directions; n <= 0 ends it.
 func (h *Host) Drip(n int, every time.Duration) {
 	h.set(func() { h.pace.n, h.pace.every = n, every })
 }
 
-// FailNext makes the next dials fail, one for each error and in that order,
-// after those that earlier calls asked for. A syscall.Errno comes wrapped as
-// package net would, any other error as it is, and nil lets one dial through.
+// FailNext makes the next dials fail, one dial for each error and in that order, after
+// the errors of earlier calls. A syscall.Errno is wrapped as package net would wrap it,
+// any other error is returned as it is, and nil lets one dial through.
 func (h *Host) FailNext(errs ...error) {
 	h.set(func() { h.fail = append(slices.Clip(h.fail), errs...) })
 }
 
-// Serve runs fn in its own goroutine for each connection accepted from now on,
-// with the server's end, which is closed when fn returns. nil: nobody serves,
-// and whoever wants finds the ends in Conns.
+// Serve runs fn in its own goroutine for each connection accepted from now on. fn gets
+// the server's end, which is closed when fn returns. With nil nobody serves; the test
+// finds the ends in Conns.
 func (h *Host) Serve(fn func(*Conn)) { h.set(func() { h.serve = fn }) }
 
 func (h *Host) set(change func()) {
@@ -201,23 +201,23 @@ func (h *Host) Accepts() int {
 	return h.accepts
 }
 
-// Conns gives the server's ends of the connections that neither side has
-// closed or reset, oldest first. (Were it the server's side alone that counts,
-// a host without Serve would never lose one.)
+// Conns returns the server's ends of the connections that neither side has closed or
+// reset, oldest first. (If only the server's side counted, a host without Serve would
+// never lose a connection.)
 func (h *Host) Conns() []*Conn {
 	h.mem.mu.Lock()
 	defer h.mem.mu.Unlock()
 	return slices.Clone(h.conns)
 }
 
-// Peak is the most connections that were ever in Conns at once.
+// Peak is the largest number of connections that were ever in Conns at once.
 func (h *Host) Peak() int {
 	h.mem.mu.Lock()
 	defer h.mem.mu.Unlock()
 	return h.peak
 }
 
-// acceptLocked makes a connection and returns the dialler's end.
+// acceptLocked makes a connection and returns the dialer's end.
 func (h *Host) acceptLocked() *Conn {
 	h.accepts++
 	p := &pair{}

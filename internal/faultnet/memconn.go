@@ -10,14 +10,14 @@ import (
 	"time"
 )
 
-// window is how many bytes one direction holds before Write blocks: written
-// and not yet read, arrived or not.
+// window is how many bytes one direction holds before Write blocks. It counts bytes that
+// were written and not read yet, arrived or not.
 const window = 64 << 10
 
 const network = "mem"
 
-// memAddr is the address of an end: the host's name, or for a dialler that
-// name with the connection's number.
+// memAddr is the address of an end: the host's name, or for a dialer that name with the
+// connection's number.
 type memAddr string
 
 func (memAddr) Network() string  { return network }
@@ -27,8 +27,8 @@ func clientAddr(host string, serial int) memAddr {
 	return memAddr(fmt.Sprintf("%s#%d", host, serial))
 }
 
-// Conn is one end of a connection of [Mem]. It is a net.Conn with its errors
-// as package net gives them: io.EOF bare, everything else in an *net.OpError.
+// Conn is one end of a connection of [Mem]. It is a net.Conn and returns errors as
+// package net does: io.EOF bare, every other error in an *net.OpError.
 type Conn struct {
 	// Written without a lock, on purpose; see Touch.
 	reads, writes, readDeadlines, writeDeadlines int
@@ -38,24 +38,24 @@ type Conn struct {
 	peer          *Conn
 	entry         *Conn // the server's end, as Host.conns lists it
 	serial        int
-	owned         bool // Read and the others call for the race detector
+	owned         bool // Read and the other methods call Touch, for the race detector
 	local, remote memAddr
 
 	// Guarded by pair.mu.
 	in          stream // from the peer
 	closed      bool   // by this end, with Close or Reset
 	closedWrite bool
-	writing     bool // one Write is under way; others wait, so that their bytes do not mix
+	writing     bool // one Write is under way; others wait, so that bytes do not mix
 	rd, wd      deadline
 }
 
 // pair is what the two ends of a connection share.
 type pair struct {
-	// mu guards the changing fields of both ends. It is held for moments
-	// only: a mutex that blocks holds up a synctest bubble, whereas moved,
-	// a sync.Cond, lets its clock run.
+	// mu guards the changing fields of both ends. It is held only briefly: a goroutine
+	// blocked on a mutex stops the clock of a synctest bubble, while one that waits on
+	// moved, a sync.Cond, does not.
 	mu    sync.Mutex
-	moved sync.Cond // anything changed that a blocked call may wait for
+	moved sync.Cond // something changed that a blocked call may wait for
 	reset bool      // by either end
 }
 
@@ -65,16 +65,15 @@ func (p *pair) wake() {
 	p.moved.Broadcast()
 }
 
-// Touch adds to two fields, as if this end was read and written, without any
-// lock. If a second goroutine does so with nothing that orders the two, the
-// race detector reports it: the connection has two owners.
+// Touch adds to two fields, as if this end were read and written, without any lock. If a
+// second goroutine calls Touch and nothing orders the two calls, the race detector
+// reports them: the connection has two owners.
 //
-// On an end that was dialled, Read and Probe touch the one field, Write the
-// other, since one goroutine may read while another writes. Deadlines have
-// fields of their own, again one per direction, since setting one is how a
-// Read that blocks is interrupted from outside. Close touches nothing: it is
-// allowed at any time. The server's end is the test's own, and only an
-// explicit Touch touches it.
+// On a dialed end, Read and Probe touch one field and Write the other, since one
+// goroutine may read while another writes. Deadlines have fields of their own, also one
+// per direction, since another goroutine may set one to interrupt a blocked Read. Close
+// touches nothing: it is allowed at any time. The server's end belongs to the test, and
+// only an explicit Touch touches it.
 func (c *Conn) Touch() {
 	c.reads++
 	c.writes++
@@ -115,7 +114,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 			arrival := time.AfterFunc(at.Sub(now), c.pair.wake)
 			c.pair.moved.Wait()
 			arrival.Stop()
-		default: // take would have had it, were it not the end
+		default: // if it were not the end, take would have returned the bytes
 			return 0, io.EOF
 		}
 	}
@@ -158,8 +157,8 @@ func (c *Conn) Write(p []byte) (int, error) {
 	}
 }
 
-// Close ends both directions: the peer reads what is on its way and then
-// io.EOF, and its writes fail with EPIPE at once.
+// Close ends both directions: the peer reads the bytes on their way and then io.EOF, and
+// the peer's writes fail with EPIPE at once.
 func (c *Conn) Close() error {
 	how := c.host.paceNow()
 	c.pair.mu.Lock()
@@ -174,8 +173,8 @@ func (c *Conn) Close() error {
 	return nil
 }
 
-// CloseWrite ends this end's direction: the peer reads what is on its way and
-// then io.EOF, but may go on writing.
+// CloseWrite ends this end's direction: the peer reads the bytes on their way and then
+// io.EOF, and may still write.
 func (c *Conn) CloseWrite() error {
 	how := c.host.paceNow()
 	c.pair.mu.Lock()
@@ -192,8 +191,8 @@ func (c *Conn) CloseWrite() error {
 	return nil
 }
 
-// Reset closes this end and breaks the connection: the peer's calls fail with
-// ECONNRESET at once, whatever was on its way to it.
+// Reset closes this end and breaks the connection: the peer's calls fail with ECONNRESET
+// at once, and bytes on their way to the peer are lost.
 func (c *Conn) Reset() {
 	c.pair.mu.Lock()
 	c.pair.reset = true
@@ -210,18 +209,18 @@ func (c *Conn) closeLocked() {
 	c.pair.moved.Broadcast()
 }
 
-// Closed reports whether this end was closed, by Close or Reset on it. What
-// the peer did does not count: its owner still has to close it.
+// Closed reports whether this end was closed, by Close or Reset on it. A close by the
+// peer does not count: the owner of this end still has to close it.
 func (c *Conn) Closed() bool {
 	c.pair.mu.Lock()
 	defer c.pair.mu.Unlock()
 	return c.closed
 }
 
-// Probe tells, without blocking or taking a byte and whatever the deadline,
-// what a Read would meet: nil if the peer is there and nothing has arrived,
-// ErrUnread if bytes have, io.EOF if the stream ended before them, and
-// ECONNRESET or net.ErrClosed in an *net.OpError.
+// Probe returns what a Read would return, without blocking, without taking a byte and
+// whatever the deadline: nil if the peer is there and nothing has arrived, ErrUnread if
+// bytes have arrived, io.EOF if the stream has ended before any, and ECONNRESET or
+// net.ErrClosed in an *net.OpError.
 func (c *Conn) Probe() error {
 	if c.owned {
 		c.reads++
@@ -284,10 +283,10 @@ func (c *Conn) opError(op string, err error) error {
 // deadline is a flag that a timer raises.
 type deadline struct {
 	expired bool
-	timer   *time.Timer // the one that may raise the flag; nil: none may
+	timer   *time.Timer // the timer that may raise the flag; nil: none
 }
 
-// set needs p.mu. Its caller wakes who may be blocked.
+// set needs p.mu. Its caller wakes blocked calls.
 func (d *deadline) set(p *pair, t time.Time) {
 	if d.timer != nil {
 		d.timer.Stop()
@@ -306,7 +305,7 @@ func (d *deadline) set(p *pair, t time.Time) {
 	timer = time.AfterFunc(left, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if d.timer == timer { // Stop does not call back one that has started
+		if d.timer == timer { // Stop does not stop a timer function that has started
 			d.expired = true
 			p.moved.Broadcast()
 		}
@@ -314,19 +313,19 @@ func (d *deadline) set(p *pair, t time.Time) {
 	d.timer = timer
 }
 
-// stream is one direction of a connection: what was written and not yet read.
+// stream is one direction of a connection: the bytes written and not read yet.
 type stream struct {
-	segments []segment // in the order of writing; what arrives early waits its turn
+	segments []segment // in the order of writing; a segment that arrives early waits for those before it
 	size     int       // bytes in segments
 	last     time.Time // arrival of the newest segment ever
 	ended    bool
-	endAt    time.Time // looked at when all segments are gone
+	endAt    time.Time // checked when all segments are gone
 }
 
 type segment struct {
 	b     []byte
 	at    time.Time
-	alone bool // shares no Read with other segments
+	alone bool // is not read together with other segments
 }
 
 func (s *stream) push(p []byte, now time.Time, how pace) {
@@ -353,7 +352,7 @@ func (s *stream) end(now time.Time, how pace) {
 	}
 }
 
-// take moves what has arrived to p.
+// take copies the bytes that have arrived to p.
 func (s *stream) take(p []byte, now time.Time) int {
 	n := 0
 	for len(s.segments) > 0 && n < len(p) {
@@ -377,8 +376,8 @@ func (s *stream) take(p []byte, now time.Time) int {
 	return n
 }
 
-// next says when there is something to read, or an end to find, if anything is
-// under way at all.
+// next returns when the next bytes, or the end, will arrive. coming is false if nothing
+// is on its way.
 func (s *stream) next() (at time.Time, coming bool) {
 	if len(s.segments) > 0 {
 		return s.segments[0].at, true

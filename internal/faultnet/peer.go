@@ -15,11 +15,11 @@ import (
 type Cut uint8
 
 const (
-	// FIN closes it, under TLS with close_notify before. (If the client
-	// sent bytes that the server has not read, TCP makes a reset of it.)
+	// FIN closes the connection, under TLS after close_notify. (If the client sent bytes
+	// that the server has not read, TCP turns the close into a reset.)
 	FIN Cut = iota
-	// RST resets it, under TLS without a farewell. Unix sockets have no
-	// resets and are closed.
+	// RST resets the connection, under TLS without close_notify. Unix sockets have no
+	// resets; they are closed.
 	RST
 	// HalfClose ends the server's direction only, under TLS with
 	// close_notify before; the connection stays open.
@@ -47,11 +47,11 @@ type Peer struct {
 	gone   chan struct{} // closed when the peer leaves Server.peers
 
 	// Guarded by server.mu.
-	left       bool // Server.peers, because it is or is about to be closed
+	left       bool // has left Server.peers, because it is or will be closed
 	halfClosed bool
 	busy       bool // as SetBusy says
-	owed       int  // exchanges begun and not finished: the handshake, lines that Tokens reads
-	unanswered int  // lines Tokens has read, and not begun to send the last piece of the reply to
+	owed       int  // exchanges begun and not finished: the handshake, and lines that Tokens has read
+	unanswered int  // lines that Tokens has read, without having begun to send the last piece of the reply
 	settling   bool // Tokens is sending the last piece of a reply
 	settlings  int  // how often it began to
 }
@@ -59,8 +59,8 @@ type Peer struct {
 // Serial is the connection's number on its server, from 1.
 func (p *Peer) Serial() int { return p.serial }
 
-// Busy reports whether the peer is not between two requests: it is in the
-// handshake, or Tokens owes it a reply, or SetBusy(true) was called.
+// Busy reports whether the peer has work: it is in the handshake, or Tokens owes it a
+// reply, or SetBusy(true) was called.
 func (p *Peer) Busy() bool {
 	p.server.mu.Lock()
 	defer p.server.mu.Unlock()
@@ -69,8 +69,8 @@ func (p *Peer) Busy() bool {
 
 func (p *Peer) busyLocked() bool { return p.busy || p.owed > 0 }
 
-// SetBusy is how an Options.Handler tells when a request has begun, and when
-// its reply is out. Tokens does not need it.
+// SetBusy is for an Options.Handler, which calls it when a request begins and when its
+// reply is sent. Tokens does not need it.
 func (p *Peer) SetBusy(on bool) {
 	p.server.mu.Lock()
 	defer p.server.mu.Unlock()
@@ -83,8 +83,8 @@ func (p *Peer) Close() error { return p.Cut(FIN) }
 // CloseWrite is like HalfClose.
 func (p *Peer) CloseWrite() error { return p.Cut(HalfClose) }
 
-// Cut ends the connection, busy or not. It does nothing on one that the server
-// has closed.
+// Cut ends the connection, busy or not. If the server has closed the connection already,
+// Cut does nothing.
 func (p *Peer) Cut(how Cut) error {
 	p.server.mu.Lock()
 	if p.left {
@@ -100,7 +100,7 @@ func (p *Peer) Cut(how Cut) error {
 	return p.sever(how)
 }
 
-// abandon closes the socket and leaves whatever is above it as it is.
+// abandon closes the socket and does nothing else, such as ending TLS.
 func (p *Peer) abandon() {
 	p.server.mu.Lock()
 	if p.left {
@@ -112,8 +112,8 @@ func (p *Peer) abandon() {
 	p.raw.Close()
 }
 
-// leaveLocked comes before the socket is closed, so that a client who has seen
-// the end is no longer among the open ones. Who makes it leave closes it.
+// leaveLocked is called before the socket is closed, so that a connection whose client
+// has seen the end no longer counts as open. The caller closes the socket.
 func (p *Peer) leaveLocked() {
 	s := p.server
 	p.left = true
@@ -133,8 +133,8 @@ func (p *Peer) sever(how Cut) error {
 		}
 		return p.raw.Close()
 	case HalfClose:
-		// tls.Conn's CloseWrite says close_notify and leaves the socket as
-		// it was, and before the handshake does not even do that.
+		// CloseWrite of tls.Conn sends close_notify and leaves the socket open. Before
+		// the handshake it does not even send that.
 		if c, ok := p.Conn.(*tls.Conn); ok {
 			c.CloseWrite()
 		}
@@ -160,19 +160,19 @@ func (p *Peer) serve() {
 // maxLine bounds the lines that Tokens reads, with their ends.
 const maxLine = 4096
 
-// Tokens answers each line "TOKEN" with "SERIAL SEQ TOKEN": the connection's
-// number on this server and the request's on this connection, both from 1. So
-// a client can tell a reply that is not its own. The line "RESET" gets no
-// reply and no number. A line of more than 4,095 bytes ends the connection.
+// Tokens answers each line "TOKEN" with "SERIAL SEQ TOKEN": the connection's number on
+// this server and the request's number on this connection, both from 1. So a client
+// notices a reply that is not its own. The line "RESET" gets no reply and no number. A
+// line of more than 4,095 bytes ends the connection.
 //
-// Lines are read while a reply is held back, so that Server.Overlaps can count
-// those that came too early. They are answered all the same, in order.
+// Tokens reads on while it holds a reply back, so that Server.Overlaps can count lines
+// that came before the reply. It answers these lines too, in order.
 func Tokens(p *Peer) {
 	requests := make(chan string, 16)
 	var replies sync.WaitGroup
 	replies.Go(func() { p.answer(requests) })
 	if p.readLines(requests) != io.EOF {
-		p.Close() // otherwise the client ended its direction, and is still owed replies
+		p.Close() // else the client ended its direction, and still gets its replies
 	}
 	close(requests)
 	replies.Wait()
@@ -232,10 +232,10 @@ func (p *Peer) answer(requests <-chan string) {
 			reply = reply[s.o.Chunk:]
 		}
 
-		// The client can have this piece, and send the next line, before
-		// Write returns here. Hence unanswered ends before: a line is
-		// never called early that was not. And hence settling, which
-		// tells CutIdle that owed is about to end.
+		// The client may receive this piece and send its next line before Write returns
+		// here. So unanswered is lowered before the Write: otherwise that next line would
+		// count as too early. And settling tells CutIdle meanwhile that owed is about to
+		// fall.
 		s.mu.Lock()
 		p.unanswered--
 		p.settlings++
@@ -254,7 +254,7 @@ func (p *Peer) answer(requests <-chan string) {
 	}
 }
 
-// pause waits for d, and reports false if the connection was closed meanwhile.
+// pause waits for d. It returns false if the connection was closed meanwhile.
 func (p *Peer) pause(d time.Duration) bool {
 	if d <= 0 {
 		return true

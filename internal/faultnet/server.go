@@ -21,26 +21,24 @@ type Options struct {
 	// "tcp"), "unix" or, on Linux, "unix-abstract".
 	Network string
 
-	// TLS is for the network "tls" and is cloned. Without a certificate in
-	// it, or nil, the server has one of its own for 127.0.0.1, ::1,
-	// localhost and server.test.
+	// TLS is for the network "tls" and is cloned. If it is nil or has no certificate, the
+	// server makes one for 127.0.0.1, ::1, localhost and server.test.
 	TLS *tls.Config
 
-	// Handler talks to one peer, on a goroutine of its own; when it
-	// returns, the connection is closed. It must return soon after its
-	// connection broke. nil: Tokens.
+	// Handler serves one peer, on a goroutine of its own. When Handler returns, the
+	// connection is closed. Handler must return soon after its connection broke. nil:
+	// Tokens.
 	Handler func(*Peer)
 
 	// Dir is where the network "unix" puts its socket. "": a new temporary
 	// directory, which Close removes.
 	Dir string
 
-	// ReplyDelay is how long Tokens holds back the reply to the request seq
-	// of the connection serial. nil or <= 0: not at all.
+	// ReplyDelay returns how long Tokens holds back the reply to request seq of
+	// connection serial. nil or <= 0: not at all.
 	ReplyDelay func(serial, seq int) time.Duration
 
-	// Chunk makes Tokens write replies in pieces of so many bytes.
-	// 0: in one piece.
+	// Chunk makes Tokens write replies in pieces of Chunk bytes. 0: in one piece.
 	Chunk int
 
 	// Record keeps the lines that Tokens reads, for Lines.
@@ -49,26 +47,25 @@ type Options struct {
 
 // Server listens on loopback. Its methods may be called from any goroutine.
 //
-// What a client just did may not have reached the server yet: a count that
-// should include a connection is exact once that connection has seen a reply,
-// and a client's close is noticed a little later. What the server itself did
-// (CutIdle, Stop and so on) is in all counts when the method returns.
+// The counts may lag behind the clients: a connection is certainly counted once it has
+// seen a reply, and a client's close is noticed a little later. The server's own actions
+// (CutIdle, Stop and so on) are in all counts when the method returns.
 type Server struct {
 	o     Options
 	addr  net.Addr
 	tls   *tls.Config
 	roots *x509.CertPool
-	dir   string // made by Start, so removed by Close
+	dir   string // made by Start, so Close removes it
 
 	running sync.WaitGroup // accept loops and peers
 
-	// mu guards what follows, and the books of every Peer. Under it: no
-	// system call, and no wait but on settled.
+	// mu guards the fields below, and the counts of every Peer. Under mu there is no
+	// system call, and no wait except on settled.
 	mu       sync.Mutex
 	settled  sync.Cond     // a Peer stopped settling
 	listener net.Listener  // nil: stopped
 	stopped  chan struct{} // closed when listener is
-	closed   bool          // for good: running only falls
+	closed   bool          // closed for good: running only falls
 	peers    []*Peer       // open ones, oldest first
 
 	accepts, peak, handshakes, overlaps int
@@ -145,7 +142,7 @@ func (s *Server) configureTLS() error {
 	return nil
 }
 
-// Addr is where the server listens, or listened before Stop.
+// Addr is the address on which the server listens, or listened before Stop.
 func (s *Server) Addr() net.Addr { return s.addr }
 
 // Host is the IP address, or the Unix socket's path or "@name".
@@ -164,8 +161,8 @@ func (s *Server) Port() uint16 {
 	return 0
 }
 
-// ClientTLS makes a configuration that trusts the server's certificate and,
-// if it is one of Options.TLS, the others in its chain. nil without TLS.
+// ClientTLS returns a configuration that trusts the server's certificate and, if that
+// came with Options.TLS, the other certificates in its chain. nil without TLS.
 func (s *Server) ClientTLS() *tls.Config {
 	if s.tls == nil {
 		return nil
@@ -176,14 +173,14 @@ func (s *Server) ClientTLS() *tls.Config {
 // Accepts counts the connections accepted so far.
 func (s *Server) Accepts() int { return s.count(&s.accepts) }
 
-// Peak is the most connections that were ever open at once.
+// Peak is the largest number of connections that were ever open at once.
 func (s *Server) Peak() int { return s.count(&s.peak) }
 
 // Handshakes counts the TLS handshakes completed so far.
 func (s *Server) Handshakes() int { return s.count(&s.handshakes) }
 
-// Overlaps counts the lines that reached Tokens before the reply to an earlier
-// one was out. A client that waits for each reply never adds to it.
+// Overlaps counts the lines that reached Tokens before the reply to an earlier line was
+// sent. A client that waits for each reply adds nothing to it.
 func (s *Server) Overlaps() int { return s.count(&s.overlaps) }
 
 func (s *Server) count(n *int) int {
@@ -195,23 +192,23 @@ func (s *Server) count(n *int) int {
 // Open counts the open connections.
 func (s *Server) Open() int { return len(s.Peers()) }
 
-// Peers gives the open connections, oldest first.
+// Peers returns the open connections, oldest first.
 func (s *Server) Peers() []*Peer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.peers)
 }
 
-// Lines gives what Tokens read on the connection of that number, without the
-// line ends; nil unless Options.Record is set.
+// Lines returns the lines that Tokens read on the connection of that number, without line
+// ends; nil unless Options.Record is set.
 func (s *Server) Lines(serial int) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.lines[serial])
 }
 
-// Stop closes the listener and all connections, in the way of a process that
-// dies: no farewell of TLS.
+// Stop closes the listener and all connections as the death of a process does: without
+// TLS close_notify.
 func (s *Server) Stop() {
 	s.mu.Lock()
 	listener, peers := s.listener, slices.Clone(s.peers)
@@ -228,12 +225,12 @@ func (s *Server) Stop() {
 	}
 }
 
-// Restart stops the server if need be and listens on the same address again.
-// Connections are numbered and counted on.
+// Restart stops the server if it runs, and listens on the same address again. Numbers and
+// counts go on.
 func (s *Server) Restart() error {
 	s.Stop()
-	// Somebody else's connection may have been given the port meanwhile.
-	// Most of those are gone in a moment.
+	// Another connection may have been given the port meanwhile. Most of those end within
+	// a moment.
 	const tries, pause = 40, 25 * time.Millisecond
 	var err error
 	for range tries {
@@ -258,8 +255,8 @@ func (s *Server) Close() {
 	}
 }
 
-// listen is the only place where running grows from outside, under mu and not
-// after closed: so Close's wait is not overtaken.
+// listen is the only place where running grows from outside. It does so under mu and not
+// after closed, so that Close's Wait cannot miss it.
 func (s *Server) listen() error {
 	network := s.addr.Network()
 	if a, ok := s.addr.(*net.TCPAddr); ok {
@@ -280,13 +277,13 @@ func (s *Server) listen() error {
 		return err
 	}
 	s.mu.Lock()
-	if s.closed { // meanwhile
+	if s.closed { // the server was closed meanwhile
 		s.mu.Unlock()
 		listener.Close()
 		return errClosed
 	}
 	if s.stopped == nil {
-		s.addr = listener.Addr() // Start's call: now the port is known, and nobody else has s yet
+		s.addr = listener.Addr() // called by Start: now the port is known, and no other goroutine has s yet
 	}
 	stopped := make(chan struct{})
 	s.listener, s.stopped = listener, stopped
@@ -305,8 +302,8 @@ func (s *Server) accept(listener net.Listener, stopped <-chan struct{}) {
 		case errors.Is(err, net.ErrClosed):
 			return
 		}
-		// Tests that use up the descriptors of the process do so to this
-		// loop too. The connection waits in the backlog.
+		// A test that uses up the process's descriptors leaves none for this loop either.
+		// The connection waits in the backlog.
 		select {
 		case <-stopped:
 			return
@@ -317,7 +314,7 @@ func (s *Server) accept(listener net.Listener, stopped <-chan struct{}) {
 
 func (s *Server) admit(listener net.Listener, raw net.Conn) {
 	s.mu.Lock()
-	if s.listener != listener { // Stop has already collected what it closes
+	if s.listener != listener { // Stop has already collected the peers that it closes
 		s.mu.Unlock()
 		raw.Close()
 		return
@@ -334,15 +331,13 @@ func (s *Server) admit(listener net.Listener, raw net.Conn) {
 	s.mu.Unlock()
 }
 
-// CutIdle cuts up to n connections that are between two requests, the oldest
-// first, and returns how many it cut; n < 0 means all. A reply that is just
-// being sent is waited for, so that a connection whose client has read its
-// reply counts as idle. The client may still be sending a request: it loses
-// that, as clients do.
+// CutIdle cuts up to n connections that have no request in flight, the oldest first, and
+// returns how many it cut; n < 0 means all. It waits for a reply that is being sent, so
+// that a connection whose client has read its reply counts as idle. A request that a
+// client is just sending is lost.
 func (s *Server) CutIdle(n int, how Cut) int { return s.cut(n, false, how) }
 
-// CutBusy cuts up to n connections that are not between requests, in the same
-// way.
+// CutBusy cuts up to n connections that have a request in flight, in the same way.
 func (s *Server) CutBusy(n int, how Cut) int { return s.cut(n, true, how) }
 
 func (s *Server) cut(n int, busy bool, how Cut) int {
@@ -362,9 +357,9 @@ func (s *Server) cut(n int, busy bool, how Cut) int {
 	return len(picked)
 }
 
-// PushIdle writes b, which nobody asked for, on up to n connections that are
-// between two requests, the oldest first, and returns on how many it could;
-// n < 0 means all. It blocks if b does not fit into the kernel's buffers.
+// PushIdle writes b, unrequested, on up to n connections that have no request in flight,
+// the oldest first, and returns on how many it could; n < 0 means all. It blocks if b
+// does not fit into the kernel's buffers.
 func (s *Server) PushIdle(n int, b []byte) int {
 	s.mu.Lock()
 	picked := s.pickLocked(n, false, true)
@@ -378,8 +373,8 @@ func (s *Server) PushIdle(n int, b []byte) int {
 	return pushed
 }
 
-// pickLocked finds up to n peers that are busy or not, writable ones only if
-// asked to. It may release mu before it looks.
+// pickLocked finds up to n peers that are busy, or not busy; with writable, only writable
+// ones. It may release mu before it looks.
 func (s *Server) pickLocked(n int, busy, writable bool) []*Peer {
 	s.settleLocked()
 	var picked []*Peer
@@ -394,9 +389,9 @@ func (s *Server) pickLocked(n int, busy, writable bool) []*Peer {
 	return picked
 }
 
-// settleLocked waits until the replies that are being sent are out. Those that
-// begin meanwhile do not count, or traffic could hold it up for ever; and a
-// client that does not read holds it up for no more than a second.
+// settleLocked waits until the replies that are being sent are out. Replies that begin
+// later do not count, or traffic could delay it for ever; and a client that does not read
+// delays it for a second at most.
 func (s *Server) settleLocked() {
 	sending := make(map[*Peer]int)
 	for _, p := range s.peers {

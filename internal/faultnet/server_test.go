@@ -65,7 +65,7 @@ func tryConnect(s *Server) (*client, error) {
 		config.ServerName = "server.test"
 		nc = tls.Client(nc, config)
 	}
-	nc.SetDeadline(time.Now().Add(20 * time.Second)) // a test that hangs shall say where
+	nc.SetDeadline(time.Now().Add(20 * time.Second)) // a test that hangs must show where
 	return &client{nc, bufio.NewReader(nc)}, nil
 }
 
@@ -91,7 +91,7 @@ func (c *client) exchange(t *testing.T, token, want string) {
 	require.Equal(t, want+"\n", reply)
 }
 
-// settleDown waits for what the server learns from the network.
+// settleDown waits for something that the server learns from the network.
 func settleDown(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	require.Eventually(t, done, time.Minute, time.Millisecond, what)
@@ -176,8 +176,8 @@ func TestRestartKeepsTheAddressAndTheCounts(t *testing.T) {
 	})
 }
 
-// tap counts what arrives below TLS: crypto/tls itself calls it io.EOF whether
-// or not a close_notify came before.
+// tap counts the bytes below TLS: crypto/tls itself reports io.EOF whether or not a
+// close_notify came first.
 type tap struct {
 	net.Conn
 	bytes int
@@ -498,7 +498,7 @@ func TestAConnectionAcceptedWhileStoppingIsClosed(t *testing.T) {
 }
 
 func TestCloseWaitsForEveryPeer(t *testing.T) {
-	returned := 0 // without a lock: that Close waits is what orders the accesses
+	returned := 0 // no lock: Close's wait is what orders the accesses
 	s := start(t, Options{Handler: func(p *Peer) {
 		io.Copy(io.Discard, p)
 		time.Sleep(20 * time.Millisecond) // slow to notice
@@ -551,7 +551,7 @@ func TestCloseLeavesNoDescriptor(t *testing.T) {
 		require.NoError(t, err)
 		return len(entries)
 	}
-	start(t, Options{}).Close() // whatever the runtime opens on first use
+	start(t, Options{}).Close() // opens what the runtime opens on first use
 	eachNetwork(t, func(t *testing.T, network string) {
 		before := descriptors()
 		s := start(t, Options{Network: network})
@@ -574,8 +574,8 @@ func TestCloseLeavesNoDescriptor(t *testing.T) {
 	})
 }
 
-// Everything at once, so that the race detector sees it, with an answer for
-// every token or an error, never someone else's answer.
+// All faults at once, under the race detector: every token gets its answer or an error,
+// never someone else's answer.
 func TestFaultsUnderTraffic(t *testing.T) {
 	for _, network := range []string{"tcp", "tls"} {
 		t.Run(network, func(t *testing.T) {

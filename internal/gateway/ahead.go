@@ -5,24 +5,24 @@ import (
 	"time"
 )
 
-// aheadAfter is how long a write to a client takes before somebody looks whether
+// aheadAfter is how long a write to a client may take before the gateway checks whether
 // the client is writing too.
 const aheadAfter = 20 * time.Millisecond
 
-// ahead reads what a client sends while the client does not read what it is
-// sent. A client may write all of a long pipeline before it reads a single reply:
-// then nobody but the gateway can give way. What is read waits in the client's
-// store, within -max-memory. A client has one, which is used again.
+// ahead reads what a client sends while the client does not read its replies. A client
+// may write all of a long pipeline before it reads a single reply; then only the gateway
+// can resolve the deadlock. The bytes that ahead reads wait in the client's store, within
+// -max-memory. Each client has one ahead and reuses it.
 type ahead struct {
 	cl      *client
 	timer   *time.Timer
 	done    chan struct{} // gets a value when the reading has ended
 	stopped atomic.Bool
-	scratch []byte // for what is dropped
+	scratch []byte // for bytes that are dropped
 }
 
-// begin makes a start before a write to the client, and end an end after it.
-// Between the two nobody else may touch what the client has sent.
+// begin is called before a write to the client, and end after the write. Between the two
+// nobody else may touch the client's input.
 func (a *ahead) begin(cl *client) {
 	a.stopped.Store(false)
 	if a.timer == nil {
@@ -36,13 +36,13 @@ func (a *ahead) begin(cl *client) {
 func (a *ahead) read() {
 	defer func() { a.done <- struct{}{} }()
 	cl := a.cl
-	// end says so before it sets its own deadline: either this one comes first
-	// and is overwritten, or the question is answered yes.
+	// end sets stopped before it sets its own deadline. So either end's deadline
+	// overwrites this one, or the loop sees stopped.
 	cl.conn.SetReadDeadline(time.Time{})
 	for !a.stopped.Load() {
 		switch err := cl.in.more(); err {
 		case nil:
-		case errNoMemory: // the rest is read all the same, or the client would not come to read why it is refused
+		case errNoMemory: // read on and drop the rest; otherwise the client would never come to read why it is refused
 			cl.in.broken = err
 			fallthrough
 		case cl.in.broken:
@@ -52,10 +52,10 @@ func (a *ahead) read() {
 			if _, err := cl.in.r.Read(a.scratch); err != nil {
 				return
 			}
-		default: // whoever reads next finds out why
+		default: // the next reader finds the cause
 			return
 		}
-		// Whoever writes is alive, and will come to read.
+		// A client that writes is alive, and will read its replies later.
 		cl.conn.SetWriteDeadline(time.Now().Add(cl.g.WriteTimeout))
 	}
 }

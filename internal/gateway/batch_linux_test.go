@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// smallServer answers each line with a long one, and reads the next line when
-// all of that is written. Its sockets have small buffers.
+// smallServer answers each line with a long one, and reads the next line only after it
+// has written all of the answer. Its sockets have small buffers.
 func smallServer(t *testing.T, receive, send, reply int) string {
 	t.Helper()
 	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
@@ -76,7 +76,7 @@ func TestBatchesPassWhateverTheBuffers(t *testing.T) {
 			to := smallServer(t, c.receive, c.send, reply)
 			g := begin(t, Config{Framing: "line", To: "tcp://" + to + c.options, MaxOpen: 1, RequestTimeout: 10 * time.Second})
 			cl := g.call()
-			cl.say("%s\n", strings.Repeat("q", 15_000)) // so that there is room for a batch as large as they get
+			cl.say("%s\n", strings.Repeat("q", 15_000)) // leaves room for a batch of the largest size
 			require.Len(t, cl.hear(), reply)
 			const many = 30
 			go io.WriteString(cl, strings.Repeat(strings.Repeat("q", 500)+"\n", many))

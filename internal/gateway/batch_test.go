@@ -17,7 +17,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// longPipeline is what a client writes before it reads, in bytes.
+// longPipeline is how many bytes a client writes before it reads.
 func longPipeline() int {
 	if stress {
 		return 64 << 20
@@ -39,7 +39,7 @@ func TestAPipelineThatIsWrittenBeforeAnyReplyIsReadIsServed(t *testing.T) {
 	for name, c := range map[string]struct {
 		cfg           Config
 		handler       func(*faultnet.Peer)
-		first, answer string // before the pipeline
+		first, answer string // sent before the pipeline
 		one, reply    string
 		network       string
 	}{
@@ -47,9 +47,9 @@ func TestAPipelineThatIsWrittenBeforeAnyReplyIsReadIsServed(t *testing.T) {
 		"line over unix": {cfg: Config{Framing: "line"}, handler: echo, one: value + "\n", reply: value + "\n", network: "unix"},
 		"length":         {cfg: Config{Framing: "length", Length: LengthField{Size: 2}}, handler: echo, one: "\x03\xe8" + value, reply: "\x03\xe8" + value},
 		"resp":           {cfg: Config{Framing: "resp"}, one: command("ECHO", value), reply: bulk(value)},
-		// Not over TCP: many small replies fill the memory of the client's receive
-		// buffer before its window, and Linux then drops what arrives, with the
-		// news in it that the gateway reads again. Both kernels wait for good.
+		// Not over TCP: many small replies fill the memory of the client's receive buffer
+		// before its window. Linux then drops arriving segments, also the one that says
+		// that the gateway reads again. Both kernels then wait for ever.
 		"resp, a transaction": {cfg: Config{Framing: "resp"}, first: command("MULTI"), answer: "+OK\r\n",
 			one: command("PING"), reply: "+QUEUED\r\n", network: "unix"},
 		"resp, with tracking": {cfg: Config{Framing: "resp"}, first: command("CLIENT", "NO-EVICT", "ON"), answer: "+OK\r\n",
@@ -112,8 +112,8 @@ func nonZero(m map[string]uint64) (list []string) {
 	return list
 }
 
-// TRY-33, TRY-39: what there is no room for is refused in words, which the
-// client reads when it has written all that it had to.
+// TRY-33, TRY-39: requests for which there is no room get an error reply, which the
+// client reads after it has written everything.
 func TestAPipelineForWhichThereIsNoRoomIsRefusedInWords(t *testing.T) {
 	t.Parallel()
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) { io.Copy(p, p) }})
@@ -197,7 +197,7 @@ func TestTheLastLineNeedsNoEndAndHalfAFrameIsCounted(t *testing.T) {
 	require.EqualValues(t, 5, g.Status().Requests)
 	require.Zero(t, g.Status().BadFrames)
 
-	// A line that was cut off by a reset is nobody's request.
+	// A line that was cut off by a reset is not a request.
 	c := g.call()
 	c.say("cut")
 	soon(t, "it was read", func() bool { return g.Status().Clients == 1 && g.Status().BytesIn >= 7+8+3+3 })
@@ -226,7 +226,7 @@ func TestTheLastLineNeedsNoEndAndHalfAFrameIsCounted(t *testing.T) {
 	}
 }
 
-// TRY-39: what grows is counted with what it grows out of.
+// TRY-39: while a store grows, both its old and its new buffer are counted.
 func TestBothBuffersOfAGrowingStoreAreCounted(t *testing.T) {
 	b := &budget{limit: 3 << 20}
 	s := store{budget: b}

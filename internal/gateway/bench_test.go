@@ -11,8 +11,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// BenchmarkExchange is one request and its reply, by one client after the other,
-// beside the same without a gateway.
+// BenchmarkExchange is one request and its reply, by one client after the other, compared
+// with the same without a gateway.
 func BenchmarkExchange(b *testing.B) {
 	_, to := serve(b, faultnet.Options{Handler: func(p *faultnet.Peer) { io.Copy(p, p) }})
 	run := func(b *testing.B, addr string) {

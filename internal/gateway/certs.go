@@ -62,37 +62,36 @@ func (f UpstreamFiles) fits(to *connpool.Addr) (errs []error) {
 	return errs
 }
 
-// certificates holds what was last read from the files, and replaces it when
-// they change. Connections that exist keep what they were made with.
+// certificates holds what was last read from the files, and replaces it when the files
+// change. Existing connections keep the certificates they were made with.
 type certificates struct {
 	server   ServerFiles
 	upstream UpstreamFiles
-	alpn     []string // names of the protocol, for both sides
+	alpn     []string // protocol names, for both sides
 
 	forClients atomic.Pointer[tls.Config] // nil: the listener is not tls
 	forServer  atomic.Pointer[tls.Config]
 
 	mu      sync.Mutex // guards seen and reading; no file is read under it
-	seen    [][]byte   // the contents that are in force
-	reading *reading   // under way; nil: none
+	seen    [][]byte   // the contents in use
+	reading *reading   // the read under way; nil: none
 }
 
-// reading is one look at all of the files. It has a goroutine of its own, because
-// nobody knows how long it takes to open a file: a FIFO without a writer, or
-// a file server that is gone, may never answer. At most one is under way.
+// reading is one read of all of the files. It has a goroutine of its own, because opening
+// a file may take any time: a FIFO without a writer, or a file server that is down, may
+// never answer. At most one reading is under way.
 type reading struct {
 	began    time.Time
-	at       atomic.Pointer[string] // the flag and file it is at
-	done     chan struct{}          // closed when what follows is there
+	at       atomic.Pointer[string] // the flag and file being read
+	done     chan struct{}          // closed when the fields below are set
 	contents [][]byte
 	err      error
 }
 
-// readFor is how long a file may take before those who wait are told that it
-// does not open.
+// readFor is how long a file may take to open before the waiting callers get an error.
 const readFor = 5 * time.Second
 
-// maxPEM bounds what is read of a file that never ends.
+// maxPEM bounds how much is read of a file that never ends.
 const maxPEM = 4 << 20
 
 func (c *certificates) read(r *reading) {
@@ -129,12 +128,12 @@ func readPEM(name string) ([]byte, error) {
 	return b, err
 }
 
-// load reads the files and puts them in force if all of them are good, else
-// none. It reports whether anything had changed.
+// load reads the files and puts them into use if all of them are good, else none. It
+// reports whether anything changed.
 func (c *certificates) load() (changed bool, err error) { return c.loadWithin(context.Background()) }
 
-// loadWithin is load that waits for the files until ctx is done, and for readFor
-// at most. What comes later is not put in force; the next call reads again.
+// loadWithin is load, but waits for the files until ctx is done, and for readFor at most.
+// A read that ends later is not put into use; the next call reads again.
 func (c *certificates) loadWithin(ctx context.Context) (changed bool, err error) {
 	late := time.NewTimer(readFor)
 	defer late.Stop()
@@ -170,7 +169,7 @@ func (c *certificates) loadWithin(ctx context.Context) (changed bool, err error)
 			changed, err = c.applyLocked(r)
 		}
 		c.mu.Unlock()
-		if mine { // else it had begun before this call, and may not show what is there now
+		if mine { // else the read began before this call, and may have missed a change
 			return changed, err
 		}
 	}
@@ -201,9 +200,9 @@ func (c *certificates) applyLocked(r *reading) (changed bool, err error) {
 			}
 			forClients.ClientAuth = tls.RequireAndVerifyClientCert
 		}
-		// The keys of its session tickets are its own: a session of before a
-		// change cannot be resumed after it, and crypto/tls changes them every
-		// day, and forgets them after a week.
+		// Each tls.Config has its own keys for session tickets, so a session from before
+		// a change cannot be resumed after it. crypto/tls changes the keys every day and
+		// drops them after a week.
 	}
 	forServer = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: c.alpn}
 	if ca != nil {
@@ -238,8 +237,8 @@ func roots(flag string, pem []byte) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// tellInvalid tells of certificates in force that nobody will believe now, once a
-// minute: what it leads to is told as handshakes that fail, without the cause.
+// tellInvalid logs, once a minute, that a certificate in use is expired or not yet valid.
+// Otherwise the log would show only failing handshakes, without their cause.
 func (g *Gateway) tellInvalid() {
 	lines, invalid := g.Certificates()
 	if invalid {
@@ -247,8 +246,8 @@ func (g *Gateway) tellInvalid() {
 	}
 }
 
-// Certificates describes those in force, with their ends of life, and reports
-// whether one has passed its own, or is not valid yet.
+// Certificates describes the certificates in use, with their expiry, and reports whether
+// one has expired or is not valid yet.
 func (g *Gateway) Certificates() (lines []string, invalid bool) {
 	describe := func(flag string, cfg *tls.Config) {
 		if cfg == nil {

@@ -15,7 +15,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// install puts the files of one certificate in the place of another's.
+// install replaces the files of one certificate with those of another.
 func install(t *testing.T, from, to keys) {
 	t.Helper()
 	for src, dst := range map[string]string{from.cert: to.cert, from.key: to.key, from.ca: to.ca} {
@@ -92,8 +92,8 @@ func TestClientsNeedACertificateOfTheClientCA(t *testing.T) {
 	cache := tls.NewLRUClientSessionCache(1)
 	require.NoError(t, ask(cache, friend))
 
-	// After a change of the authority, neither the certificate nor a session
-	// from before it lets anybody in.
+	// After a change of the authority, neither the old certificate nor an old session is
+	// accepted.
 	require.NoError(t, os.Rename(writeKeys(t, dir, "s", strangers.Client("x")).ca, clientCA))
 	require.NoError(t, g.Reload())
 	require.Error(t, ask(cache, friend))
@@ -150,8 +150,8 @@ func TestCertificatesTellTheirEnd(t *testing.T) {
 	require.Contains(t, lines[0], "NOT VALID before")
 }
 
-// TRY-38: that a certificate has come to its end is told, and not only what comes
-// of it.
+// TRY-38: the log reports that a certificate has expired, and not only the handshakes
+// that fail because of it.
 func TestTheLogTellsOfACertificateThatIsNotValid(t *testing.T) {
 	k := writeKeys(t, t.TempDir(), "k", faultnet.NewCA().Server("127.0.0.1"))
 	_, to := serve(t, faultnet.Options{})
@@ -166,13 +166,13 @@ func TestTheLogTellsOfACertificateThatIsNotValid(t *testing.T) {
 	require.Equal(t, 1, told(t, log, "a certificate is not valid now", "level=ERROR", "EXPIRED on 1970-01-01"))
 }
 
-// spoil puts something in the place of a file that is no certificate.
+// spoil replaces a file with bytes that are no certificate.
 func spoil(t *testing.T, file string) {
 	t.Helper()
 	require.NoError(t, os.WriteFile(file, []byte("-----BEGIN CERT"), 0o600))
 }
 
-// demanding starts a TLS 1.3 server that wants a certificate, which nobody has.
+// demanding starts a TLS 1.3 server that demands a certificate that no client has.
 func demanding(t *testing.T) (*faultnet.CA, keys, string) {
 	t.Helper()
 	ca := faultnet.NewCA()
@@ -216,7 +216,7 @@ func TestBothSidesOfTLSSpeakOfTheirProtocol(t *testing.T) {
 	require.ErrorContains(t, err, "-alpn is for TLS")
 }
 
-// TRY-31: a ticket that was given away must not be good for ever.
+// TRY-31: an old ticket must not be valid for ever.
 func TestKeysOfSessionTicketsAreForgottenAfterAWeek(t *testing.T) {
 	k := writeKeys(t, t.TempDir(), "k", faultnet.NewCA().Server("127.0.0.1"))
 	for day, opens := range map[int]bool{1: true, 9: false, 60: false} {
@@ -237,7 +237,7 @@ func TestKeysOfSessionTicketsAreForgottenAfterAWeek(t *testing.T) {
 	}
 }
 
-// ticketOf is a ticket that a listener with cfg gives to a client.
+// ticketOf returns a ticket that a listener with cfg gives to a client.
 func ticketOf(t *testing.T, cfg *tls.Config) (ticket []byte, st tls.ConnectionState) {
 	t.Helper()
 	cfg.WrapSession = func(s tls.ConnectionState, ss *tls.SessionState) ([]byte, error) {
@@ -264,7 +264,7 @@ func ticketOf(t *testing.T, cfg *tls.Config) (ticket []byte, st tls.ConnectionSt
 	return ticket, st
 }
 
-// TRY-38: a drain does not wait for handshakes, which are no failed ones.
+// TRY-38: a drain does not wait for handshakes, and does not count them as failed.
 func TestADrainDoesNotCountTheHandshakesThatItEnds(t *testing.T) {
 	k := writeKeys(t, t.TempDir(), "k", faultnet.NewCA().Server("127.0.0.1"))
 	_, to := serve(t, faultnet.Options{})

@@ -13,14 +13,14 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// client is one connection from a client. All of it belongs to the client's
-// goroutine; others only set the deadline of raw, or close it.
+// client is one connection from a client. It belongs to the client's goroutine; other
+// goroutines only set the deadline of raw, or close it.
 type client struct {
 	g    *Gateway
 	raw  net.Conn // as accepted
-	conn net.Conn // what is read and written: raw, or TLS over it
+	conn net.Conn // the connection that is read and written: raw, or TLS over raw
 	in   frames
-	out  store // replies that are not yet written
+	out  store // replies that are not written yet
 
 	batch [][]byte // the requests of one exchange
 	vigil vigil
@@ -35,7 +35,7 @@ func newClient(g *Gateway, nc net.Conn) *client {
 	return cl
 }
 
-// What makes the gateway part from a client, besides errors of its socket.
+// Reasons why the gateway closes a client, besides errors of its socket.
 var (
 	errDraining = errors.New("the gateway is ending")
 	errIdle     = errors.New("nothing came for longer than -idle-timeout")
@@ -52,7 +52,7 @@ func (cl *client) serve() {
 	defer cl.raw.Close()
 	if g.listen.tls {
 		below := cl.raw
-		if g.framing.newRequests != nil { // a session has no frames, and goes on without the goodbye
+		if g.framing.newRequests != nil { // a session has no frames to cut short, so it accepts an end without close_notify
 			below = whole{cl.raw}
 		}
 		tc := tls.Server(below, g.certs.forClients.Load())
@@ -60,7 +60,7 @@ func (cl *client) serve() {
 		err := tc.HandshakeContext(ctx)
 		cancel()
 		if err != nil && g.draining.Load() && (errors.Is(err, os.ErrDeadlineExceeded) || g.ctx.Err() != nil) {
-			return // it was the gateway that did not wait
+			return // the gateway is ending; the client did not time out
 		}
 		if err != nil {
 			g.count.handshakesFailed.Add(1)
@@ -78,7 +78,7 @@ func (cl *client) serve() {
 	cl.conn.Close()
 }
 
-// countingReader counts what clients send.
+// countingReader counts the bytes that clients send.
 type countingReader struct {
 	net.Conn
 	count *counters
@@ -90,8 +90,8 @@ func (r countingReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// next waits for a request. Between two requests a client may be silent for
-// patience (not positive: for ever), in the middle of one for RequestTimeout.
+// next waits for a request. Between two requests a client may be silent for patience (not
+// positive: for ever), in the middle of a request for RequestTimeout.
 func (cl *client) next(patience time.Duration) ([]byte, error) {
 	begun := false
 	for {
@@ -122,23 +122,23 @@ func (cl *client) next(patience time.Duration) ([]byte, error) {
 	}
 }
 
-// readWithin sets the deadline for reading. While the gateway drains nobody is
-// waited for.
+// readWithin sets the deadline for reading. While the gateway drains, the read does not
+// wait.
 func (cl *client) readWithin(d time.Duration) error {
 	if d > 0 {
 		cl.conn.SetReadDeadline(time.Now().Add(d))
 	} else {
 		cl.conn.SetReadDeadline(time.Time{})
 	}
-	// drain says that it drains before it sets its own deadline: either this
-	// one comes first and is overwritten, or the question is answered yes.
+	// drain sets draining before it sets its own deadline. So either drain's deadline
+	// overwrites this one, or this check sees draining.
 	if cl.g.draining.Load() {
 		return errDraining
 	}
 	return nil
 }
 
-// flush writes the replies to the client. No connection to the server is held
+// flush writes the replies to the client. The client holds no connection to the server
 // meanwhile.
 func (cl *client) flush() error {
 	if len(cl.out.b) == 0 {
@@ -156,7 +156,7 @@ func (cl *client) flush() error {
 	return err
 }
 
-// parted counts and tells why a client is done for.
+// parted counts and logs why a client is closed.
 func (cl *client) parted(err error) {
 	var bad *malformed
 	count := &cl.g.count
@@ -176,9 +176,8 @@ func (cl *client) parted(err error) {
 	cl.g.Logger.Debug("client closed", "client", cl.raw.RemoteAddr(), "error", err)
 }
 
-// bidFarewell tells the client what was wrong with what it sent, if that is why
-// it is closed and the protocol has words for it, and lets it read what it was
-// told.
+// bidFarewell tells the client what was wrong with its input, if that is why it is closed
+// and the protocol can express it, and gives the client time to read that.
 func (cl *client) bidFarewell(err error) {
 	var bad *malformed
 	resp, words := cl.g.framing.name == "resp", ""
@@ -190,14 +189,14 @@ func (cl *client) bidFarewell(err error) {
 	case errors.Is(err, errNoMemory):
 		words = "gateway: there is no room for the request"
 	case errors.Is(err, errHalf):
-		if resp { // servers say nothing, either
+		if resp { // Redis servers send nothing in this case either
 			return
 		}
 	default:
 		return
 	}
 	cl.in.broken = err
-	cl.in.store.release() // nobody needs it while the client takes its time
+	cl.in.store.release() // frees the input: nobody needs it while the client reads
 	if resp {
 		cl.out.b = append(append(append(cl.out.b, "-ERR "...), words...), "\r\n"...)
 	} else {
@@ -208,13 +207,13 @@ func (cl *client) bidFarewell(err error) {
 	}
 }
 
-// lingerSilence is how long a client that was told its end may say nothing.
+// lingerSilence is how long a client may stay silent after it was told why it is closed.
 const lingerSilence = time.Second
 
-// farewell lets the client read what was written to it before the connection
-// is closed. To close while input is unread would take it back; so a client that
-// sends something large before it reads is read to the end, for as long as a
-// request may take to arrive.
+// farewell gives the client time to read what was written to it before the connection is
+// closed. Closing a socket that holds unread input would discard the written data too. So
+// farewell reads what the client sends to its end, for as long as a request may take to
+// arrive.
 func (cl *client) farewell() {
 	cw, ok := cl.conn.(interface{ CloseWrite() error })
 	if !ok || cw.CloseWrite() != nil {
@@ -237,16 +236,16 @@ func (cl *client) farewell() {
 type failure uint8
 
 const (
-	lost        failure = iota // the connection ended while the request was out
+	lost        failure = iota // the connection ended while the request was in flight
 	late                       // no reply within RequestTimeout
 	unreachable                // no connection could be opened
 	busy                       // all connections were in use for RequestTimeout
 	tooLong                    // the reply is longer than MaxFrame
 	noMemory                   // the reply does not fit into MaxMemory
-	outOfStep                  // the reply was no reply
-	ending                     // the gateway had to end
-	speaks                     // the server speaks first, and was not asked
-	pinsFull                   // MaxPinned clients have connections to themselves
+	outOfStep                  // what came was no valid reply
+	ending                     // the gateway was shutting down
+	speaks                     // the server sent something before it was asked
+	pinsFull                   // MaxPinned clients already have their own connections
 	left                       // the client left before its request was sent
 	numFailures
 )
@@ -255,7 +254,7 @@ var failureNames = [numFailures]string{"lost", "late", "unreachable", "busy", "t
 
 func (f failure) String() string { return failureNames[f] }
 
-// failureOf classes the error of an exchange. ran: there was a connection.
+// failureOf classifies the error of an exchange. ran: the exchange had a connection.
 func (g *Gateway) failureOf(err error, ran bool) failure {
 	var bad *malformed
 	var first *speaksFirst
@@ -265,7 +264,7 @@ func (g *Gateway) failureOf(err error, ran bool) failure {
 	case g.ctx.Err() != nil:
 		return ending
 	case !ran && errors.Is(err, connpool.ErrUnread):
-		g.greet.surprised(&speaksFirst{framing: g.Framing}) // in the moment after Setup's look
+		g.greet.surprised(&speaksFirst{framing: g.Framing}) // the pool found it in the moment after Setup's look
 		return speaks
 	case errors.As(err, &first):
 		if ran {
@@ -286,7 +285,7 @@ func (g *Gateway) failureOf(err error, ran bool) failure {
 		case ran:
 			return late
 		case errors.As(err, &pe) && pe.Limit == 0:
-			return g.absent() // no limit was in the way, only the server
+			return g.absent() // no limit was in the way; the server is unavailable
 		}
 		return busy
 	case ran:
@@ -295,7 +294,7 @@ func (g *Gateway) failureOf(err error, ran bool) failure {
 	return g.absent()
 }
 
-// absent is why there is no connection, and none could be opened.
+// absent returns why there is no connection and none could be opened.
 func (g *Gateway) absent() failure {
 	if g.greet.speaking() {
 		return speaks

@@ -2,24 +2,23 @@ package gateway
 
 import "bytes"
 
-// What a Redis command does to the connection it is sent on decides how the
-// gateway treats it.
+// What a Redis command does to its connection decides how the gateway treats the command.
 
 type class uint8
 
 const (
-	plain      class = iota // one reply, and nothing is left behind
-	transacts               // MULTI, WATCH and what ends them
-	subscribes              // several replies, and messages afterwards
-	blocks                  // one reply, some day
-	keeps                   // it leaves something behind, if the server agrees
-	identifies              // it changes who the client is, or which database it means
-	local                   // the gateway answers it itself
-	refused                 // the gateway does not pass it on
-	nothing                 // an empty command, which no server answers
+	plain      class = iota // one reply, and no state left on the connection
+	transacts               // MULTI, WATCH and the commands that end them
+	subscribes              // several replies, and messages later
+	blocks                  // one reply, at any later time
+	keeps                   // leaves state on the connection, if the server accepts it
+	identifies              // changes the user or the database of the client
+	local                   // the gateway answers the command itself
+	refused                 // the gateway does not pass the command on
+	nothing                 // an empty command, which servers do not answer
 )
 
-// verb names the commands that the gateway must tell apart.
+// verb names the commands that the gateway treats specially.
 type verb uint8
 
 const (
@@ -45,7 +44,7 @@ const (
 	vHTTP
 	vMaint
 
-	// What these leave behind, the next may take back.
+	// Later commands can undo the state that these leave behind.
 	vTracking
 	vNoEvict
 	vNoTouch
@@ -63,7 +62,7 @@ type meaning struct {
 
 var commandTable = map[string]meaning{
 	"MULTI": {transacts, vMulti}, "WATCH": {transacts, vWatch},
-	// Without a transaction these are ordinary; in one, see pin.
+	// These are ordinary commands outside a transaction; see pin for one inside.
 	"EXEC": {plain, vExec}, "DISCARD": {plain, vDiscard}, "UNWATCH": {plain, vUnwatch},
 
 	"SUBSCRIBE": {subscribes, vSubscribe}, "PSUBSCRIBE": {subscribes, vPsubscribe}, "SSUBSCRIBE": {subscribes, vSsubscribe},
@@ -82,21 +81,21 @@ var commandTable = map[string]meaning{
 	"POST": {refused, vHTTP}, "HOST:": {refused, vHTTP},
 }
 
-// clientTable is that of the commands CLIENT x. Those that are not in it, and
-// that a later server may bring, are treated with caution.
+// clientTable is the table of the commands CLIENT x. A command that is missing here, such
+// as one of a later server, is treated with caution.
 var clientTable = map[string]meaning{
 	"ID": {}, "INFO": {}, "LIST": {}, "GETNAME": {}, "GETREDIR": {}, "KILL": {}, "PAUSE": {}, "UNPAUSE": {}, "UNBLOCK": {},
 	"HELP": {}, "TRACKINGINFO": {},
 	"SETNAME": {identifies, vSetname}, "SETINFO": {local, vSetinfo},
-	"CACHING":  {class: transacts}, // is for the next command, and only while there is tracking
+	"CACHING":  {class: transacts}, // affects the next command, and only while tracking is on
 	"TRACKING": {keeps, vTracking}, "NO-EVICT": {keeps, vNoEvict}, "NO-TOUCH": {keeps, vNoTouch}, "REPLY": {keeps, vReply},
-	// Redis clients ask for pushes about moving nodes, which are of no use behind
-	// a gateway, each time they connect.
+	// Redis clients ask on each connect for pushes about moving nodes. Behind a gateway
+	// these pushes are of no use.
 	"MAINT_NOTIFICATIONS": {local, vMaint},
 }
 
-// classify says what a frame of respRequests is. Only arrays have a meaning; an
-// inline command is made an array first.
+// classify returns the meaning of a frame of respRequests. Only arrays have a meaning;
+// the caller makes an inline command an array first.
 func classify(frame []byte) meaning {
 	args := argsOf(frame)
 	name, ok := args.next()
@@ -123,7 +122,7 @@ func classify(frame []byte) meaning {
 			if !ok || is(arg, "STREAMS") {
 				break
 			}
-			if is(arg, "GROUP") { // two names, which may be any word
+			if is(arg, "GROUP") { // skips two names, which may be any word
 				args.next()
 				args.next()
 			}
@@ -139,11 +138,11 @@ func classify(frame []byte) meaning {
 	return m
 }
 
-// takesBack reports whether a command ends what its like has left behind: the
-// state that it sets is the default one.
+// takesBack reports whether a command undoes the state that commands of its kind leave
+// behind: it sets the default state.
 func takesBack(v verb, frame []byte) bool {
 	list := words(frame)
-	last := func() []byte { // of CLIENT x WORD and SCRIPT DEBUG WORD
+	last := func() []byte { // the last word of CLIENT x WORD and SCRIPT DEBUG WORD
 		if len(list) < 2 {
 			return nil
 		}
@@ -159,13 +158,13 @@ func takesBack(v verb, frame []byte) bool {
 	case vReply:
 		return is(last(), "ON")
 	case vHello:
-		return len(list) == 0 // a question
+		return len(list) == 0 // without arguments the command is a query
 	}
 	return false
 }
 
-// silences reports whether a command is CLIENT REPLY OFF or SKIP: the server
-// answers neither it nor what follows, so that nothing can be counted any more.
+// silences reports whether a command is CLIENT REPLY OFF or SKIP. The server answers
+// neither that command nor those after it, so replies can no longer be counted.
 func silences(v verb, frame []byte) bool {
 	if v != vReply {
 		return false
@@ -174,8 +173,8 @@ func silences(v verb, frame []byte) bool {
 	return len(list) == 2 && (is(list[1], "OFF") || is(list[1], "SKIP"))
 }
 
-// upper appends name in upper case to dst, or nothing if it does not fit: no
-// command of the tables is that long.
+// upper appends name in upper case to dst, or nothing if name does not fit: no command of
+// the tables is that long.
 func upper(dst, name []byte) []byte {
 	if len(name) > cap(dst) {
 		return dst
@@ -189,7 +188,7 @@ func upper(dst, name []byte) []byte {
 	return dst
 }
 
-// is compares a name as Redis does, in any case of ASCII letters.
+// is compares a name as Redis does, ignoring the case of ASCII letters.
 func is(name []byte, want string) bool {
 	if len(name) != len(want) {
 		return false
@@ -205,7 +204,7 @@ func is(name []byte, want string) bool {
 	return true
 }
 
-// words are the arguments of a frame, without the command's name.
+// words returns the arguments of a frame, without the command's name.
 func words(frame []byte) (list [][]byte) {
 	args := argsOf(frame)
 	args.next()
@@ -218,7 +217,7 @@ func words(frame []byte) (list [][]byte) {
 	}
 }
 
-// respErrors are the words for a failure.
+// respErrors has the error reply for each failure.
 var respErrors = [numFailures]string{
 	lost:        "the connection to the server was lost before it answered; the command may have been carried out",
 	late:        "the server did not answer in time; the command may have been carried out",
@@ -228,7 +227,7 @@ var respErrors = [numFailures]string{
 	noMemory:    "the gateway has no room for the reply; the command was carried out",
 	outOfStep:   "what the server said was no answer to the command, which may have been carried out",
 	ending:      "the gateway is ending; the command may have been carried out",
-	speaks:      "the server speaks before it is asked, so that nobody could tell its answers apart; the command was not sent",
+	speaks:      "the server speaks before it is asked, so its answers cannot be told from what it says by itself; the command was not sent",
 	pinsFull:    "as many clients as -max-pinned allows have a connection to themselves; the command was not sent",
 	left:        "the client left; the command was not sent",
 }

@@ -11,83 +11,83 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// Config shapes a gateway. Each field is a flag of the command, which its
-// error messages name. For numbers and durations 0 is the default given here.
+// Config shapes a gateway. Each field is a flag of the command; error messages name the
+// flag. For numbers and durations 0 is the default given here.
 type Config struct {
 	Listen  string // tcp://host:port, tls://host:port or unix:/path
-	To      string // the server, as connpool.ParseAddr reads it
+	To      string // the server, in the form of connpool.ParseAddr
 	Framing string // line, length, resp, modbus or session
 
-	// StatusListen is where to serve /metrics and /status.json: a Unix socket or a
+	// StatusListen is where /metrics and /status.json are served: a Unix socket or a
 	// loopback address. "" serves them nowhere.
 	StatusListen string
 
-	// SocketMode is that of the Unix sockets it listens on. 0: 0600.
+	// SocketMode is the mode of the Unix sockets that the gateway listens on. 0: 0600.
 	SocketMode fs.FileMode
 
-	// InsecureListen and AnyoneCanConnect together allow to listen on more
-	// than loopback without TLS.
+	// InsecureListen and AnyoneCanConnect together allow listening beyond loopback
+	// without TLS.
 	InsecureListen, AnyoneCanConnect bool
 
 	Server   ServerFiles   // of a tls listener
 	Upstream UpstreamFiles // of a tls server
 
-	// ReloadEvery is how often the files of certificates are looked at.
-	// 0: 5 s; negative: only Reload looks.
+	// ReloadEvery is how often the certificate files are checked for changes. 0: 5 s;
+	// negative: only Reload checks.
 	ReloadEvery time.Duration
 
-	// ALPN are the names of the protocol in TLS, separated by commas, which the
-	// gateway offers to the server and accepts from clients. "": none.
+	// ALPN is the list of protocol names, separated by commas, that the gateway offers to
+	// the server and accepts from clients in TLS. "": none.
 	ALPN string
 
-	Length LengthField // of the framing length
+	Length LengthField // for the framing length
 
-	// ErrorReply is what a client of line or length gets in the place of a
-	// reply that did not come. "": the client is closed.
+	// ErrorReply is what a client of line or length gets instead of a reply that did not
+	// come. "": the client is closed.
 	ErrorReply string
 
-	// Eager opens a session's connection when the client connects, and not at
-	// its first byte, for protocols in which the server speaks first.
+	// Eager opens a session's connection when the client connects, and not at its first
+	// byte, for protocols in which the server speaks first.
 	Eager bool
 
-	// MaxClients is as many as the limit of open files has room for, if that is
-	// fewer. 0: 10000.
+	// MaxClients is the limit of connected clients, lowered to what the limit of open
+	// files has room for. 0: 10000.
 	MaxClients int
 
 	MaxOpen   int   // connections to the server. 0: 16
-	MaxPinned int   // those of them that single clients may have to themselves (resp). 0: half of MaxOpen, 1 at least
-	MaxUses   int   // exchanges of one connection to the server. 0: no limit
-	MaxFrame  int   // bytes of a request, and of a reply. 0: 16 MiB
+	MaxPinned int   // how many of them single clients may have to themselves (resp). 0: half of MaxOpen, 1 at least
+	MaxUses   int   // exchanges per connection to the server. 0: no limit
+	MaxFrame  int   // bytes of a request or a reply. 0: 16 MiB
 	MaxMemory int64 // bytes held for all clients together. 0: 512 MiB
-	Pipeline  int   // requests of one client that are sent ahead of their replies. 0: 32, and 1 for modbus
+	Pipeline  int   // requests of one client that are sent before their replies arrive. 0: 32, and 1 for modbus
 
-	IdleTimeout     time.Duration // of a client that says nothing. 0: 1 hour; negative: none
-	HoldTimeout     time.Duration // of a client that says nothing in the middle of a transaction (resp). 0: 1 minute
-	RequestTimeout  time.Duration // from a request to its reply, the wait for a connection included. 0: 30 s
+	IdleTimeout     time.Duration // of a silent client. 0: 1 hour; negative: none
+	HoldTimeout     time.Duration // of a client that is silent in the middle of a transaction (resp). 0: 1 minute
+	RequestTimeout  time.Duration // from a request to its reply, including the wait for a connection. 0: 30 s
 	WriteTimeout    time.Duration // for a client to take its replies. 0: 10 s
 	DialTimeout     time.Duration // 0: 10 s
 	MaxLifetime     time.Duration // age of a connection to the server. 0: 30 min; negative: no limit
-	GreetingWait    time.Duration // how long a server that is not yet known may take to speak first, see greetings. 0: 1.1 s; negative: nobody listens
-	BroadcastSilent bool          // the client of a broadcast that no device has answered is told nothing (modbus)
-	BroadcastWait   time.Duration // for a reply to a request that by the specification has none (modbus). 0: 200 ms
+	GreetingWait    time.Duration // how long the gateway waits for a server it does not know yet to speak first, see greetings. 0: 1.1 s; negative: no wait
+	BroadcastSilent bool          // the client gets no reply to a broadcast that no device has answered (modbus)
+	BroadcastWait   time.Duration // how long to wait for a reply to a request that has none by the specification (modbus). 0: 200 ms
 	ConnectDelay    time.Duration // from the opening of a connection to its first request. 0 or negative: none
 	RedialDelay     time.Duration // from the end of a connection to the opening of the next one. 0 or negative: none
-	Drain           time.Duration // for what is under way when the gateway is told to end. 0: 30 s; negative: none
+	Drain           time.Duration // how long requests under way may take after the gateway was asked to end. 0: 30 s; negative: none
 
 	Logger *slog.Logger // nil: no log
 }
 
-// framing is what the gateway knows of a protocol.
+// framing is what the gateway knows about a protocol.
 type framing struct {
 	name        string
 	newRequests func(*Config) scanner
 	newReplies  func(*Config) scanner
-	serve       func(*client)     // until the client is done for
-	full        string            // told to a client too many
-	demotes     func([]byte) bool // whether a reply says that another server is the one to ask; nil: none does
+	serve       func(*client)     // runs until the client is closed
+	full        string            // sent to a client above MaxClients
+	demotes     func([]byte) bool // reports whether a reply says that another server must be asked; nil: none does
 
-	// refuse appends the answer to a request that the server did not answer.
-	// nil means that the protocol has no such answer.
+	// refuse appends the error reply for a request that the server did not answer. It is
+	// nil if the protocol has no error reply.
 	refuse func(cfg *Config, dst, request []byte, why failure) []byte
 }
 
@@ -138,7 +138,7 @@ func refuseByFlag(cfg *Config, dst, _ []byte, _ failure) []byte {
 	return append(dst, cfg.ErrorReply...)
 }
 
-// plan is a Config that was found good, with every default filled in.
+// plan is a valid Config with every default filled in.
 type plan struct {
 	Config
 	listen  endpoint
@@ -147,7 +147,7 @@ type plan struct {
 	framing *framing
 	alpn    []string
 
-	wantClients int // that were asked for by name; 0: whatever is possible
+	wantClients int // the number asked for explicitly; 0: as many as possible
 	askClients  int // the same, or the default
 }
 
@@ -255,7 +255,7 @@ func (cfg Config) plan() (*plan, error) {
 		if p.status, err = parseEndpoint(p.StatusListen); err != nil {
 			bad("-status: %w", err)
 		} else if p.status.tls || !p.status.isLocal() {
-			bad("-status is %s: use unix:/path or tcp:// on loopback; it shows addresses and counts to whoever asks", p.StatusListen)
+			bad("-status is %s: use unix:/path or tcp:// on loopback; it shows addresses and counts to anyone who asks", p.StatusListen)
 		}
 	}
 	errs = append(errs, p.Server.fits(p.listen.tls)...)

@@ -12,26 +12,26 @@ import (
 	"time"
 )
 
-// descriptors is how the process's file descriptors are shared out. Clients come
-// as they like and the server side cannot do without, so what clients may have
-// is what is left over, and not the other way round.
+// descriptors divides the process's file descriptors. The gateway cannot work without
+// those of the server side, while clients come in any number; so clients get what is left
+// over.
 type descriptors struct {
-	limit   int // of the process; 0: there is none that counts
+	limit   int // of the process; 0: there is none to consider
 	server  int // connections to the server, -max-open
 	status  int // connections to the status
-	reserve int // the rest: sockets that listen, files, what was open before, and what the pool wants to see free
+	reserve int // the rest: listening sockets, files, what was open before, and what the pool wants free
 }
 
 const (
 	ownDescriptors    = 12 + leavingClients // standard streams, listeners, pollers, the spare, a file that is read
-	leavingClients    = 4                   // that are told under TLS that they are too many
-	statusClients     = 8                   // connections to the status at once
+	leavingClients    = 4                   // clients above MaxClients that are being told so under TLS
+	statusClients     = 8                   // connections to the status page at once
 	leastClients      = 1
 	defaultMaxClients = 10_000
 )
 
-// share computes the shares. The pool closes idle connections when fewer than
-// one descriptor in sixteen is free, and 10 at least: so much stays free.
+// share computes the shares. The pool closes idle connections when fewer than one
+// descriptor in sixteen, or fewer than 10, are free; the reserve keeps that many free.
 func (p *plan) share() descriptors {
 	d := descriptors{limit: descriptorLimit(), server: p.MaxOpen}
 	if p.StatusListen != "" {
@@ -42,7 +42,7 @@ func (p *plan) share() descriptors {
 	return d
 }
 
-// clients is how many clients there is room for.
+// clients returns how many clients there is room for.
 func (d descriptors) clients() int {
 	if d.limit == 0 {
 		return int(^uint(0) >> 1)
@@ -61,8 +61,8 @@ func (d descriptors) String() string {
 	return s + fmt.Sprintf(", and %d left for clients", max(0, d.clients()))
 }
 
-// fit lowers the number of clients to what there is room for. Who asked for more
-// is told; where even one does not fit, nothing is started.
+// fit lowers the number of clients to what there is room for. If not even leastClients
+// fit, it returns an error and the gateway does not start.
 func (p *plan) fit() error {
 	files := p.share()
 	room := files.clients()
@@ -75,9 +75,9 @@ func (p *plan) fit() error {
 	return nil
 }
 
-// spare is a descriptor that is kept for the moment when there is none: a client
-// that cannot be accepted otherwise is accepted, told, and closed, instead of
-// waiting in the system's queue for nobody.
+// spare is one open descriptor, kept for the moment when no other is free. The gateway
+// closes the spare, accepts a client in its place, tells the client that there is no
+// room, and closes it. Otherwise the client would wait in the system's queue.
 type spare struct{ file *os.File }
 
 func (s *spare) keep() {
@@ -93,13 +93,13 @@ func (s *spare) release() {
 	}
 }
 
-// outOfDescriptors reports whether err is the want of one.
+// outOfDescriptors reports whether err means that no descriptor is free.
 func outOfDescriptors(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// turnAway accepts one client in the place of the spare, and tells it that there
-// is no room. It reports whether there was one.
+// turnAway accepts one client in place of the spare, and tells the client that there is
+// no room. It reports whether there was a client.
 func (g *Gateway) turnAway(s *spare) bool {
 	if s.file == nil {
 		return false
@@ -107,7 +107,7 @@ func (g *Gateway) turnAway(s *spare) bool {
 	s.release()
 	defer s.keep()
 	if d, ok := g.listener.Listener.(interface{ SetDeadline(time.Time) error }); ok {
-		d.SetDeadline(time.Now().Add(100 * time.Millisecond)) // whoever was there may have left
+		d.SetDeadline(time.Now().Add(100 * time.Millisecond)) // the client may have left already
 		defer func() {
 			d.SetDeadline(time.Time{})
 			g.listener.wakeIfStopped()
@@ -121,8 +121,8 @@ func (g *Gateway) turnAway(s *spare) bool {
 	return true
 }
 
-// sendAway tells a client that it is one too many. Under TLS that takes a
-// handshake, for which a few have the time of a second.
+// sendAway tells a client that there are too many clients. Under TLS that takes a
+// handshake; leavingClients at once have one second each for it.
 func (g *Gateway) sendAway(nc net.Conn) {
 	g.count.turnedAway.Add(1)
 	g.notice(slog.LevelWarn, "full", "clients are turned away: as many as -max-clients, or the limit of open files, allows are here",
@@ -131,7 +131,7 @@ func (g *Gateway) sendAway(nc net.Conn) {
 	switch {
 	case g.framing.full == "":
 	case !g.listen.tls:
-		io.WriteString(nc, g.framing.full) // its buffer is empty: this does not wait
+		io.WriteString(nc, g.framing.full) // the socket's buffer is empty, so this write does not wait
 	default:
 		select {
 		case g.leaving <- struct{}{}:

@@ -2,6 +2,6 @@
 
 package gateway
 
-// There is no limit that could be asked for.
+// descriptorLimit returns 0: these systems have no limit to ask for.
 func descriptorLimit() int { return 0 }
 func descriptorsOpen() int { return 0 }

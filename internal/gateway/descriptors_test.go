@@ -38,7 +38,7 @@ func TestClientsGetTheDescriptorsThatTheServerSideCannotUse(t *testing.T) {
 	}
 }
 
-// starved is a listener that has no descriptor left at first.
+// starved is a listener that at first has no descriptor left.
 type starved struct {
 	net.Listener
 	fails atomic.Int32
@@ -88,7 +88,7 @@ func TestOneClientTooManyIsToldSoUnderTLSToo(t *testing.T) {
 	second := g.call()
 	require.Equal(t, "-ERR max number of clients reached\r", second.hear())
 	second.hearEnd()
-	for range 3 * leavingClients { // and who says nothing is not waited for
+	for range 3 * leavingClients { // the gateway does not wait for silent ones
 		nc, err := net.Dial("tcp", g.Addr().String())
 		require.NoError(t, err)
 		defer nc.Close()
@@ -98,8 +98,8 @@ func TestOneClientTooManyIsToldSoUnderTLSToo(t *testing.T) {
 	require.NoError(t, g.wait())
 }
 
-// TRY-09, TRY-17: whoever connects to the status and says nothing has a few
-// connections at most, keeps nobody else out, and does not delay the end.
+// TRY-09, TRY-17: clients that connect to the status and stay silent have a few
+// connections at most, keep nobody else out, and do not delay the end.
 func TestSilentVisitorsOfTheStatusAreFew(t *testing.T) {
 	_, to := serve(t, faultnet.Options{})
 	g := begin(t, Config{Framing: "line", To: to, StatusListen: "tcp://127.0.0.1:0"})

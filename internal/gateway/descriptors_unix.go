@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// descriptorLimit is the soft limit of the process, which Go raises to the hard
-// one at its start.
+// descriptorLimit returns the soft limit of the process, which Go raises to the hard
+// limit at the start.
 func descriptorLimit() int {
 	var r syscall.Rlimit
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r) != nil || uint64(r.Cur) > math.MaxInt32 {
@@ -18,7 +18,7 @@ func descriptorLimit() int {
 	return int(r.Cur)
 }
 
-// descriptorsOpen is how many are open, as far as the system tells.
+// descriptorsOpen returns how many descriptors are open, as far as the system tells.
 func descriptorsOpen() int {
 	dir, err := os.Open("/dev/fd")
 	if err != nil {
@@ -26,5 +26,5 @@ func descriptorsOpen() int {
 	}
 	defer dir.Close()
 	names, _ := dir.Readdirnames(-1)
-	return len(names) - 1 // its own
+	return len(names) - 1 // not counting the descriptor of this directory read
 }

@@ -28,18 +28,18 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// The parallel ones among these tests wait, for time-outs and for what does
-	// not come; their number need not be that of the processors.
+	// The parallel tests wait for time-outs, or to see that nothing comes; there may be
+	// more of them than processors.
 	flag.Set("test.parallel", "32")
 	goleak.VerifyTestMain(m)
 }
 
-// forever is longer than anything here takes; who waits for so long hangs.
+// forever is longer than any step here takes; a wait that long means a hang.
 const forever = time.Minute
 
 var stress = os.Getenv("CONNPOOL_STRESS") != ""
 
-// logged is what a gateway told; it is shown if the test fails.
+// logged is a gateway's log; it is shown if the test fails.
 type logged struct {
 	mu sync.Mutex // guards b
 	b  bytes.Buffer
@@ -62,14 +62,14 @@ type running struct {
 	*Gateway
 	t        testing.TB
 	log      *logged
-	clientCA *x509.CertPool // that a TLS client trusts
+	clientCA *x509.CertPool // of the authority that a TLS client trusts
 
 	end, hasten context.CancelFunc
 	ended       chan error
 }
 
-// begin starts a gateway. Its end, at the end of the test at the latest, must
-// leave nothing behind.
+// begin starts a gateway. When the gateway ends, at the end of the test at the latest, it
+// must leave nothing behind.
 func begin(t testing.TB, cfg Config) *running {
 	t.Helper()
 	r := &running{t: t, log: new(logged), ended: make(chan error, 1)}
@@ -79,7 +79,7 @@ func begin(t testing.TB, cfg Config) *running {
 	if cfg.Listen == "" {
 		cfg.Listen = "tcp://127.0.0.1:0"
 	}
-	if cfg.GreetingWait == 0 { // most servers here are silent at first, and as fast as it gets
+	if cfg.GreetingWait == 0 { // most servers here are silent at first, and answer at once
 		cfg.GreetingWait = 6 * time.Millisecond
 	}
 	g, err := New(cfg)
@@ -138,7 +138,7 @@ func (r *running) call() *caller {
 	return c
 }
 
-// dial connects as any client would: it need know no more than the address.
+// dial connects as any client would, knowing only the address.
 func (r *running) dial() (*caller, error) {
 	a := r.Addr()
 	var nc net.Conn
@@ -201,7 +201,7 @@ func serve(t testing.TB, o faultnet.Options) (*faultnet.Server, string) {
 	return srv, addr.String()
 }
 
-// soon waits for what happens by itself, and has no signal.
+// soon waits for an event that has no signal.
 func soon(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
@@ -231,7 +231,7 @@ func writeKeys(t testing.TB, dir, name string, c tls.Certificate) keys {
 	return k
 }
 
-// shortDir is a directory whose name leaves room for that of a socket.
+// shortDir returns a directory whose name is short enough for the path of a socket in it.
 func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "gw")

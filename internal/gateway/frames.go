@@ -7,13 +7,13 @@ import (
 	"time"
 )
 
-// A scanner follows one direction of a stream and finds where its frames end.
-// It is fed the bytes in order, in pieces of any size, and sees the same frames
-// however they are cut. It holds no bytes itself.
+// A scanner follows one direction of a stream and finds the ends of frames. It is fed the
+// bytes in order, in pieces of any size; the pieces do not change the frames it finds. It
+// stores no bytes.
 type scanner interface {
-	// scan advances over b, but not beyond the end of the frame that is under
-	// way: n bytes belong to it, and done says that it ends there. After an
-	// error the stream is out of step and the scanner must not be used again.
+	// scan advances over b, but not beyond the end of the current frame: n bytes belong
+	// to the frame, and done means that it ends there. After an error the stream is out
+	// of step and the scanner must not be used again.
 	scan(b []byte) (n int, done bool, err error)
 }
 
@@ -23,20 +23,20 @@ var (
 	errHalf     = errors.New("the client ended its direction in the middle of a request")
 )
 
-// malformed says what is wrong with a frame, in words that may be told to the
-// peer that sent it.
+// malformed describes what is wrong with a frame, in words that may be sent to the peer
+// that sent the frame.
 type malformed struct{ what string }
 
 func (m *malformed) Error() string { return m.what }
 
-// budget bounds what all clients together make the gateway remember beyond
-// the small buffer that each has from the beginning. nil: no bound.
+// budget bounds the bytes that the gateway stores for all clients together, beyond the
+// small buffer that each client has from the beginning. nil: no bound.
 type budget struct {
 	limit int64
 	held  atomic.Int64
 }
 
-// take reports whether n bytes more may be held, and counts them if so.
+// take reports whether n more bytes may be stored, and counts them if so.
 func (b *budget) take(n int) bool {
 	if b == nil {
 		return true
@@ -55,20 +55,20 @@ func (b *budget) give(n int) {
 }
 
 const (
-	clientBuffer   = 2 << 10  // what a client has from the beginning, counted by nobody
-	upstreamBuffer = 16 << 10 // of each upstream connection; it never grows
-	keptBuffer     = 64 << 10 // what a client keeps between two requests
+	clientBuffer   = 2 << 10  // a client's initial buffer, not counted in the budget
+	upstreamBuffer = 16 << 10 // of each connection to the server; it never grows
+	keptBuffer     = 64 << 10 // the most a client keeps between two requests
 )
 
-// store is a byte slice whose growth is counted in a budget. What a peer
-// announces makes it grow no faster than what the peer sends.
+// store is a byte slice whose growth is counted in a budget. It grows with the bytes a
+// peer sends, not with the length that the peer announces.
 type store struct {
 	b     []byte
 	taken int // of budget
 	*budget
 }
 
-// reserve makes room for n bytes beyond what b holds.
+// reserve makes room for n bytes after the contents of b.
 func (s *store) reserve(n int) error {
 	need := len(s.b) + n
 	if need <= cap(s.b) {
@@ -78,7 +78,7 @@ func (s *store) reserve(n int) error {
 	for size < need {
 		size *= 2
 	}
-	// While it grows both are there, and both are counted.
+	// While the store grows, the old and the new slice both exist, and both are counted.
 	more := max(0, size-clientBuffer)
 	if !s.take(more) {
 		return errNoMemory
@@ -99,7 +99,7 @@ func (s *store) append(b []byte) error {
 	return nil
 }
 
-// empty forgets the contents, and the room too if it is large.
+// empty drops the contents, and the slice too if it is large.
 func (s *store) empty() {
 	s.b = s.b[:0]
 	if cap(s.b) > keptBuffer {
@@ -113,22 +113,21 @@ func (s *store) release() {
 	s.taken = 0
 }
 
-// frames cuts what a client sends into frames. The store holds the frames that
-// were taken since the last fill, the one under way, and what came behind it.
+// frames cuts a client's input into frames. The store holds the frames taken since the
+// last fill, the current frame, and the bytes after it.
 type frames struct {
 	r       io.Reader
 	sc      scanner
 	max     int // bytes of one frame
 	store   store
-	start   int // of the frame under way in store.b
+	start   int // start of the current frame in store.b
 	scanned int // sc has seen store.b[start:scanned]
 
-	broken error // nothing can be read any more: what came was dropped, for this reason
+	broken error // no more input can be read; later input was dropped, for this reason
 }
 
-// take returns the next frame that is complete, if there is one, as a part of
-// the store that stays valid until fill. Frames that are taken one after the
-// other lie side by side.
+// take returns the next complete frame, if there is one. The frame is a part of the store
+// and stays valid until fill. Frames taken one after the other lie side by side.
 func (f *frames) take() (frame []byte, ok bool, err error) {
 	n, done, err := f.sc.scan(f.store.b[f.scanned:])
 	f.scanned += n
@@ -143,21 +142,21 @@ func (f *frames) take() (frame []byte, ok bool, err error) {
 	return frame, true, nil
 }
 
-// untake makes a frame the next one again. It must be the one that was taken
-// last, and the scanner must be at the beginning of a frame.
+// untake makes a frame the next one again. It must be the frame that was taken last, and
+// the scanner must be at the beginning of a frame.
 func (f *frames) untake(frame []byte) {
 	f.start -= len(frame)
 	f.scanned = f.start
 }
 
-// partial reports whether there is the beginning of a frame.
+// partial reports whether the beginning of a frame has arrived.
 func (f *frames) partial() bool { return len(f.store.b) > f.start }
 
 // An ender is a scanner whose last frame may be ended by the end of the stream.
-type ender interface{ end() string } // what is missing then
+type ender interface{ end() string } // returns the missing bytes
 
-// fill forgets the frames that were taken and reads more, once. The end of the
-// stream in the middle of a frame is errHalf, unless it is the end of the frame.
+// fill drops the frames that were taken and reads once. The end of the stream in the
+// middle of a frame is errHalf, unless it ends the frame (see ender).
 func (f *frames) fill() error {
 	if f.start > 0 {
 		rest := copy(f.store.b, f.store.b[f.start:])
@@ -170,7 +169,7 @@ func (f *frames) fill() error {
 	return f.more()
 }
 
-// more is fill, but what was taken stays.
+// more is fill, but keeps the frames that were taken.
 func (f *frames) more() error {
 	if f.broken != nil {
 		return f.broken
@@ -183,15 +182,15 @@ func (f *frames) more() error {
 	s.b = s.b[:len(s.b)+n]
 	switch {
 	case n > 0:
-		return nil // the error comes again
+		return nil // the next read returns the error again
 	case err == io.EOF && f.partial():
-		// What was read ahead may have whole frames in it: the end is the
-		// last frame's. It comes again.
+		// The input read so far may hold whole frames. The end of the stream ends the
+		// last frame; the next read returns it again.
 		if e, ok := f.sc.(ender); ok && s.b[len(s.b)-1] != e.end()[0] {
 			return s.append([]byte(e.end()))
 		}
 		return errHalf
-	case errors.Is(err, io.ErrUnexpectedEOF) && f.partial(): // of TLS: it was cut off
+	case errors.Is(err, io.ErrUnexpectedEOF) && f.partial(): // TLS ended without close_notify
 		return errHalf
 	case err == nil:
 		return io.ErrNoProgress
@@ -199,42 +198,42 @@ func (f *frames) more() error {
 	return err
 }
 
-// replies is the codec of one upstream connection: it reads frames off it. It
-// is the state that the pool keeps with the connection.
+// replies is the codec of one connection to the server: it reads frames. The pool keeps
+// it as the state of the connection.
 type replies struct {
 	sc   scanner
 	max  int
 	buf  [upstreamBuffer]byte
-	r, w int    // buf[r:w] has been read and not been used
-	tid  uint16 // the last transaction id given, see modbus; of resp, the last mark
+	r, w int    // buf[r:w] has been read from the socket and not used
+	tid  uint16 // the last transaction id given, see modbus; for resp, the last mark
 
-	born     time.Time // when it could have been asked for the first time
-	heard    bool      // it was silent before its first request
-	listened bool      // it was listened to in this loan
-	settled  bool      // it is believed without a look, see greetings
-	token    []byte    // of its marks
-	proves   bool      // the server proves its answers by marks
+	born     time.Time // the earliest moment at which the server could have been asked
+	heard    bool      // the connection was silent before its first request
+	listened bool      // the gateway has listened to it in this loan
+	settled  bool      // its replies are trusted without a look, see greetings
+	token    []byte    // the prefix of its marks
+	proves   bool      // the server proves its replies by marks
 
 	half    bool   // next failed in the middle of a frame
-	owed    []owed // modbus: what may come late
-	silent  int    // ... requests in a row that got no reply in time
-	matched bool   // ... a reply had the number of its request
-	zero    bool   // ... its replies have none
+	owed    []owed // modbus: requests whose reply may still come
+	silent  int    // modbus: requests in a row that got no reply in time
+	matched bool   // modbus: a reply had the number of its request
+	zero    bool   // modbus: its replies have no number
 
 	pushes bool // resp: a frame may be a push
-	push   bool // ... and the last one was
+	push   bool // resp: the last frame was a push
 
-	closed func() // runs when the connection has been closed; nil: nothing does
+	closed func() // runs when the connection has been closed; nil: nothing runs
 
-	// pause is called before a read that may have to wait, and told whether a
-	// frame is under way; nil: not. Its error ends next.
+	// pause is called before a read that may have to wait; within says whether a frame
+	// has begun. If pause returns an error, next returns it. nil: no call.
 	pause func(within bool) error
 }
 
-// Buffered tells the pool of bytes that no borrower has asked for.
+// Buffered tells the pool how many bytes have arrived that no borrower has asked for.
 func (u *replies) Buffered() int { return u.w - u.r }
 
-// Close is called by the pool when the connection is closed.
+// The pool calls Close when it closes the connection.
 func (u *replies) Close() error {
 	if u.closed != nil {
 		u.closed()
@@ -242,9 +241,9 @@ func (u *replies) Close() error {
 	return nil
 }
 
-// reply is next for who waits for the reply to a request. A push, which RESP3 has
-// for what comes unasked, is none whenever it comes; nobody here has asked for
-// any, and it is dropped.
+// reply is next for a caller that waits for the reply to a request. RESP3 sends pushes
+// unasked, at any time; a push is no reply, no client here asked for one, and reply drops
+// it.
 func (u *replies) reply(from io.Reader, out *store) error {
 	for {
 		mark := len(out.b)
@@ -256,10 +255,9 @@ func (u *replies) reply(from io.Reader, out *store) error {
 	}
 }
 
-// next appends one frame to out. If there is no room for it, it is read to its
-// end all the same, so that the connection stays in step, and the error is
-// errNoMemory; any other error means that the connection is out of step. In
-// both cases out is as before.
+// next appends one frame to out. If there is no room for the frame, next still reads the
+// frame to its end, so that the connection stays in step, and returns errNoMemory; any
+// other error means that the connection is out of step. In both cases out is unchanged.
 func (u *replies) next(from io.Reader, out *store) error {
 	mark, size, full := len(out.b), 0, false
 	fail := func(err error) error {

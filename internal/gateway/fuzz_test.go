@@ -15,8 +15,8 @@ import (
 // fuzzMax is -max-frame while fuzzing.
 const fuzzMax = 4096
 
-// cut is what a scanner makes of a stream: the ends of its frames, and whether it
-// found the stream to be out of step.
+// cut is the result of a scanner for a stream: the ends of its frames, and whether the
+// stream was out of step.
 type cut struct {
 	ends []int
 	bad  bool
@@ -59,8 +59,8 @@ func sameHoweverCut(t *testing.T, data []byte, fresh func() scanner) cut {
 	return whole
 }
 
-// readAll takes the frames off a reader as the gateway does, and checks what it
-// holds meanwhile.
+// readAll takes the frames from a reader as the gateway does, and checks how much is
+// stored meanwhile.
 func readAll(t *testing.T, r io.Reader, sc scanner) (got [][]byte, err error) {
 	t.Helper()
 	b := &budget{limit: 4 * fuzzMax}
@@ -91,7 +91,7 @@ func readAll(t *testing.T, r io.Reader, sc scanner) (got [][]byte, err error) {
 	}
 }
 
-// sameFramesHoweverRead does the same with what surrounds the scanner.
+// sameFramesHoweverRead checks the same for the code around the scanner.
 func sameFramesHoweverRead(t *testing.T, data []byte, fresh func() scanner) {
 	t.Helper()
 	whole, err1 := readAll(t, bytes.NewReader(data), fresh())
@@ -99,11 +99,11 @@ func sameFramesHoweverRead(t *testing.T, data []byte, fresh func() scanner) {
 	require.Equal(t, whole, bytewise)
 	require.Equal(t, err1 == io.EOF, err2 == io.EOF, "%v, %v", err1, err2)
 	if e, ok := fresh().(ender); ok && len(data) > 0 && !bytes.HasSuffix(data, []byte(e.end())) {
-		data = append(bytes.Clone(data), e.end()...) // the last frame is ended by the end of the stream
+		data = append(bytes.Clone(data), e.end()...) // the end of the stream ends the last frame
 	}
 	require.True(t, bytes.HasPrefix(data, bytes.Join(whole, nil)), "the frames are the stream, cut")
 
-	// The server's side, which reads into a fixed buffer.
+	// The server's side reads into a fixed buffer.
 	u := &replies{sc: fresh(), max: fuzzMax}
 	src := iotest.HalfReader(bytes.NewReader(data))
 	var out store
@@ -143,7 +143,7 @@ func FuzzLength(f *testing.F) {
 		fresh := func() scanner { return &lengthScanner{field: field, max: fuzzMax} }
 		got := sameHoweverCut(t, data, fresh)
 		begin := 0
-		for _, end := range got.ends { // each frame has the length that it tells
+		for _, end := range got.ends { // each frame has the length that its field gives
 			total, err := field.total(data[begin:])
 			require.NoError(t, err)
 			require.EqualValues(t, end-begin, total)
@@ -153,7 +153,7 @@ func FuzzLength(f *testing.F) {
 	})
 }
 
-// deadlineless is a connection that takes deadlines and has none.
+// deadlineless is a connection that accepts deadlines and ignores them.
 type deadlineless struct {
 	io.Reader
 	io.Writer
@@ -221,8 +221,8 @@ func FuzzRESP(f *testing.F) {
 				}
 				frame = appendCommand(nil, args...)
 			}
-			// What goes to the server is what was understood: encoded again, it
-			// is the same bytes.
+			// The bytes sent to the server are what was understood: encoded again, the
+			// result is the same bytes.
 			var all [][]byte
 			args := argsOf(frame)
 			for {

@@ -1,8 +1,8 @@
-// Package gateway is the tier between many clients and few connections to a
-// server: clients connect to it as they would to the server, and each of their
-// requests is carried out over a connection that a connpool.Pool lends for as
-// long as the request takes. It is the command "connpool gateway"; docs/gateway.md
-// says what its users may rely on.
+// Package gateway stands between many clients and few connections to a server. Clients
+// connect to the gateway as they would to the server. The gateway carries out each
+// request over a connection that a connpool.Pool lends for as long as the request takes.
+// The package is the command "connpool gateway"; docs/gateway.md says what its users may
+// rely on.
 package gateway
 
 import (
@@ -19,20 +19,20 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// Gateway serves one listener and one server. Make it with New, open its
-// sockets with Listen, and let it work with Serve.
+// Gateway serves one listener and one server. Make it with New, open its sockets with
+// Listen, and run it with Serve.
 //
-// A client has one goroutine, which reads a request, borrows a connection, gets
-// the reply, gives the connection back and only then writes the reply to the
-// client: no connection to the server ever waits for a client. (A client with a
-// connection of its own, see pin and serveSession, holds up nobody but itself.)
+// Each client has one goroutine, which reads a request, borrows a connection, gets the
+// reply, returns the connection and only then writes the reply to the client: no
+// connection to the server ever waits for a client. (A client with a connection of its
+// own, see pin and serveSession, delays nobody but itself.)
 //
 //	accepted -> handshake -> waiting <-> in exchange -> closed
 //	                            |  ^
 //	                            v  |
 //	                           pinned
 //
-// Draining closes who is waiting, and lets the others come back to it.
+// Draining closes the clients that are waiting, and lets the others finish and wait.
 type Gateway struct {
 	*plan
 	pool    *connpool.Pool
@@ -42,11 +42,11 @@ type Gateway struct {
 	greet   greetings
 	renewal renewal
 	redial  redial
-	pins    chan struct{} // one for each connection that one client may have to itself
-	places  chan struct{} // one for each session
+	pins    chan struct{} // one value for each connection that a client has to itself
+	places  chan struct{} // one value for each session
 	count   counters
 
-	leaving chan struct{} // one for each client that is told under TLS that it is too many
+	leaving chan struct{} // one value for each client above MaxClients that is being told so under TLS
 
 	journal *journal
 	notices notices
@@ -54,26 +54,26 @@ type Gateway struct {
 	refusedAt atomic.Int64 // when the server last refused our certificate, in ns since started; 0: never
 
 	down atomic.Bool  // the server could not be reached, and has not answered since
-	room atomic.Int64 // how many clients may be there
+	room atomic.Int64 // how many clients there is room for
 
 	listener, statusListener *socket
 
-	ctx      context.Context // of all that is under way
+	ctx      context.Context // the ctx of everything under way
 	cut      context.CancelFunc
 	draining atomic.Bool // set before the clients are woken
 
-	mu      sync.Mutex // guards clients; only deadlines are set and sockets closed under it, neither of which blocks
+	mu      sync.Mutex // guards clients; under it only deadlines are set and sockets closed, neither of which blocks
 	clients map[*client]struct{}
 	serving sync.WaitGroup // a count for each client
 	started time.Time
 }
 
-// New checks cfg and reads the certificates. It opens nothing. The error lists
+// New checks cfg and reads the certificates. It opens no socket. The error lists
 // everything that is wrong.
 func New(cfg Config) (*Gateway, error) { return NewContext(context.Background(), cfg) }
 
-// NewContext is New that waits for names to be looked up and for the files of
-// certificates to be opened until ctx is done at most.
+// NewContext is New, but waits until ctx is done at most for names to be looked up and
+// for certificate files to be opened.
 func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 	p, err := cfg.plan()
 	if err != nil {
@@ -109,14 +109,14 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 		TLSFor:      func(connpool.Addr) (*tls.Config, error) { return g.certs.forServer.Load(), nil },
 		Setup:       g.setupOfFraming(),
 		Logger:      slog.New(ofPool{g.journal, g}),
-		// The only address has all of the slots, and all of the dials.
+		// There is one address, so it may use all connections and all dials.
 		MaxDialingPerAddr: p.MaxOpen,
 	}
 	if p.Framing == "modbus" {
 		upstream.Push = g.late
 	}
 	dial := g.redial.dial
-	if p.ConnectDelay > 0 && g.framing.newReplies == nil { // else it is Setup's, see setup
+	if p.ConnectDelay > 0 && g.framing.newReplies == nil { // otherwise Setup applies the delay, see setup
 		dial = func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
 			nc, err := g.redial.dial(ctx, addr)
 			if err == nil {
@@ -139,8 +139,8 @@ func NewContext(ctx context.Context, cfg Config) (*Gateway, error) {
 	return g, nil
 }
 
-// setupOfFraming is nil for a framing that knows no replies: there what the server
-// says first is for the client, while a Setup must leave nothing unread.
+// setupOfFraming returns nil for a framing without replies: there the server's first
+// bytes are for the client, while a Setup must leave no bytes unread.
 func (g *Gateway) setupOfFraming() func(context.Context, connpool.Addr, net.Conn) (any, error) {
 	if g.framing.newReplies == nil {
 		return nil
@@ -148,11 +148,11 @@ func (g *Gateway) setupOfFraming() func(context.Context, connpool.Addr, net.Conn
 	return g.setup
 }
 
-// Listen opens the listening sockets. If one of them fails, none is left.
+// Listen opens the listening sockets. If one of them fails, it closes the others.
 func (g *Gateway) Listen() error { return g.ListenContext(context.Background()) }
 
-// ListenContext is Listen that waits for names, and for the lock of a socket's
-// directory, until ctx is done at most. For the lock it is 5 seconds.
+// ListenContext is Listen, but waits until ctx is done at most for names, and for the
+// lock of a socket's directory (5 seconds at most).
 func (g *Gateway) ListenContext(ctx context.Context) (err error) {
 	waits := func(dir string) {
 		g.Logger.Warn("waiting for the lock on a directory that somebody else holds", "directory", dir)
@@ -161,7 +161,7 @@ func (g *Gateway) ListenContext(ctx context.Context) (err error) {
 		return fmt.Errorf("-listen: %w", err)
 	}
 	at := g.listen
-	at.address = g.listener.Addr().String() // with the port that was found for 0
+	at.address = g.listener.Addr().String() // with the real port if the port was 0
 	if err := g.notItself(ctx, at); err != nil {
 		g.listener.Close()
 		return err
@@ -175,7 +175,8 @@ func (g *Gateway) ListenContext(ctx context.Context) (err error) {
 	return nil
 }
 
-// Addr is where clients connect; StatusAddr where the status is, nil if nowhere.
+// Addr is the address clients connect to; StatusAddr the address of the status page, nil
+// if there is none.
 func (g *Gateway) Addr() net.Addr { return g.listener.Addr() }
 func (g *Gateway) StatusAddr() net.Addr {
 	if g.statusListener == nil {
@@ -184,8 +185,7 @@ func (g *Gateway) StatusAddr() net.Addr {
 	return g.statusListener.Addr()
 }
 
-// Close is for a gateway that is not to serve: it frees what New and Listen
-// took.
+// Close is for a gateway that will not serve: it frees what New and Listen opened.
 func (g *Gateway) Close() error {
 	g.cut()
 	g.unlisten()
@@ -194,8 +194,8 @@ func (g *Gateway) Close() error {
 	return err
 }
 
-// unlisten gives up both sockets and their files, so that a successor can have
-// them while this gateway drains. Who is connected to the status stays.
+// unlisten closes both sockets and removes their files, so that a successor can have them
+// while this gateway drains. Open connections to the status page stay.
 func (g *Gateway) unlisten() {
 	var both sync.WaitGroup
 	for _, s := range []*socket{g.listener, g.statusListener} {
@@ -211,12 +211,12 @@ func (g *Gateway) unlisten() {
 	both.Wait()
 }
 
-// MaxClientsNow is how many clients may be there: -max-clients, or fewer if the
+// MaxClientsNow is how many clients may be connected: -max-clients, or fewer if the
 // process may not open as many files.
 func (g *Gateway) MaxClientsNow() int { return int(g.room.Load()) }
 
-// Descriptors says how the files that the process may open are shared out. lacks
-// is what is wrong with that: "" if nothing is.
+// Descriptors describes how the file descriptors of the process are shared out. lacks
+// describes a shortage; "" if there is none.
 func (g *Gateway) Descriptors() (shares, lacks string) {
 	d := g.share()
 	if room := min(d.clients(), g.MaxClientsNow()); g.wantClients > room {
@@ -225,7 +225,7 @@ func (g *Gateway) Descriptors() (shares, lacks string) {
 	return d.String(), lacks
 }
 
-// resize follows a limit of the process that was changed while it runs.
+// resize adapts the gateway to a limit of the process that changed while it runs.
 func (g *Gateway) resize() {
 	room := max(leastClients, min(g.share().clients(), g.askClients))
 	if was := g.room.Swap(int64(room)); was != int64(room) {
@@ -233,9 +233,9 @@ func (g *Gateway) resize() {
 	}
 }
 
-// Reload reads the certificates again. If they changed, new connections use
-// them and those to the server are replaced as they come back; if one of them
-// is bad, or does not open, all stay as they were.
+// Reload reads the certificates again. If they changed, new connections use them, and
+// each connection to the server is replaced when its loan ends. If a file is bad or does
+// not open, all certificates stay as they were.
 func (g *Gateway) Reload() error {
 	g.resize()
 	defer g.tellInvalid()
@@ -249,7 +249,7 @@ func (g *Gateway) reload(ctx context.Context) error {
 		return ctx.Err()
 	case err != nil:
 		g.count.reloadsFailed.Add(1)
-		g.notice(slog.LevelError, "reload", "certificates not reloaded, the old ones stay in force", "error", err)
+		g.notice(slog.LevelError, "reload", "certificates not reloaded, the old ones stay in use", "error", err)
 		return err
 	}
 	if changed {
@@ -260,17 +260,16 @@ func (g *Gateway) reload(ctx context.Context) error {
 	return nil
 }
 
-// The bounds of what comes after the drain.
+// The bounds of the steps after the drain.
 const (
-	lastGoodbyes = 5 * time.Second // to the server
-	lastClients  = 5 * time.Second // that were cut off
-	lastLines    = time.Second     // of the log
+	lastGoodbyes = 5 * time.Second // farewells of TLS to the server
+	lastClients  = 5 * time.Second // clients that were cut off
+	lastLines    = time.Second     // lines of the log
 )
 
-// Serve works until ctx is done. Then it stops listening, lets what is under
-// way end for as long as Drain, and returns when nothing is left of it: no
-// client, no connection, no goroutine, no socket file. A done hurry cuts the
-// drain short. The error says how much had to be cut.
+// Serve runs until ctx is done. Then it stops listening, gives requests under way the
+// time Drain to end, and returns when no client, connection, goroutine or socket file is
+// left. A done hurry ends the drain early. The error says how much had to be cut off.
 func (g *Gateway) Serve(ctx, hurry context.Context) error {
 	defer g.journal.flush(lastLines)
 	var rest sync.WaitGroup
@@ -285,7 +284,7 @@ func (g *Gateway) Serve(ctx, hurry context.Context) error {
 			for {
 				select {
 				case <-tick.C:
-					g.reload(helpers) // which tells
+					g.reload(helpers) // which logs the outcome
 					g.tellInvalid()
 				case <-helpers.Done():
 					return
@@ -304,7 +303,7 @@ func (g *Gateway) Serve(ctx, hurry context.Context) error {
 	defer late.Stop()
 	gone := make(chan struct{})
 	rest.Go(func() { g.unlisten(); close(gone) })
-	select { // before a client is let go, so that none finds the file of who does not listen
+	select { // unlisten before a client is released, so that no client finds the file of a gateway that no longer listens
 	case <-gone:
 	case <-hurry.Done():
 	case <-time.After(min(lockForEnd, max(0, g.Drain))):
@@ -324,9 +323,8 @@ func (g *Gateway) Serve(ctx, hurry context.Context) error {
 	return errors.Join(failed, err)
 }
 
-// accept lets clients in until ctx is done. An error of the listener that may
-// pass makes it pause, but for a lack of descriptors: one is kept to turn
-// clients away with.
+// accept accepts clients until ctx is done. After a temporary error of the listener it
+// pauses; if no descriptor is free, it turns clients away with the spare.
 func (g *Gateway) accept(ctx context.Context) error {
 	const shortest, longest = 5 * time.Millisecond, time.Second
 	pause := shortest
@@ -364,7 +362,7 @@ func (g *Gateway) accept(ctx context.Context) error {
 	}
 }
 
-// admit gives nc a goroutine, or turns it away.
+// admit starts a goroutine for nc, or turns nc away.
 func (g *Gateway) admit(nc net.Conn) {
 	g.mu.Lock()
 	full := len(g.clients) >= g.MaxClientsNow()
@@ -390,8 +388,8 @@ func (g *Gateway) admit(nc net.Conn) {
 	}()
 }
 
-// drain waits for the clients, and cuts off those that take too long. It
-// returns how many these were, and how many of them have not ended all the same.
+// drain waits for the clients, and cuts off those that take too long. It returns how many
+// it cut off, and how many of these have still not ended.
 func (g *Gateway) drain(hurry context.Context, late <-chan time.Time) (cut, stuck int) {
 	g.draining.Store(true)
 	g.mu.Lock()

@@ -17,30 +17,30 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// A server that speaks first says something that nobody asked for: a greeting, a
-// banner, "max number of clients reached". Where replies are matched by position
-// such a word is taken for the reply to the first request, that reply for the
-// one to the second request, and so on: each client reads what another one asked.
+// A server that speaks first sends bytes that nobody asked for: a greeting, a banner,
+// "max number of clients reached". Where replies are matched to requests by position,
+// such bytes are taken for the reply to the first request, that reply for the reply to
+// the second request, and so on: each client gets the reply that another one asked for.
 //
-// No look before a request is enough, since a greeting may come later, even
-// between a request and its reply. So the gateway counts, and lets a reply reach
-// its client only when it has reason to believe that there is not one too many:
+// Listening before a request is not enough, since a greeting may come later, even between
+// a request and its reply. So the gateway counts replies, and passes a reply to its
+// client only when it has evidence that there is not one reply too many:
 //
-//	line, length  The words of these protocols are unknown: only time can tell.
-//	              See greetings.
-//	resp          A PING with a number is asked after the requests, and its
-//	              answer, which has the number, proves what came before it. See
+//	line, length  The gateway does not know the words of these protocols, so only
+//	              time can tell. See greetings.
+//	resp          The gateway sends a PING with a number after the requests. The
+//	              reply to it has the number and proves the replies before it. See
 //	              hello and mark.
 //	modbus        Each reply has the number of its request.
 //	session       Nothing is shared; the server may speak first.
 //
-// What does not add up costs the connection before any of it reaches a client,
-// and new connections are tried ever more rarely until one is found good.
+// If the count is wrong, the pool closes the connection before any of it reaches a
+// client, and the gateway opens new connections ever more rarely until one is good.
 
-// speaksFirst is that the server said something before it was asked.
+// speaksFirst means that the server sent something before it was asked.
 type speaksFirst struct {
 	framing string
-	said    []byte // the beginning of it
+	said    []byte // the beginning of what it sent
 }
 
 func (e *speaksFirst) Error() string {
@@ -51,18 +51,17 @@ func (e *speaksFirst) Error() string {
 		strconv.Quote(string(e.said)), e.framing)
 }
 
-// errSilent is the good outcome of a look that waited in vain. It is given back
-// as connpool.Keep(errSilent), since a read that timed out was meant to.
+// errSilent is the good outcome of listening: nothing came. The borrower returns
+// connpool.Keep(errSilent), because the read was meant to time out.
 var errSilent = errors.New("nothing came, as it should be")
 
-// errHungUp is that the server ended a connection on which nothing was asked.
+// errHungUp means that the server ended a connection on which nothing was asked.
 var errHungUp = errors.New("the server ended the connection before it was asked anything")
 
-// unasked listens until end to a connection on which no request is under way.
-// nil means that it stayed silent. Otherwise the error is *speaksFirst,
-// errHungUp, or what else befell the connection (an alert of TLS), which is of no
-// more use. A lent connection that stayed silent is given back with
-// connpool.Keep.
+// unasked listens until end on a connection with no request in flight. It returns nil if
+// the connection stayed silent. Otherwise it returns *speaksFirst, errHungUp, or another
+// error of the connection (such as a TLS alert), which is then useless. The borrower of a
+// connection that stayed silent returns connpool.Keep.
 func unasked(c net.Conn, framing string, end time.Time) error {
 	if err := c.SetReadDeadline(end); err != nil {
 		return err
@@ -82,15 +81,15 @@ func unasked(c net.Conn, framing string, end time.Time) error {
 	return err
 }
 
-// A new connection to a server that is known to be silent is listened to for
-// quickLook before its first request. After its first reply it is listened to for
-// as long, or for twice the longest exchange so far, up to longestLook.
+// On a new connection to a server that is known to be silent, the gateway listens for
+// quickLook before the first request. After the first reply it listens for the same time,
+// or for twice the longest exchange so far, up to longestLook.
 const (
 	quickLook   = 50 * time.Millisecond
 	longestLook = 250 * time.Millisecond
 )
 
-// greetings is what is known of whether the server speaks first. It begins
+// greetings is what the gateway knows about whether the server speaks first. It begins as
 // unknown:
 //
 //	         a connection has been silent, but for replies, for wait
@@ -98,47 +97,46 @@ const (
 //	   ^                                                   |
 //	   +----------------- something came unasked ----------+
 //
-// While it is unknown, a new connection is listened to for a third of wait
-// (for all of it, if something came unasked before) before it carries a request,
-// and no reply reaches a client before its connection has been silent for wait
-// (and before wait has passed since the reply, if something came unasked before).
-// When it has just become known, each reply is still held until it has had the
-// time to be followed by another one; so are the first ones of each new
-// connection for ever.
+// In state unknown, the gateway listens to a new connection for a third of wait before
+// the first request (for all of wait, if something came unasked before). It passes no
+// reply to a client before the connection has been silent for wait (and not before wait
+// has passed since the reply, if something came unasked before). For a time of wait after
+// the state has become silent, each reply is still held until another one would have had
+// time to follow it. The first replies of each new connection are always held in this
+// way.
 type greetings struct {
-	wait    time.Duration // not positive: nobody listens
-	quick   time.Duration // quickLook, or less if that is long beside wait
+	wait    time.Duration // not positive: the gateway does not listen
+	quick   time.Duration // quickLook, or less if quickLook is long compared with wait
 	framing string
-	once    bool // connections have one exchange each: nothing follows the first reply
+	once    bool // each connection has one exchange: nothing follows its first reply
 	log     *slog.Logger
 
-	mu      sync.Mutex    // guards what follows; nothing else happens under it
-	silent  time.Time     // since when it is known; zero: it is not
-	last    error         // what was wrong with a new connection, until a younger one is found good
-	at      time.Time     // of it
-	until   time.Time     // when the next connection may be tried
+	mu      sync.Mutex    // guards the fields below; nothing else happens under it
+	silent  time.Time     // since when the state is silent; zero: it is unknown
+	last    error         // what was wrong with a new connection, until a younger one is good
+	at      time.Time     // when last was set
+	until   time.Time     // when the next connection may be opened
 	pause   time.Duration // from at to until
-	told    time.Time     // when the log was told
-	slowest time.Duration // the longest exchange so far that was listened to
+	told    time.Time     // when last was logged
+	slowest time.Duration // the longest exchange after which the gateway listened
 	bare    bool          // resp: the server hangs up on a PING with a number
-	hungUp  time.Time     // ... when it did so first, and no connection has been proven since; zero: it did not
+	hungUp  time.Time     // resp: when it first did so, and no connection has been proven since; zero: it did not
 }
 
 const (
 	firstPause    = 250 * time.Millisecond
-	longestPause  = time.Second     // before one that is full, or will not work for us, is tried again
-	longestSilent = 5 * time.Second // before one that speaks first is
+	longestPause  = time.Second     // before reconnecting to a server that is full or refuses us
+	longestSilent = 5 * time.Second // before reconnecting to a server that speaks first
 	tellEvery     = time.Minute
 )
 
-// surprised books that something came unasked, and returns it.
+// surprised records that something came unasked, and returns e.
 func (k *greetings) surprised(e *speaksFirst) error {
 	k.bad(e, longestSilent)
 	return e
 }
 
-// bad books that a new connection was no good, and lets nobody open another one
-// for a while.
+// bad records that a new connection was no good, and delays the next one.
 func (k *greetings) bad(e error, longest time.Duration) {
 	now := time.Now()
 	k.mu.Lock()
@@ -159,7 +157,7 @@ func (k *greetings) bad(e error, longest time.Duration) {
 	}
 }
 
-// refusing is why no new connection may be tried now; nil: one may be.
+// refusing returns why no new connection may be opened now; nil: one may be opened.
 func (k *greetings) refusing() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -169,8 +167,7 @@ func (k *greetings) refusing() error {
 	return nil
 }
 
-// speaking reports whether the last that is known of the server is that it
-// speaks first.
+// speaking reports whether the latest finding is that the server speaks first.
 func (k *greetings) speaking() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -178,7 +175,7 @@ func (k *greetings) speaking() bool {
 	return errors.As(k.last, &first)
 }
 
-// forget makes it unknown again: another server may be there.
+// forget sets the state to unknown: another server may have taken over the address.
 func (k *greetings) forget() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -186,9 +183,9 @@ func (k *greetings) forget() {
 	k.bare, k.hungUp = false, time.Time{}
 }
 
-// hangsUp books that a server hung up on a PING with a number, on a connection
-// that was asked since began. Any server may end at any moment: only one that
-// does so again is taken to know no such PING.
+// hangsUp records that a server hung up on a PING with a number, on a connection whose
+// hello began at began. Any server may end a connection at any moment, so only a second
+// hang-up counts as evidence that the server does not know such a PING.
 func (k *greetings) hangsUp(began time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -199,14 +196,14 @@ func (k *greetings) hangsUp(began time.Time) {
 	}
 }
 
-// proved books that a server has answered a PING with its number.
+// proved records that a server has answered a PING with its number.
 func (k *greetings) proved() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.hungUp = time.Time{}
 }
 
-// found books that a connection was silent, but for replies, until now.
+// found records that a connection was silent, but for replies, until now.
 func (k *greetings) found(u *replies) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -226,8 +223,7 @@ func (k *greetings) found(u *replies) {
 	}
 }
 
-// before listens to a connection that has carried no request yet. It does so
-// until latest at most.
+// before listens on a connection that has carried no request yet, until latest at most.
 func (k *greetings) before(c net.Conn, u *replies, latest time.Time) error {
 	if k.wait <= 0 || u.settled || u.heard || u.proves {
 		return nil
@@ -249,8 +245,8 @@ func (k *greetings) before(c net.Conn, u *replies, latest time.Time) error {
 	return nil
 }
 
-// after listens to a connection whose requests have all been answered, the
-// first of them asked at the time asked. Only then may the replies be believed.
+// after listens on a connection whose requests have all been answered. asked is when the
+// first of them was sent. If after returns no error, the replies may be passed on.
 func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error {
 	if k.wait <= 0 || u.settled {
 		return nil
@@ -260,7 +256,7 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 	k.slowest = max(k.slowest, now.Sub(asked))
 	known, hold := k.silent, max(k.quick, min(2*k.slowest, k.wait))
 	var first *speaksFirst
-	if errors.As(k.last, &first) { // it may greet those who ask
+	if errors.As(k.last, &first) { // such a server may send its greeting only after a request
 		hold = k.wait
 	}
 	k.mu.Unlock()
@@ -271,8 +267,8 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 		if old := u.born.Add(k.wait); end.Before(old) {
 			end = old
 		}
-	case now.Sub(known) < k.wait: // known for a short time
-	case k.once: // nothing is lent again that a late word could spoil
+	case now.Sub(known) < k.wait: // known only for a short time
+	case k.once: // the connection is not lent again, so later bytes harm nobody
 		u.settled = true
 		return nil
 	default:
@@ -280,7 +276,7 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 	}
 	err := k.listen(c, u, earlier(end, latest))
 	switch {
-	case err == errHungUp, // all replies are there, and no more
+	case err == errHungUp, // all replies are there, and no more can come
 		err != nil && !errors.As(err, &first) && !known.IsZero():
 		return nil
 	case err != nil:
@@ -291,13 +287,13 @@ func (k *greetings) after(c net.Conn, u *replies, asked, latest time.Time) error
 	return nil
 }
 
-// listen is unasked for a lent connection with its codec.
+// listen calls unasked for a lent connection and its codec.
 func (k *greetings) listen(c net.Conn, u *replies, end time.Time) error {
 	if n := u.Buffered(); n > 0 {
 		return k.surprised(&speaksFirst{k.framing, bytes.Clone(u.buf[u.r:min(u.w, u.r+64)])})
 	}
 	if !time.Now().Before(end) {
-		end = time.Now().Add(time.Millisecond) // a look all the same
+		end = time.Now().Add(time.Millisecond) // listens for a moment all the same
 	}
 	u.listened = true
 	err := unasked(c, k.framing, end)
@@ -320,20 +316,20 @@ func earlier(a, b time.Time) time.Time {
 
 // --- resp ---
 
-// refusedPing is an answer to PING of a server that will not work for us.
+// refusedPing is the reply to PING of a server that does not serve us.
 type refusedPing struct{ line string }
 
 func (e *refusedPing) Error() string {
 	return fmt.Sprintf("the server answers PING with %s", strconv.Quote(e.line))
 }
 
-// tolerable are the errors with which a server may answer PING that works all
-// the same, or will.
+// tolerable are the errors that a server may send in reply to PING although it works, or
+// will work soon.
 var tolerable = []string{"-NOAUTH", "-NOPERM", "-LOADING", "-MISCONF", "-BUSY ", "-MASTERDOWN", "-CLUSTERDOWN", "-NOREPLICAS",
 	"-ERR operation not permitted", "-ERR unknown command", "-ERR wrong number of arguments"}
 
-// hello asks PING on a new connection, makes it that of the identity, if there
-// is one, and finds out whether the server proves its answers.
+// hello sends PING on a new connection, logs the connection in as the identity, if there
+// is one, and finds out whether the server proves its replies.
 func (k *greetings) hello(nc net.Conn, u *replies, id *identity) error {
 	ask := func(args ...[]byte) ([]byte, error) {
 		if _, err := nc.Write(appendCommand(nil, args...)); err != nil {
@@ -342,7 +338,7 @@ func (k *greetings) hello(nc net.Conn, u *replies, id *identity) error {
 		var reply store
 		err := u.reply(nc, &reply)
 		var bad *malformed
-		if errors.As(err, &bad) { // no word of RESP
+		if errors.As(err, &bad) { // the reply is no RESP
 			err = k.surprised(&speaksFirst{k.framing, bytes.Clone(u.buf[:min(u.w, 64)])})
 		}
 		return reply.b, err
@@ -366,9 +362,9 @@ func (k *greetings) hello(nc net.Conn, u *replies, id *identity) error {
 	u.born = time.Now()
 	switch {
 	case !answers && (id == nil || !id.auth):
-		// It says no to everything until a client logs in, on a connection of its
-		// own: there is nothing that could be mistaken for something else. A
-		// server that does not know PING proves nothing.
+		// The server refuses everything until a client logs in, and a login uses a
+		// connection of its own, so no reply can be mistaken for another. A server that
+		// does not know PING proves nothing.
 		u.settled = !hasPrefix(reply, "-ERR unknown command")
 		return k.nothingMore(u)
 	case answers && string(reply) != "+PONG\r\n", k.isBare():
@@ -391,8 +387,9 @@ func (k *greetings) hello(nc net.Conn, u *replies, id *identity) error {
 	return k.nothingMore(u)
 }
 
-// hopeless is why a request need not wait for a connection: the last one that
-// was opened was no good, it is too early for the next, and there is no other.
+// hopeless returns why a request need not wait for a connection: the last one opened was
+// no good, the next may not be opened yet, and the pool has none. nil: the request may
+// wait.
 func (g *Gateway) hopeless() error {
 	err := g.greet.refusing()
 	if err != nil {
@@ -418,7 +415,7 @@ func isTolerable(reply []byte) bool {
 	return false
 }
 
-// nothingMore refuses a connection on which there is more than was asked for.
+// nothingMore refuses a connection on which more bytes came than were asked for.
 func (k *greetings) nothingMore(u *replies) error {
 	if u.Buffered() > 0 {
 		return k.surprised(&speaksFirst{k.framing, bytes.Clone(u.buf[u.r:min(u.w, u.r+64)])})
@@ -426,8 +423,8 @@ func (k *greetings) nothingMore(u *replies) error {
 	return nil
 }
 
-// nextMark is the word of the next PING that proves what was answered before it.
-// It is not known to clients.
+// nextMark returns the argument of the next PING, which proves the replies before its
+// own. Clients do not know the argument.
 func (u *replies) nextMark() []byte {
 	u.tid++
 	return strconv.AppendUint(bytes.Clone(u.token), uint64(u.tid), 10)
@@ -439,8 +436,8 @@ func (u *replies) isMark(reply []byte) bool {
 	return bytes.Equal(bare(reply), want)
 }
 
-// mark is the command that is sent after the requests of a connection that is
-// not settled, nil if there is none.
+// mark returns the command to send after the requests of a connection that is not
+// settled; nil if there is none.
 func (k *greetings) mark(u *replies) []byte {
 	if k.wait <= 0 || u.settled || !u.proves {
 		return nil
@@ -448,9 +445,9 @@ func (k *greetings) mark(u *replies) []byte {
 	return appendCommand(nil, []byte("PING"), u.nextMark())
 }
 
-// marked reads the answer to mark, as after listens: the replies before it may be
-// believed if there is no error. A server that is busy, loads or has lost its
-// master refuses PING too, and then only time can tell.
+// marked reads the reply to mark. Like after, it returns no error if the replies before
+// it may be passed on. A server that is busy, is loading or has lost its master refuses
+// PING too, and then marked calls after.
 func (k *greetings) marked(c net.Conn, u *replies, asked, latest time.Time) error {
 	var reply store
 	if err := u.reply(c, &reply); err != nil {
@@ -462,7 +459,7 @@ func (k *greetings) marked(c net.Conn, u *replies, asked, latest time.Time) erro
 	if !u.isMark(reply.b) {
 		return k.surprised(&speaksFirst{k.framing, reply.b[:min(len(reply.b), 64)]})
 	}
-	if time.Since(u.born) >= 2*k.wait { // and it was not lent unproven since
+	if time.Since(u.born) >= 2*k.wait { // and no loan since has ended without proof
 		u.settled = true
 	}
 	k.found(u)
@@ -471,7 +468,7 @@ func (k *greetings) marked(c net.Conn, u *replies, asked, latest time.Time) erro
 
 // --- new connections ---
 
-// pauseFor waits for d, or for ctx.
+// pauseFor waits for d, or until ctx is done.
 func pauseFor(ctx context.Context, d time.Duration) error {
 	if d <= 0 {
 		return nil
@@ -486,8 +483,8 @@ func pauseFor(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// setup makes the codec of a new connection to the server, and asks the server
-// what can be asked before a client's request goes over it.
+// setup makes the codec of a new connection to the server. For resp it also checks the
+// server with PING before a client's request uses the connection.
 func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
 	if err := pauseFor(ctx, g.ConnectDelay); err != nil {
 		return nil, err
@@ -512,7 +509,7 @@ func (g *Gateway) setup(ctx context.Context, _ connpool.Addr, nc net.Conn) (any,
 		id, _ := ctx.Value(identityKey{}).(*identity)
 		return u, g.greet.hello(nc, u, id)
 	case "modbus":
-		u.tid = uint16(rand.IntN(1<<15) + 1<<8) // not known to whoever would speak first
+		u.tid = uint16(rand.IntN(1<<15) + 1<<8) // a number that a server which speaks first cannot guess
 		u.settled = true
 	}
 	return u, nil

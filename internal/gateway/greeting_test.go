@@ -20,13 +20,13 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// protocol is what the tests of greetings need to know of a framing.
+// protocol is what the tests of greetings need to know about a framing.
 type protocol struct {
 	cfg     Config
 	request func(n int) []byte
 	reply   func(n int) []byte
-	// next reads one message of either side; n is its number, -1 if it is none
-	// of these (a failure, a PING, a greeting).
+	// next reads one message of either side; n is its number, or -1 if it has none (a
+	// failure, a PING, a greeting).
 	next func(r *bufio.Reader) (n int, all []byte, err error)
 }
 
@@ -110,9 +110,9 @@ var protocols = map[string]protocol{
 	},
 }
 
-// greets is a server that answers as p asks, and says word without a request:
-// after late or, if that is negative, between its first request and the reply.
-// From how many connections on it does so is from.
+// greets is a server that answers as p asks and also sends word unasked: after late or,
+// if late is negative, between its first request and the reply. It does so from
+// connection number from on.
 func (p protocol) greets(word string, late time.Duration, from int, requests *atomic.Int64) func(*faultnet.Peer) {
 	return func(peer *faultnet.Peer) {
 		r := bufio.NewReader(peer)
@@ -156,9 +156,9 @@ func (p protocol) greets(word string, late time.Duration, from int, requests *at
 	}
 }
 
-// ask has clients make requests, each with a number of its own, until enough
-// were answered or refused, and accuses who got another's reply. It returns how
-// many got the right one.
+// ask lets clients make requests, each with a number of its own, until enough were
+// answered or refused, and fails the test if a client got another's reply. It returns how
+// many clients got the right reply.
 func (p protocol) ask(t *testing.T, g *running, clients, total int) (right int64) {
 	t.Helper()
 	var foreign atomic.Pointer[string]
@@ -184,7 +184,7 @@ func (p protocol) ask(t *testing.T, g *running, clients, total int) (right int64
 					nc.SetDeadline(time.Now().Add(forever))
 					r = bufio.NewReader(nc)
 				}
-				// Pipelines of one to three, and no number twice.
+				// Pipelines of one to three requests; no number occurs twice.
 				var mine []int
 				var wire []byte
 				for range 1 + numbers.Load()%3 {
@@ -225,7 +225,7 @@ func (p protocol) ask(t *testing.T, g *running, clients, total int) (right int64
 	return good.Load()
 }
 
-// refusal reports whether a reply is the gateway's own.
+// refusal reports whether a reply is the gateway's own error.
 func (p protocol) refusal(reply []byte) bool {
 	switch p.cfg.Framing {
 	case "resp":
@@ -256,9 +256,9 @@ func TestAServerThatSpeaksFirstIsNeverTakenToHaveAnswered(t *testing.T) {
 					var requests atomic.Int64
 					_, to := serve(t, faultnet.Options{Handler: p.greets(word, late, 0, &requests)})
 					cfg := p.cfg
-					// Far longer than what is to be noticed, for busy machines.
+					// Much longer than needed, because the machine may be busy.
 					cfg.To, cfg.MaxOpen, cfg.GreetingWait, cfg.RequestTimeout = to, 2, short.Of(3*time.Second, 2*time.Second), 5*time.Second
-					if name == "modbus" { // half a greeting makes each reply late, and nothing waits for a greeting
+					if name == "modbus" { // half a greeting makes each reply late, and modbus does not wait for a greeting
 						cfg.RequestTimeout = short.Of(5*time.Second, 700*time.Millisecond)
 					}
 					g := begin(t, cfg)
@@ -277,7 +277,7 @@ func TestAServerThatSpeaksFirstIsNeverTakenToHaveAnswered(t *testing.T) {
 	}
 }
 
-// TRY-04: what was learned of a server is not believed of each connection.
+// TRY-04: a finding about the server is not assumed for each connection.
 func TestAServerThatBeginsToGreetLaterIsNoticed(t *testing.T) {
 	t.Parallel()
 	for name, p := range protocols {
@@ -287,7 +287,7 @@ func TestAServerThatBeginsToGreetLaterIsNoticed(t *testing.T) {
 			word := map[string]string{"line": "220 hello\n", "length": "\x02hi", "resp": "+hello\r\n", "modbus": "220 hello\r\n"}[name]
 			late := time.Duration(0)
 			if name == "line" || name == "length" {
-				late = 5 * time.Millisecond // for the look of the pool at the end of Setup
+				late = 5 * time.Millisecond // after the pool's check at the end of Setup
 			}
 			srv, to := serve(t, faultnet.Options{Handler: p.greets(word, late, 3, &requests)})
 			cfg := p.cfg
@@ -304,7 +304,7 @@ func TestAServerThatBeginsToGreetLaterIsNoticed(t *testing.T) {
 	}
 }
 
-// TRY-04: a full server says so without being asked.
+// TRY-04: a full server sends its error unasked.
 func TestAFullRedisIsToldAsAServerThatCannotBeReached(t *testing.T) {
 	r := startRedis(t, "--maxclients", "1")
 	hold, err := r.dial()
@@ -328,8 +328,8 @@ func TestAFullRedisIsToldAsAServerThatCannotBeReached(t *testing.T) {
 	soon(t, "it works when there is room", func() bool { return g.call().do("PING") == "+PONG\r\n" })
 }
 
-// TRY-04: a server that wants a password, or that is older than PING with a
-// word, or that knows no PING at all, is no server that speaks first.
+// TRY-04: a server that demands a password, is older than PING with an argument, or knows
+// no PING at all, does not count as a server that speaks first.
 func TestServersThatAnswerPingInTheirOwnWayAreServed(t *testing.T) {
 	t.Run("password", func(t *testing.T) {
 		r := startRedis(t, "--requirepass", "secret")
@@ -372,7 +372,7 @@ func TestServersThatAnswerPingInTheirOwnWayAreServed(t *testing.T) {
 	}
 }
 
-// TRY-04: a server that refuses PING for a while has not spoken first.
+// TRY-04: a server that refuses PING for a while does not count as one that speaks first.
 func TestAServerThatIsBusyForAWhileIsNoServerThatSpeaksFirst(t *testing.T) {
 	var busy atomic.Bool
 	word := "-MASTERDOWN Link with MASTER is down\r\n"
@@ -405,7 +405,7 @@ func TestAServerThatIsBusyForAWhileIsNoServerThatSpeaksFirst(t *testing.T) {
 	require.Zero(t, g.Status().Failures["speaks-first"]+g.Status().Failures["out-of-step"])
 }
 
-// TRY-04: who accepts and hangs up answers nobody.
+// TRY-04: a server that accepts and hangs up answers no request.
 func TestAServerThatAcceptsAndHangsUpAnswersNobody(t *testing.T) {
 	for name, p := range protocols {
 		t.Run(name, func(t *testing.T) {
@@ -418,7 +418,7 @@ func TestAServerThatAcceptsAndHangsUpAnswersNobody(t *testing.T) {
 	}
 }
 
-// TRY-04: the rule by which time tells, looked at without a server.
+// TRY-04: the rule by time, tested without a server.
 func TestTheFirstReplyOfAllIsHeldAndLaterOnesAreNot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := &greetings{wait: time.Second, quick: quickLook, framing: "line", log: slog.New(slog.DiscardHandler)}
@@ -431,7 +431,7 @@ func TestTheFirstReplyOfAllIsHeldAndLaterOnesAreNot(t *testing.T) {
 			require.NoError(t, k.before(a, u, far))
 			before = time.Since(start)
 			begun := time.Now()
-			time.Sleep(asked) // the server's time
+			time.Sleep(asked) // the time the server takes
 			done := time.Now()
 			require.NoError(t, k.after(a, u, begun, far))
 			return before, time.Since(done)
@@ -452,7 +452,7 @@ func TestTheFirstReplyOfAllIsHeldAndLaterOnesAreNot(t *testing.T) {
 		before, after = took(next, time.Millisecond)
 		require.Equal(t, []time.Duration{0, 0}, []time.Duration{before, after}, "a connection that was found good is believed")
 
-		// What comes unasked makes all of it unknown again.
+		// Unrequested bytes set the state to unknown again.
 		var said *speaksFirst
 		require.ErrorAs(t, k.surprised(&speaksFirst{"line", []byte("220")}), &said)
 		require.Error(t, k.refusing())
@@ -468,8 +468,8 @@ func TestTheFirstReplyOfAllIsHeldAndLaterOnesAreNot(t *testing.T) {
 	})
 }
 
-// TRY-04: a server that ended in the middle of the look at it is asked for its
-// proofs all the same when it is back.
+// TRY-04: a server that ended in the middle of hello is still asked for proofs when it is
+// back.
 func TestAServerThatHungUpOnceStillProvesItsReplies(t *testing.T) {
 	var hungUp, marks atomic.Int64
 	hangs := int64(1)
@@ -498,7 +498,7 @@ func TestAServerThatHungUpOnceStillProvesItsReplies(t *testing.T) {
 	soon(t, "it is served", func() bool { return c.do("ECHO", "x") == bulk("x") })
 	require.NotZero(t, marks.Load(), "by a connection that is proven")
 
-	// One that hangs up for good is judged by time, until it is asked to begin anew.
+	// A server that keeps hanging up is judged by time, until the gateway starts anew.
 	g.greet.hangsUp(time.Now())
 	require.False(t, g.greet.isBare())
 	g.greet.hangsUp(time.Now().Add(-time.Hour))

@@ -15,31 +15,30 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// identity is what a Redis client has said about itself. Clients share
-// connections with those of an equal identity only, and each new connection is
-// told what its clients said.
+// identity is what a Redis client has said about itself: user, password, database, name.
+// Clients share connections only with clients of an equal identity. Each new connection
+// sends the server the commands of its clients' identity.
 type identity struct {
 	resp3      bool
 	auth       bool
-	user, pass string // user "": the password alone was given
+	user, pass string // user "": the client gave the password alone
 	db         int
 	name       string
 }
 
-// identityKey is under which a ctx carries the *identity of a borrower to the
-// Setup of the connection that is opened for it.
+// identityKey is the ctx key for the *identity of a borrower. The Setup of a connection
+// opened for that borrower reads it.
 type identityKey struct{}
 
-// scopeKey makes scopes of this process. A scope is shown in logs and status, so
-// it must not tell the credentials, nor let anybody try passwords against it.
+// scopeKey keys the hash in this process's scopes. Logs and status show scopes, so a
+// scope must not reveal the credentials, nor allow guessing passwords offline.
 var scopeKey = func() (key [32]byte) {
 	rand.Read(key[:])
 	return key
 }()
 
-// scope is the Addr.Scope of the identity's connections: what may be seen, and
-// a tag that stands for the rest. The identity of a client that has said nothing
-// is "".
+// scope returns the Addr.Scope of the identity's connections: the parts that may be
+// shown, and a keyed hash of the rest. The scope of a client that has said nothing is "".
 func (id *identity) scope() string {
 	if *id == (identity{}) {
 		return ""
@@ -61,13 +60,13 @@ func (id *identity) scope() string {
 	return s
 }
 
-// serverSaid is an error reply of the server to what identifies a client. The
-// client is told in the server's words.
+// serverSaid is an error reply of the server to a login or similar command. The client
+// gets the server's words.
 type serverSaid struct{ line string }
 
 func (e *serverSaid) Error() string { return "the server said: " + e.line }
 
-// assume makes a connection that of the identity.
+// assume logs a connection in as the identity.
 func (id *identity) assume(nc io.ReadWriter, u *replies) error {
 	tell := func(args ...string) error {
 		parts := make([][]byte, len(args))
@@ -99,7 +98,7 @@ func (id *identity) assume(nc io.ReadWriter, u *replies) error {
 		if err := tell("HELLO", "3"); err != nil {
 			return err
 		}
-	case id.auth && id.user == "": // as servers before users understand it
+	case id.auth && id.user == "": // the form for servers older than Redis users
 		if err := tell("AUTH", id.pass); err != nil {
 			return err
 		}
@@ -119,9 +118,9 @@ func (id *identity) assume(nc io.ReadWriter, u *replies) error {
 	return nil
 }
 
-// claim is the identity that a command asks for. What the gateway does not
-// understand is not passed on either, since the server might; then reply is
-// what the client is told.
+// claim returns the identity that a command asks for. If the gateway does not understand
+// the command, it does not pass the command on, since the server might understand it;
+// reply is then the error for the client.
 func (id identity) claim(v verb, args [][]byte) (claimed identity, reply string) {
 	syntax := func(what string) (identity, string) { return id, "-ERR " + what + "\r\n" }
 	switch v {
@@ -147,7 +146,7 @@ func (id identity) claim(v verb, args [][]byte) (claimed identity, reply string)
 		}
 		id.db = db
 	case vSetname:
-		args = args[1:] // SETNAME itself
+		args = args[1:] // skips SETNAME itself
 		if len(args) != 1 {
 			return syntax("wrong number of arguments for 'client|setname' command")
 		}
@@ -192,8 +191,8 @@ func isClientName(b []byte) bool {
 	return len(b) <= 1024
 }
 
-// known remembers the scopes that a server has accepted, so that a claim that
-// it will not accept leaves nothing behind in the pool's books.
+// known remembers the scopes that a server has accepted. A claim with an unknown scope is
+// tried under loginScope first, so that a refused claim leaves no address in the pool.
 type known struct {
 	mu     sync.Mutex // guards scopes; nothing else happens under it
 	scopes map[string]bool
@@ -225,13 +224,13 @@ func (k *known) remove(scope string) {
 	delete(k.scopes, scope)
 }
 
-// loginScope is that of connections on which a claim is tried. None of them
-// serves a second time, and what they are told is told within their one loan:
-// two that wait for a connection of one scope may get each other's.
+// loginScope is the Scope of connections on which a claim is tried. Each serves one loan
+// and is then closed, and its login is sent within that loan rather than in Setup: of two
+// borrowers that wait for connections of one scope, each may get the other's.
 const loginScope = "login"
 
-// identify carries out a command that changes the client's identity, if the
-// server agrees.
+// identify carries out a command that changes the client's identity, if the server
+// agrees.
 func (cl *client) identify(frame []byte, v verb) error {
 	g, r := cl.g, &cl.resp
 	claimed, answer := r.id.claim(v, words(frame))
@@ -254,9 +253,9 @@ func (cl *client) identify(frame []byte, v verb) error {
 	case !isError(reply):
 		g.known.add(scope)
 		cl.become(claimed)
-	case hasPrefix(reply, "-ERR gateway:"): // it may have been carried out, on a connection that is not the client's
-		cl.out.b = append(cl.out.b[:len(cl.out.b)-2], "; the client is who it was before\r\n"...)
-	case scope != "": // what was accepted once is not any more
+	case hasPrefix(reply, "-ERR gateway:"): // the server may have carried it out, on a connection that is not the client's
+		cl.out.b = append(cl.out.b[:len(cl.out.b)-2], "; the client's identity is unchanged\r\n"...)
+	case scope != "": // the server no longer accepts what it accepted before
 		g.known.remove(scope)
 		_, addr := g.under(&claimed)
 		g.pool.Retire(addr)
@@ -264,7 +263,7 @@ func (cl *client) identify(frame []byte, v verb) error {
 	return cl.flush()
 }
 
-// under is the ctx and the address of the connections of an identity.
+// under returns the ctx and the address for connections of an identity.
 func (g *Gateway) under(id *identity) (context.Context, connpool.Addr) {
 	addr := g.to
 	addr.Scope = id.scope()
@@ -277,8 +276,8 @@ func (cl *client) become(id identity) {
 	cl.resp.ctx, cl.resp.addr = cl.g.under(&id)
 }
 
-// login tries a command on a connection that has the client's identity so far
-// and is closed afterwards.
+// login tries a command on a connection with the client's current identity. The
+// connection is closed afterwards.
 func (cl *client) login(frame []byte) error {
 	g := cl.g
 	ctx, cancel := context.WithTimeout(g.ctx, g.RequestTimeout)
@@ -315,4 +314,4 @@ func (cl *client) login(frame []byte) error {
 	return nil
 }
 
-func (id identity) String() string { return fmt.Sprintf("scope %q", id.scope()) } // never the password
+func (id identity) String() string { return fmt.Sprintf("scope %q", id.scope()) } // never shows the password

@@ -40,7 +40,7 @@ func TestScopesDoNotTellCredentials(t *testing.T) {
 	require.NotContains(t, id.scope(), "wonder")
 	require.NotContains(t, fmt.Sprint(id), "wonder")
 
-	// Whoever reads a log must not be able to try passwords against the tag.
+	// A reader of the log must not be able to try passwords against the hash.
 	mac := hmac.New(sha256.New, nil)
 	for _, part := range []string{"true", "alice", "wonder", ""} {
 		mac.Write([]byte{0, 0, 0, 0, 0, 0, 0, byte(len(part))})
@@ -50,8 +50,8 @@ func TestScopesDoNotTellCredentials(t *testing.T) {
 	require.Regexp(t, `^db0,[0-9a-f]{32}$`, id.scope())
 }
 
-// What one client claims is tried on a connection that no other client gets,
-// also if both ask at the same moment.
+// A login of one client is tried on a connection that no other client gets, even if both
+// log in at the same moment.
 func TestClaimsAreTriedOnConnectionsThatServeNobodyElse(t *testing.T) {
 	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen = 4 })
 	var wg sync.WaitGroup
@@ -79,12 +79,12 @@ func TestClaimsAreTriedOnConnectionsThatServeNobodyElse(t *testing.T) {
 	require.GreaterOrEqual(t, g.Status().Pool.Closed[connpool.ClosedByBorrower], uint64(40))
 }
 
-// A pipeline whose transaction ends in its middle: the command behind EXEC may
-// meet the release of the connection at any moment.
+// A pipeline with the end of a transaction in its middle: the command after EXEC may
+// arrive at any moment of the connection's release.
 func TestACommandThatMeetsTheReleaseIsNotLost(t *testing.T) {
 	g, _ := redisGateway(t, nil)
 	var wg sync.WaitGroup
-	for range 8 { // who keep the machine busy, so that the two meet at all
+	for range 8 { // keep the machine busy, so that the two coincide at all
 		c := g.call()
 		wg.Go(func() {
 			for i := range 200 {
@@ -92,7 +92,7 @@ func TestACommandThatMeetsTheReleaseIsNotLost(t *testing.T) {
 				c.send("UNWATCH")
 				require.Equal(t, "+OK\r\n", c.frame())
 				require.Equal(t, "+OK\r\n", c.frame())
-				// The reply is here, so the connection is about to be released.
+				// The reply has arrived, so the connection is about to be released.
 				require.Equal(t, bulk(fmt.Sprint(i)), c.do("ECHO", fmt.Sprint(i)))
 			}
 		})
@@ -100,8 +100,8 @@ func TestACommandThatMeetsTheReleaseIsNotLost(t *testing.T) {
 	wg.Wait()
 }
 
-// TRY-26: who hears that a SELECT or HELLO was carried out must not take the next
-// commands for those of who it said it is.
+// TRY-26: if the reply to a SELECT or HELLO is lost, the client keeps its identity, and the
+// error says so.
 func TestALoginWhoseReplyIsLostSaysThatNothingHasChanged(t *testing.T) {
 	to := scripted(t, func(_ *faultnet.Peer, command string) string {
 		if command == "HELLO 3" {
@@ -113,6 +113,6 @@ func TestALoginWhoseReplyIsLostSaysThatNothingHasChanged(t *testing.T) {
 	c := g.call()
 	told := c.do("HELLO", "3")
 	require.Contains(t, told, respErrors[tooLong])
-	require.Contains(t, told, "; the client is who it was before\r\n")
+	require.Contains(t, told, "; the client's identity is unchanged\r\n")
 	require.Equal(t, "+GET k\r\n", c.do("GET", "k"))
 }

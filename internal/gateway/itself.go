@@ -14,11 +14,11 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// notItself refuses a server that is the gateway, which would call itself until
-// nothing is left to call with. It looks through the spellings of an address:
-// names, wildcards, IPv4 in IPv6, and the paths that lead to one file. Names
-// are looked up, for two seconds at most; what has none is nobody's. at is where
-// clients connect.
+// notItself refuses a server that is the gateway itself, which would connect to itself
+// until no descriptor is left. It sees through the spellings of an address: names,
+// wildcards, IPv4 in IPv6, and different paths to one file. It looks names up, for two
+// seconds at most; a name without an address counts as another host. at is where clients
+// connect.
 func (p *plan) notItself(ctx context.Context, at endpoint) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -31,7 +31,7 @@ func (p *plan) notItself(ctx context.Context, at endpoint) error {
 	return nil
 }
 
-// reaches reports whether who dials to ends up at e.
+// reaches reports whether dialing to leads to e.
 func reaches(ctx context.Context, to connpool.Addr, e endpoint) bool {
 	if (to.Transport == connpool.Unix) != (e.network == "unix") {
 		return false
@@ -44,7 +44,7 @@ func reaches(ctx context.Context, to connpool.Addr, e endpoint) bool {
 		return false
 	}
 	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil { // a name, such as http
+	if err != nil { // a service name, such as http
 		p, err := net.DefaultResolver.LookupPort(ctx, "tcp", port)
 		if err != nil {
 			return false
@@ -66,7 +66,7 @@ func reaches(ctx context.Context, to connpool.Addr, e endpoint) bool {
 			return true
 		}
 		for _, a := range theirs {
-			// To dial the wildcard is to dial loopback.
+			// Dialing the wildcard address dials loopback.
 			if a == ours || a.IsUnspecified() && ours.IsLoopback() {
 				return true
 			}
@@ -75,7 +75,8 @@ func reaches(ctx context.Context, to connpool.Addr, e endpoint) bool {
 	return false
 }
 
-// addressesOf are those that a host has, without zones and with IPv4 as such.
+// addressesOf returns the addresses of a host, without zones and with IPv4-in-IPv6 as
+// IPv4.
 func addressesOf(ctx context.Context, host string) (all []netip.Addr) {
 	plain := func(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 	if a, err := netip.ParseAddr(host); err == nil {
@@ -91,7 +92,7 @@ func addressesOf(ctx context.Context, host string) (all []netip.Addr) {
 	return all
 }
 
-// anyIsOurs reports whether one of the addresses is this machine's.
+// anyIsOurs reports whether one of the addresses belongs to this machine.
 func anyIsOurs(all []netip.Addr) bool {
 	interfaces, _ := net.InterfaceAddrs()
 	for _, a := range all {
@@ -107,8 +108,8 @@ func anyIsOurs(all []netip.Addr) bool {
 	return false
 }
 
-// sameFile reports whether two paths lead to one socket, whether or not it is
-// there already.
+// sameFile reports whether two paths lead to one socket, whether or not the socket exists
+// yet.
 func sameFile(a, b string) bool {
 	if strings.HasPrefix(a, "@") || strings.HasPrefix(b, "@") {
 		return a == b

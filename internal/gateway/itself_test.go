@@ -82,8 +82,8 @@ func TestItIsNotItsOwnServerUnderAnySpelling(t *testing.T) {
 	require.ErrorContains(t, err, "-status")
 }
 
-// TRY-39: a port that was free when -to was written may be the one that is found
-// for port 0.
+// TRY-39: the port that is found for port 0 may be the port in -to, which was free when
+// -to was written.
 func TestAFoundPortIsNotThatOfTheServer(t *testing.T) {
 	g, err := New(Config{Framing: "line", Listen: "127.0.0.1:0", To: "tcp://127.0.0.1:1"})
 	require.NoError(t, err)

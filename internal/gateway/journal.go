@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// journal passes log lines on to another handler without ever waiting for it:
-// the reader of a log may stand still (a stopped journal, a full pipe, a
-// terminal with Ctrl-S), and nobody's request, client or end may stand still
-// with it. Lines wait in a queue of bounded length; one that finds it full, or
-// that the handler cannot write, is dropped and counted.
+// journal passes log lines on to another handler without ever waiting for it. The reader
+// of a log may stop reading (a stopped journal, a full pipe, a terminal with Ctrl-S), and
+// no request, client or shutdown may wait for it. Lines wait in a queue of bounded
+// length. A line that finds the queue full, or that the handler cannot write, is dropped
+// and counted.
 type journal struct {
 	next slog.Handler
 	*lines
@@ -20,17 +20,17 @@ type journal struct {
 // journalLength is how many lines may wait.
 const journalLength = 1024
 
-// lines is the queue, and whoever empties it. A goroutine does, which exists
-// only while there is something to write: a journal needs no end.
+// lines is the queue and its writer. The writer is a goroutine that exists only while
+// there is something to write, so a journal needs no Close.
 type lines struct {
-	root slog.Handler // tells of dropped lines
+	root slog.Handler // gets the lines about dropped lines
 
-	// mu guards what follows. Nothing is written under it.
+	// mu guards the fields below. Nothing is written under it.
 	mu      sync.Mutex
 	waiting []line
 	ended   chan struct{} // closed when the goroutine has ended; nil: there is none
 	dropped uint64
-	told    uint64 // of dropped
+	told    uint64 // how many of dropped have been reported
 }
 
 type line struct {
@@ -68,7 +68,8 @@ func (j *journal) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// write empties the queue, and tells once it is empty what was dropped before.
+// write empties the queue. When the queue is empty, write reports how many lines were
+// dropped.
 func (l *lines) write(ended chan struct{}) {
 	defer close(ended)
 	for {
@@ -96,18 +97,18 @@ func (l *lines) write(ended chan struct{}) {
 			r := slog.NewRecord(time.Now(), slog.LevelWarn, "log lines were dropped, since the log did not take them", 0)
 			r.Add("lines", news)
 			if l.root.Enabled(context.Background(), r.Level) {
-				written(l.root, r) // if it cannot be, that is no news
+				written(l.root, r) // a line about dropped lines that cannot be written is not counted
 			}
 		}
 	}
 }
 
 func written(h slog.Handler, r slog.Record) (ok bool) {
-	defer func() { _ = recover() }() // a broken log ends nothing
+	defer func() { _ = recover() }() // a panic of the log handler ends nothing else
 	return h.Handle(context.Background(), r) == nil
 }
 
-// flush waits until all is written, for d at most, and reports whether it is.
+// flush waits until all lines are written, for d at most, and reports whether they are.
 func (l *lines) flush(d time.Duration) bool {
 	l.mu.Lock()
 	ended := l.ended

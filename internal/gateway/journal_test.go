@@ -18,7 +18,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// stuck is a log whose reader stands still until it is let go.
+// stuck is a log whose reader does not read until it is released.
 type stuck struct {
 	let  chan struct{}
 	text logged
@@ -29,7 +29,7 @@ func (s *stuck) Write(b []byte) (int, error) {
 	return s.text.Write(b)
 }
 
-// TRY-09: all that a gateway does goes on without its log, its end too.
+// TRY-09: the gateway serves, and ends, without its log.
 func TestNobodyWaitsForALogThatStandsStill(t *testing.T) {
 	t.Parallel()
 	srv, to := serve(t, faultnet.Options{})
@@ -65,7 +65,7 @@ func TestLinesThatTheLogDoesNotTakeAreCounted(t *testing.T) {
 		j := newJournal(slog.NewTextHandler(log, nil))
 		l := slog.New(j).With("who", "we")
 		l.Info("first")
-		synctest.Wait() // it is being written, for long
+		synctest.Wait() // the write has begun and takes long
 		for i := range journalLength + 7 {
 			l.Info("more", "i", i)
 		}
@@ -138,8 +138,8 @@ func atDefault(t *testing.T, cfg Config) (*running, *logged) {
 	return begin(t, cfg), log
 }
 
-// told waits for a line with all of the words, and returns how many lines have
-// the first of them.
+// told waits for a line with all of the words, and returns how many lines have the first
+// word.
 func told(t *testing.T, log *logged, words ...string) int {
 	t.Helper()
 	soon(t, fmt.Sprintf("the log tells %q", words), func() bool {
@@ -225,8 +225,8 @@ func TestTheLogTellsThatPinsAreFullByTheirFlag(t *testing.T) {
 	require.Equal(t, 1, told(t, g.log, "all of -max-pinned", "level=WARN", "max-pinned=1"))
 }
 
-// TRY-38: under TLS 1.3 a server refuses a certificate after the handshake, and
-// then the first request is what fails.
+// TRY-38: under TLS 1.3 a server refuses a certificate after the handshake, so that the
+// first request fails.
 func TestTheLogTellsThatTheServerRefusesOurCertificate(t *testing.T) {
 	ca, k, to := demanding(t)
 	g, log := atDefault(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", Upstream: UpstreamFiles{CA: k.ca}})
@@ -254,8 +254,8 @@ func TestAnOldCertificateThatStaysIsNotToldOfAtEveryLook(t *testing.T) {
 	require.False(t, bytes.Contains([]byte(log.String()), []byte("PRIVATE")))
 }
 
-// TRY-38: whoever reads the log is not left with the word that the server cannot
-// be reached, however soon after the last time it comes back.
+// TRY-38: the last line about the server never says that it cannot be reached after it
+// has come back, however soon that was.
 func TestTheLogsLastWordOnAServerThatCameBackIsThatItAnswers(t *testing.T) {
 	_, to := serve(t, faultnet.Options{})
 	g, log := atDefault(t, Config{Framing: "line", To: to})
@@ -266,11 +266,11 @@ func TestTheLogsLastWordOnAServerThatCameBackIsThatItAnswers(t *testing.T) {
 		require.Equal(t, 1+i, told(t, log, "the server cannot be reached"))
 		require.Equal(t, 1+i, strings.Count(log.String(), "the server answers again"))
 		g.notices.mu.Lock()
-		g.notices.seen["down"].last = time.Now().Add(-noticeEvery) // as a minute later
+		g.notices.seen["down"].last = time.Now().Add(-noticeEvery) // as if a minute had passed
 		g.notices.mu.Unlock()
 	}
 	g.serverDown(io.EOF)
-	for range 5 { // one that comes and goes is told of once a minute
+	for range 5 { // a server that comes and goes is reported once a minute
 		g.answered()
 		g.serverDown(io.EOF)
 	}

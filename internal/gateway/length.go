@@ -4,12 +4,12 @@ import (
 	"fmt"
 )
 
-// LengthField says where a frame tells its own length.
+// LengthField says where a frame holds its own length.
 type LengthField struct {
 	Offset   int  // bytes before the field, 0 to 64
 	Size     int  // bytes of the field: 1, 2 or 4
 	Little   bool // least significant byte first
-	WithHead bool // the number counts the field and what is before it, not only what follows
+	WithHead bool // the number counts the field and the bytes before it as well, not only the bytes after it
 }
 
 const maxLengthOffset = 64
@@ -26,7 +26,7 @@ func (l LengthField) validate() error {
 
 func (l LengthField) head() int { return l.Offset + l.Size }
 
-// total is the length of the frame that begins with head.
+// total returns the length of the frame that begins with head.
 func (l LengthField) total(head []byte) (int64, error) {
 	var n int64
 	for i, c := range head[l.Offset:l.head()] {
@@ -45,16 +45,15 @@ func (l LengthField) total(head []byte) (int64, error) {
 	return n, nil
 }
 
-// lengthScanner collects the header, since it may come in pieces, and then
-// counts.
+// lengthScanner collects the header, which may come in pieces, and then counts bytes.
 type lengthScanner struct {
 	field LengthField
 	max   int
-	check func(head []byte) error // nil: any header will do
+	check func(head []byte) error // nil: any header is accepted
 
 	head [maxLengthOffset + 4]byte
 	have int   // bytes of head
-	rest int64 // of the frame, once the header is complete
+	rest int64 // bytes of the frame still to come, once the header is complete
 }
 
 func (s *lengthScanner) scan(b []byte) (int, bool, error) {

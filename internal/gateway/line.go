@@ -2,11 +2,11 @@ package gateway
 
 import "bytes"
 
-// lineScanner: a frame ends with a line feed, which is part of it.
+// lineScanner finds frames that end with a line feed, which is part of the frame.
 type lineScanner struct{}
 
-// end: the last line may be ended by the end of the stream, as most servers of
-// such protocols see it.
+// end returns the line feed: the end of the stream may end the last line, as most servers
+// of such protocols accept.
 func (lineScanner) end() string { return "\n" }
 
 func (lineScanner) scan(b []byte) (int, bool, error) {

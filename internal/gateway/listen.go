@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// endpoint is a place to listen on.
+// endpoint is an address to listen on.
 type endpoint struct {
 	network string // tcp or unix
 	address string // as package net takes it
@@ -32,8 +32,8 @@ func (e endpoint) String() string {
 	return "tcp://" + e.address
 }
 
-// parseEndpoint reads tcp://host:port, tls://host:port and unix:/path. Without
-// a scheme it is TCP. An empty host is every interface, port 0 any free one.
+// parseEndpoint reads tcp://host:port, tls://host:port and unix:/path. Without a scheme
+// it means TCP. An empty host means every interface, port 0 any free port.
 func parseEndpoint(s string) (endpoint, error) {
 	if s == "" {
 		return endpoint{}, errors.New("it is missing: use tcp://127.0.0.1:6380, tls://host:port or unix:/path to a socket")
@@ -71,8 +71,8 @@ func parseEndpoint(s string) (endpoint, error) {
 	return e, nil
 }
 
-// isLocal reports whether only this machine can connect to it. Of names only
-// localhost is believed to be loopback: what another one means may change.
+// isLocal reports whether only this machine can connect to the endpoint. Of the host
+// names only localhost counts as loopback: what another name means may change.
 func (e endpoint) isLocal() bool {
 	if e.network == "unix" {
 		return true
@@ -85,7 +85,8 @@ func (e endpoint) isLocal() bool {
 	return err == nil && ip.Unmap().IsLoopback()
 }
 
-// mayServe refuses what would let a network in unencrypted by mistake.
+// mayServe returns an error if the configuration would let a network connect unencrypted
+// by mistake.
 func (e endpoint) mayServe(cfg *Config) error {
 	switch {
 	case e.tls || e.isLocal():
@@ -100,23 +101,25 @@ func (e endpoint) mayServe(cfg *Config) error {
 		"if a network is meant to connect without TLS, say both -insecure-listen and -i-know-that-anyone-can-connect", cfg.Listen)
 }
 
-// lockFor is how long a start, and an end, waits for the lock of a directory.
+// lockForStart and lockForEnd bound how long a start and an end of the gateway wait for
+// the lock of a directory.
 const lockForStart, lockForEnd = 5 * time.Second, time.Second
 
-// socket is a place that is listened on. Its file, if it has one, is removed
-// before the socket is closed: as long as the socket is open, no other file can
-// have the number of its file.
+// socket is a listening socket. Its file, if it has one, is removed before the socket is
+// closed: as long as the socket is open, no other file can have the inode number of its
+// file.
 type socket struct {
 	net.Listener
-	path string      // of its file; "": it has none
-	file fs.FileInfo // that was made for it
+	path string      // of the socket's file; "": it has none
+	file fs.FileInfo // the file that was made for the socket
 
-	ended   atomic.Bool // nobody is to be accepted any more; set before the deadline
+	ended   atomic.Bool // no more clients may be accepted; set before the deadline
 	release sync.Once
 }
 
-// listen opens it. A Unix socket that a dead process left behind is replaced;
-// one that answers is an error. tell is called once if it takes long.
+// listen opens the socket. It replaces a Unix socket that a dead process left behind; if
+// a process answers on the socket, listen returns an error. tell is called once if listen
+// takes long.
 func (e endpoint) listen(ctx context.Context, mode fs.FileMode, tell func(dir string)) (*socket, error) {
 	if e.network == "unix" && !strings.HasPrefix(e.address, "@") {
 		return listenUnix(ctx, e.address, mode, tell)
@@ -125,7 +128,7 @@ func (e endpoint) listen(ctx context.Context, mode fs.FileMode, tell func(dir st
 	if err != nil {
 		return nil, err
 	}
-	if a, ok := l.Addr().(*net.TCPAddr); ok && e.isLocal() && !a.IP.IsLoopback() { // a hosts file that lies
+	if a, ok := l.Addr().(*net.TCPAddr); ok && e.isLocal() && !a.IP.IsLoopback() { // the hosts file gives localhost another address
 		l.Close()
 		return nil, fmt.Errorf("%s is %v on this machine, which is not loopback: write 127.0.0.1", e.address, a.IP)
 	}
@@ -167,10 +170,10 @@ func (s *socket) wakeIfStopped() {
 	}
 }
 
-// Close removes the socket's file, if it is still the one that was made for it,
-// and closes the socket. The directory's lock keeps another gateway from putting
-// its own there between the look and the removal. Where the lock is not to be
-// had the file stays, and the next gateway finds that nobody listens on it.
+// Close removes the socket's file, if it is still the file that was made for the socket,
+// and closes the socket. The directory's lock keeps another gateway from putting its own
+// file there between the check and the removal. If the lock cannot be had, the file
+// stays, and the next gateway finds that nobody listens on it.
 func (s *socket) Close() (err error) {
 	s.release.Do(func() {
 		s.stop()
@@ -191,9 +194,9 @@ func (s *socket) Close() (err error) {
 	return err
 }
 
-// removeStale removes the socket that a process left behind which is no more.
-// Whoever calls it holds the lock of the directory, so that of two gateways
-// that start at once none removes the other's.
+// removeStale removes the socket of a process that has ended. The caller holds the lock
+// of the directory, so that of two gateways that start at once neither removes the
+// other's socket.
 func removeStale(ctx context.Context, path string) error {
 	info, err := os.Lstat(path)
 	switch {

@@ -111,8 +111,8 @@ func TestAStaleSocketIsReplacedAndALiveOneIsLeftAlone(t *testing.T) {
 	require.Equal(t, "precious", string(content))
 }
 
-// Of gateways that find the same stale socket at the same moment one gets it,
-// and the others do not remove it.
+// Of several gateways that find the same stale socket at the same moment one gets it, and
+// the others do not remove it.
 func TestOneOfManyGatewaysTakesAStaleSocket(t *testing.T) {
 	for range 20 {
 		path := filepath.Join(shortDir(t), "s")

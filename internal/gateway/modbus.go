@@ -13,9 +13,8 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// mbap is the header of Modbus/TCP: transaction id (2 bytes), protocol id (2,
-// zero), length of what follows (2); and then, counted by it, unit (1),
-// function (1) and data.
+// mbap is the header of Modbus/TCP: transaction id (2 bytes), protocol id (2, zero),
+// length of the rest (2); the rest is unit (1), function (1) and data.
 var mbap = LengthField{Offset: 4, Size: 2}
 
 const (
@@ -35,67 +34,67 @@ func newMBAPScanner() scanner {
 	}}
 }
 
-// owed is a request that was given up without a reply, which may still come.
+// owed is a request that was given up without a reply. The reply may still come.
 type owed struct {
 	tid            uint16
 	unit, function byte
 }
 
 const (
-	maxOwed = 32 // requests of one connection that are remembered
+	maxOwed = 32 // remembered requests of one connection
 
-	// maxSilent is how many requests in a row may get no reply in time before a
-	// connection is given up: the device may be there, and it may not.
+	// maxSilent is how many requests in a row may time out before the connection is
+	// closed: the device may be gone.
 	maxSilent = 3
 )
 
-// errNoReply is that no reply came in time; one that comes later will be known
-// by its number.
+// errNoReply means that no reply came in time. A later reply is recognised by its number.
 var errNoReply = fmt.Errorf("the device did not answer in time (%w)", os.ErrDeadlineExceeded)
 
-// mutely reports whether a request has no reply by the specification: a
-// broadcast, and "force listen only mode".
+// mutely reports whether a request has no reply by the specification: a broadcast, and
+// "force listen only mode".
 func mutely(request []byte) bool {
 	return request[6] == 0 || len(request) >= 10 && request[7] == 8 && request[8] == 0 && request[9] == 4
 }
 
-// broadcastResponse is the normal response to a command that was broadcast; nil if
-// the request is none, or is no write, to which only a device could respond.
+// broadcastResponse returns the normal response to a write command that was broadcast;
+// nil if the request is no broadcast or no write. Only a device can respond to another
+// command.
 func broadcastResponse(request []byte) []byte {
 	if request[6] != 0 {
 		return nil
 	}
 	switch request[7] {
-	case 5, 6, 21, 22: // one coil, one register, a file record, a mask: the request again
+	case 5, 6, 21, 22: // one coil, one register, a file record, a mask: the response repeats the request
 		return request
-	case 15, 16: // several coils or registers: where and how many
+	case 15, 16: // several coils or registers: the response has their address and quantity
 		if len(request) < 12 {
 			return nil
 		}
 		response := bytes.Clone(request[:12])
-		binary.BigEndian.PutUint16(response[4:], 6) // unit, function, address, quantity
+		binary.BigEndian.PutUint16(response[4:], 6) // counts unit, function, address, quantity
 		return response
 	}
 	return nil
 }
 
-// asker is what an exchange needs of a connection.
+// asker is the part of a connection that an exchange needs.
 type asker interface {
 	io.ReadWriter
 	SetReadDeadline(time.Time) error
 	SetWriteDeadline(time.Time) error
 }
 
-// modbus is one exchange. The transaction id is one of the connection's own on
-// the way to the server, since ids of different clients may be equal, and the
-// client's again on the way back. A reply with the id, unit and function of a
-// request that was given up is dropped; one with any others belongs to somebody
-// else. A device that says 0 whatever it is asked is believed as long as it
-// answers in time, or need not answer: a broadcast says which unit it was for.
+// modbus carries out one exchange. The ids of different clients may be equal, so the
+// request goes to the server with a transaction id of the connection's own, and the reply
+// gets the client's id back. A reply with the id, unit and function of a request that was
+// given up is dropped; a reply with any others belongs to somebody else and is an error.
+// A device that always sends id 0 is accepted as long as it answers in time, or need not
+// answer: a broadcast says which unit it was for.
 //
-// A client waits for a reply to a broadcast as to anything else, so it gets the
-// normal response of the command as soon as the broadcast is over, unless it is to
-// be told nothing.
+// A client waits for a reply to a broadcast as to any other request, so it gets the
+// normal response of the command as soon as the broadcast is over, unless BroadcastSilent
+// is set.
 func (u *replies) modbus(c asker, request []byte, out *store, answered *int, latest time.Time, cfg *Config) error {
 	client := binary.BigEndian.Uint16(request)
 	if u.tid++; u.tid == 0 {
@@ -103,7 +102,7 @@ func (u *replies) modbus(c asker, request []byte, out *store, answered *int, lat
 	}
 	asked := owed{u.tid, request[6], request[7]}
 	binary.BigEndian.PutUint16(request, u.tid)
-	defer binary.BigEndian.PutUint16(request, client) // an exception is made from it
+	defer binary.BigEndian.PutUint16(request, client) // restored, because an exception reply is made from the request
 	c.SetWriteDeadline(latest)
 	if _, err := c.Write(request); err != nil {
 		return err
@@ -153,7 +152,8 @@ func (u *replies) modbus(c asker, request []byte, out *store, answered *int, lat
 	}
 }
 
-// owedBy is what a reply answers. An exception has the function of its request.
+// owedBy returns the request that a reply answers. An exception has the function of its
+// request with the top bit set.
 func owedBy(reply []byte) owed {
 	return owed{binary.BigEndian.Uint16(reply), reply[6], reply[7] &^ 0x80}
 }
@@ -166,8 +166,8 @@ func (u *replies) owe(o owed) {
 	u.owed = append(u.owed, o)
 }
 
-// owes reports whether a reply without a number could be that to another request
-// than asked, one that was given up.
+// owes reports whether a reply without a number could belong to an earlier request that
+// was given up, and not to asked.
 func (u *replies) owes(asked owed) bool {
 	for _, x := range u.owed {
 		if x.unit == asked.unit && x.function == asked.function {
@@ -177,7 +177,7 @@ func (u *replies) owes(asked owed) bool {
 	return false
 }
 
-// settle reports whether o was owed, and is not any more.
+// settle reports whether o was owed, and removes o.
 func (u *replies) settle(o owed) bool {
 	for i, x := range u.owed {
 		if x == o {
@@ -188,8 +188,8 @@ func (u *replies) settle(o owed) bool {
 	return false
 }
 
-// late is the pool's Push: what comes while nothing is asked may be the reply to
-// a request that was given up, and nothing else.
+// late is the pool's Push. Bytes that come while no request is in flight may be the reply
+// to a request that was given up; anything else is an error.
 func (g *Gateway) late(_ context.Context, c connpool.Conn) error {
 	u := connpool.State[*replies](c)
 	var reply store
@@ -197,7 +197,7 @@ func (g *Gateway) late(_ context.Context, c connpool.Conn) error {
 		return err
 	}
 	if came := owedBy(reply.b); !u.settle(came) {
-		return &malformed{fmt.Sprintf("transaction %d (unit %d, function %d) came, for which nobody waits", came.tid, came.unit, came.function)}
+		return &malformed{fmt.Sprintf("transaction %d (unit %d, function %d) answers no request", came.tid, came.unit, came.function)}
 	}
 	return nil
 }

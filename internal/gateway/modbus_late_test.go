@@ -16,8 +16,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// units is a device that gives each request, as it came, to answer, which may
-// write what it likes whenever it likes.
+// units is a device that passes each request to answer, which may write anything at any
+// time.
 func units(answer func(p *faultnet.Peer, request []byte)) func(*faultnet.Peer) {
 	return func(p *faultnet.Peer) {
 		for {
@@ -81,7 +81,7 @@ func TestARequestWithoutAReplyHoldsTheLineForTheBroadcastWaitOnly(t *testing.T) 
 	}
 }
 
-// TRY-32: devices that have a connection of their own do answer unit 0.
+// TRY-32: devices with a connection of their own do answer unit 0.
 func TestADeviceThatAnswersABroadcastIsHeard(t *testing.T) {
 	hold := make(chan bool)
 	_, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
@@ -95,7 +95,7 @@ func TestADeviceThatAnswersABroadcastIsHeard(t *testing.T) {
 	c.Write(writeRegister(7, 0, 5))
 	require.Equal(t, writeRegister(7, 0, 5), c.hearFrame())
 
-	// Too late, it is nobody's.
+	// A reply that is too late belongs to no request.
 	quick := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1, BroadcastWait: 10 * time.Millisecond})
 	c = quick.call()
 	c.Write(writeRegister(7, 0, 99))
@@ -122,7 +122,7 @@ func TestALateModbusReplyIsDroppedAndCostsNoConnection(t *testing.T) {
 					return
 				}
 				select {
-				case owed := <-late: // and then what was asked
+				case owed := <-late: // then the reply to the request
 					p.Write(owed)
 				default:
 				}
@@ -167,7 +167,8 @@ func TestADeviceThatIsSilentForGoodIsDialledAnew(t *testing.T) {
 	require.Equal(t, 2, srv.Accepts())
 }
 
-// TRY-32: what was not asked for, or not of this connection, stays nobody's.
+// TRY-32: a reply that was not asked for, or was asked for on another connection, is an
+// error.
 func TestAReplyThatIsNotOwedCostsTheConnection(t *testing.T) {
 	t.Parallel()
 	for name, spoil := range map[string]func(b []byte){
@@ -184,7 +185,7 @@ func TestAReplyThatIsNotOwedCostsTheConnection(t *testing.T) {
 					return
 				}
 				owed := append([]byte{}, b...)
-				p.Read(make([]byte, 12)) // the next request, the first one was given up
+				p.Read(make([]byte, 12)) // the next request; the first one was given up
 				spoil(owed)
 				p.Write(owed)
 			})})
@@ -202,8 +203,8 @@ func TestAReplyThatIsNotOwedCostsTheConnection(t *testing.T) {
 	}
 }
 
-// TRY-32: devices that never say the number of a request are served as long as
-// they answer in time.
+// TRY-32: devices that never send the number of a request are served as long as they
+// answer in time.
 func TestADeviceThatSaysZeroIsBelievedUntilItIsLate(t *testing.T) {
 	t.Parallel()
 	srv, to := serve(t, faultnet.Options{Handler: units(func(p *faultnet.Peer, b []byte) {
@@ -234,7 +235,7 @@ func TestSlowDevicesAreGivenTheirTime(t *testing.T) {
 		_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
 			opened := time.Now()
 			units(func(p *faultnet.Peer, b []byte) {
-				if time.Since(opened) >= pause { // before, it ignores what comes
+				if time.Since(opened) >= pause { // before that, it ignores input
 					p.Write(b)
 				}
 			})(p)
@@ -282,7 +283,7 @@ func TestSlowDevicesAreGivenTheirTime(t *testing.T) {
 	})
 }
 
-// TRY-32: a device without numbers hears broadcasts as any other does.
+// TRY-32: a device without numbers receives broadcasts as any other device does.
 func TestABroadcastCostsADeviceWithoutNumbersNothing(t *testing.T) {
 	p := protocols["modbus"]
 	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
@@ -309,14 +310,14 @@ func TestABroadcastCostsADeviceWithoutNumbersNothing(t *testing.T) {
 	require.EqualValues(t, 1, g.Status().Pool.Dials)
 }
 
-// TRY-32: a device that takes nothing any more is waited for no longer than one
-// that does not answer.
+// TRY-32: the gateway waits for a device that reads nothing any more no longer than for
+// one that does not answer.
 func TestADeviceThatTakesNothingIsNotWaitedForWithoutEnd(t *testing.T) {
 	t.Parallel()
 	ours, device := net.Pipe()
 	defer device.Close()
 	defer ours.Close()
-	time.AfterFunc(10*time.Second, func() { ours.Close() }) // for one that waits
+	time.AfterFunc(10*time.Second, func() { ours.Close() }) // for a gateway that waits
 	u := &replies{sc: newMBAPScanner(), max: 1000}
 	var out store
 	answered := 0
@@ -326,7 +327,7 @@ func TestADeviceThatTakesNothingIsNotWaitedForWithoutEnd(t *testing.T) {
 	require.Empty(t, out.b)
 }
 
-// TRY-27: a client that is told nothing is missed all the same when it leaves.
+// TRY-27: the gateway notices that a client has left even if the client gets no reply.
 func TestNothingBehindASilentBroadcastIsCarriedOutForAClientThatLeft(t *testing.T) {
 	if !canWatch {
 		t.Skip("this system does not tell of clients that nobody reads from")

@@ -60,8 +60,7 @@ func (c *caller) hearFrame() []byte {
 	return append(head, rest...)
 }
 
-// PLT-10: twenty masters, of which all use the same transaction ids, on one
-// connection.
+// PLT-10: twenty masters, all with the same transaction ids, on one connection.
 func TestModbusMastersShareADeviceAndEachGetsItsOwnRegisters(t *testing.T) {
 	ids := make(map[uint16]bool)
 	srv, to := serve(t, faultnet.Options{Handler: device(func(reply []byte) []byte {
@@ -117,7 +116,7 @@ func TestModbusFailuresAreExceptionsWithTheClientsTransactionID(t *testing.T) {
 		})
 	}
 
-	// An exception of the device is a reply like any other.
+	// An exception of the device is an ordinary reply.
 	_, to := serve(t, faultnet.Options{Handler: device(func(b []byte) []byte {
 		return append(b[:4:4], 0, 3, b[6], b[7]|0x80, 2)
 	})})

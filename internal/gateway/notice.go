@@ -14,25 +14,25 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// noticeEvery is how often one cause is told: what happens to a thousand
-// clients in a second is one thing to the operator.
+// noticeEvery is how often one cause is logged: for the operator, the same event at a
+// thousand clients in a second is one event.
 const noticeEvery = time.Minute
 
-// notices are what an operator is told without -verbose, and when.
+// notices remembers what was logged without -verbose, and when.
 type notices struct {
-	mu    sync.Mutex // guards seen; nothing is logged under it
+	mu    sync.Mutex // guards the fields below; nothing is logged under it
 	seen  map[string]*noticed
 	since time.Time // when the server was found to be down; zero: it was not
-	down  bool      // the log's last word on that is that it cannot be reached
+	down  bool      // the last log line about the server's state said that it cannot be reached
 }
 
 type noticed struct {
 	last  time.Time
-	times int // since then
+	times int // how often the cause was met since last
 }
 
-// due reports whether cause is to be told now, and how often it was met since
-// it was told last. Causes are few and fixed.
+// due reports whether cause is to be logged now, and how often it was met since it was
+// last logged. Causes are few and fixed.
 func (n *notices) due(cause string) (times int, due bool) {
 	now := time.Now()
 	n.mu.Lock()
@@ -53,7 +53,7 @@ func (n *notices) due(cause string) (times int, due bool) {
 	return times, true
 }
 
-// notice tells of cause, once a minute at most, and reports whether it did.
+// notice logs cause, once a minute at most, and reports whether it did.
 func (g *Gateway) notice(level slog.Level, cause, msg string, args ...any) bool {
 	times, due := g.notices.due(cause)
 	if due {
@@ -65,7 +65,7 @@ func (g *Gateway) notice(level slog.Level, cause, msg string, args ...any) bool 
 	return due
 }
 
-// unanswered tells why requests get no answer, with what may be changed.
+// unanswered logs why requests get no reply, with advice on what to change.
 func (g *Gateway) unanswered(why failure, err error) {
 	warn := func(cause, msg string) { g.notice(slog.LevelWarn, cause, msg, "error", err) }
 	switch {
@@ -89,7 +89,7 @@ func (g *Gateway) unanswered(why failure, err error) {
 	}
 }
 
-// refused tells that the server does not take us for who we are.
+// refused logs that the server refuses our certificate.
 func (g *Gateway) refused(err error) {
 	g.refusedAt.Store(int64(time.Since(g.started)))
 	if len(g.Upstream.Cert) == 0 {
@@ -99,15 +99,15 @@ func (g *Gateway) refused(err error) {
 	g.notice(slog.LevelError, "refused", "the server refuses our certificate: -upstream-cert is not to its liking", "server", g.to, "error", err)
 }
 
-// refusedLately reports whether the server has refused our certificate within the last
-// minute, and told so.
+// refusedLately reports whether the server has refused our certificate, with an alert,
+// within the last minute.
 func (g *Gateway) refusedLately() bool {
 	at := g.refusedAt.Load()
 	return at != 0 && time.Since(g.started)-time.Duration(at) < time.Minute
 }
 
-// refusal is the alert with which a TLS server ended a connection because of our
-// certificate, or of its absence; "" for any other error.
+// refusal returns the alert with which a TLS server ended a connection because of our
+// certificate, or because we sent none; "" for any other error.
 func refusal(err error) string {
 	var said *net.OpError
 	if errors.As(err, &said) && said.Op == "remote error" {
@@ -121,7 +121,7 @@ func refusal(err error) string {
 	return ""
 }
 
-// serverDown tells that the server cannot be reached.
+// serverDown logs that the server cannot be reached.
 func (g *Gateway) serverDown(err error) {
 	var said *serverSaid
 	switch {
@@ -129,8 +129,8 @@ func (g *Gateway) serverDown(err error) {
 		g.refused(err)
 		return
 	case g.refusedLately() && (connpool.KindOf(err) == connpool.KindEOF || connpool.KindOf(err) == connpool.KindBroken):
-		return // the server ended the connection before its alert could be read
-	case errors.As(err, &said): // it is there, and does not want this client
+		return // the server ended the connection before we could read its alert
+	case errors.As(err, &said): // the server is up, and refuses this client
 		g.notice(slog.LevelWarn, "login", "the server refuses what clients say of themselves", "server", g.to, "error", said)
 		return
 	}
@@ -153,12 +153,12 @@ func (g *Gateway) serverDown(err error) {
 		g.notices.down = true
 		g.notices.mu.Unlock()
 	}
-	g.down.Store(true) // the last, or whoever is answered meanwhile would say nothing
+	g.down.Store(true) // set last; otherwise a client that is answered meanwhile would log nothing
 }
 
-// answered is told of each success; only the first after a failure costs
-// anything. That the server answers is told if the log's last word is that it
-// cannot be reached, which is said once a minute at most.
+// answered is called after each success; only the first success after a failure costs
+// anything. It logs that the server answers again if the last log line about the server
+// said that it cannot be reached (which is logged once a minute at most).
 func (g *Gateway) answered() {
 	if !g.down.Load() || !g.down.CompareAndSwap(true, false) {
 		return
@@ -172,9 +172,8 @@ func (g *Gateway) answered() {
 	}
 }
 
-// ofPool is the handler of the pool's own log. What it says of failed dials is
-// the gateway's to tell; of everything else one line a minute is enough, unless
-// all is asked for.
+// ofPool is the handler of the pool's own log. The gateway itself reports failed dials.
+// Every other line is logged once a minute at most, unless -verbose is set.
 type ofPool struct {
 	slog.Handler
 	g *Gateway
@@ -198,7 +197,7 @@ func (h ofPool) WithAttrs(attrs []slog.Attr) slog.Handler {
 }
 func (h ofPool) WithGroup(name string) slog.Handler { return ofPool{h.Handler.WithGroup(name), h.g} }
 
-// errorOf is the error that a line of the pool tells.
+// errorOf returns the error in a log line of the pool.
 func errorOf(r slog.Record) (err error) {
 	r.Attrs(func(a slog.Attr) bool {
 		var ok bool

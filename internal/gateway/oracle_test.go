@@ -20,11 +20,10 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// The desync oracle through the gateway: no client ever reads a reply to
-// somebody else's request, whatever clients do at whatever byte and however late
-// the server answers.
+// The desync oracle through the gateway: no client ever reads a reply to another client's
+// request, whatever clients do at whatever byte and however late the server answers.
 
-// dier is a client without manners.
+// dier is a client that breaks off at random bytes.
 type dier struct {
 	rng     *rand.Rand
 	network string
@@ -36,8 +35,8 @@ type dier struct {
 
 var tokens atomic.Int64
 
-// exchangeLines has one conversation with a faultnet.Tokens server behind the
-// gateway and returns how many requests were sent whole.
+// exchangeLines has one conversation with a faultnet.Tokens server behind the gateway and
+// returns how many complete requests were sent.
 func (d *dier) exchangeLines() (n int) {
 	nc, err := net.Dial(d.network, d.addr)
 	if err != nil {
@@ -138,7 +137,7 @@ func oracleOver(t *testing.T, network string, patience time.Duration) bool {
 				switch seq % 64 {
 				case 17: // too late
 					return 2 * patience
-				case 33: // a photo finish
+				case 33: // the reply and the time-out coincide
 					return patience*3/4 + time.Duration(serial%10)*patience/20
 				}
 				return 0
@@ -174,7 +173,7 @@ func oracleOver(t *testing.T, network string, patience time.Duration) bool {
 	}
 }
 
-// The same over a real redis-server, with what pins a connection in between.
+// The same with a real redis-server, and with commands in between that pin a connection.
 func TestDesyncNoRedisClientEverReadsAReplyThatIsNotItsOwn(t *testing.T) {
 	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned = 6, 3 })
 	total := oracleTotal()
@@ -299,8 +298,8 @@ func redisDier(d *dier, addr string, whole, partial *atomic.Int64) (n int64) {
 	return n
 }
 
-// A client that dies at any byte of its request or of its reply costs itself:
-// the one connection to the server serves everybody to the end.
+// A client that breaks off at any byte of its request or reply affects only itself: the
+// one connection to the server serves all others to the end.
 func TestAClientThatDiesAtAnyByteCostsNoConnection(t *testing.T) {
 	echo := func(p *faultnet.Peer) { io.Copy(p, p) }
 	for name, c := range map[string]struct {
@@ -354,8 +353,7 @@ func TestAClientThatDiesAtAnyByteCostsNoConnection(t *testing.T) {
 	}
 }
 
-// A reply that comes to nobody's request, and one that comes twice, do not reach
-// the next client.
+// A reply to no request, and a reply that comes twice, do not reach the next client.
 func TestWhatTheServerSaysUnaskedReachesNobody(t *testing.T) {
 	for _, when := range []string{"with the reply", "later"} {
 		t.Run(when, func(t *testing.T) {
@@ -388,8 +386,8 @@ func TestWhatTheServerSaysUnaskedReachesNobody(t *testing.T) {
 	}
 }
 
-// TRY-04: the same with servers that greet, now and then, at once or late, and
-// servers that hang up on those whom they let in.
+// TRY-04: the same with servers that sometimes greet, at once or late, and servers that
+// hang up on some clients after accepting them.
 func TestDesyncNoClientReadsAnothersReplyBeforeAServerThatSpeaksFirstNowAndThen(t *testing.T) {
 	t.Parallel()
 	total := short.Of(oracleTotal()/3, 100) // each new connection waits for a greeting

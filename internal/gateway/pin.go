@@ -12,66 +12,67 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// pin is a Redis client with a connection to itself, because what it said left
-// something behind there, or will: a transaction, subscriptions, a blocked
-// command. Three goroutines work for it: the client's own sends commands, hear
-// receives replies and messages, and deliver writes these to the client. So
-// neither the server nor the client ever waits for the other to read.
+// pin is a Redis client that has a connection to itself, because its commands left state
+// there, or will: a transaction, subscriptions, a blocking command. Three goroutines work
+// for it: the client's own goroutine sends commands, hear receives replies and messages,
+// and deliver writes these to the client. So neither the server nor the client ever waits
+// for the other to read.
 //
 //	        +--> quiet: nothing pending, nothing left behind --> released
 //	sending-+                                                       (the connection goes back)
 //	        +--> kept: it can never be clean again ----> closed, with the client
 //
-// What a command leaves behind counts when the server has agreed to it: what was
-// refused has changed nothing. What is taken back is over.
+// State that a command leaves behind counts once the server has accepted the command: a
+// refused command has changed nothing. State that a later command undoes no longer
+// counts.
 //
-// Only hear releases, and it does so under mu when no command is pending; the
-// sender makes a command pending under mu before it sends it. So a command is
-// either sent before the release, which then does not happen, or not sent over
-// this connection.
+// Only hear releases the connection, and it does so under mu when no command is pending;
+// the sender makes a command pending under mu before sending it. So a command is either
+// sent before a release, which then does not happen, or it is not sent over this
+// connection.
 type pin struct {
 	cl *client
 	c  connpool.Conn
 	u  *replies
 
-	frame, ready store // hear's: the frame that is read, and those that go to outbox next
+	frame, ready store // hear's: the frame being read, and the frames that go to outbox next
 	writes       store // deliver's: what is being written to the client
 
-	// mu guards what follows. Only deadlines are set under it.
+	// mu guards the fields below. Only deadlines are set under it.
 	mu       sync.Mutex
 	moved    sync.Cond // pending became shorter, or hear has ended
-	pending  []pending // commands that were sent and not answered, the oldest first
-	blocking int       // of them, those that may take as long as they like
+	pending  []pending // commands sent and not answered yet, the oldest first
+	blocking int       // how many of them may take any time
 	multi    bool      // between MULTI and EXEC or DISCARD
 	watching bool      // after WATCH
 	total    int       // subscriptions to channels and patterns, as the server counts them
-	chans    int       // ... of them to channels
+	chans    int       // how many of them to channels
 	shards   int       // subscriptions to shard channels
-	behind   uint16    // what commands have left behind that others take back, see bit
-	queued   bool      // a command that leaves something behind waits for EXEC
-	kept     bool      // the connection is the client's to the end
-	muting   bool      // CLIENT REPLY OFF was sent last, with nothing before it: an answer is its refusal
-	stained  bool      // it serves nobody else, although the client can go on without it
-	active   time.Time // when something was last said
+	behind   uint16    // state left behind that other commands can undo, see bit
+	queued   bool      // a command that leaves state behind waits for EXEC
+	kept     bool      // the connection belongs to the client to the end
+	muting   bool      // CLIENT REPLY OFF was sent last, with nothing before it: a reply to it means that the server refused it
+	stained  bool      // no other client may use the connection, although this client can go on without it
+	active   time.Time // when either side last sent something
 	released bool
-	sending  bool  // the sender is about to send, or does
-	watched  bool  // a vigil has the deadline for reading from the client
+	sending  bool  // the sender is sending, or about to
+	watched  bool  // a vigil uses the client's read deadline
 	outbox   store // what deliver is to write next
-	writing  bool  // deliver writes
+	writing  bool  // deliver is writing
 	closing  bool  // nothing more will come into outbox
 	unread   error // why deliver has ended
-	heard    error // why hear has ended; nil: it has not, or it released
+	heard    error // why hear has ended; nil: it has not, or it released the connection
 	over     bool  // hear has ended
 }
 
 // pending is a command that was sent.
 type pending struct {
 	meaning
-	left int  // replies it will get; -1: as many as there are subscriptions of its kind
-	undo bool // it takes back what its like leaves behind
+	left int  // replies still to come; -1: as many as there are subscriptions of its kind
+	undo bool // it undoes the state that commands of its kind leave behind
 }
 
-// bit is that of pin.behind for what a verb leaves behind.
+// bit returns the bit of pin.behind for the state that a verb leaves behind.
 func bit(v verb) uint16 { return 1 << (v - vTracking) }
 
 var (
@@ -80,9 +81,9 @@ var (
 	errPins     = errors.New("as many clients as -max-pinned allows have connections to themselves")
 )
 
-// pinned carries out command over a connection of the client's own, and those
-// that follow until the connection is clean again. A nil error means that the
-// client goes on without it.
+// pinned carries out command, and the commands after it, over a connection of the
+// client's own, until the connection is clean again. A nil error means that the client
+// goes on without the connection.
 func (cl *client) pinned(command []byte, m meaning) error {
 	g := cl.g
 	ctx, leave := context.WithCancel(cl.resp.ctx)
@@ -128,7 +129,7 @@ func (cl *client) pinned(command []byte, m meaning) error {
 	return cl.flush()
 }
 
-// run ends with nil when the connection is released, and is clean.
+// run returns nil when the connection is released and clean.
 func (p *pin) run(command []byte, m meaning) error {
 	p.moved.L = &p.mu
 	for _, s := range []*store{&p.frame, &p.ready, &p.writes, &p.outbox} {
@@ -136,7 +137,7 @@ func (p *pin) run(command []byte, m meaning) error {
 		defer s.release()
 	}
 	p.u.pause = p.pause
-	// Before hear begins, or it would find the connection clean.
+	// enter comes before hear begins, or hear would find the connection clean.
 	if err := p.enter(command, m); err != nil {
 		return err
 	}
@@ -179,18 +180,19 @@ func (p *pin) run(command []byte, m meaning) error {
 		return p.prove()
 	case err == p.heard:
 		p.tell()
-		// What the server did wrong is not to be told as the client's fault.
+		// An error of the server must not be reported as the client's fault.
 		return fmt.Errorf("its own connection: %v", err)
 	}
 	p.tellBefore(err)
 	return err
 }
 
-// prove finds out, before anybody else gets the connection, that what its client
-// was told were the replies to its commands, and that none of them is left. What
-// cannot be proven costs the connection, and a word too many the client as well:
-// it has read what was no reply. Nobody reads from the client meanwhile: one that
-// leaves ends the proof, and nothing that it has sent is carried out any more.
+// prove finds out, before another client gets the connection, that this client got the
+// replies to its own commands, and that no reply is left. If prove fails, the connection
+// is closed. If there was a reply too many, the client is closed as well, because it has
+// read bytes that were no reply of its own. The gateway does not read from the client
+// meanwhile; if the client leaves, prove ends, and the commands it has sent are not
+// carried out.
 func (p *pin) prove() error {
 	g, u := p.cl.g, p.u
 	watch := p.cl.watchOver(false, func() { p.c.Close() })
@@ -226,15 +228,15 @@ func (p *pin) prove() error {
 	return nil
 }
 
-// tell gives the commands that were not answered the word for why. The client
-// is closed afterwards: what it had left behind is gone.
+// tell sends the client an error reply for each command that was not answered. The client
+// is closed afterwards, because the state it left on the connection is lost.
 func (p *pin) tell() {
 	cl := p.cl
-	if len(p.pending) == 0 || p.heard == errGone || len(p.ready.b) > 0 { // a reply is missing before theirs
+	if len(p.pending) == 0 || p.heard == errGone || len(p.ready.b) > 0 { // a reply before theirs is missing
 		return
 	}
 	why := p.heard
-	if p.total+p.shards > 0 || p.behind != 0 { // what was too long may have been a message
+	if p.total+p.shards > 0 || p.behind != 0 { // the frame that was too long may have been a message
 		if errors.Is(why, errTooLong) || errors.Is(why, errNoMemory) {
 			why = errBehind
 		}
@@ -248,10 +250,10 @@ func (p *pin) tell() {
 	}
 }
 
-// tellBefore puts a word for each command that was not answered before the one
-// that the client is closed with because of what it sent (see bidFarewell), which
-// would stand in the place of the first one's reply otherwise: a command that is
-// blocked is not waited for, and may have been carried out.
+// tellBefore writes an error reply for each unanswered command before the error with
+// which the client is closed (see bidFarewell); otherwise the client would take that
+// error for the reply to its first unanswered command. A blocking command is not waited
+// for, and the server may have carried it out.
 func (p *pin) tellBefore(err error) {
 	if !errors.As(err, new(*malformed)) && !errors.Is(err, errTooLong) && !errors.Is(err, errNoMemory) || len(p.ready.b) > 0 {
 		return
@@ -261,8 +263,8 @@ func (p *pin) tellBefore(err error) {
 	}
 }
 
-// send passes on a command that is pending already, and those that follow,
-// until the connection is released or something fails.
+// send sends a command that is pending already, and those after it, until the connection
+// is released or an error occurs.
 func (p *pin) send(command []byte) error {
 	for {
 		p.cl.g.count.requests.Add(1)
@@ -270,7 +272,7 @@ func (p *pin) send(command []byte) error {
 		if _, err := p.c.Write(command); err != nil {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if p.heard == nil { // as good as heard
+			if p.heard == nil { // hear will end with the same cause
 				p.heard = err
 			}
 			return p.heard
@@ -282,7 +284,7 @@ func (p *pin) send(command []byte) error {
 			}
 			var m meaning
 			if command, m, err = p.cl.read(frame); err != nil {
-				p.lastReplies() // to what was sent before
+				p.lastReplies() // waits for replies to earlier commands
 				return p.cause(err)
 			}
 			if m.class == nothing {
@@ -290,10 +292,10 @@ func (p *pin) send(command []byte) error {
 			}
 			switch err := p.enter(command, m); {
 			case err == errReleased:
-				p.cl.in.untake(frame) // it is for another connection
+				p.cl.in.untake(frame) // the frame goes over another connection
 				return err
 			case err != nil:
-				if errors.As(err, new(*malformed)) { // the client's last one
+				if errors.As(err, new(*malformed)) { // the client's last command
 					p.lastReplies()
 				}
 				return p.cause(err)
@@ -303,7 +305,8 @@ func (p *pin) send(command []byte) error {
 	}
 }
 
-// cause prefers what hear has ended with: it is why the sender could not go on.
+// cause returns the error of hear if there is one, since that is why the sender could not
+// go on; otherwise err.
 func (p *pin) cause(err error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -313,14 +316,14 @@ func (p *pin) cause(err error) error {
 	return err
 }
 
-// fullLocked reports whether as many commands are pending as may be.
+// fullLocked reports whether the maximum number of commands is pending.
 func (p *pin) fullLocked() bool {
 	return len(p.pending) >= p.cl.g.Pipeline && !p.over && !p.kept && p.heard == nil
 }
 
-// waitForRoom waits until there is room for one more command. Nobody reads from
-// the client meanwhile, so somebody must look whether it has left: a command that
-// is blocked may take for ever.
+// waitForRoom waits until one more command may be pending. Nobody reads from the client
+// meanwhile, so a vigil watches whether the client has left: a blocking command may take
+// for ever.
 func (p *pin) waitForRoom() {
 	p.mu.Lock()
 	full, fin := p.fullLocked(), p.blocking > 0
@@ -380,7 +383,7 @@ func (p *pin) enter(command []byte, m meaning) error {
 	case vSubscribe, vPsubscribe, vSsubscribe, vUnsubscribe, vPunsubscribe, vSunsubscribe:
 		if e.left = argsOf(command).left - 1; e.left == 0 {
 			if e.left = -1; m.verb == vSubscribe || m.verb == vPsubscribe || m.verb == vSsubscribe {
-				e.left = 1 // an error
+				e.left = 1 // the server answers with one error
 			}
 		}
 	}
@@ -392,8 +395,7 @@ func (p *pin) enter(command []byte, m meaning) error {
 	return nil
 }
 
-// keepLocked gives the connection to the client for good. Nothing is counted any
-// more.
+// keepLocked gives the connection to the client for good. Replies are no longer counted.
 func (p *pin) keepLocked() {
 	p.kept = true
 	p.pending, p.blocking = nil, 0
@@ -420,11 +422,11 @@ func (p *pin) quietLocked() bool {
 // next waits for a command.
 func (p *pin) next() ([]byte, error) {
 	cl := p.cl
-	var begun time.Time // when a part of it was there
+	var begun time.Time // when a part of the command had arrived
 	for {
 		frame, ok, err := cl.in.take()
 		if err != nil {
-			p.lastReplies() // to what was sent before
+			p.lastReplies() // waits for replies to earlier commands
 			return nil, err
 		}
 		if ok {
@@ -443,7 +445,7 @@ func (p *pin) next() ([]byte, error) {
 		switch err := cl.in.fill(); {
 		case err == nil:
 			p.patient()
-		case errors.Is(err, os.ErrDeadlineExceeded): // whose it was is for rearmLocked to say
+		case errors.Is(err, os.ErrDeadlineExceeded): // rearmLocked finds out whose deadline it was
 		case err == io.EOF, err == errCutOff, err == errHalf, err == errNoMemory:
 			p.lastReplies()
 			if err == io.EOF || err == errCutOff {
@@ -456,16 +458,16 @@ func (p *pin) next() ([]byte, error) {
 	}
 }
 
-// rearmLocked sets the deadline for reading from the client to what the state
-// asks for, or says why there is nothing to wait for. Both goroutines call it
-// when they changed something; the last one is right.
+// rearmLocked sets the read deadline of the client according to the state, or returns why
+// there is nothing to wait for. Both goroutines call it after a change; the last call
+// sees the latest state.
 func (p *pin) rearmLocked(begun time.Time) error {
 	g := p.cl.g
 	end := time.Time{}
 	if !begun.IsZero() {
 		end = begun.Add(g.RequestTimeout)
 	}
-	waiting := len(p.pending) == 0 && !p.kept && p.total == 0 && p.shards == 0 && p.behind == 0 // the server for the client
+	waiting := len(p.pending) == 0 && !p.kept && p.total == 0 && p.shards == 0 && p.behind == 0 // the server waits for the client
 	if held := p.active.Add(g.HoldTimeout); waiting && (end.IsZero() || held.Before(end)) {
 		end = held
 	}
@@ -487,14 +489,14 @@ func (p *pin) rearmLocked(begun time.Time) error {
 	if err != nil {
 		end = past
 	}
-	if !p.watched { // a vigil would never end
+	if !p.watched { // a new deadline would keep a vigil from ending
 		p.cl.raw.SetReadDeadline(end)
 	}
 	return err
 }
 
-// lastReplies waits for what is under way when the client has ended its
-// direction, unless that may take for ever.
+// lastReplies waits for pending replies when the client has ended its direction, unless
+// they may take for ever.
 func (p *pin) lastReplies() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -35,7 +35,7 @@ func TestACommandThatTheServerRefusedPinsNobody(t *testing.T) {
 		soon(t, refused+" pins nobody", func() bool { return g.Status().Pinned == 0 })
 		require.Equal(t, "+PONG\r\n", alice.do("PING"))
 	}
-	// Within what pins for a reason of its own.
+	// A refused command within a pin that has another reason.
 	c := g.call()
 	for _, refused := range []string{"SELECT 999", "AUTH alice guess", "HELLO 3 AUTH alice guess", "CLIENT SETNAME a\x01b"} {
 		require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
@@ -77,14 +77,14 @@ func TestWhatWasTakenBackIsOver(t *testing.T) {
 		require.Equal(t, "*0\r\n", other.do("EXEC"))
 		soon(t, "it is given back", func() bool { return g.Status().Pinned == 0 })
 	}
-	// The invalidations of a client that tracks no more reach nobody.
+	// No client gets the invalidations of a client that has stopped tracking.
 	require.Equal(t, "+OK\r\n", c.do("CLIENT", "TRACKING", "ON"))
 	require.Equal(t, "_\r\n", c.do("GET", "k"))
 	require.Equal(t, "+OK\r\n", c.do("CLIENT", "TRACKING", "OFF"))
 	require.Equal(t, "+OK\r\n", other.do("SET", "k", "v"))
 	require.Equal(t, bulk("v"), c.do("GET", "k"))
 
-	// One of two states is no reason to let go.
+	// One of two states that is undone does not release the pin.
 	require.Equal(t, "+OK\r\n", c.do("CLIENT", "TRACKING", "ON"))
 	require.Equal(t, "+OK\r\n", c.do("CLIENT", "NO-EVICT", "ON"))
 	require.Equal(t, "+OK\r\n", c.do("CLIENT", "TRACKING", "OFF"))
@@ -93,7 +93,7 @@ func TestWhatWasTakenBackIsOver(t *testing.T) {
 	require.Equal(t, "+OK\r\n", c.do("CLIENT", "NO-EVICT", "OFF"))
 	soon(t, "both are over", func() bool { return g.Status().Pinned == 0 })
 
-	// RESET takes everything back, and ends a transaction.
+	// RESET undoes everything, and ends a transaction.
 	plain := g.call()
 	require.Equal(t, "+OK\r\n", plain.do("MULTI"))
 	require.Equal(t, "+RESET\r\n", plain.do("RESET"))
@@ -101,7 +101,7 @@ func TestWhatWasTakenBackIsOver(t *testing.T) {
 	require.Equal(t, bulk("x"), plain.do("ECHO", "x"))
 }
 
-// TRY-26: the words of a cluster's clients, where the server agrees to them.
+// TRY-26: commands of a cluster's clients, if the server accepts them.
 func TestWhatAClustersClientSaysHoldsAsLongAsTheServerHoldsIt(t *testing.T) {
 	r := startRedis(t, "--cluster-enabled", "yes")
 	g := begin(t, Config{Framing: "resp", To: r.addr(), MaxOpen: 2, MaxPinned: 1})
@@ -117,7 +117,8 @@ func TestWhatAClustersClientSaysHoldsAsLongAsTheServerHoldsIt(t *testing.T) {
 	soon(t, "and for that one only", func() bool { return g.Status().Pinned == 0 })
 }
 
-// TRY-26: what clients say of themselves within a pin is not left to the next.
+// TRY-26: a library name that a client sets within a pin does not stay for the next
+// client.
 func TestALibrarysNameIsNotLeftToTheNextClient(t *testing.T) {
 	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
 		r := bufio.NewReader(peer)
@@ -146,7 +147,7 @@ func TestALibrarysNameIsNotLeftToTheNextClient(t *testing.T) {
 	require.Equal(t, uint64(1), g.Status().Pool.Closed[connpool.ClosedByBorrower])
 }
 
-// TRY-26: twelve clients greet as current clients do, and there is one pin.
+// TRY-26: twelve clients send the greeting of current clients, and there is one pin.
 func TestTheGreetingOfCurrentClientsNeedsNoConnectionOfItsOwn(t *testing.T) {
 	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen, c.MaxPinned, c.RequestTimeout = 4, 1, 2*time.Second })
 	holder := g.call()
@@ -170,7 +171,7 @@ func TestTheGreetingOfCurrentClientsNeedsNoConnectionOfItsOwn(t *testing.T) {
 	require.NotEmpty(t, all)
 }
 
-// TRY-27: nobody reads from a client that has sent as much as may be ahead.
+// TRY-27: the gateway does not read from a client with the maximum of pending commands.
 func TestAClientThatSentMuchBehindABlockedCommandIsMissedWhenItLeaves(t *testing.T) {
 	if !canWatch {
 		t.Skip("this system does not tell of clients that nobody reads from")
@@ -195,8 +196,8 @@ func TestAClientThatSentMuchBehindABlockedCommandIsMissedWhenItLeaves(t *testing
 	}
 }
 
-// TRY-27: no client with a connection of its own waits without end for a server
-// that takes no more.
+// TRY-27: no client with a connection of its own waits for ever for a server that stops
+// reading.
 func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
 	t.Parallel()
 	for name, word := range map[string]string{"silent": "", "answers first": "-ERR that is too large\r\n"} {
@@ -227,7 +228,7 @@ func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
 	}
 }
 
-// TRY-33: each command has its own reply, or the word for why it has none.
+// TRY-33: each command gets its own reply, or the error that says why it has none.
 func TestAReplyThatCannotBePassedOnCostsNoReplyBeforeIt(t *testing.T) {
 	for word, told := range map[string]failure{"$99999999\r\n": tooLong, "?\r\n": outOfStep} {
 		to := scripted(t, func(_ *faultnet.Peer, command string) string {
@@ -269,14 +270,14 @@ func TestWhatAClientIsClosedForIsToldBehindTheRepliesThatItWaitsFor(t *testing.T
 		before, all := g.Status().BytesIn, append(appendCommand(nil, []byte("GET"), []byte("a")), bad...)
 		c.Write(all)
 		soon(t, "all was read", func() bool { return g.Status().BytesIn == before+uint64(len(all)) })
-		time.AfterFunc(20*time.Millisecond, func() { close(proceed) }) // for one that does not wait
+		time.AfterFunc(20*time.Millisecond, func() { close(proceed) }) // for a gateway that does not wait
 		require.Equal(t, bulk("a"), c.frame(), "%q", bad)
 		require.Contains(t, c.frame(), "-ERR Protocol error", "%q", bad)
 		c.hearEnd()
 	}
 }
 
-// TRY-04: a word too many in a pin is found out before somebody else has the
+// TRY-04: a reply too many in a pin is detected before another client gets the
 // connection.
 func TestAPinThatHeardAWordTooManyLeavesNoReplyToTheNextClient(t *testing.T) {
 	proceed, stop := make(chan bool), make(chan bool)
@@ -297,14 +298,14 @@ func TestAPinThatHeardAWordTooManyLeavesNoReplyToTheNextClient(t *testing.T) {
 	b.send("BLPOP", "b", "0")
 	sent := len(appendCommand(nil, []byte("BLPOP"), []byte("a"), []byte("0")))
 	soon(t, "it has come", func() bool { return g.Status().BytesIn == uint64(2*sent) })
-	time.AfterFunc(50*time.Millisecond, func() { close(proceed) }) // for one that lets it in
+	time.AfterFunc(50*time.Millisecond, func() { close(proceed) }) // for a gateway that lets it in
 	require.Contains(t, b.frame(), "was not sent")
 	a.hearEnd()
 	require.NotZero(t, g.Status().Failures["out-of-step"])
 	require.NotZero(t, g.Status().Failures["speaks-first"])
 }
 
-// TRY-26: what a server says about a reply does not hide what the reply says.
+// TRY-26: attributes of a reply do not hide the reply.
 func TestAttributesHideNothing(t *testing.T) {
 	const attribute = "|1\r\n$3\r\nttl\r\n*2\r\n:3\r\n+s\r\n"
 	to := scripted(t, func(_ *faultnet.Peer, command string) string {
@@ -340,7 +341,7 @@ func TestAttributesHideNothing(t *testing.T) {
 	require.True(t, isDemotion([]byte(attribute+"-READONLY no\r\n")))
 }
 
-// TRY-27: whatever the names are, a command that blocks is seen to block.
+// TRY-27: a blocking command is recognised whatever the names in it are.
 func TestAGroupMayHaveTheNameOfAWordOfTheCommand(t *testing.T) {
 	for command, want := range map[string]class{
 		"XREADGROUP GROUP streams c BLOCK 0 STREAMS k >": blocks,
@@ -357,7 +358,7 @@ func TestAGroupMayHaveTheNameOfAWordOfTheCommand(t *testing.T) {
 	}
 }
 
-// TRY-27: the proof of a pin's words may take as long as the server likes.
+// TRY-27: the proof of a pin's replies may take any time.
 func TestAClientThatLeavesWhileItsPinIsProvenHasNothingCarriedOut(t *testing.T) {
 	if !canWatch {
 		t.Skip("this system does not tell of clients that nobody reads from")
@@ -399,7 +400,7 @@ func TestAClientThatLeavesWhileItsPinIsProvenHasNothingCarriedOut(t *testing.T) 
 	require.Zero(t, incr.Load())
 }
 
-// TRY-27: a command that is blocked was sent, whatever comes behind it.
+// TRY-27: a blocked command was sent, whatever follows it.
 func TestWhatAClientIsClosedForIsNotTheReplyToItsBlockedCommand(t *testing.T) {
 	stop := make(chan bool)
 	defer close(stop)

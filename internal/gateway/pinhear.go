@@ -8,16 +8,15 @@ import (
 	"time"
 )
 
-// The server's direction of a pin: replies and messages, and what they say about
-// the state of the connection.
+// The server's direction of a pin: replies and messages, and what they reveal about the
+// state of the connection.
 
-// hear passes on what the server sends, until the connection is released or
-// fails.
+// hear passes on what the server sends, until the connection is released or fails.
 func (p *pin) hear() error {
 	for {
 		p.frame.empty()
 		if err := p.u.next(p.c, &p.frame); err != nil {
-			return err // that of no memory too: a reply that cannot be passed on breaks the order of those behind it
+			return err // also for errNoMemory: without a reply, those behind it would be out of order
 		}
 		mark := len(p.ready.b)
 		if err := p.ready.append(p.frame.b); err != nil {
@@ -42,12 +41,12 @@ func (p *pin) hear() error {
 	}
 }
 
-// outboxFull is how much waits for a client before the server waits for it, if
-// the client has asked for nothing that comes.
+// outboxFull is how many bytes may wait for a client that has no command pending, before
+// hear stops reading from the server.
 const outboxFull = 1 << 20
 
-// handOver gives what was heard to deliver. A client that waits for replies, or
-// sends, may do so because it does not read yet: then all of it is taken, within
+// handOver gives deliver the frames that hear has read. A client that waits for replies,
+// or is sending, may not read yet for that reason; then handOver takes all frames, within
 // -max-memory.
 func (p *pin) handOver() error {
 	if len(p.ready.b) == 0 {
@@ -69,8 +68,8 @@ func (p *pin) handOver() error {
 	return nil
 }
 
-// deliver writes what was handed over to the client, until the last of it is
-// written or the client is gone.
+// deliver writes the outbox to the client, until everything is written or the client is
+// gone.
 func (p *pin) deliver() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -91,13 +90,13 @@ func (p *pin) deliver() {
 		p.writing, p.unread = false, err
 		p.moved.Broadcast()
 	}
-	if p.heard == nil { // as good as heard
+	if p.heard == nil { // hear will end with the same cause
 		p.heard = p.unread
 	}
 	p.rearmLocked(time.Time{})
 }
 
-// write writes in parts, each of which may take the client WriteTimeout.
+// write writes in parts; the client has WriteTimeout for each part.
 func (p *pin) write(b []byte) error {
 	cl := p.cl
 	for len(b) > 0 {
@@ -115,14 +114,14 @@ func (p *pin) write(b []byte) error {
 	return nil
 }
 
-// idle says that the sender waits for the client.
+// idle records that the sender waits for the client.
 func (p *pin) idle() {
 	p.mu.Lock()
 	p.sending = false
 	p.mu.Unlock()
 }
 
-// patient gives a client that sends more time to read.
+// patient gives a client that is sending more time to read.
 func (p *pin) patient() {
 	p.mu.Lock()
 	writing := p.writing
@@ -132,8 +131,8 @@ func (p *pin) patient() {
 	}
 }
 
-// pause runs when all that has come was passed on: the time to hand it over and,
-// when it is written, to release the connection if it is clean.
+// pause runs when hear has passed on everything that has come: it hands the frames over
+// and, when they are written, releases the connection if it is clean.
 func (p *pin) pause(within bool) error {
 	if err := p.handOver(); err != nil {
 		return err
@@ -157,7 +156,7 @@ func (p *pin) pause(within bool) error {
 	return nil
 }
 
-// accountLocked follows what a frame from the server means for the state.
+// accountLocked updates the state for a frame from the server.
 func (p *pin) accountLocked(frame []byte) error {
 	p.active = time.Now()
 	frame = bare(frame)
@@ -197,7 +196,7 @@ func (p *pin) accountLocked(frame []byte) error {
 	switch v := head.verb; {
 	case p.multi && string(frame) == "+QUEUED\r\n":
 		switch head.class {
-		case subscribes: // EXEC has more than one reply then
+		case subscribes: // the reply to EXEC would then not be one frame
 			keep = true
 		case keeps, identifies, local:
 			p.queued = true
@@ -210,7 +209,7 @@ func (p *pin) accountLocked(frame []byte) error {
 		p.multi, p.watching = false, false
 		switch {
 		case isError(frame):
-			keep = !hasPrefix(frame, "-EXECABORT") // who knows
+			keep = !hasPrefix(frame, "-EXECABORT") // the server may have carried it out
 		case p.queued:
 			keep = !isNull(frame)
 		}
@@ -219,11 +218,11 @@ func (p *pin) accountLocked(frame []byte) error {
 		p.multi, p.watching, p.queued = false, false, false
 	case v == vUnwatch && !p.multi && hasPrefix(frame, "+OK"):
 		p.watching = false
-	case isError(frame): // has changed nothing
+	case isError(frame): // the command has changed nothing
 	case head.class == keeps || head.class == identifies || head.class == local:
 		keep = p.leavesLocked(done)
 	}
-	if done.verb != vAsking && !p.multi { // it is for one command
+	if done.verb != vAsking && !p.multi { // ASKING counts for one command only
 		p.behind &^= bit(vAsking)
 	}
 	p.popLocked()
@@ -233,8 +232,8 @@ func (p *pin) accountLocked(frame []byte) error {
 	return nil
 }
 
-// leavesLocked follows what a command has left behind that the server has agreed
-// to. It reports whether nobody can take that away again.
+// leavesLocked records the state that an accepted command has left behind. It reports
+// whether no later command can undo that state.
 func (p *pin) leavesLocked(done pending) (keep bool) {
 	switch v := done.verb; v {
 	case vTracking, vNoEvict, vNoTouch, vReadonly, vAsking, vDebug:
@@ -245,11 +244,11 @@ func (p *pin) leavesLocked(done pending) (keep bool) {
 		p.behind &^= bit(vReadonly)
 	case vReply:
 		return !done.undo
-	case vSetinfo: // a name in a list; the next client has its own
+	case vSetinfo: // a name in a list; the next client sets its own
 		p.stained = true
 	case vReset:
 		if p.cl.resp.id != (identity{}) {
-			return true // it is not the connection of that identity any more
+			return true // the connection no longer belongs to its identity
 		}
 		p.multi, p.watching, p.queued, p.behind = false, false, false, 0
 		p.total, p.chans, p.shards = 0, 0, 0
@@ -266,7 +265,7 @@ func isNull(reply []byte) bool {
 	return hasPrefix(reply, "*-1") || hasPrefix(reply, "$-1") || hasPrefix(reply, "_")
 }
 
-// popLocked takes the oldest command off: it was answered.
+// popLocked removes the oldest command, which was answered.
 func (p *pin) popLocked() {
 	if p.pending[0].class == blocks {
 		p.blocking--
@@ -278,7 +277,8 @@ func (p *pin) popLocked() {
 	p.awaitLocked()
 }
 
-// subscriptions are those that an UNSUBSCRIBE without arguments ends.
+// subscriptions returns the number of subscriptions that an UNSUBSCRIBE without arguments
+// ends.
 func (p *pin) subscriptions(v verb) int {
 	switch v {
 	case vUnsubscribe:
@@ -289,7 +289,7 @@ func (p *pin) subscriptions(v verb) int {
 	return p.shards
 }
 
-// countLocked takes over the count of subscriptions that the server tells.
+// countLocked stores the number of subscriptions that the server reports.
 func (p *pin) countLocked(v verb, n int) {
 	switch v {
 	case vSsubscribe, vSunsubscribe:
@@ -306,8 +306,8 @@ var subscriptionVerbs = map[string]verb{
 	"unsubscribe": vUnsubscribe, "punsubscribe": vPunsubscribe, "sunsubscribe": vSunsubscribe,
 }
 
-// subscription reads the confirmation of a subscription or of its end: the verb,
-// the channel or null, and how many there are now. Other frames are other.
+// subscription reads the confirmation that a subscription began or ended: its verb, and
+// the number of subscriptions after it. For another frame the verb is other.
 func subscription(frame []byte) (verb, int) {
 	args := argsOf(frame)
 	if args.left != 3 {

@@ -17,8 +17,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// fifo is a file that opens only when somebody writes to it, which happens at
-// the end of the test.
+// fifo is a file that opens only when somebody writes to it, which happens at the end of
+// the test.
 func fifo(t *testing.T, name string) string {
 	t.Helper()
 	os.Remove(name)
@@ -84,7 +84,7 @@ func TestALockOnTheDirectoryIsWaitedForWithinBounds(t *testing.T) {
 	require.ErrorContains(t, g.ListenContext(ended), "lock")
 	unlock()
 
-	// At the end the file is left, for the next one to find that it is stale.
+	// At the end the file stays, and the next gateway finds that it is stale.
 	h := begin(t, Config{Framing: "line", To: to, Listen: "unix:" + filepath.Join(dir, "s"), Drain: 10 * time.Second})
 	h.call().token("x")
 	unlock, err = lockDirectoryOf(t.Context(), filepath.Join(dir, "s"), func(string) {})

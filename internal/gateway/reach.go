@@ -15,26 +15,26 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// lookFor is how long Reach listens to a server that says nothing. A refusal of
-// ours, or the end that a proxy without a server behind it makes, comes sooner.
+// lookFor is how long Reach listens to a server that says nothing. A refusal of our
+// certificate, or a hang-up of a proxy without a server behind it, comes sooner.
 const lookFor = time.Second
 
-// Reach opens a connection to the server and finds out whether a request over
-// it would be answered, or says why not: a connection alone means little. A
-// server that refuses our certificate says so after the handshake of TLS 1.3; a
-// proxy without anybody behind it accepts and hangs up; a server that is full,
-// or greets, speaks before it is asked.
+// Reach opens a connection to the server and finds out whether the server would answer a
+// request, or returns why not. An open connection alone proves little: a server that
+// refuses our certificate says so only after the handshake of TLS 1.3; a proxy without a
+// server behind it accepts and hangs up; a server that is full, or sends a greeting,
+// speaks before it is asked.
 func (g *Gateway) Reach(ctx context.Context) error {
 	_, err := g.Examine(ctx)
 	return err
 }
 
-// Examine is Reach with a remark: what an operator should know although requests
-// are answered. "": nothing.
+// Examine is Reach, and also returns a remark: something the operator should know
+// although requests are answered. "": nothing.
 func (g *Gateway) Examine(ctx context.Context) (remark string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, g.DialTimeout+g.RequestTimeout)
 	defer cancel()
-	// A pool of its own: that of the clients judges a new connection in its Setup.
+	// A pool of its own, because the clients' pool judges a new connection in its Setup.
 	pool, err := connpool.New(connpool.Config{MaxOpen: 1, DialTimeout: g.DialTimeout,
 		TLSFor: func(connpool.Addr) (*tls.Config, error) { return g.certs.forServer.Load(), nil }})
 	if err != nil {
@@ -44,7 +44,7 @@ func (g *Gateway) Examine(ctx context.Context) (remark string, err error) {
 	lent := false
 	err = pool.With(ctx, g.to, func(c connpool.Conn) error {
 		lent = true
-		defer c.Close() // it has been asked things that no client asks
+		defer c.Close() // closed, because Examine sends requests that no client sends
 		said, err := listen(c, lookFor)
 		switch {
 		case len(said) > 0 && g.Framing == "session":
@@ -70,7 +70,7 @@ func (g *Gateway) Examine(ctx context.Context) (remark string, err error) {
 	return remark, err
 }
 
-// listen reads what comes unasked within d. No error means that nothing came.
+// listen reads what comes unasked within d. A nil error means that nothing came.
 func listen(c net.Conn, d time.Duration) (said []byte, err error) {
 	if err := c.SetReadDeadline(time.Now().Add(d)); err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func listen(c net.Conn, d time.Duration) (said []byte, err error) {
 	return nil, err
 }
 
-// hangsUp says what the end of a connection means on which nothing was said.
+// hangsUp returns the meaning of a connection that ended without a byte from the server.
 func (g *Gateway) hangsUp(err error) error {
 	switch {
 	case refusal(err) != "" && g.Upstream.Cert == "":
@@ -94,7 +94,7 @@ func (g *Gateway) hangsUp(err error) error {
 	case refusal(err) != "":
 		return fmt.Errorf("the server refuses the certificate of -upstream-cert (%w)", err)
 	case errors.Is(err, io.EOF), connpool.KindOf(err) == connpool.KindEOF, connpool.KindOf(err) == connpool.KindBroken:
-		advice := "it is full, refuses this machine, or is a proxy with nobody behind it"
+		advice := "it is full, refuses this machine, or is a proxy without a server behind it"
 		if g.to.Transport != connpool.TLS {
 			advice += ", or speaks TLS at this address (tls:// in -to)"
 		}
@@ -106,7 +106,7 @@ func (g *Gateway) hangsUp(err error) error {
 	return err
 }
 
-// pings asks a Redis server whether it answers. That it wants a password is an
+// pings asks a Redis server whether it answers. A request for a password counts as an
 // answer: clients have theirs.
 func (g *Gateway) pings(c connpool.Conn) error {
 	if err := c.SetDeadline(time.Now().Add(g.RequestTimeout)); err != nil {
@@ -133,9 +133,9 @@ func (g *Gateway) pings(c connpool.Conn) error {
 	return fmt.Errorf("the server answers PING with %q", said)
 }
 
-// answersTLS reports whether who listens at an address that is not tls:// speaks
-// TLS all the same. Such a server waits for a greeting in silence, as a good one
-// waits for a request; only a greeting tells the two apart.
+// answersTLS reports whether the server at an address that is not tls:// speaks TLS. A
+// TLS server waits silently for a TLS hello, as a plain server waits for a request; only
+// a hello tells the two apart.
 func (g *Gateway) answersTLS(ctx context.Context, c net.Conn) bool {
 	ask := func(c net.Conn, question string, answer []byte) int {
 		c.SetDeadline(time.Now().Add(lookFor))
@@ -143,7 +143,7 @@ func (g *Gateway) answersTLS(ctx context.Context, c net.Conn) bool {
 		n, _ := io.ReadFull(c, answer)
 		return n
 	}
-	var a [7]byte // the head of a record and the beginning of what is in it
+	var a [7]byte // the header of a record and the first bytes of its body
 	if n := ask(c, tlsHello, a[:]); n < len(a) || a[1] != 3 {
 		return false
 	}
@@ -153,8 +153,8 @@ func (g *Gateway) answersTLS(ctx context.Context, c net.Conn) bool {
 	if g.Framing != "session" {
 		return true
 	}
-	// A PostgreSQL server may speak both at one address: it answers its own
-	// question for TLS with a letter, and any other TLS server with an alert.
+	// A PostgreSQL server may speak both at one address: it answers its own request for
+	// TLS with one letter, and any other TLS server answers that request with an alert.
 	network, address := "tcp", net.JoinHostPort(g.to.Host, strconv.Itoa(int(g.to.Port)))
 	if g.to.Transport == connpool.Unix {
 		network, address = "unix", g.to.Host
@@ -168,12 +168,12 @@ func (g *Gateway) answersTLS(ctx context.Context, c net.Conn) bool {
 	return n != 1 || a[0] != 'S' && a[0] != 'N'
 }
 
-// tlsHello greets a TLS server. It knows so little that most will answer with an
-// alert, which tells as much as a handshake does. There is no line feed in it,
-// and no length that a framing would take for that of a request.
-const tlsHello = "\x16\x03\x01\x00\x45" + // a record of the handshake
-	"\x01\x00\x00\x41\x03\x03" + // a client's hello, TLS 1.2
-	"connpool looks who listens here." + // 32 bytes that would be random
+// tlsHello is a TLS ClientHello. It offers so little that most servers answer with an
+// alert, which is as good an answer as a handshake. It contains no line feed and no
+// length that a framing would read as the length of a request.
+const tlsHello = "\x16\x03\x01\x00\x45" + // header of a handshake record
+	"\x01\x00\x00\x41\x03\x03" + // ClientHello, TLS 1.2
+	"connpool looks who listens here." + // 32 bytes, random in a real hello
 	"\x00" + // no session
 	"\x00\x0c\xc0\x2b\xc0\x2f\xc0\x2c\xc0\x30\x00\x9c\x00\x2f" + // suites
 	"\x01\x00" + // no compression

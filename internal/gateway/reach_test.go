@@ -12,7 +12,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// saying is a server that says something after a while, and then what it is asked.
+// saying is a server that sends words after a while, and then answers requests.
 func saying(after time.Duration, words string) func(*faultnet.Peer) {
 	return func(p *faultnet.Peer) {
 		time.Sleep(after)
@@ -47,7 +47,7 @@ func TestReachSaysYesOnlyIfARequestWouldWork(t *testing.T) {
 		framing string
 		serve   faultnet.Options
 		to      string
-		says    string // "": yes
+		says    string // "": the server answers
 	}{
 		"a good one":                 {framing: "line"},
 		"a good one, length":         {framing: "length"},
@@ -102,7 +102,7 @@ func TestReachSaysYesOnlyIfARequestWouldWork(t *testing.T) {
 	}
 }
 
-// TRY-29: PostgreSQL speaks both at one address.
+// TRY-29: PostgreSQL accepts plain connections and TLS at one address.
 func TestReachBelievesAServerThatSpeaksPlainTooWithItsQuestion(t *testing.T) {
 	t.Parallel()
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {

@@ -10,9 +10,9 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// redial keeps a distance between the end of a connection and the opening of the
-// next one, for devices that take one connection at a time and need a while to
-// notice that it has ended.
+// redial keeps an interval between the end of a connection and the opening of the next
+// one, for devices that accept one connection at a time and need a while to notice that
+// it has ended.
 type redial struct {
 	delay time.Duration
 
@@ -20,14 +20,14 @@ type redial struct {
 	last time.Time  // when a connection was closed
 }
 
-// closed runs when a connection has been closed, before its place is free.
+// closed runs when a connection has been closed, before its slot is free.
 func (r *redial) closed() {
 	r.mu.Lock()
 	r.last = time.Now()
 	r.mu.Unlock()
 }
 
-// dial is a connpool.DialFunc for TCP, and what TLS runs on, and Unix sockets.
+// dial is a connpool.DialFunc for TCP (also under TLS) and Unix sockets.
 func (r *redial) dial(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
 	r.mu.Lock()
 	end := r.last.Add(r.delay)
@@ -42,7 +42,7 @@ func (r *redial) dial(ctx context.Context, addr connpool.Addr) (net.Conn, error)
 	d := net.Dialer{Control: addr.QoS.Control}
 	nc, err := d.DialContext(ctx, network, address)
 	if err != nil {
-		r.closed() // it may have noticed
+		r.closed() // the server may have noticed the failed dial
 	}
 	return nc, err
 }

@@ -19,7 +19,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// redis is a redis-server of the distribution, which a test starts on loopback.
+// redis is a redis-server of the distribution that a test starts on loopback.
 type redis struct {
 	dir  string
 	port int
@@ -73,7 +73,7 @@ func (r *redis) start(t testing.TB) {
 	cmd, left := r.cmd, make(chan struct{})
 	r.left = left
 	go func() {
-		// What dieWithParent asks for happens when this thread ends.
+		// The signal of dieWithParent comes when this thread ends.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := cmd.Start()

@@ -8,12 +8,11 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// batchBytes bounds what is sent ahead of replies when several requests of one
-// client go together. A single request may be longer.
+// batchBytes bounds how many bytes of one client's requests are sent together before
+// their replies arrive. A single request may be longer.
 const batchBytes = 16 << 10
 
-// serveExchanges is the life of a client whose protocol is one reply to each
-// request.
+// serveExchanges serves a client whose protocol has one reply to each request.
 func (cl *client) serveExchanges() {
 	for {
 		first, err := cl.next(cl.g.IdleTimeout)
@@ -22,7 +21,7 @@ func (cl *client) serveExchanges() {
 			size := len(first)
 			for len(cl.batch) < cl.g.Pipeline && size < batchBytes {
 				more, ok, bad := cl.in.take()
-				if !ok || bad != nil { // what is bad is found again
+				if !ok || bad != nil { // the next read finds the error again
 					break
 				}
 				cl.batch = append(cl.batch, more)
@@ -31,19 +30,18 @@ func (cl *client) serveExchanges() {
 			err = cl.exchange(cl.g.ctx, cl.g.to, cl.in.store.b[cl.in.start-size:cl.in.start])
 		}
 		if err != nil {
-			cl.parted(err) // it is counted before the client can see its end
+			cl.parted(err) // counted before the client can see the end
 			cl.bidFarewell(err)
 			return
 		}
 	}
 }
 
-// exchange carries out the requests in cl.batch, which lie side by side in wire,
-// and writes the replies to the client. An error means that the client is done
-// for.
+// exchange carries out the requests in cl.batch, which lie side by side in wire, and
+// writes the replies to the client. An error means that the client must be closed.
 func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte) error {
 	unheard := cl.ask(ctx, addr, wire)
-	if len(cl.out.b) == 0 && unheard == nil && cl.isGone() { // what is written finds that out, but nothing is
+	if len(cl.out.b) == 0 && unheard == nil && cl.isGone() { // a write would find that out, but there is nothing to write
 		return errLeft
 	}
 	if err := cl.flush(); err != nil {
@@ -52,15 +50,15 @@ func (cl *client) exchange(ctx context.Context, addr connpool.Addr, wire []byte)
 	return unheard
 }
 
-// ask appends to cl.out a reply to each request in cl.batch, in their order, or
-// the protocol's word for a failure. The connection is given back before it
-// returns. An error means that the protocol has no such word.
+// ask appends to cl.out a reply to each request in cl.batch, in their order, or the
+// protocol's error reply for a failure. It returns the connection to the pool before it
+// returns. An error means that the protocol has no error reply.
 func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) error {
 	g := cl.g
-	latest := time.Now().Add(g.RequestTimeout) // for the replies
+	latest := time.Now().Add(g.RequestTimeout) // for the last reply
 	var cancel func()
-	lent := func() {}               // ends the wait's time
-	if g.framing.name == "modbus" { // which knows a late reply: the connection outlives the request
+	lent := func() {}               // ends the timeout of the wait
+	if g.framing.name == "modbus" { // modbus recognises late replies, so the connection may outlive the request
 		waiting, end := context.WithCancelCause(ctx)
 		late := time.AfterFunc(g.RequestTimeout, func() { end(context.DeadlineExceeded) })
 		ctx, cancel, lent = waiting, func() { end(nil) }, func() { late.Stop() }
@@ -73,7 +71,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 	defer watch.stop()
 	g.count.requests.Add(uint64(len(cl.batch)))
 	mark, answered, ran := len(cl.out.b), 0, false
-	var demotion []byte // a reply
+	var demotion []byte // a reply that says the server is demoted
 	var unheard error
 	refuse := func(err error) {
 		if told := cl.failed(cl.out.b, cl.batch[answered], err, ran); told != nil {
@@ -90,7 +88,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 		}
 		u := connpool.State[*replies](c)
 		u.listened = false
-		believed := latest.Add(-g.RequestTimeout / 4) // time enough to tell the client
+		believed := latest.Add(-g.RequestTimeout / 4) // leaves time to send the client an error
 		if err := g.greet.before(c, u, believed); err != nil {
 			return err
 		}
@@ -108,7 +106,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 			}
 			return err
 		}
-		believable := u.settled || g.greet.wait <= 0 // what it has said, whatever befalls it now
+		believable := u.settled || g.greet.wait <= 0 // replies are trusted at once, whatever happens to the connection later
 		asked, proof := time.Now(), g.greet.mark(u)
 		err := converse(c, wire, proof, g.to.QoS.SendBuffer > 0, func() error {
 			for answered < len(cl.batch) {
@@ -119,7 +117,7 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 					if g.framing.demotes != nil && g.framing.demotes(cl.out.b[at:]) {
 						demotion = cl.out.b[at:]
 					}
-				case errors.Is(err, errNoMemory): // and in step all the same
+				case errors.Is(err, errNoMemory): // the connection is still in step
 					if refuse(err); unheard != nil {
 						return unheard
 					}
@@ -136,13 +134,13 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 			believable = believable || err == nil
 			return err
 		})
-		if err != nil && !believable { // nobody knows which of the replies was none
+		if err != nil && !believable { // any of the replies may have been an unasked one
 			cl.out.b, answered = cl.out.b[:mark], 0
 		}
 		if err == nil {
 			err = u.kept(nil)
 		}
-		if demotion != nil { // before this connection is given back
+		if demotion != nil { // before the pool gets this connection back
 			g.demoted(demotion)
 		}
 		return err
@@ -173,8 +171,8 @@ func (cl *client) ask(ctx context.Context, addr connpool.Addr, wire []byte) erro
 	return unheard
 }
 
-// kept is what the function of a loan returns that leaves the connection in
-// step: a read that timed out because it was meant to is forgiven.
+// kept returns err, marked with connpool.Keep if the connection is in step. The timeout
+// of a read that was meant to time out does not count as a failure.
 func (u *replies) kept(err error) error {
 	if err == nil && u.listened {
 		err = errSilent
@@ -182,11 +180,11 @@ func (u *replies) kept(err error) error {
 	return connpool.Keep(err)
 }
 
-// errBehind is what became of the requests behind one that failed.
+// errBehind is the error of requests that came after one that failed.
 var errBehind = errors.New("the connection was given up with an earlier request")
 
-// failed counts a request that was not answered and appends the protocol's word
-// for it, nil if it has none. ran: there was a connection.
+// failed counts a request that was not answered and appends the protocol's error reply to
+// dst; it returns nil if the protocol has none. ran: the request had a connection.
 func (cl *client) failed(dst, request []byte, err error, ran bool) []byte {
 	g := cl.g
 	why := g.failureOf(err, ran)
@@ -200,13 +198,13 @@ func (cl *client) failed(dst, request []byte, err error, ran bool) []byte {
 	return g.framing.refuse(&g.Config, dst, request, why)
 }
 
-// converse sends wire, and more behind it, and receives. What is longer than the
-// sockets are sure to hold is sent while the reply is read, or a server that
-// answers before it has read all would wait for us and we for it. With small
-// set nothing is sure.
+// converse sends wire and then more, and receives. Bytes beyond what the sockets are sure
+// to buffer are sent while the reply is read; otherwise a server that answers before it
+// has read everything would wait for us while we wait for it. With small set, nothing is
+// assumed to be buffered.
 func converse(c connpool.Conn, wire, more []byte, small bool, receive func() error) error {
 	if len(wire)+len(more) <= batchBytes && !small {
-		if len(more) > 0 { // wire lies in the client's buffer, with other things behind it
+		if len(more) > 0 { // wire lies in the client's buffer, with other bytes behind it
 			wire = append(append(make([]byte, 0, len(wire)+len(more)), wire...), more...)
 		}
 		if _, err := c.Write(wire); err != nil {

@@ -237,9 +237,9 @@ func TestFramesThatAreTooLongCostTheirSender(t *testing.T) {
 	g.call().token("b")
 	require.Equal(t, 1, srv.Accepts(), "the connection to the server survived it")
 
-	// The server's are its own fault, and cost its connection.
+	// Errors of the server are its own fault, and close its connection.
 	d := g.call()
-	d.say("%s\n", strings.Repeat("y", 62)) // 63, and "1 3 " before it in the reply
+	d.say("%s\n", strings.Repeat("y", 62)) // 63 bytes, and "1 3 " before it in the reply
 	d.hearEnd()
 	require.Equal(t, uint64(1), g.Status().Failures["too-long"])
 }
@@ -275,8 +275,8 @@ func TestOneClientTooManyIsTurnedAway(t *testing.T) {
 	g.call().token("c")
 }
 
-// What a client leaves unfinished on its way out never reaches the server, and
-// what was under way is received and dropped.
+// An unfinished request of a client that leaves never reaches the server, and a reply
+// that is under way is received and dropped.
 func TestAClientThatLeavesDuringARequestCostsNoConnection(t *testing.T) {
 	arrived, proceed := make(chan bool), make(chan bool)
 	srv, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
@@ -405,8 +405,8 @@ func TestALengthThatCannotBeIsRefusedBeforeItIsSent(t *testing.T) {
 	require.Zero(t, srv.Accepts())
 }
 
-// A request of many megabytes to a server that echoes as it reads: neither side
-// may wait for the other for ever.
+// A request of many megabytes to a server that echoes while it reads: neither side may
+// wait for the other for ever.
 func TestALargeRequestToAServerThatAnswersAsItReads(t *testing.T) {
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
 		buf := make([]byte, 1024)
@@ -428,8 +428,8 @@ func TestALargeRequestToAServerThatAnswersAsItReads(t *testing.T) {
 	require.Equal(t, 1, g.Status().Pool.Idle)
 }
 
-// A reply that is complete before its request is out leaves a connection that
-// still carries the rest of a request.
+// A connection whose reply is complete before its request is sent still carries the rest
+// of a request.
 func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
 	t.Parallel()
 	hold := make(chan bool)
@@ -439,7 +439,7 @@ func TestAnEarlyReplyCostsTheConnectionUnlessTheRequestGetsOut(t *testing.T) {
 		<-hold
 	}})
 	t.Cleanup(func() { close(hold) })
-	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 4 * time.Second}) // within which all of it must come
+	g := begin(t, Config{Framing: "line", To: to, RequestTimeout: 4 * time.Second}) // all of it must arrive within this time
 	c := g.call()
 	go io.WriteString(c, strings.Repeat("x", 12<<20)+"\n")
 	require.Equal(t, "early", c.hear())

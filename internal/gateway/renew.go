@@ -7,16 +7,15 @@ import (
 	"time"
 )
 
-// A connection that works is never doubted while it is busy, so something else
-// must make the gateway leave a server that another one has taken over from:
-// the age of its connections (MaxLifetime), the server's own word, and SIGHUP.
+// The gateway never doubts a connection that works while it is busy. To leave a server
+// whose role another one has taken over, it needs other reasons: the age of its
+// connections (MaxLifetime), the server's own word, and SIGHUP.
 
-// renewal bounds how often the server's word may cost all connections: clients
-// that write to a replica, and are meant to be refused, would ask for that with
-// each request.
+// renewal bounds how often a demotion reply may replace all connections. Clients that
+// write to a replica on purpose would otherwise cause that with each request.
 type renewal struct {
 	mu   sync.Mutex // guards last; nothing else happens under it
-	last time.Time  // when all connections were retired for a word of the server
+	last time.Time  // when all connections were last retired because of a demotion reply
 }
 
 const renewEvery = time.Second
@@ -32,17 +31,17 @@ func (r *renewal) due() bool {
 	return true
 }
 
-// demotions are the errors of a Redis that is not, or not any more, the one that
-// writes are for.
+// demotions are the errors of a Redis server that does not accept writes, or does so no
+// longer.
 var demotions = [][]byte{[]byte("READONLY "), []byte("MASTERDOWN "), []byte("UNBLOCKED ")}
 
-// isDemotion reports whether a reply says that the server is not the one to ask.
+// isDemotion reports whether a reply says that another server must be asked.
 func isDemotion(reply []byte) bool {
 	if reply = bare(reply); !isError(reply) {
 		return false
 	}
 	word := reply[1:]
-	if reply[0] == '!' { // a length comes first
+	if reply[0] == '!' { // a length precedes the text
 		_, word, _ = bytes.Cut(reply, []byte("\r\n"))
 	}
 	for _, d := range demotions {
@@ -53,7 +52,8 @@ func isDemotion(reply []byte) bool {
 	return false
 }
 
-// holdsDemotion is isDemotion for one of the replies in that to EXEC.
+// holdsDemotion reports whether isDemotion holds for one of the replies inside a reply to
+// EXEC.
 func holdsDemotion(reply []byte) bool {
 	for _, d := range demotions {
 		if bytes.Contains(reply, append([]byte("\r\n-"), d...)) {
@@ -63,8 +63,8 @@ func holdsDemotion(reply []byte) bool {
 	return false
 }
 
-// demoted leaves the connections that there are: those that are opened from now
-// on may lead to another server. The reply that said so is passed on.
+// demoted retires the existing connections: new connections may lead to another server.
+// The demotion reply itself is passed on.
 func (g *Gateway) demoted(reply []byte) {
 	if !g.renewal.due() {
 		return
@@ -77,18 +77,18 @@ func (g *Gateway) demoted(reply []byte) {
 	g.retireAll()
 }
 
-// retireAll replaces the connections to the server as they come back.
+// retireAll replaces each connection to the server when its loan ends.
 func (g *Gateway) retireAll() {
 	for addr := range g.pool.Addrs() {
 		g.pool.Retire(addr)
 	}
 }
 
-// Renew is what SIGHUP asks for: the certificates are read again, see Reload,
-// and all connections to the server are replaced as they come back, whatever
-// came of that. What was learned of the server is forgotten.
+// Renew handles SIGHUP. It reads the certificates again, see Reload, and replaces each
+// connection to the server when its loan ends, whatever the result of Reload. It forgets
+// what the gateway has learned about the server.
 func (g *Gateway) Renew() error {
-	// First what cannot wait: a certificate file may not open for long.
+	// These come first: opening a certificate file may take long.
 	g.greet.forget()
 	g.retireAll()
 	g.Logger.Info("connections to the server are replaced as they come back")

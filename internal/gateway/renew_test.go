@@ -15,8 +15,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// replica is a server that says say to each SET, which it counts, and the number
-// of its connection to GET.
+// replica is a server that answers each SET with say and counts it, and answers GET with
+// the number of its connection.
 func replica(say *atomic.Pointer[string], sets *atomic.Int64) func(*faultnet.Peer) {
 	return func(peer *faultnet.Peer) {
 		r := bufio.NewReader(peer)
@@ -82,8 +82,8 @@ func TestAServerThatSaysItIsNotTheOneToAskIsLeft(t *testing.T) {
 				soon(t, "the connection is given up", func() bool { return g.Status().Pool.Closed[connpool.ClosedRetired] >= 1 && g.Status().Pool.InUse == 0 })
 				require.NotEqual(t, ":1\r\n", other.do("GET", "k"), "whoever comes next asks anew")
 
-				// Who insists is answered, and costs the others no more than one
-				// connection a second each.
+				// A client that repeats the write is answered, and replaces at most one
+				// connection a second for the others.
 				before := srv.Accepts()
 				begun := time.Now()
 				for range 200 {
@@ -91,7 +91,7 @@ func TestAServerThatSaysItIsNotTheOneToAskIsLeft(t *testing.T) {
 				}
 				require.LessOrEqual(t, srv.Accepts()-before, 3+2*int(time.Since(begun)/renewEvery))
 
-				// TRY-38: and the operator is told once a minute.
+				// TRY-38: and the log reports it once a minute.
 				g.renewal.mu.Lock()
 				g.renewal.last = time.Now().Add(-2 * renewEvery)
 				g.renewal.mu.Unlock()

@@ -6,17 +6,17 @@ import (
 	"strconv"
 )
 
-// The framing of RESP, the protocol of Redis: RESP2 and RESP3 in one scanner for
-// replies, and a stricter one for requests. What the gateway believes to have
-// read must be what the server reads, or one client's bytes become another's
-// commands; so numbers have one spelling only, and lines end with CR LF.
+// The framing of RESP, the protocol of Redis: one scanner for replies of RESP2 and RESP3,
+// and a stricter one for requests. The gateway must read exactly what the server reads,
+// or one client's bytes become another client's commands. So a number has only one valid
+// spelling, and lines end with CR LF.
 
-// respNumber reads the number behind a type byte, up to its CR LF.
+// respNumber reads the number after a type byte, up to its CR LF.
 type respNumber struct {
 	n      int64
 	digits int
 	minus  bool
-	stream bool // it was a question mark: the length is not known yet
+	stream bool // the number was a question mark: the length is not known yet
 	cr     bool
 }
 
@@ -45,7 +45,7 @@ func (r *respNumber) feed(c byte) (done bool, err error) {
 	return false, nil
 }
 
-// value is the number; the only negative one there is, is -1.
+// value returns the number. The only negative number is -1.
 func (r *respNumber) value() (int64, error) {
 	switch {
 	case r.minus && r.n != 1:
@@ -56,7 +56,7 @@ func (r *respNumber) value() (int64, error) {
 	return r.n, nil
 }
 
-// inlineMax is how long a command may be that is a plain line.
+// inlineMax bounds the length of a command sent as a plain line.
 const inlineMax = 64 << 10
 
 // respRequests follows what a client sends: an array of bulk strings, or a line.
@@ -64,8 +64,8 @@ type respRequests struct {
 	max   int
 	state uint8
 	num   respNumber
-	args  int64 // bulk strings yet to come
-	body  int64 // bytes of one, its CR LF included, yet to come
+	args  int64 // bulk strings still to come
+	body  int64 // bytes of the current one still to come, its CR LF included
 	line  int
 }
 
@@ -73,7 +73,7 @@ const (
 	reqStart uint8 = iota
 	reqInline
 	reqArgs   // the number of bulk strings
-	reqDollar // the dollar of one
+	reqDollar // the dollar sign of a bulk string
 	reqLength // its length
 	reqBody
 )
@@ -144,19 +144,18 @@ func (s *respRequests) scan(b []byte) (int, bool, error) {
 	return i, false, nil
 }
 
-// counted is called when a number is complete; done says that it ends the
-// frame.
+// counted is called when a number is complete; done says that the number ends the frame.
 func (s *respRequests) counted() (done bool, err error) {
 	n, err := s.num.value()
 	if err != nil || s.num.stream {
 		return false, errRESPNumber
 	}
 	if s.state == reqArgs {
-		if s.state = reqDollar; n <= 0 { // nothing, and servers do not answer it
+		if s.state = reqDollar; n <= 0 { // an empty command, which servers do not answer
 			s.state = reqStart
 			return true, nil
 		}
-		if s.args = n; n > int64(s.max)/6 { // "$0\r\n\r\n"
+		if s.args = n; n > int64(s.max)/6 { // the shortest bulk string is "$0\r\n\r\n"
 			return false, errTooLong
 		}
 		return false, nil
@@ -171,23 +170,23 @@ func (s *respRequests) counted() (done bool, err error) {
 	return false, nil
 }
 
-// respReplies follows what a server sends: any value of RESP3, whole. An
-// attribute is a part of the value that follows it.
+// respReplies follows what a server sends: any complete value of RESP3. An attribute is a
+// part of the value after it.
 type respReplies struct {
 	max   int
 	state uint8
-	kind  byte // of the value under way
+	kind  byte // type of the current value
 	num   respNumber
 	body  int64
 	cr    bool        // the last byte of a line was a CR
-	open  []aggregate // that are not complete, the outermost first
+	open  []aggregate // incomplete aggregates, the outermost first
 }
 
-// aggregate is an array, map, set, push or attribute under way.
+// aggregate is an incomplete array, map, set, push or attribute.
 type aggregate struct {
-	left      int64 // elements; unused if streamed
+	left      int64 // elements still to come; unused if streamed
 	streamed  bool  // a '.' ends it
-	attribute bool  // it is not a value itself
+	attribute bool  // an attribute is not a value itself
 }
 
 const (
@@ -204,7 +203,7 @@ const respDepth = 128
 func (s *respReplies) scan(b []byte) (int, bool, error) {
 	i := 0
 	for i < len(b) {
-		var ended bool // a value did
+		var ended bool // a value has ended
 		switch s.state {
 		case repType:
 			s.kind = b[i]
@@ -285,8 +284,7 @@ func (s *respReplies) scan(b []byte) (int, bool, error) {
 	return i, false, nil
 }
 
-// counted is called when a number is complete. ended says that it ends a
-// value.
+// counted is called when a number is complete. ended says that the number ends a value.
 func (s *respReplies) counted() (ended bool, err error) {
 	n, err := s.num.value()
 	if err != nil {
@@ -325,7 +323,7 @@ func (s *respReplies) counted() (ended bool, err error) {
 		a.left *= 2
 	}
 	switch {
-	case a.left > int64(s.max)/3: // "_\r\n"
+	case a.left > int64(s.max)/3: // the shortest value is "_\r\n"
 		return false, errTooLong
 	case a.left == 0 && !a.streamed:
 		return !a.attribute, nil
@@ -343,8 +341,8 @@ func (s *respReplies) closeTop() bool {
 	return !top.attribute
 }
 
-// complete books the end of a value with the aggregates that it completes, and
-// reports whether that was the whole reply.
+// complete records the end of a value and of the aggregates that the value completes, and
+// reports whether the whole reply has ended.
 func (s *respReplies) complete() bool {
 	for len(s.open) > 0 {
 		top := &s.open[len(s.open)-1]
@@ -360,14 +358,14 @@ func (s *respReplies) complete() bool {
 
 // --- reading frames that were scanned ---
 
-// respArgs yields the bulk strings of a frame that respRequests let through, or
+// respArgs iterates over the bulk strings of a frame that respRequests has accepted, or
 // of a reply.
 type respArgs struct {
 	rest []byte
 	left int
 }
 
-// bare is a reply without the attributes that RESP3 may put before it.
+// bare returns a reply without the attributes that RESP3 may put before it.
 func bare(reply []byte) []byte {
 	for len(reply) > 0 && reply[0] == '|' {
 		n, rest := leadingNumber(reply[1:])
@@ -383,8 +381,7 @@ func bare(reply []byte) []byte {
 	return reply
 }
 
-// argsOf begins with the frame's first bulk string. A frame that is no array
-// has none.
+// argsOf starts at the frame's first bulk string. A frame that is no array has none.
 func argsOf(frame []byte) respArgs {
 	if len(frame) == 0 || frame[0] != '*' && frame[0] != '>' {
 		return respArgs{}
@@ -393,7 +390,7 @@ func argsOf(frame []byte) respArgs {
 	return respArgs{rest, n}
 }
 
-// leadingNumber reads digits and the CR LF behind them.
+// leadingNumber reads digits and the CR LF after them.
 func leadingNumber(b []byte) (n int, rest []byte) {
 	for i, c := range b {
 		if c < '0' || c > '9' {
@@ -404,8 +401,8 @@ func leadingNumber(b []byte) (n int, rest []byte) {
 	return n, nil
 }
 
-// next is the next bulk string. ok is false after the last one, and where
-// something else comes.
+// next returns the next bulk string. ok is false after the last one, and where another
+// type follows.
 func (a *respArgs) next() (arg []byte, ok bool) {
 	if a.left <= 0 || len(a.rest) == 0 || a.rest[0] != '$' {
 		return nil, false
@@ -434,8 +431,8 @@ func appendCommand(dst []byte, args ...[]byte) []byte {
 	return dst
 }
 
-// splitInline splits a command that is a plain line, as Redis does: at spaces,
-// with quotes, and with escapes within double ones.
+// splitInline splits a command that is a plain line, as Redis does: at spaces, with
+// quotes, and with escapes inside double quotes.
 func splitInline(line []byte) (args [][]byte, err error) {
 	unbalanced := &malformed{"unbalanced quotes in request"}
 	line = bytes.TrimRight(line, "\r\n")

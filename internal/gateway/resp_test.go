@@ -82,7 +82,7 @@ func TestRESPCommandsShareConnectionsAndPipelinesStayInOrder(t *testing.T) {
 	require.Equal(t, 1, g.Status().Pool.PeakOpen)
 }
 
-// PLT-11: what people type into netcat works, and means what Redis takes it for.
+// PLT-11: commands typed into netcat work, and mean what Redis takes them to mean.
 func TestInlineCommandsAreUnderstoodAsRedisDoes(t *testing.T) {
 	g, _ := redisGateway(t, nil)
 	c := g.call()
@@ -93,7 +93,7 @@ func TestInlineCommandsAreUnderstoodAsRedisDoes(t *testing.T) {
 	require.Equal(t, bulk("xA\n"), c.do("GET", "a b"))
 	c.say("*0\r\n*-1\r\nECHO last\r\n")
 	require.Equal(t, bulk("last"), c.frame())
-	c.say("\"SELE\\x43T\" 3\n") // is SELECT, and must not change the connection of the others
+	c.say("\"SELE\\x43T\" 3\n") // means SELECT, and must not change the connection of other clients
 	require.Equal(t, "+OK\r\n", c.frame())
 	require.Equal(t, "$-1\r\n", c.do("GET", "a b"))
 	require.Equal(t, bulk("xA\n"), g.call().do("GET", "a b"))
@@ -132,15 +132,15 @@ func TestDatabasesAndUsersDoNotShareConnections(t *testing.T) {
 	require.Equal(t, "+RESET\r\n", a.do("RESET"))
 	require.Equal(t, bulk("default"), a.do("ACL", "WHOAMI"))
 
-	// The second to say the same shares what is there.
+	// A second client with the same login shares the existing connections.
 	before := g.Status().Pool.Dials
 	c := g.call()
 	require.Equal(t, "+OK\r\n", c.do("AUTH", "alice", "wonder"))
 	require.Equal(t, bulk("alice"), c.do("ACL", "WHOAMI"))
 	require.Equal(t, before, g.Status().Pool.Dials)
 
-	// A password that was changed is not good any more, although connections
-	// that knew it are there.
+	// An old password is refused after a change, although connections that logged in with
+	// it are open.
 	require.Equal(t, "+OK\r\n", r.do(t, "ACL", "SETUSER", "alice", "resetpass", ">other"))
 	require.Contains(t, g.call().do("AUTH", "alice", "wonder"), "-WRONGPASS")
 	soon(t, "scopes are in the log", func() bool { return strings.Contains(g.log.String(), "scope=db0") })
@@ -207,7 +207,7 @@ func TestATransactionHasAConnectionOfItsOwnWhileItLasts(t *testing.T) {
 	require.Contains(t, a.do("DISCARD"), "-ERR DISCARD without MULTI")
 	require.Equal(t, bulk("7"), a.do("GET", "k"))
 
-	// All of it in one write, with ordinary commands around it.
+	// Everything in one write, with ordinary commands around the transaction.
 	for _, args := range [][]string{{"SET", "n", "1"}, {"MULTI"}, {"INCR", "n"}, {"EXEC"}, {"GET", "n"}, {"WATCH", "n"}, {"UNWATCH"}, {"GET", "n"}} {
 		a.send(args...)
 	}
@@ -281,7 +281,7 @@ func TestSubscribersHaveAConnectionUntilTheLastSubscriptionEnds(t *testing.T) {
 			require.Contains(t, a.do("SUBSCRIBE"), "-ERR wrong number")
 			soon(t, "it is given back", func() bool { return g.Status().Pinned == 0 })
 			closed := g.Status().Pool.Closed
-			delete(closed, connpool.ClosedByBorrower) // that on which HELLO was tried
+			delete(closed, connpool.ClosedByBorrower) // the connection on which HELLO was tried
 			require.Empty(t, closed, "all connections were clean when they came back")
 		})
 	}
@@ -328,7 +328,7 @@ func TestWhatCannotBeTakenBackKeepsItsConnectionToTheEnd(t *testing.T) {
 	require.Contains(t, said, `"GET" "k"`)
 	require.EqualValues(t, 2, g.Status().Pinned)
 
-	// There are no more for single clients; the others are not held up.
+	// No connection is left for single clients; the others are not delayed.
 	require.Contains(t, b.do("MULTI"), "-ERR gateway: as many clients as -max-pinned allows have a connection to themselves; the command was not sent")
 	require.EqualValues(t, 1, g.Status().Failures["pinned"], "TRY-26: that is a reason of its own")
 	require.Zero(t, g.Status().Failures["busy"])
@@ -352,7 +352,7 @@ func TestAServerThatDiesIsToldAsAnErrorOfRESP(t *testing.T) {
 	require.Contains(t, c.frame(), "-ERR gateway: the connection to the server was lost")
 	require.Contains(t, c.frame(), "-ERR gateway: the connection to the server was lost")
 	require.Contains(t, c.do("PING"), "-ERR gateway: the server cannot be reached; the command was not sent")
-	tx.hearEnd() // its transaction is gone, and it must not believe otherwise
+	tx.hearEnd() // its transaction is gone, and it must not assume otherwise
 	r.start(t)
 	soon(t, "it works again", func() bool { return c.do("PING") == "+PONG\r\n" })
 }
@@ -414,8 +414,8 @@ func TestBrokenRESPCostsItsSender(t *testing.T) {
 	}
 }
 
-// scripted is a server of RESP that answers the PINGs of the gateway itself, and
-// each other command, its words with single spaces between them, as answer says.
+// scripted is a RESP server that answers the gateway's PINGs itself, and each other
+// command, its words joined by single spaces, with the result of answer.
 func scripted(t testing.TB, answer func(peer *faultnet.Peer, command string) string) string {
 	t.Helper()
 	_, to := serve(t, faultnet.Options{Handler: func(peer *faultnet.Peer) {
@@ -445,7 +445,7 @@ func scripted(t testing.TB, answer func(peer *faultnet.Peer, command string) str
 	return to
 }
 
-// TRY-04: RESP3 has a type for what comes unasked, which may come at any time.
+// TRY-04: RESP3 has a type for unrequested messages, which may come at any time.
 func TestAPushIsNobodysReply(t *testing.T) {
 	const push = ">2\r\n$6\r\nMOVING\r\n:1\r\n"
 	to := scripted(t, func(_ *faultnet.Peer, command string) string {
@@ -455,7 +455,7 @@ func TestAPushIsNobodysReply(t *testing.T) {
 	c := g.call()
 	require.Equal(t, bulk("HELLO 3"), c.do("HELLO", "3"))
 	n := 0
-	for begun := time.Now(); n < 20 || time.Since(begun) < 50*time.Millisecond; n++ { // until nobody doubts the connection
+	for begun := time.Now(); n < 20 || time.Since(begun) < 50*time.Millisecond; n++ { // until the connection is settled
 		for i := range 3 {
 			c.send("ECHO", fmt.Sprint(n, " ", i))
 		}

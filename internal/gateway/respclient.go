@@ -7,17 +7,17 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// respClient is what a client of the framing resp is, besides a client.
+// respClient is the additional state of a client of the framing resp.
 type respClient struct {
 	id   identity
 	ctx  context.Context // carries id
-	addr connpool.Addr   // of the connections that fit id
+	addr connpool.Addr   // the address of connections that match id
 	line []byte          // an inline command, rewritten as an array
 }
 
-// serveRESP is the life of a client that speaks RESP. Each step takes a command
-// and, if it leaves nothing behind, those like it that came with it, and carries
-// them out over one loan.
+// serveRESP serves a client that speaks RESP. Each step takes a command and, if it leaves
+// no state behind, the similar commands that arrived with it, and carries them out over
+// one loan.
 func (cl *client) serveRESP() {
 	cl.become(identity{})
 	var err error
@@ -27,14 +27,14 @@ func (cl *client) serveRESP() {
 			err = cl.respStep(frame)
 		}
 	}
-	cl.parted(err) // it is counted before the client can see its end
+	cl.parted(err) // counted before the client can see the end
 	cl.bidFarewell(err)
 }
 
-// errQuit is the end of a client that said so.
+// errQuit is the end of a client that sent QUIT.
 var errQuit = errors.New("the client said QUIT")
 
-// respStep carries out what begins with frame. frame is the one that in.take
+// respStep carries out the commands that begin with frame. frame is the one that in.take
 // returned last.
 func (cl *client) respStep(frame []byte) error {
 	command, m, err := cl.read(frame)
@@ -46,13 +46,13 @@ func (cl *client) respStep(frame []byte) error {
 		return nil
 	case plain:
 		cl.batch = append(cl.batch[:0], command)
-		if len(command) == 0 || &command[0] != &frame[0] { // rewritten: it lies elsewhere
+		if len(command) == 0 || &command[0] != &frame[0] { // the command was rewritten, so it lies elsewhere
 			return cl.exchange(cl.resp.ctx, cl.resp.addr, command)
 		}
 		size := len(frame)
 		for len(cl.batch) < cl.g.Pipeline && size < batchBytes {
 			more, ok, err := cl.in.take()
-			if !ok || err != nil { // what is wrong is found again
+			if !ok || err != nil { // the next read finds the error again
 				break
 			}
 			if more[0] != '*' || classify(more).class != plain {
@@ -71,9 +71,9 @@ func (cl *client) respStep(frame []byte) error {
 	return cl.pinned(command, m)
 }
 
-// read is the meaning of a frame, and the frame as it is to be sent: a command
-// that came as a plain line is sent as what the gateway understood by it, so
-// that the server cannot understand anything else.
+// read returns the meaning of a frame, and the bytes to send. A command that came as a
+// plain line is sent in the form that the gateway understood, so that the server cannot
+// understand it differently.
 func (cl *client) read(frame []byte) (command []byte, m meaning, err error) {
 	if frame[0] == '*' {
 		return frame, classify(frame), nil
@@ -82,14 +82,14 @@ func (cl *client) read(frame []byte) (command []byte, m meaning, err error) {
 	if err != nil {
 		return nil, m, err
 	}
-	if cap(cl.resp.line) > clientBuffer { // of a longer one, which is over
+	if cap(cl.resp.line) > clientBuffer { // drops the buffer of an earlier, longer command
 		cl.resp.line = nil
 	}
 	cl.resp.line = appendCommand(cl.resp.line[:0], args...)
 	return cl.resp.line, classify(cl.resp.line), nil
 }
 
-// answer is the gateway's own reply to what it does not pass on.
+// answer appends the gateway's own reply to a command that it does not pass on.
 func (cl *client) answer(m meaning) error {
 	cl.g.count.requests.Add(1)
 	cl.g.count.replies.Add(1)
@@ -101,7 +101,7 @@ func (cl *client) answer(m meaning) error {
 	case vReset:
 		cl.become(identity{})
 		cl.out.b = append(cl.out.b, "+RESET\r\n"...)
-	case vMaint: // in the server's own words
+	case vMaint: // the error text of Redis servers
 		cl.out.b = append(cl.out.b, "-ERR unknown subcommand 'MAINT_NOTIFICATIONS'. Try CLIENT HELP.\r\n"...)
 	case vSetinfo:
 		cl.out.b = append(cl.out.b, "+OK\r\n"...)

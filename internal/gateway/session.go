@@ -14,12 +14,12 @@ import (
 
 const sessionBuffer = 32 << 10
 
-// serveSession is the life of a client whose protocol the gateway does not know:
-// it has a connection of its own from its first byte until either side is done,
-// and that connection serves nobody else after it.
+// serveSession serves a client whose protocol the gateway does not know. The client has a
+// connection of its own from its first byte until either side is done; the connection is
+// closed after it.
 func (cl *client) serveSession() {
 	g := cl.g
-	first := make([]byte, clientBuffer) // as long as it has no connection
+	first := make([]byte, clientBuffer) // enough until the client has a connection
 	n := 0
 	if !g.Eager {
 		err := cl.readWithin(g.IdleTimeout)
@@ -57,10 +57,10 @@ func (cl *client) serveSession() {
 	}
 }
 
-// inPlace waits for one of the MaxOpen places of sessions, in the order of
-// arrival, and for a connection, and lends that to fn. A client whose direction
-// ends while it waits for a place has left; once it has one, the end of its
-// direction is a part of what it has to say.
+// inPlace waits for one of the MaxOpen places for sessions, in order of arrival, and for
+// a connection, and lends that connection to fn. A client that ends its direction while
+// it waits for a place has left; once the client has a place, the end of its direction is
+// part of its data.
 func (cl *client) inPlace(fn func(connpool.Conn) error) error {
 	g := cl.g
 	ctx, leave := context.WithCancel(g.ctx)
@@ -83,7 +83,7 @@ func (cl *client) inPlace(fn func(connpool.Conn) error) error {
 	return err
 }
 
-// takePlace waits for a place of a session, which whoever has it gives back.
+// takePlace waits for a place for a session. The caller returns the place.
 func (cl *client) takePlace(ctx context.Context, leave func()) error {
 	g := cl.g
 	select {
@@ -114,8 +114,8 @@ func (cl *client) takePlace(ctx context.Context, leave func()) error {
 	return nil
 }
 
-// ownUnder lends the client a connection for as long as fn takes. Waiting for it
-// may take RequestTimeout; the ctx of fn has no deadline.
+// ownUnder lends the client a connection for as long as fn takes. Waiting for the
+// connection may take RequestTimeout; the ctx of fn has no deadline.
 func (cl *client) ownUnder(ctx context.Context, addr connpool.Addr, fn func(context.Context, connpool.Conn) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -129,15 +129,15 @@ func (cl *client) ownUnder(ctx context.Context, addr connpool.Addr, fn func(cont
 	})
 }
 
-// relay carries bytes both ways until both directions have ended, or one has
-// failed. The end of one direction is passed on as such, and a break as a break.
+// relay carries bytes both ways until both directions have ended, or one has failed. It
+// passes on an end as an end (half-close), and a failure as a reset.
 func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 	g := cl.g
 	var q quiet
 	q.begun = time.Now()
 	q.moved()
 
-	// carry ends with nil at the end of src.
+	// carry returns nil at the end of src.
 	carry := func(dst, src net.Conn, buf []byte, pending int, counted bool) error {
 		for {
 			if pending > 0 {
@@ -160,14 +160,14 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 			}
 		}
 	}
-	var failed atomic.Pointer[error] // why it ended, and not what followed from it
+	var failed atomic.Pointer[error] // the first error, not those that follow from it
 	down := make(chan struct{})
 	go func() {
 		err := carry(cl.conn, c, make([]byte, sessionBuffer), 0, true)
 		if err == nil {
 			err = closeWrite(cl.conn)
 		}
-		if err != nil { // the other direction has nothing to live for
+		if err != nil { // the other direction cannot go on alone
 			failed.CompareAndSwap(nil, &err)
 			if g.broke(*failed.Load()) {
 				resets(cl.raw)
@@ -175,7 +175,7 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 			cl.raw.Close()
 		}
 		q.serverDone.Store(true)
-		cl.raw.SetReadDeadline(past) // so that it is looked at
+		cl.raw.SetReadDeadline(past) // so that hear checks serverDone
 		close(down)
 	}()
 	err := carry(c, countingConn{cl.conn, cl.in.r}, buf, len(first), false)
@@ -196,10 +196,10 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 	}
 }
 
-// quiet is what both directions know of each other's silence.
+// quiet tells both directions how long no byte has passed.
 type quiet struct {
-	begun      time.Time    // by a clock that nobody sets
-	last       atomic.Int64 // when bytes went either way, in nanoseconds since begun
+	begun      time.Time    // monotonic time
+	last       atomic.Int64 // when bytes last went either way, in nanoseconds since begun
 	serverDone atomic.Bool  // the server will send no more
 }
 
@@ -207,9 +207,9 @@ func (q *quiet) moved() { q.last.Store(int64(time.Since(q.begun))) }
 
 func (q *quiet) since() time.Time { return q.begun.Add(time.Duration(q.last.Load())) }
 
-// hear reads from src. Silence ends a session only if the other direction has
-// been silent for as long. A client whose server is done has less patience to
-// expect: most servers are gone then, and their slot is wanted.
+// hear reads from src. Silence ends a session only if the other direction has been silent
+// for as long. After the server has ended its direction, the limit drops to
+// RequestTimeout: most servers are gone then, and the slot is needed.
 func (cl *client) hear(src net.Conn, buf []byte, q *quiet) (int, error) {
 	for {
 		limit, done := cl.g.IdleTimeout, q.serverDone.Load()
@@ -222,7 +222,7 @@ func (cl *client) hear(src net.Conn, buf []byte, q *quiet) (int, error) {
 		} else {
 			src.SetReadDeadline(end)
 		}
-		// Whoever sets serverDone sets a deadline after it, which this one may
+		// relay sets serverDone and then a deadline, which the deadline set above may
 		// have replaced.
 		if q.serverDone.Load() != done {
 			continue
@@ -231,7 +231,8 @@ func (cl *client) hear(src net.Conn, buf []byte, q *quiet) (int, error) {
 		if n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || cl.g.ctx.Err() != nil {
 			return n, err
 		}
-		// A deadline that the drain set ends no session: that is for the cut.
+		// A deadline set by the drain does not end a session; the drain cuts sessions off
+		// itself.
 		if limit > 0 && time.Now().After(end) && time.Since(q.since()) >= limit {
 			return 0, errIdle
 		}

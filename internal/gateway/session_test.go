@@ -25,13 +25,13 @@ func TestASessionHasOneConnectionFromItsFirstByteToItsEnd(t *testing.T) {
 	}
 	require.Equal(t, 2, srv.Accepts(), "the silent one has none")
 	require.EqualValues(t, 2, g.Status().Pinned)
-	go silent.Write([]byte("late\n")) // and has to wait for one
+	go silent.Write([]byte("late\n")) // has to wait for a connection
 	soon(t, "it waits", func() bool { return g.Status().Pool.Waiting == 1 })
 	a.Close()
 	require.Equal(t, "3 1 late", silent.hear(), "a connection that served a session serves nobody else")
 }
 
-// PLT-11: what clients do with a half-closed connection works through it.
+// PLT-11: clients' uses of half-close work through the gateway.
 func TestASessionPassesTheEndOfEachDirectionOn(t *testing.T) {
 	for _, network := range []string{"tcp", "tls", "unix"} {
 		t.Run(network, func(t *testing.T) {
@@ -94,7 +94,8 @@ func TestASessionEndsWhenEitherSideFailsOrBothAreSilent(t *testing.T) {
 	soon(t, "it is counted", func() bool { return q.Status().Idle == 1 })
 }
 
-// A client that does not notice that its server is done must not keep the slot.
+// A client that does not notice that its server has ended its direction must not keep the
+// slot.
 func TestAClientWhoseServerIsDoneDoesNotKeepTheSlot(t *testing.T) {
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) { p.Read(make([]byte, 10)) }})
 	g := begin(t, Config{Framing: "session", To: to, RequestTimeout: 50 * time.Millisecond})
@@ -133,7 +134,7 @@ func TestASessionWithoutAServerIsClosed(t *testing.T) {
 	require.Equal(t, uint64(1), g.Status().Failures["unreachable"])
 }
 
-// TRY-21: somebody who sets the clock makes no session idle.
+// TRY-21: setting the clock does not end a session as idle.
 func TestTheSilenceOfASessionIsMeasuredByAClockThatNobodySets(t *testing.T) {
 	q := quiet{begun: time.Now()}
 	q.moved()
@@ -142,7 +143,7 @@ func TestTheSilenceOfASessionIsMeasuredByAClockThatNobodySets(t *testing.T) {
 	require.WithinDuration(t, time.Now(), q.since(), forever)
 }
 
-// TRY-30: what is as long as its direction must not look whole when it is not.
+// TRY-30: data that ends with its direction must not look complete when it is not.
 func TestASessionThatBreaksDoesNotLookLikeOneThatEnded(t *testing.T) {
 	part := []byte("the first half\n")
 	ca := faultnet.NewCA()
@@ -202,7 +203,7 @@ func TestASessionThatBreaksDoesNotLookLikeOneThatEnded(t *testing.T) {
 	}
 }
 
-// TRY-33: what TLS did not say goodbye to may have been cut off in the middle.
+// TRY-33: under TLS, data without close_notify may have been cut off in the middle.
 func TestALineThatWasCutOffIsNotCarriedOut(t *testing.T) {
 	ca := faultnet.NewCA()
 	k := writeKeys(t, t.TempDir(), "server", ca.Server("127.0.0.1"))

@@ -12,25 +12,25 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// What a session carries may be as long as its direction, and then its end says
-// that it is whole. So a session that breaks must not look like one that ended.
+// A protocol may end its data with the end of the direction, which then means that the
+// data is complete. So a session that breaks must not look like one that has ended.
 
-// broke reports whether a session that ended with err was broken off by a reset, or
-// by the gateway (a side that takes nothing any more, the cut).
+// broke reports whether a session that ended with err was broken off by a reset, or by
+// the gateway (a side that no longer takes bytes, or the cut at the end of the drain).
 func (g *Gateway) broke(err error) bool {
 	return g.ctx.Err() != nil || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// resets makes the close of a client's socket a reset. Under TLS there is no need:
-// an end that is none has no close_notify.
+// resets makes the close of a client's socket a reset. TLS does not need a reset: an end
+// without close_notify shows that the data is incomplete.
 func resets(raw net.Conn) {
 	if tc, ok := raw.(*net.TCPConn); ok {
 		tc.SetLinger(0)
 	}
 }
 
-// sever closes the connection to the server of a session that did not end of
-// itself: by a reset if reset is set, and under TLS without a goodbye.
+// sever closes the server connection of a session that did not end properly: with a reset
+// if reset is set, and under TLS without close_notify.
 func sever(c connpool.Conn, isTLS, reset bool) {
 	if rc, err := c.SyscallConn(); err == nil && (isTLS || reset) {
 		rc.Control(func(fd uintptr) {
@@ -44,13 +44,13 @@ func sever(c connpool.Conn, isTLS, reset bool) {
 	c.Close()
 }
 
-// errCutOff is the end of a connection without the goodbye of TLS. Whoever can cut
-// the line can bring that about, where the client meant to say more.
+// errCutOff is the end of a TLS connection without close_notify. Anyone who can cut the
+// line can cause it while the client still has bytes to send.
 var errCutOff = fmt.Errorf("the connection ended without the goodbye of TLS (%w)", io.ErrUnexpectedEOF)
 
-// whole is what TLS runs on to clients. Between two records crypto/tls takes an
-// end of the socket for the end of the stream; then the first part of a last line
-// would be taken for all of it.
+// whole is the connection under TLS to clients. Between two records crypto/tls treats the
+// end of the socket as the end of the stream; then the first part of a cut-off last line
+// would be taken for a whole line.
 type whole struct{ net.Conn }
 
 func (w whole) Read(b []byte) (int, error) {

@@ -9,8 +9,8 @@ import (
 	"os"
 )
 
-// lockDirectoryOf does nothing where directories cannot be locked: two gateways
-// that start on one stale socket at the same moment may then both take it.
+// lockDirectoryOf does nothing, because these systems cannot lock directories: two
+// gateways that start on one stale socket at the same moment may both take it.
 func lockDirectoryOf(context.Context, string, func(string)) (unlock func(), err error) {
 	return func() {}, nil
 }

@@ -14,10 +14,10 @@ import (
 	"time"
 )
 
-// lockDirectoryOf makes gateways that start or end in one directory take turns.
-// The lock is on the directory itself, so that it leaves no file behind. Whoever
-// may read the directory may lock it, so it is waited for until ctx is done and
-// no longer; after a second tell is called, once.
+// lockDirectoryOf makes gateways that start or end in one directory take turns. It locks
+// the directory itself, so that no lock file is left behind. Any process that may read
+// the directory may lock it, so lockDirectoryOf waits only until ctx is done; after a
+// second it calls tell, once.
 func lockDirectoryOf(ctx context.Context, path string, tell func(dir string)) (unlock func(), err error) {
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
@@ -48,17 +48,17 @@ func lockDirectoryOf(ctx context.Context, path string, tell func(dir string)) (u
 	}
 }
 
-// bound is called when a socket has its name and its mode, and does not listen
-// yet. It is for tests.
+// bound is called when a socket has its name and its mode, and does not listen yet. It is
+// for tests.
 var bound = func(path string) {}
 
-// bindUnix makes a socket at path that nobody can connect to before it has its
-// mode: until it listens, whoever tries is refused.
+// bindUnix makes a socket at path that nobody can connect to before it has its mode:
+// until the socket listens, connections are refused.
 func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	fail := func(call string, err error) (net.Listener, error) {
 		return nil, &net.OpError{Op: "listen", Net: "unix", Addr: &net.UnixAddr{Name: path, Net: "unix"}, Err: os.NewSyscallError(call, err)}
 	}
-	syscall.ForkLock.RLock() // no child may inherit it
+	syscall.ForkLock.RLock() // no child process may inherit the descriptor
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 	if err == nil {
 		syscall.CloseOnExec(fd)
@@ -75,7 +75,7 @@ func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	err = os.Chmod(path, mode)
 	bound(path)
 	if err == nil {
-		err = os.NewSyscallError("listen", syscall.Listen(fd, 4096)) // less where the system allows less
+		err = os.NewSyscallError("listen", syscall.Listen(fd, 4096)) // the system may lower the backlog
 	}
 	var l net.Listener
 	if err == nil {

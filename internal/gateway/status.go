@@ -19,7 +19,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// counters are what the gateway counts itself, beside the pool's Stats.
+// counters are the gateway's own counts, in addition to the pool's Stats.
 type counters struct {
 	accepted, turnedAway, acceptErrors, handshakesFailed atomic.Uint64
 	requests, replies                                    atomic.Uint64
@@ -28,10 +28,10 @@ type counters struct {
 	bytesIn, bytesOut                                    atomic.Uint64
 	reloads, reloadsFailed                               atomic.Uint64
 	pinned                                               atomic.Int64
-	queued                                               atomic.Int64 // sessions that wait for their turn
+	queued                                               atomic.Int64 // sessions that wait for a place
 }
 
-// Status is a snapshot of a gateway. Counters begin with the gateway.
+// Status is a snapshot of a gateway. Counters start at zero when the gateway is made.
 type Status struct {
 	Listen  string  `json:"listen"`
 	To      string  `json:"to"`
@@ -47,13 +47,13 @@ type Status struct {
 	Handshake uint64 `json:"handshakes_failed"`
 
 	Requests uint64            `json:"requests"`
-	Replies  uint64            `json:"replies"` // those to Requests, the gateway's own words for a failure included
+	Replies  uint64            `json:"replies"` // replies to Requests, including the gateway's own error replies
 	Failures map[string]uint64 `json:"failures"`
 
 	BadFrames uint64 `json:"bad_frames"`      // clients closed because they broke the protocol
 	Idle      uint64 `json:"idle_clients"`    // closed after IdleTimeout
 	Stalled   uint64 `json:"stalled_clients"` // closed in the middle of a request
-	Slow      uint64 `json:"slow_clients"`    // closed because they did not take a reply
+	Slow      uint64 `json:"slow_clients"`    // closed because they did not read a reply
 	BytesIn   uint64 `json:"bytes_in"`
 	BytesOut  uint64 `json:"bytes_out"`
 	Memory    int64  `json:"memory_bytes"` // held for clients, of MaxMemory
@@ -61,8 +61,8 @@ type Status struct {
 	Reloads       uint64 `json:"reloads"`
 	ReloadsFailed uint64 `json:"reloads_failed"`
 
-	LogDropped uint64 `json:"log_lines_dropped"` // that the log did not take
-	MaxClients int    `json:"max_clients"`       // that may be there, see Config.MaxClients
+	LogDropped uint64 `json:"log_lines_dropped"` // lines that the log did not accept
+	MaxClients int    `json:"max_clients"`       // how many clients may be connected, see Config.MaxClients
 
 	Pool connpool.Stats `json:"pool"`
 }
@@ -85,7 +85,7 @@ func (g *Gateway) Status() Status {
 	st.Pool.Waiting += int(c.queued.Load())
 	if g.listener != nil {
 		at := g.listen
-		at.address = g.listener.Addr().String() // the port that was found for 0
+		at.address = g.listener.Addr().String() // with the real port if the port was 0
 		st.Listen = at.String()
 	}
 	for f := range numFailures {
@@ -97,7 +97,7 @@ func (g *Gateway) Status() Status {
 	return st
 }
 
-// metrics is st in the text format of Prometheus.
+// metrics returns st in the text format of Prometheus.
 func (st *Status) metrics() []byte {
 	var b bytes.Buffer
 	const prefix = "connpool_gateway_"
@@ -146,7 +146,7 @@ func (st *Status) metrics() []byte {
 	count("slow_clients_total", "Clients closed because they did not take their replies.", st.Slow)
 	count("client_bytes_in_total", "Bytes from clients.", st.BytesIn)
 	count("client_bytes_out_total", "Bytes to clients.", st.BytesOut)
-	count("reloads_total", "Changes of certificates put in force.", st.Reloads)
+	count("reloads_total", "Changes of certificates put into use.", st.Reloads)
 	count("reloads_failed_total", "Changes of certificates refused.", st.ReloadsFailed)
 	count("log_lines_dropped_total", "Lines that the log did not take.", st.LogDropped)
 	gauge("max_clients", "Clients that may be connected: -max-clients, or fewer where the limit of open files is lower.", st.MaxClients)
@@ -189,25 +189,26 @@ func (g *Gateway) serveStatus(ctx context.Context) {
 		Handler:           g.sameMachine(mux),
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second,
 		WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
-		ErrorLog: log.New(io.Discard, "", 0), // of net/http, which would write to stderr and wait for it
+		ErrorLog: log.New(io.Discard, "", 0), // net/http would write to stderr and wait for it
 	}
 	few := &crowd{Listener: g.statusListener, most: statusClients}
 	srv.ConnState = few.follow
 	if err := srv.Serve(few); !g.statusListener.ended.Load() {
 		g.Logger.Error("the status is not served any more", "error", err)
 	}
-	<-ctx.Done() // who is connected may go on asking
+	<-ctx.Done() // open connections may go on asking
 	srv.Close()
 }
 
-// crowd is a listener that has so many connections at most. One more takes the
-// place of the one that has been silent for longest; if none is, it is closed.
+// crowd is a listener with a maximum number of connections. One more connection replaces
+// the connection that has been silent for longest; if none is silent, the new one is
+// closed.
 type crowd struct {
 	net.Listener
 	most int
 
 	mu  sync.Mutex // guards all; sockets are closed after it
-	all []*visitor // the one that has been as it is for longest first
+	all []*visitor // the one whose state changed longest ago first
 }
 
 type visitor struct {
@@ -232,7 +233,7 @@ func (c *crowd) Accept() (net.Conn, error) {
 	}
 }
 
-// enter makes room for v, and returns who is to be closed for that.
+// enter makes room for v, and returns the connection to close for that.
 func (c *crowd) enter(v *visitor) (out *visitor) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -248,14 +249,14 @@ func (c *crowd) enter(v *visitor) (out *visitor) {
 	return out
 }
 
-// follow is told by the server what each connection does.
+// follow is called by the HTTP server when a connection changes its state.
 func (c *crowd) follow(nc net.Conn, state http.ConnState) {
 	v := nc.(*visitor)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i := slices.Index(c.all, v)
 	if i < 0 || state == http.StateNew {
-		return // it was closed to make room, or has just come
+		return // closed to make room, or just accepted
 	}
 	c.all = slices.Delete(c.all, i, i+1)
 	if state != http.StateClosed && state != http.StateHijacked {
@@ -264,8 +265,8 @@ func (c *crowd) follow(nc net.Conn, state http.ConnState) {
 	}
 }
 
-// sameMachine turns away what a web page had a browser ask for: its Host is a
-// name that somebody else's name server gave to the loopback address.
+// sameMachine turns away requests that a web page made a browser send (DNS rebinding):
+// their Host is a name to which a foreign name server gave the loopback address.
 func (g *Gateway) sameMachine(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if g.status.network == "tcp" {

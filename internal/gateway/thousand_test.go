@@ -17,8 +17,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// PLT-07, PLT-10, PLT-11: 1,000 clients on 8 connections, each with data of its
-// own, and none sees another's.
+// PLT-07, PLT-10, PLT-11: 1,000 clients on 8 connections, each with data of its own; no
+// client sees another's data.
 func TestAThousandRedisClientsOnEightConnections(t *testing.T) {
 	g, r := redisGateway(t, func(c *Config) { c.MaxOpen = 8 })
 	var wrong atomic.Pointer[string]
@@ -70,8 +70,7 @@ func TestAThousandRedisClientsOnEightConnections(t *testing.T) {
 	require.LessOrEqual(t, received(t, r), 8, "the server agrees")
 }
 
-// received is how many connections the server has been asked for, without those
-// of the test itself.
+// received is how many connections the server has accepted, without the test's own.
 func received(t *testing.T, r *redis) int {
 	t.Helper()
 	_, after, _ := strings.Cut(r.do(t, "INFO", "stats"), "total_connections_received:")
@@ -91,7 +90,7 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// PLT-11: the distribution's own clients, as they are.
+// PLT-11: the distribution's own clients, unchanged.
 func TestRedisBenchmarkRunsThroughItUnchanged(t *testing.T) {
 	g, r := redisGateway(t, func(c *Config) { c.MaxOpen = 8 })
 	_, port, _ := net.SplitHostPort(g.Addr().String())

@@ -8,25 +8,25 @@ import (
 	"time"
 )
 
-// errLeft is that the client left while its request waited to be sent.
+// errLeft means that the client left while its request waited to be sent.
 var errLeft = errors.New("the client left before its request was sent")
 
-// vigilAfter is how long a request waits before somebody looks after its client:
-// most wait for less, and are looked at once, right before they are sent.
+// vigilAfter is how long a request waits before a vigil begins: most requests wait for
+// less, and their clients are checked once, right before the request is sent.
 const vigilAfter = 50 * time.Millisecond
 
-// A vigil watches a client that reads nothing because its request waits: for the
-// pool, for a connection of its own, for a place. Nobody else would notice that
-// the client has left, and its request would be carried out for nobody.
+// A vigil watches a client from which nobody reads because its request waits: for the
+// pool, for a connection of its own, or for a place. Without a vigil nobody would notice
+// that the client has left, and its request would be carried out for nobody.
 //
-// A reset ends the wait. The end of the client's direction does so only if fin
-// is set, since "printf ... | nc" is no way to leave.
+// A reset ends the wait. The end of the client's direction ends it only if fin is set,
+// since "printf ... | nc" ends its direction and still wants the reply.
 //
-// A client has one, which is used again; it is over before the next one begins.
+// Each client has one vigil and reuses it; a vigil is over before the next one begins.
 type vigil struct {
 	raw   net.Conn
 	fin   bool
-	end   func() // of the wait
+	end   func() // ends the wait
 	begun time.Time
 	timer *time.Timer
 	done  chan struct{} // gets a value when the watch has ended
@@ -35,8 +35,8 @@ type vigil struct {
 	left    atomic.Bool
 }
 
-// watchOver begins a vigil. It must be stopped before anybody reads from the
-// client. end ends the wait; the verdict is then errLeft.
+// watchOver begins a vigil. The caller must stop the vigil before anybody reads from the
+// client. If the client leaves, the vigil calls end, and the verdict is errLeft.
 func (cl *client) watchOver(fin bool, end func()) *vigil {
 	v := &cl.vigil
 	v.fin, v.end, v.begun = fin, end, time.Now()
@@ -61,8 +61,8 @@ func (v *vigil) watch() {
 	if err != nil {
 		return
 	}
-	// stop says so before it sets its own deadline: either this one comes first
-	// and is overwritten, or the question is answered yes.
+	// stop sets stopped before it sets its own deadline. So either stop's deadline
+	// overwrites this one, or the read below sees stopped.
 	v.raw.SetReadDeadline(time.Time{})
 	rc.Read(func(fd uintptr) bool {
 		if !v.stopped.Load() && hasLeft(fd, v.fin) {
@@ -75,7 +75,7 @@ func (v *vigil) watch() {
 	}
 }
 
-// stop ends the vigil and reports whether the client was there to the end of it.
+// stop ends the vigil and returns errLeft if the client has left.
 func (v *vigil) stop() error {
 	if !v.stopped.Swap(true) && !v.timer.Stop() {
 		v.raw.SetReadDeadline(past)
@@ -84,8 +84,8 @@ func (v *vigil) stop() error {
 	return v.verdict()
 }
 
-// sendable stops the vigil of a request that has waited and is about to be sent,
-// and looks once more.
+// sendable stops the vigil of a request that has waited and is about to be sent, and
+// checks the client once more.
 func (v *vigil) sendable() error {
 	if v.stop() == nil && v.timer != nil && time.Since(v.begun) > time.Millisecond {
 		if rc, err := v.raw.(syscall.Conn).SyscallConn(); err == nil {

@@ -4,5 +4,6 @@ package gateway
 
 const canWatch = false
 
-// hasLeft is not known here: a client that left is noticed when it is written to.
+// hasLeft returns false: on these systems the gateway notices that a client left when it
+// writes to the client.
 func hasLeft(uintptr, bool) bool { return false }

@@ -71,7 +71,7 @@ func TestARequestOfAClientThatWasResetWhileItWaitedIsNotCarriedOut(t *testing.T)
 				waiting = append(waiting, c)
 			}
 			soon(t, "all wait", func() bool { return g.Status().Pool.Waiting == many })
-			waiting[0].Write(p.request(99)) // what nobody reads does not hide its end
+			waiting[0].Write(p.request(99)) // unread data does not hide its end
 			for _, c := range waiting {
 				c.leave(true)
 			}
@@ -91,7 +91,7 @@ func TestARequestOfAClientThatWasResetWhileItWaitedIsNotCarriedOut(t *testing.T)
 	}
 }
 
-// TRY-27: "printf ... | nc" ends its direction and waits for its reply.
+// TRY-27: "printf ... | nc" ends its direction and still waits for its reply.
 func TestTheEndOfAClientsDirectionIsNoWayToLeaveAPlainRequest(t *testing.T) {
 	arrived, proceed := make(chan bool), make(chan bool)
 	var first atomic.Bool
@@ -199,8 +199,7 @@ func TestASessionWhoseClientLeftBeforeItsTurnIsNotOpened(t *testing.T) {
 	}
 }
 
-// A session that has its turn may end its direction at once: that is a part of
-// what it says.
+// A session that has a place may end its direction at once: the end is part of its data.
 func TestASessionMayEndItsDirectionWhileItsConnectionIsOpened(t *testing.T) {
 	_, to := serve(t, faultnet.Options{Handler: func(p *faultnet.Peer) {
 		all, _ := io.ReadAll(p)

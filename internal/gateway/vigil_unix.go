@@ -6,9 +6,9 @@ import "golang.org/x/sys/unix"
 
 const canWatch = true
 
-// hasLeft reports whether the peer of a socket has reset the connection or, if
-// fin is set, will send no more. These systems have no question that both
-// answers as Linux does; what the peer has sent and nobody has read hides its end.
+// hasLeft reports whether the peer of a socket has reset the connection or, if fin is
+// set, has ended its direction. These systems have no call that finds both out as Linux
+// does; unread data in the socket hides the end.
 func hasLeft(fd uintptr, fin bool) bool {
 	var b [1]byte
 	for {

@@ -23,7 +23,7 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "no-room-stays-in-step",
-		old:   `case errors.Is(err, errNoMemory): // and in step all the same`,
+		old:   `case errors.Is(err, errNoMemory): // the connection is still in step`,
 		new:   `case false:`,
 		tests: `TestMemoryIsBounded`,
 	},
@@ -107,7 +107,7 @@ var gatewayMutants = []mutant{
 	// --- servers that others have taken over from ---
 	{
 		name:  "the-servers-word-is-heard",
-		old:   `if demotion != nil { // before this connection is given back`,
+		old:   `if demotion != nil { // before the pool gets this connection back`,
 		new:   `if false {`,
 		tests: `TestAServerThatSaysItIsNotTheOneToAsk`,
 	},
@@ -313,14 +313,14 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "command-after-the-release",
-		old:   `p.cl.in.untake(frame) // it is for another connection`,
+		old:   `p.cl.in.untake(frame) // the frame goes over another connection`,
 		new:   ``,
 		tests: `TestACommandThatMeetsTheReleaseIsNotLost`,
 	},
 
 	{
 		name:  "refused-commands-leave-nothing",
-		old:   `case isError(frame): // has changed nothing`,
+		old:   `case isError(frame): // the command has changed nothing`,
 		new:   `case false:`,
 		tests: `TestACommandThatTheServerRefused`,
 	},
@@ -664,7 +664,7 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "pins-tell-the-end-behind-the-replies",
-		old:   "p.lastReplies() // to what was sent before\n\t\t\t\treturn p.cause(err)",
+		old:   "p.lastReplies() // waits for replies to earlier commands\n\t\t\t\treturn p.cause(err)",
 		new:   "return p.cause(err)",
 		tests: `TestWhatAClientIsClosedFor`,
 	},
@@ -730,7 +730,7 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "logins-say-that-nothing-has-changed",
-		old:   `"; the client is who it was before\r\n"`,
+		old:   `"; the client's identity is unchanged\r\n"`,
 		new:   `"\r\n"`,
 		tests: `TestALoginWhoseReplyIsLost`,
 	},
@@ -772,8 +772,8 @@ var gatewayMutants = []mutant{
 	},
 	{
 		name:  "groups-hide-no-block",
-		old:   `if is(arg, "GROUP") { // two names`,
-		new:   `if false { // two names`,
+		old:   `if is(arg, "GROUP") { // skips two names`,
+		new:   `if false { // skips two names`,
 		tests: `TestAGroupMayHaveTheName`,
 	},
 	{

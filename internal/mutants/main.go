@@ -1,21 +1,20 @@
-// Command mutants removes the pool's defences one at a time and demands that
-// the tests notice. Run it in the module's root:
+// Command mutants removes the pool's defences one at a time and demands that the tests
+// notice. Run it in the module's root:
 //
 //	go run ./internal/mutants              all of them
 //	go run ./internal/mutants -run theft   those whose name matches
 //	go run ./internal/mutants -part 2/4    the second of four parts
-//	go run ./internal/mutants -list        what there is
+//	go run ./internal/mutants -list        the list
 //	go run ./internal/mutants -in internal/gateway    the gateway's defences
 //
-// A mutant is a piece of the source, which must occur exactly once, and what is
-// put in its place (see table.go). Each is compiled into the tests of the
-// package, of which the named ones must fail. The piece may be in a package below,
-// and so may the tests. A test that passes without the
-// defence it is there for proves nothing; a mutant whose text is not found, that
-// does not compile, or for which there is no test, is a fault of the table. The
-// exit status is 1 if there was any of these.
+// A mutant is a piece of the source, which must occur exactly once, and its replacement
+// (see table.go). Each mutant is compiled into the tests of the package, and the named
+// tests must fail. The piece may be in a package below, and so may the tests. A test that
+// passes without the defence it tests proves nothing. A mutant whose text is not found,
+// that does not compile, or that has no test is an error in the table. The exit status is
+// 1 if there was any of these.
 //
-// The tree itself is not touched: all happens in a copy.
+// The tree itself is not touched: everything happens in a copy.
 package main
 
 import (
@@ -45,8 +44,8 @@ import (
 // mutant is one defence removed.
 type mutant struct {
 	name  string
-	file  string // where old is, with its folder if that is another; "": wherever in the package, as long as it is once
-	in    string // the folder of the package whose tests must fail; "": that of the table
+	file  string // the file with old, with its folder if that is another; "": any file of the package, if old occurs once
+	in    string // the folder of the package whose tests must fail; "": the table's package
 	old   string
 	new   string
 	tests string // the pattern of the tests that must fail
@@ -132,8 +131,8 @@ func choose(all []mutant, only string) ([]mutant, error) {
 	return chosen, nil
 }
 
-// partOf is every n-th of all, beginning with the i-th, for a part of the form
-// i/n. The n parts together are all, and about equally long.
+// partOf returns every n-th mutant, beginning with the i-th, for a part of the form i/n.
+// The n parts together are all mutants, and take about equally long.
 func partOf(all []mutant, part string) ([]mutant, error) {
 	first, count, found := strings.Cut(part, "/")
 	i, errI := strconv.Atoi(first)
@@ -155,8 +154,8 @@ func partOf(all []mutant, part string) ([]mutant, error) {
 type lab struct {
 	module  string            // the copy
 	dir     string            // of the package, in the copy
-	scratch string            // of what is built
-	source  map[string]string // of the package, and what mutants name beside it, by file
+	scratch string            // folder for build results
+	source  map[string]string // text of the package's files, and of the files beside it that mutants name
 	verbose bool
 	timeout time.Duration
 }
@@ -268,7 +267,7 @@ func copyModule(from, to string) error {
 	})
 }
 
-// readSource is the package without its tests.
+// readSource reads the package without its tests.
 func readSource(dir string) (map[string]string, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
 	if err != nil {
@@ -303,7 +302,7 @@ func (l *lab) readBeside(chosen []mutant) error {
 	return nil
 }
 
-// where is the place of a file in the copy.
+// where returns the path of a file in the copy.
 func (l *lab) where(file string) string {
 	if path.Dir(file) == "." {
 		return filepath.Join(l.dir, file)
@@ -311,8 +310,8 @@ func (l *lab) where(file string) string {
 	return filepath.Join(l.module, file)
 }
 
-// sound runs all the tests that will be used on the source as it is. If one of
-// them failed there, its failure would prove nothing.
+// sound runs all the needed tests on the unchanged source. If a test fails there, its
+// failure with a mutant would prove nothing.
 func (l *lab) sound(ctx context.Context, chosen []mutant) error {
 	binary := filepath.Join(l.scratch, "sound.test")
 	if out, err := l.command(ctx, "go", "test", "-c", "-vet=off", "-o", binary, ".").CombinedOutput(); err != nil {
@@ -355,7 +354,7 @@ func (l *lab) command(ctx context.Context, name string, args ...string) *exec.Cm
 	return cmd
 }
 
-// try compiles the tests with one mutation, and runs the ones that must fail.
+// try compiles the tests with one mutation, and runs the tests that must fail.
 func (l *lab) try(ctx context.Context, m mutant) (o outcome) {
 	began := time.Now()
 	defer func() { o.took = time.Since(began) }()
@@ -402,7 +401,7 @@ func (l *lab) try(ctx context.Context, m mutant) (o outcome) {
 	return outcome{how: whoNoticed(out)}
 }
 
-// apply is the source with the mutation in it.
+// apply returns the source with the mutation in it.
 func (m *mutant) apply(source map[string]string) (file, mutated string, err error) {
 	total := 0
 	for name, text := range source {
@@ -426,7 +425,7 @@ var (
 	died   = regexp.MustCompile(`(?m)^(?:panic|fatal error): (.*)$`)
 )
 
-// whoNoticed is the first test that failed, with its subtest.
+// whoNoticed returns the first test that failed, with its subtest.
 func whoNoticed(out []byte) string {
 	if hung.Match(out) {
 		return "a test that hangs"

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// README.md tells how many defences there are, in a round number.
+// README.md gives the number of defences, rounded.
 func TestTheReadmeTellsHowManyDefencesThereAre(t *testing.T) {
 	text, err := os.ReadFile("../../README.md")
 	if err != nil {

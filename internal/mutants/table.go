@@ -393,7 +393,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "stood-for-a-sweep",
-		old:   `if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= p.sweepPeriod() {`,
+		old:   `if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {`,
 		new:   `if false {`,
 		tests: `TestAConnectionThatStoodForASweepHasLived`,
 	},

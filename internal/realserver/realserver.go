@@ -1,8 +1,8 @@
 //go:build unix
 
-// Package realserver starts servers of the distribution for tests: on loopback,
-// on a port that was free, in a folder of their own, and never as root. A server
-// ends with its test; on Linux it also ends when the test's process is killed.
+// Package realserver starts the distribution's servers for tests: on loopback, on a port
+// that was free, in a folder of their own, and never as root. A server ends with its
+// test; on Linux it also ends when the test's process is killed.
 package realserver
 
 import (
@@ -23,13 +23,13 @@ import (
 	"time"
 )
 
-// startTime bounds the start of a server, and its end. No server needs that long.
+// startTime bounds the start of a server, and its end.
 const startTime = 30 * time.Second
 
-// Server is a server that runs.
+// Server is a running server.
 type Server struct {
 	Addr string // host and port
-	Dir  string // everything that the server writes
+	Dir  string // the server writes only there
 
 	left chan struct{} // closed when the process is gone
 	proc *os.Process
@@ -40,7 +40,7 @@ type Server struct {
 type Kind struct {
 	Program string         // its name, see Find
 	Package string         // the distribution's package that has it
-	Stop    syscall.Signal // ends it in good order
+	Stop    syscall.Signal // ends the server cleanly
 	// Prepare runs before the first start, with a function that runs a
 	// program as the user of the server. It may be nil.
 	Prepare func(dir string, run func(argv ...string) error) error
@@ -48,7 +48,7 @@ type Kind struct {
 	Args func(dir string, port int) []string
 }
 
-// Redis is a redis-server that keeps nothing on disk. More arguments follow.
+// Redis is a redis-server that stores nothing on disk, with more arguments if given.
 func Redis(more ...string) Kind {
 	return Kind{
 		Program: "redis-server", Package: "redis-server", Stop: syscall.SIGTERM,
@@ -72,8 +72,8 @@ func Postgres() Kind {
 	}
 }
 
-// Find is the path of a program: in PATH, or where Debian puts servers. Of
-// several versions the newest wins. Without the program the test is skipped.
+// Find returns the path of a program, from PATH or from where Debian puts servers. Of
+// several versions it returns the newest. If the program is missing, Find skips the test.
 func Find(t testing.TB, program, pkg string) string {
 	t.Helper()
 	if path, err := exec.LookPath(program); err == nil {
@@ -91,7 +91,7 @@ func Find(t testing.TB, program, pkg string) string {
 	return ""
 }
 
-// Start starts a server and returns when it takes connections.
+// Start starts a server and returns when it accepts connections.
 func Start(t testing.TB, k Kind) *Server {
 	t.Helper()
 	path := Find(t, k.Program, k.Package)
@@ -167,7 +167,7 @@ func (s *Server) run(cmd *exec.Cmd) error {
 	cmd.Stdout, cmd.Stderr = log, log
 	started := make(chan error)
 	go func() {
-		// The kernel ends the server when the thread ends that started it.
+		// The kernel ends the server when the thread that started it ends.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		defer log.Close()
@@ -202,8 +202,8 @@ func (s *Server) run(cmd *exec.Cmd) error {
 	}
 }
 
-// Stop ends the server, by force if that takes too long, and returns when it is
-// gone. It may be called again.
+// Stop ends the server, by force if that takes too long, and returns when it has ended.
+// It may be called again.
 func (s *Server) Stop() {
 	s.proc.Signal(s.stop)
 	select {

@@ -19,16 +19,16 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
-// texts are the constants that have a text of their own, by type: how a constant
-// with the number i is written in logs, statistics and JSON.
+// texts has the types whose constants have a text of their own: how constant number i is
+// written in logs, statistics and JSON.
 var texts = map[string]func(i int) string{
 	"CloseReason": func(i int) string { return connpool.CloseReason(i).String() },
 	"Kind":        func(i int) string { return connpool.Kind(i).String() },
-	"Stage":       func(i int) string { return connpool.Stage(i + 1).String() }, // they begin with 1
+	"Stage":       func(i int) string { return connpool.Stage(i + 1).String() }, // stages begin with 1
 	"FullPolicy":  func(i int) string { return connpool.FullPolicy(i).String() },
 }
 
-// generator writes Markdown made of the parts of one package.
+// generator writes Markdown from the parts of one package.
 type generator struct {
 	pkg  *doc.Package
 	fset *token.FileSet
@@ -36,7 +36,7 @@ type generator struct {
 	err  error
 }
 
-// generate is the text of the page for the module at root.
+// generate returns the text of the page for the module at root.
 func generate(root string) ([]byte, error) {
 	g := &generator{fset: token.NewFileSet()}
 	files, err := parse(g.fset, root)
@@ -100,7 +100,7 @@ code (` + "`go run ./internal/reference`" + `), and a test fails when the two di
 	return blankLines.ReplaceAll(g.out.Bytes(), []byte("\n\n")), g.err
 }
 
-// blankLines are more of them than one.
+// blankLines matches two or more blank lines.
 var blankLines = regexp.MustCompile(`\n{3,}`)
 
 // parse reads the files of the package that are built for Linux, without tests.
@@ -141,7 +141,7 @@ func (g *generator) print(format string, args ...any) {
 	fmt.Fprintf(&g.out, format, args...)
 }
 
-// fail remembers the first thing that is wrong.
+// fail remembers the first error.
 func (g *generator) fail(format string, args ...any) {
 	g.err = errors.Join(g.err, fmt.Errorf(format, args...))
 }
@@ -156,29 +156,29 @@ func (g *generator) typ(name string) *doc.Type {
 	return &doc.Type{Decl: &ast.GenDecl{}}
 }
 
-// markdown is a doc comment as Markdown. Links to other packages become plain
-// text: the names say where to look.
+// markdown returns a doc comment as Markdown. Links to other packages become plain text:
+// the names show where to look.
 func (g *generator) markdown(text string) string {
 	p := g.pkg.Printer()
 	p.DocLinkURL = func(*comment.DocLink) string { return "" }
 	return string(p.Markdown(g.pkg.Parser().Parse(text)))
 }
 
-// line is a doc comment as one line, for a cell of a table.
+// line returns a doc comment as one line, for a cell of a table.
 func (g *generator) line(text string) string {
 	return strings.ReplaceAll(strings.Join(strings.Fields(g.markdown(text)), " "), "|", `\|`)
 }
 
-// A field is one of a struct, or several that share a comment.
+// A field is one field of a struct, or several that share a comment.
 type field struct {
 	names []string
-	types []string // several if theirs differ
-	doc   string   // above it; or "" and
-	trail string   // behind it
+	types []string // several if the fields' types differ
+	doc   string   // the comment above the field, or ""
+	trail string   // the comment behind the field
 }
 
-// fields are the exported ones of a struct. One without a comment that follows
-// directly on another belongs to that one.
+// fields returns the exported fields of a struct. A field without a comment that directly
+// follows another shares that one's comment.
 func (g *generator) fields(name string) (all []field) {
 	t := g.typ(name)
 	for _, spec := range t.Decl.Specs {
@@ -222,7 +222,7 @@ func (g *generator) source(n ast.Node) string {
 	return b.String()
 }
 
-// quoted are names in backquotes, with commas.
+// quoted returns names in backquotes, with commas.
 func quoted(names []string) string { return "`" + strings.Join(names, "`, `") + "`" }
 
 // item writes a field with its comment.
@@ -239,8 +239,8 @@ func (g *generator) item(f field) {
 	g.print("\n")
 }
 
-// structure writes the comment of a struct and its fields, as a list, or as a
-// table if their comments stand behind them.
+// structure writes the comment of a struct and its fields, as a list, or as a table if
+// the comments are behind the fields.
 func (g *generator) structure(name string) {
 	g.print("%s", g.markdown(g.typ(name).Doc))
 	fields := g.fields(name)
@@ -344,7 +344,7 @@ func (g *generator) sentinels() {
 	}
 }
 
-// allFuncs are the functions of the package, also those that go/doc files under
+// allFuncs returns the functions of the package, including those that go/doc files under
 // the type of their result.
 func (g *generator) allFuncs() (all []*doc.Func) {
 	all = append(all, g.pkg.Funcs...)
@@ -378,7 +378,7 @@ func (g *generator) functions() {
 	for _, t := range g.pkg.Types {
 		for _, m := range t.Methods {
 			if m.Doc == "" || slices.Contains([]string{"Unwrap", "As", "Temporary"}, m.Name) {
-				continue // String, and what is there for package errors and net.Error
+				continue // String, and methods for package errors and net.Error
 			}
 			row(t.Name+"."+m.Name, m)
 		}

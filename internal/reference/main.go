@@ -1,6 +1,6 @@
-// Command reference writes docs/reference.md from the doc comments of package
-// connpool, so that the page says what the code says. Run it in the root of the
-// module after a change of a doc comment, a field or a constant:
+// Command reference writes docs/reference.md from the doc comments of package connpool,
+// so that the page agrees with the code. Run it in the root of the module after a change
+// of a doc comment, a field or a constant:
 //
 //	go run ./internal/reference
 //
@@ -13,7 +13,7 @@ import (
 	"path/filepath"
 )
 
-// page is where the reference is, as seen from the root of the module.
+// page is the path of the reference in the module.
 const page = "docs/reference.md"
 
 func main() {
@@ -23,7 +23,7 @@ func main() {
 	}
 }
 
-// write makes the page of the module at root.
+// write writes the page of the module at root.
 func write(root string) error {
 	text, err := generate(root)
 	if err != nil {

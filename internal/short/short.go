@@ -3,9 +3,8 @@ package short
 
 import "testing"
 
-// Of returns full, or brief under go test -short. What brief stands for must be
-// the same test with fewer rounds, seeds or cases: what it proves must still be able
-// to fail.
+// Of returns full, or brief under go test -short. With brief the test must be the same
+// test with fewer rounds, seeds or cases, and must still be able to fail.
 func Of[T any](full, brief T) T {
 	if testing.Short() {
 		return brief

@@ -4,8 +4,7 @@ package sock
 
 import "syscall"
 
-// The system's numbers for what connpool.KindOf tells apart, to be asked for with
-// errors.Is.
+// The system's error numbers that connpool.KindOf tells apart. Compare with errors.Is.
 const (
 	ErrRefused      = syscall.ECONNREFUSED
 	ErrTimedOut     = syscall.ETIMEDOUT

@@ -2,8 +2,9 @@ package sock
 
 import "golang.org/x/sys/windows"
 
-// The system's numbers for what connpool.KindOf tells apart, to be asked for with
-// errors.Is. They are those that sockets give here; those of package syscall are invented.
+// The system's error numbers that connpool.KindOf tells apart. Compare with errors.Is.
+// Sockets on Windows return WSA errors; the constants of package syscall (ECONNREFUSED,
+// …) are invented numbers that no socket returns.
 const (
 	ErrRefused      = windows.WSAECONNREFUSED
 	ErrTimedOut     = windows.WSAETIMEDOUT

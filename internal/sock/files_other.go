@@ -2,8 +2,8 @@
 
 package sock
 
-// FileLimit says that there is no small limit on open files here.
+// FileLimit returns false: these systems have no small limit on open files.
 func FileLimit() (int, bool) { return 0, false }
 
-// NoFileFree says that there is no limit that could be reached.
+// NoFileFree returns false: these systems have no limit that could be reached.
 func NoFileFree() bool { return false }

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FileLimit is how many files this process may have open, as of now. false: there is no
-// limit, or none that 31 bits can hold.
+// FileLimit returns how many files this process may have open at present. It returns
+// false if there is no limit, or if the limit does not fit in 31 bits.
 func FileLimit() (int, bool) {
 	var r unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) != nil || uint64(r.Cur) > math.MaxInt32 {
@@ -19,10 +19,10 @@ func FileLimit() (int, bool) {
 	return int(r.Cur), true
 }
 
-// NoFileFree reports whether the process, or the system, can open no more files. It
-// finds out by trying.
+// NoFileFree reports whether the process, or the system, can open no more files. It finds
+// out by opening a pipe.
 func NoFileFree() bool {
-	syscall.ForkLock.RLock() // no child may inherit it
+	syscall.ForkLock.RLock() // no child process may inherit the pipe
 	defer syscall.ForkLock.RUnlock()
 	var p [2]int
 	if err := unix.Pipe(p[:]); err != nil {

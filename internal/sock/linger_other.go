@@ -2,7 +2,7 @@
 
 package sock
 
-// Lingers says no: there is no socket option to ask here.
+// Lingers returns false: these systems have no socket option to ask.
 func Lingers(uintptr) bool { return false }
 
 // ResetOnClose and Shutdown do nothing here.

@@ -11,10 +11,10 @@ import (
 	"time"
 )
 
-// Options are the fields of a QoS, in the same order and of the same types, so that
-// a QoS converts to Options and a field that only one of the two has does not compile.
-// What each means is said there. A zero field is left as package net and the system
-// have it. The errors name the field as one of a QoS.
+// Options has the fields of connpool.QoS, in the same order and of the same types. A QoS
+// is converted to Options, so a field that only one of the two has does not compile. The
+// doc of QoS says what each field means. A zero field is left as package net and the
+// system have it. Errors name the field as a field of QoS.
 type Options struct {
 	DSCP        uint8
 	Delay       bool
@@ -24,25 +24,28 @@ type Options struct {
 	RecvBuffer  int
 }
 
-// capabilities says what the sockets of a system can do. Each options file of a
-// system has the variable socketsCan, which holds those of one.
+// capabilities lists the options that the sockets of a system support. The options file
+// of each system defines the variable socketsCan for that system.
 type capabilities struct {
 	dscp        bool
-	noDelay     bool // and keep-alive on or off
-	keepAlive   bool // its period
+	noDelay     bool // and switching keep-alive on or off
+	keepAlive   bool // the keep-alive period
 	userTimeout bool
 	buffers     bool
-	abstract    bool // Unix names that are in no file system
+	abstract    bool // Unix sockets whose name is in no file system
 }
 
-// HasAbstractUnix reports whether there are Unix sockets whose name is in no file system.
+// HasAbstractUnix reports whether the system has Unix sockets whose name is in no file
+// system.
 func HasAbstractUnix() bool { return socketsCan.abstract }
 
-// Supported is nil if this system can set every field of o that is not zero, else an
-// [errors.ErrUnsupported] that names the first that it cannot set. It asks no socket.
+// Supported returns nil if this system can set every non-zero field of o. Otherwise it
+// returns an [errors.ErrUnsupported] that names the first field it cannot set. Supported
+// touches no socket.
 func (o Options) Supported() error { return socketsCan.set(o) }
 
-// set reports whether every field of o can be set.
+// set returns nil if every non-zero field of o can be set, or an error that names the
+// first that cannot.
 func (can capabilities) set(o Options) error {
 	for _, f := range [...]struct {
 		name        string
@@ -67,16 +70,16 @@ func unsupported(field, why string) error {
 	return fmt.Errorf("QoS.%s: %s, leave it at zero (%w)", field, why, errors.ErrUnsupported)
 }
 
-// Early is o without what package net overwrites when it connects: the part that
-// BeforeConnect sets. The rest is set by AfterConnect.
+// Early returns o without the fields that package net overwrites when it connects. What
+// is left is set by BeforeConnect; AfterConnect sets the others.
 func (o Options) Early() Options {
 	o.Delay, o.KeepAlive = false, 0
 	return o
 }
 
-// BeforeConnect sets the early fields of o on a socket that is not connected yet.
-// network is one that tells the family: "tcp4", "tcp6", "unix" and their like. If there
-// is nothing to set, c is not touched.
+// BeforeConnect sets the early fields of o on a socket that is not connected yet. network
+// must name the address family: "tcp4", "tcp6", "unix" and the like. If there is nothing
+// to set, BeforeConnect does not touch c.
 func (o Options) BeforeConnect(network string, c syscall.RawConn) error {
 	if o = o.Early(); o == (Options{}) {
 		return nil
@@ -123,14 +126,15 @@ func (o Options) setEarly(fd uintptr, network string) error {
 	return nil
 }
 
-// tooSmall is the error for a buffer that the system did not make as large as
-// it was told to, which systems do without a word.
+// tooSmall is the error for a buffer that the system silently made smaller than
+// requested.
 func tooSmall(asked, got int, advice string) error {
 	return fmt.Errorf("%d bytes asked for, %d granted: %s, or ask for less", asked, got, advice)
 }
 
-// AfterConnect sets what package net would overwrite if it were set earlier.
-// net does the default of both on its own, and ignores whether it worked.
+// AfterConnect sets the fields that package net would overwrite if they were set earlier.
+// Package net sets its own defaults for both and ignores whether that worked;
+// AfterConnect reports errors.
 func (o Options) AfterConnect(nc net.Conn) error {
 	if !o.Delay && o.KeepAlive == 0 {
 		return nil
@@ -151,8 +155,8 @@ func (o Options) AfterConnect(nc net.Conn) error {
 		if !ok {
 			return unsupported("KeepAlive", fmt.Sprintf("a %T is not TCP", nc))
 		}
-		// A negative number leaves the value of the system as it is, and asks
-		// nothing of one that has no such option.
+		// A negative value leaves the system's setting as it is, and makes no system call
+		// for an option that the system lacks.
 		ka := net.KeepAliveConfig{Enable: false, Idle: -1, Interval: -1, Count: -1}
 		if o.KeepAlive > 0 {
 			ka = net.KeepAliveConfig{Enable: true, Idle: o.KeepAlive, Interval: o.KeepAlive}

@@ -23,9 +23,10 @@ func setRecvBuffer(fd uintptr, n int) error {
 	return setBuffer(fd, n, unix.SO_RCVBUF, unix.SO_RCVBUFFORCE, "net.core.rmem_max")
 }
 
-// setBuffer asks as anybody may, which the kernel cuts down to its limit with
-// no error, and then as CAP_NET_ADMIN may. The kernel doubles what it is told,
-// for its own bookkeeping, and reports the double.
+// setBuffer first sets the option that any process may set; the kernel silently cuts the
+// size down to its limit. If the size was cut, setBuffer tries the option that needs
+// CAP_NET_ADMIN. The kernel doubles the size it is given, for its own bookkeeping, and
+// reports the doubled size.
 func setBuffer(fd uintptr, n, option, force int, limit string) error {
 	if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, n); err != nil {
 		return err

@@ -4,8 +4,8 @@ package sock
 
 import "errors"
 
-// Some of these systems have some of the options; none is claimed that no test
-// has ever seen.
+// Some of these systems have some of the options. None is listed, because no test has
+// ever run on one of these systems.
 var socketsCan = capabilities{}
 
 func setTrafficClass(uintptr, bool, int) error { return errors.ErrUnsupported }

@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// each is, for each field, the Options that set this one alone.
+// each has, for each field of Options, an Options value that sets this field alone.
 var each = map[string]Options{
 	"DSCP":        {DSCP: 46},
 	"Delay":       {Delay: true},
@@ -38,7 +38,7 @@ func TestWhatTheSystemLacksIsRefusedByName(t *testing.T) {
 	assert.NoError(t, none.set(Options{}))
 }
 
-// Each field is set either before connecting or after, and none twice.
+// Each field is set either before connecting or after it; no field is set twice.
 func TestEachOptionIsEarlyOrLate(t *testing.T) {
 	for name, o := range each {
 		late := name == "Delay" || name == "KeepAlive"
@@ -55,7 +55,7 @@ func TestEachOptionIsEarlyOrLate(t *testing.T) {
 	}
 }
 
-// A net.Pipe stands for whatever a dialer of ones own may return.
+// A net.Pipe stands for whatever a user's own dialer may return.
 func TestOptionsOfTCPAreRefusedByWhatIsNotTCP(t *testing.T) {
 	a, b := net.Pipe()
 	defer a.Close()

@@ -28,7 +28,7 @@ func setRecvBuffer(fd uintptr, n int) error { return setBuffer(fd, n, unix.SO_RC
 func setBuffer(fd uintptr, n, option int) error {
 	const advice = "raise the system's limit for socket buffers (kern.ipc.maxsockbuf or its like)"
 	err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, n)
-	if errors.Is(err, unix.ENOBUFS) { // most of them refuse what is beyond it
+	if errors.Is(err, unix.ENOBUFS) { // most of these systems refuse a size beyond their limit
 		return fmt.Errorf("%d bytes asked for: %w: %s, or ask for less", n, err, advice)
 	}
 	if err != nil {

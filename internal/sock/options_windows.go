@@ -6,7 +6,8 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// Windows takes IP_TOS without an error and then, as a rule, sends without it.
+// Windows accepts IP_TOS without an error and then, as a rule, does not send it, so dscp
+// is false.
 var socketsCan = capabilities{noDelay: true, keepAlive: true, buffers: true}
 
 func setTrafficClass(uintptr, bool, int) error { return errors.ErrUnsupported }

@@ -9,16 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CanPeek says whether this system lets anybody look into a socket.
+// CanPeek says whether this system lets a process look at a socket's waiting data without
+// taking it.
 const CanPeek = true
 
-// ID is the socket's cookie: 64 bits that the kernel gives to one socket
-// and never to another. It follows the socket through dup, and does not depend
-// on the number of the descriptor.
+// ID is the socket's cookie: 64 bits that the kernel gives to one socket and never to
+// another. The cookie stays the same through dup and does not depend on the number of the
+// descriptor.
 type ID uint64
 
-// Identify asks the system which socket fd is. false: fd is no open socket, or the
-// system does not tell.
+// Identify asks the system which socket fd is. It returns false if fd is no open socket,
+// or if the system does not tell.
 func Identify(fd uintptr) (ID, bool) {
 	var cookie uint64
 	size := uint32(unsafe.Sizeof(cookie))
@@ -27,16 +28,16 @@ func Identify(fd uintptr) (ID, bool) {
 	return ID(cookie), errno == 0
 }
 
-// Still reports whether fd is the socket id. A descriptor that is closed, or
-// no socket at all, is not.
+// Still reports whether fd is the socket id. It returns false if the descriptor is closed
+// or is no socket.
 func Still(fd uintptr, id ID) bool {
 	now, ok := Identify(fd)
 	return ok && now == id
 }
 
-// Peek looks into a socket without taking anything out of it or waiting. The
-// raw system call is right, since MSG_DONTWAIT never blocks, and it spares the
-// scheduler's part of an ordinary one.
+// Peek looks into a socket without waiting and without taking any data out of it. It uses
+// a raw system call: MSG_DONTWAIT never blocks, and a raw call saves the work that an
+// ordinary one gives to Go's scheduler.
 func Peek(fd uintptr) Seen {
 	var b [1]byte
 	n, errno := recv(fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
@@ -51,7 +52,8 @@ func Peek(fd uintptr) Seen {
 	return Seen{Bytes: true}
 }
 
-// ReadNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
+// ReadNow reads the data that is waiting. It fails with os.ErrDeadlineExceeded if there
+// is none.
 func ReadNow(fd uintptr, b []byte) (int, error) {
 	n, errno := recv(fd, b, unix.MSG_DONTWAIT)
 	switch {

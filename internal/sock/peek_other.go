@@ -4,22 +4,22 @@ package sock
 
 import "os"
 
-// CanPeek says whether this system lets anybody look into a socket. There is no way
-// here, so connections are lent by the rules of age alone, and Stats.Unprobed counts
-// them.
+// CanPeek says whether this system lets a process look at a socket's waiting data without
+// taking it. These systems do not: connections are lent by the rules of age alone, and
+// Stats.Unprobed counts them.
 const CanPeek = false
 
-// ID of a socket cannot be had here.
+// ID is empty: these systems do not identify sockets.
 type ID struct{}
 
-// Identify says that the system does not tell.
+// Identify returns false: these systems do not tell.
 func Identify(uintptr) (ID, bool) { return ID{}, false }
 
-// Still believes that fd is the socket it was.
+// Still assumes that fd is the socket it was.
 func Still(uintptr, ID) bool { return true }
 
-// Peek sees nothing.
+// Peek reports a live peer and no data, because it cannot look.
 func Peek(uintptr) Seen { return Seen{} }
 
-// ReadNow has nothing to give.
+// ReadNow always fails as if no data were waiting.
 func ReadNow(uintptr, []byte) (int, error) { return 0, os.ErrDeadlineExceeded }

@@ -10,20 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CanPeek says whether this system lets anybody look into a socket.
+// CanPeek says whether this system lets a process look at a socket's waiting data without
+// taking it.
 const CanPeek = true
 
-// ID is what these systems tell of a socket: device and inode, which say
-// something about Unix sockets only, and the two addresses, which say something
-// about TCP. Two Unix connections to one path can look alike where the system
-// gives sockets no inode; then a theft among them goes unnoticed.
+// ID is what these systems tell about a socket: device and inode, which identify Unix
+// sockets only, and the two addresses, which identify TCP sockets. Where the system gives
+// sockets no inode, two Unix connections to one path can look alike; then a descriptor
+// that was stolen and now refers to the other one is not noticed.
 type ID struct {
 	dev, ino      uint64
 	local, remote string
 }
 
-// Identify asks the system which socket fd is. false: fd is no open socket, or the
-// system does not tell.
+// Identify asks the system which socket fd is. It returns false if fd is no open socket,
+// or if the system does not tell.
 func Identify(fd uintptr) (ID, bool) {
 	var id ID
 	var st unix.Stat_t
@@ -42,8 +43,8 @@ func Identify(fd uintptr) (ID, bool) {
 	return id, true
 }
 
-// Still reports whether fd is the socket id. The system forgets the remote
-// address of a connection that was reset, so a missing one is no difference.
+// Still reports whether fd is the socket id. The system forgets the remote address of a
+// connection that was reset, so a missing remote address does not count as a difference.
 func Still(fd uintptr, id ID) bool {
 	now, ok := Identify(fd)
 	if now.remote == "" {
@@ -52,7 +53,7 @@ func Still(fd uintptr, id ID) bool {
 	return ok && now == id
 }
 
-// Peek looks into a socket without taking anything out of it or waiting.
+// Peek looks into a socket without waiting and without taking any data out of it.
 func Peek(fd uintptr) Seen {
 	var b [1]byte
 	n, err := recv(fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
@@ -67,7 +68,8 @@ func Peek(fd uintptr) Seen {
 	return Seen{Bytes: true}
 }
 
-// ReadNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
+// ReadNow reads the data that is waiting. It fails with os.ErrDeadlineExceeded if there
+// is none.
 func ReadNow(fd uintptr, b []byte) (int, error) {
 	n, err := recv(fd, b, unix.MSG_DONTWAIT)
 	switch {

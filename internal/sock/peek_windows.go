@@ -9,14 +9,15 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// CanPeek says whether this system lets anybody look into a socket.
+// CanPeek says whether this system lets a process look at a socket's waiting data without
+// taking it.
 const CanPeek = true
 
-// ID is the pair of addresses, all that this system tells of a socket.
+// ID is the pair of addresses of a socket. Windows tells nothing else about it.
 type ID struct{ local, remote string }
 
-// Identify asks the system which socket fd is. false: fd is no open socket, or the
-// system does not tell.
+// Identify asks the system which socket fd is. It returns false if fd is no open socket,
+// or if the system does not tell.
 func Identify(fd uintptr) (ID, bool) {
 	local, err := windows.Getsockname(windows.Handle(fd))
 	if err != nil {
@@ -29,8 +30,8 @@ func Identify(fd uintptr) (ID, bool) {
 	return id, true
 }
 
-// Still reports whether fd is the socket id. The system forgets the remote
-// address of a connection that was reset, so a missing one is no difference.
+// Still reports whether fd is the socket id. The system forgets the remote address of a
+// connection that was reset, so a missing remote address does not count as a difference.
 func Still(fd uintptr, id ID) bool {
 	now, ok := Identify(fd)
 	if now.remote == "" {
@@ -46,8 +47,9 @@ const (
 	msgPeek    = 0x2
 )
 
-// readable asks whether a read would return at once. Sockets here are in
-// blocking mode (package net uses overlapped I/O), so this precedes each read.
+// readable reports whether a read would return at once. Sockets on Windows are in
+// blocking mode (package net uses overlapped I/O), so Peek and ReadNow call readable
+// before each read.
 func readable(fd uintptr) (bool, error) {
 	pfd := struct {
 		fd              uintptr
@@ -69,7 +71,7 @@ func recv(fd uintptr, b []byte, flags uint32) (int, error) {
 	return int(n), nil
 }
 
-// Peek looks into a socket without taking anything out of it or waiting.
+// Peek looks into a socket without waiting and without taking any data out of it.
 func Peek(fd uintptr) Seen {
 	switch ready, err := readable(fd); {
 	case err != nil:
@@ -87,7 +89,8 @@ func Peek(fd uintptr) Seen {
 	return Seen{Bytes: true}
 }
 
-// ReadNow reads what is there. It fails with os.ErrDeadlineExceeded if nothing is.
+// ReadNow reads the data that is waiting. It fails with os.ErrDeadlineExceeded if there
+// is none.
 func ReadNow(fd uintptr, b []byte) (int, error) {
 	switch ready, err := readable(fd); {
 	case err != nil:

@@ -1,24 +1,24 @@
-// Package sock is all that touches a descriptor: what differs from system to system is
-// behind its doors, and nowhere else in the pool.
+// Package sock holds everything that touches a descriptor. What differs between operating
+// systems is in this package and nowhere else in the pool.
 //
-// Behind the doors are: which socket a descriptor is (Identify, Still), a look into it
-// and a read from it without waiting (Peek, ReadNow), whether its close waits
-// (Lingers), the options of a QoS (Options), how many files may be open and whether
-// one more can be (FileLimit, NoFileFree), the system's numbers for errors (Err...,
-// OutOfFiles, FullBacklog), and hearing that a peer hung up (Watcher). Where a system
-// has no such thing the door says so (CanPeek, CanWatch, Options.Supported,
-// HasAbstractUnix, a false beside the answer), and never does nothing in silence.
+// It offers: the identity of a socket (Identify, Still), a look into a socket and a read
+// from it without waiting (Peek, ReadNow), whether closing a socket waits (Lingers), the
+// options of a QoS (Options), how many files may be open and whether one more can be
+// (FileLimit, NoFileFree), the system's error numbers (Err..., OutOfFiles, FullBacklog),
+// and notice of a peer's hang-up (Watcher). Where a system lacks one of these, the API
+// reports it (CanPeek, CanWatch, Options.Supported, HasAbstractUnix, or a false beside
+// the result); apart from ResetOnClose and Shutdown, nothing silently does nothing.
 //
-// Nothing here blocks, but for Watcher.Run, which is for a goroutine of its own. All
-// else is a system call or a few that return at once; so is NoFileFree, which may stand
-// behind a fork that is under way. Nothing here takes a lock of its own or runs foreign
-// code, except the methods of a syscall.RawConn or a net.Conn that the caller passes.
-// A descriptor is a number: whoever passes one keeps it open meanwhile, by calling from
-// within Control of its syscall.RawConn.
+// Only Watcher.Run blocks; it needs a goroutine of its own. Every other function makes
+// one or a few system calls that return at once; NoFileFree may also wait for a fork that
+// is under way. This package takes no lock of its own and runs no foreign code, except
+// the methods of a syscall.RawConn or a net.Conn that the caller passes. The caller must
+// keep a descriptor open while it passes its number, by calling from within Control of
+// its syscall.RawConn.
 //
-// The zero ID is of no socket, or of one whose identity was never asked for. The zero
-// Seen says that the peer is there and has sent nothing. The zero Options set nothing.
-// A nil *Watcher watches nothing; a Watcher comes from NewWatcher only.
+// The zero ID belongs to no socket, or to one that was never identified. The zero Seen
+// means that the peer is there and has sent nothing. The zero Options set nothing. A nil
+// *Watcher watches nothing; only NewWatcher makes a Watcher.
 package sock
 
 import (
@@ -26,18 +26,18 @@ import (
 	"syscall"
 )
 
-// Seen is what a look into a socket found.
+// Seen is what Peek found in a socket.
 type Seen struct {
-	Bytes bool  // something waits to be read
-	Err   error // io.EOF, or why the socket is no good
+	Bytes bool  // data is waiting to be read
+	Err   error // io.EOF, or the error that makes the socket unusable
 }
 
-// OutOfFiles reports whether err says that the process or the system has no
-// file handle left.
+// OutOfFiles reports whether err means that the process or the system has no file handle
+// left.
 func OutOfFiles(err error) bool {
 	return errors.Is(err, ErrProcessFiles) || errors.Is(err, ErrSystemFiles)
 }
 
-// FullBacklog reports whether err, of the dial of a Unix socket, says that the server
-// does not accept fast enough. Linux says so at once; others wait.
+// FullBacklog reports whether err, from dialing a Unix socket, means that the server does
+// not accept fast enough. Linux fails such a dial at once; other systems wait.
 func FullBacklog(err error) bool { return errors.Is(err, syscall.EAGAIN) }

@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// pair is both ends of a connection over the loopback.
+// pair returns both ends of a connection over the loopback.
 func pair(t *testing.T) (near, far *net.TCPConn) {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -27,7 +27,7 @@ func pair(t *testing.T) (near, far *net.TCPConn) {
 	return nc.(*net.TCPConn), other.(*net.TCPConn)
 }
 
-// rawOf is what the doors are called through.
+// rawOf returns the RawConn through which the tests call package sock.
 func rawOf(t *testing.T, c syscall.Conn) syscall.RawConn {
 	t.Helper()
 	raw, err := c.SyscallConn()
@@ -35,7 +35,7 @@ func rawOf(t *testing.T, c syscall.Conn) syscall.RawConn {
 	return raw
 }
 
-// arrived waits until something can be seen in raw.
+// arrived waits until Peek reports something on raw, and returns it.
 func arrived(t *testing.T, raw syscall.RawConn) (seen Seen) {
 	t.Helper()
 	require.Eventually(t, func() bool {
@@ -141,7 +141,7 @@ func TestErrorsOfFilesAreKnownWhereverTheyHide(t *testing.T) {
 	}
 }
 
-// What cannot be set on a socket is refused before a system call is made.
+// An option that a socket cannot have is refused before any system call is made.
 func TestASocketOfAnotherFamilyIsRefusedItsOptions(t *testing.T) {
 	if (Options{DSCP: 1}).Supported() != nil || (Options{UserTimeout: time.Second}).Supported() != nil {
 		t.Skip("this system has none of them")
@@ -155,7 +155,7 @@ func TestASocketOfAnotherFamilyIsRefusedItsOptions(t *testing.T) {
 	require.ErrorContains(t, err, `QoS.UserTimeout: network "unix" is not TCP`)
 }
 
-// told is what a Watcher has heard.
+// told is one event that a Watcher reported.
 type told struct {
 	fd     uintptr
 	hungUp bool
@@ -207,7 +207,7 @@ func TestAWatcherHearsOfDataOnce(t *testing.T) {
 	require.Equal(t, told{numberOf(raw), false}, <-heard)
 	_, err = far.Write([]byte("more"))
 	require.NoError(t, err)
-	require.NoError(t, far.CloseWrite()) // which is not heard either, until it is armed
+	require.NoError(t, far.CloseWrite()) // the Watcher does not report this either until the connection is rearmed
 	b, err := io.ReadAll(near)
 	require.NoError(t, err)
 	require.Equal(t, "datamore", string(b))

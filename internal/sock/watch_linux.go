@@ -7,19 +7,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CanWatch says whether this system tells of a hang-up without a goroutine for each
+// CanWatch says whether this system reports hang-ups without a goroutine for each
 // connection.
 const CanWatch = true
 
-// Watcher hears at once when the peer of a connection hangs up, so that a dead
-// idle connection leaves the pool without waiting for a loan or a sweep. It is
-// one epoll instance for any number of connections, itself waited on through the
-// runtime's poller: one goroutine and one descriptor, whatever the number.
-// It asks for the hang-up only, and for its edge, so data does not wake it; but for
-// connections that are added, and armed, for data as well.
+// Watcher reports at once when the peer of a connection hangs up, so that a dead idle
+// connection leaves the pool without waiting for a loan or a sweep. A Watcher is one
+// epoll instance for any number of connections. The runtime's poller waits on that
+// instance, so a Watcher needs one goroutine and one descriptor in all.
 //
-// A connection is added once, when it is dialled. The kernel takes it out when
-// its socket is closed, and connections that live on are taken out by hand.
+// By default it subscribes to EPOLLRDHUP, edge-triggered, so incoming data does not wake
+// it. Add and Rearm with data subscribe a connection to data as well, one shot at a time.
+//
+// A connection is added once, when it is dialed. The kernel removes it when its socket is
+// closed; a connection that leaves the pool and stays open must be removed with Remove.
 //
 // All methods may be called at the same time, also on a nil Watcher, which watches
 // nothing, and with a nil RawConn, which has no descriptor. After Close they do nothing.
@@ -28,14 +29,13 @@ type Watcher struct {
 	raw  syscall.RawConn
 }
 
-// NewWatcher needs a descriptor, which Close gives back. Whoever makes a Watcher calls
-// Run, or Close.
+// NewWatcher opens a descriptor, which Close closes. The caller must call Run or Close.
 func NewWatcher() (*Watcher, error) {
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
 	}
-	// Non-blocking is what makes package os hand it to the runtime's poller.
+	// non-blocking, so that package os hands the descriptor to the runtime's poller
 	if err := unix.SetNonblock(fd, true); err != nil {
 		unix.Close(fd)
 		return nil, os.NewSyscallError("fcntl", err)
@@ -49,9 +49,9 @@ func NewWatcher() (*Watcher, error) {
 	return &Watcher{file: file, raw: raw}, nil
 }
 
-// Run calls heard for what the Watcher hears, with the number of the descriptor, until
-// Close. hungUp says that the peer hung up or the socket failed, else there is data.
-// Run blocks; it is for one goroutine, which is heard's, too.
+// Run calls heard for each event, with the number of the descriptor, until Close. hungUp
+// means that the peer hung up or the socket failed; otherwise data has arrived. Run
+// blocks and calls heard on its own goroutine.
 func (w *Watcher) Run(heard func(fd uintptr, hungUp bool)) {
 	events := make([]unix.EpollEvent, 64)
 	for {
@@ -69,32 +69,32 @@ func (w *Watcher) Run(heard func(fd uintptr, hungUp bool)) {
 	}
 }
 
-// Close ends Run, and gives the descriptor back.
+// Close ends Run and closes the descriptor.
 func (w *Watcher) Close() {
 	if w != nil {
 		w.file.Close()
 	}
 }
 
-// Add begins to watch c. data: it is to hear of data as well, once, see Rearm. To add
-// what is there already is no error, and changes nothing.
+// Add begins to watch c. With data, the Watcher also reports data on c, once; see Rearm.
+// Adding a connection that is watched already is no error and changes nothing.
 func (w *Watcher) Add(c syscall.RawConn, data bool) error {
 	err := w.control(c, data, unix.EPOLL_CTL_ADD)
-	if err == unix.EEXIST { // it was added twice, by who made the watcher and by who dialled
+	if err == unix.EEXIST { // both the goroutine that made the Watcher and the one that dialed may add it
 		return nil
 	}
 	return err
 }
 
-// Rearm makes it hear of c again, also of what there is already. Who listens for data
-// as well is told once: what arrives while the connection is in use would wake it for
-// nothing. Whoever is done with the connection arms it anew. The error says that c is
-// not watched.
+// Rearm makes the Watcher report c again, including events that are pending. A connection
+// that is watched for data is reported once and then not until the next Rearm: data that
+// arrives during a loan would only wake the Watcher for nothing. The pool calls Rearm
+// when the loan ends. An error means that c is not watched.
 func (w *Watcher) Rearm(c syscall.RawConn, data bool) error {
 	return w.control(c, data, unix.EPOLL_CTL_MOD)
 }
 
-// Remove ends it, for a connection that lives on.
+// Remove stops watching c. It is for a connection that stays open.
 func (w *Watcher) Remove(c syscall.RawConn) { w.control(c, false, unix.EPOLL_CTL_DEL) }
 
 func (w *Watcher) control(c syscall.RawConn, data bool, op int) (err error) {

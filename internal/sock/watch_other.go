@@ -4,11 +4,11 @@ package sock
 
 import "syscall"
 
-// CanWatch says whether this system tells of a hang-up without a goroutine for each
-// connection. Here the sweep finds it.
+// CanWatch says whether this system reports hang-ups without a goroutine for each
+// connection. These systems do not; the sweep finds dead connections.
 const CanWatch = false
 
-// Watcher is never made here: see the one for Linux.
+// Watcher is never made on these systems. The Watcher for Linux documents the methods.
 type Watcher struct{}
 
 // NewWatcher is not called where CanWatch is false.

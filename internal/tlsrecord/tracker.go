@@ -1,15 +1,16 @@
-// Package tlsrecord knows, without asking crypto/tls, whether crypto/tls may hold
+// Package tlsrecord tells, without asking crypto/tls, whether crypto/tls may hold
 // plaintext that nobody has read, or a part of a record.
 //
-// Behind the door is the framing of TLS records: the Tracker sees the bytes that
-// crypto/tls takes from the socket, and how much plaintext it hands out. It reads
-// nothing itself, has no socket, decrypts nothing and takes no copy but of a header.
+// It follows the framing of TLS records: the Tracker sees the bytes that crypto/tls reads
+// from the socket, and counts the plaintext that crypto/tls delivers. The Tracker reads
+// nothing itself, has no socket, decrypts nothing, and copies nothing except a record's
+// header.
 //
-// Nothing here blocks, locks or allocates. All methods of a Tracker are for one
-// goroutine at a time, but for Delivered.
+// Nothing here blocks, locks or allocates. The methods of a Tracker are for one goroutine
+// at a time, except Delivered.
 //
-// The zero value of a Tracker is ready for the first byte of a connection. It knows of
-// a part of a record at once; until Start it proves nothing (Drained is false).
+// The zero value of a Tracker is ready for the first byte of a connection. Partial works
+// at once; Drained is false until Start.
 package tlsrecord
 
 import (
@@ -17,39 +18,43 @@ import (
 	"sync/atomic"
 )
 
-// Tracker follows the framing of TLS records (a header of 5 bytes: the type, two
-// of the version, two that count the bytes of the body), because crypto/tls tells
-// neither whether it has read a part of one nor whether plaintext is left over.
-// The former is data that the next borrower would get. The latter can be asked,
-// by a read that costs more than the rest of a loan; but mostly the sum proves it:
-// a record of application data holds at most its body less the cipher's overhead.
-// So if the borrower read as much as all records together can hold, there is
-// nothing left in crypto/tls, and there was no record of another kind. The
-// overhead is that of the cipher: TLS 1.3 keeps it for life, also over key
-// updates, but a renegotiation of TLS 1.2 may change it. Its records tell, so
-// from the first of them on nothing is proven by the sum any more.
+// Tracker follows the framing of TLS records. A record has a header of 5 bytes: the type,
+// two bytes of version, and two that give the length of the body. crypto/tls reports
+// neither that it has read a part of a record nor that it holds unread plaintext. In both
+// cases the next borrower would get data that is not its own. The pool could ask
+// crypto/tls for unread plaintext with a read, which costs more than the rest of a loan.
+// Usually a sum answers the question: a record of application data holds at most its body
+// less the cipher's overhead. If the borrower has read as many bytes as all records
+// together can hold, then crypto/tls holds nothing, and no record was of another type.
+//
+// The overhead depends on the cipher. TLS 1.3 keeps its cipher for the life of a
+// connection, also across key updates; a renegotiation of TLS 1.2 may change it. The
+// renegotiation's own records show that it happens, and from the first of them on Drained
+// is false.
 type Tracker struct {
 	header    [5]byte
-	have      int8  // bytes of the header
-	uncertain bool  // since the last Reset there was something that is no such record
+	have      int8  // bytes of the header read so far
+	uncertain bool  // since the last Reset there was a record of another type, or Lost was called
 	touched   bool  // since the last Reset something was read
-	overhead  int16 // of a record under the cipher; 0: not known, nothing can be proven
+	overhead  int16 // of a record under the cipher; 0: unknown, so nothing can be proven
 	body      int32 // bytes of the body still to come
 
-	// Both count modulo 2^32: crypto/tls holds no more than a record or two.
-	capacity uint32        // what the records since the last Reset can hold
-	read     atomic.Uint32 // what was read of it
+	// Both count modulo 2^32. That is enough, because crypto/tls holds no more than a
+	// record or two.
+	capacity uint32        // the most plaintext that the records since the last Reset can hold
+	read     atomic.Uint32 // the plaintext delivered since the last Reset
 }
 
-// Start is told what the first handshake, which is over, has agreed on. Of what came
-// with it, it is not known what is left in crypto/tls. A connection that may be
-// renegotiated is never started, since its cipher may change.
+// Start tells r what the first handshake has negotiated. The Tracker does not know how
+// much of the data that came with the handshake crypto/tls still holds, so Drained stays
+// false until the first Reset. Start must not be called for a connection that may
+// renegotiate, since its cipher may change.
 func (r *Tracker) Start(state tls.ConnectionState) {
 	r.uncertain = true
 	r.overhead = overheadOf(state)
 }
 
-// Saw is told each piece of the stream that crypto/tls takes from the socket.
+// Saw is called with each piece of the stream that crypto/tls reads from the socket.
 func (r *Tracker) Saw(b []byte) {
 	r.touched = r.touched || len(b) > 0
 	for len(b) > 0 {
@@ -63,7 +68,7 @@ func (r *Tracker) Saw(b []byte) {
 				r.capacity += uint32(room)
 				r.uncertain = r.uncertain || r.header[0] != applicationData || room < 0
 				if r.header[0] == handshakeRecord || r.header[0] == changeCipherSpec {
-					r.overhead = 0 // which the end of the first handshake sets
+					r.overhead = 0 // Start sets it after the first handshake
 				}
 			}
 		} else {
@@ -77,45 +82,46 @@ func (r *Tracker) Saw(b []byte) {
 	}
 }
 
-// The type of a record; in TLS 1.3 all that are encrypted are of the last.
+// The types of records. In TLS 1.3 all encrypted records have type applicationData.
 const (
 	changeCipherSpec = 20
 	handshakeRecord  = 22
 	applicationData  = 23
 )
 
-// Lost is told that a read from the socket failed, or that something else happened
-// after which the sum proves nothing until the next Reset.
+// Lost is called when a read from the socket failed, or when something else happened that
+// makes the sum useless until the next Reset.
 func (r *Tracker) Lost() { r.uncertain = true }
 
-// Delivered is told how many bytes of plaintext crypto/tls has handed out. It may be
-// called while another goroutine is in Saw.
+// Delivered is called with the number of plaintext bytes that crypto/tls has delivered.
+// It may be called while another goroutine is in Saw.
 func (r *Tracker) Delivered(n int64) { r.read.Add(uint32(n)) }
 
 // Partial reports whether crypto/tls has read a part of a record.
 func (r *Tracker) Partial() bool { return r.have > 0 }
 
-// CanProve reports whether the overhead of the cipher is known. If it is not, Drained
-// is false, whatever was read.
+// CanProve reports whether the cipher's overhead is known. If it is not, Drained is
+// always false.
 func (r *Tracker) CanProve() bool { return r.overhead > 0 }
 
-// Drained reports whether it is certain that crypto/tls holds nothing.
+// Drained reports whether it is certain that crypto/tls holds no plaintext and no part of
+// a record.
 func (r *Tracker) Drained() bool {
 	return r.CanProve() && !r.uncertain && r.have == 0 && r.capacity == r.read.Load()
 }
 
-// Untouched reports whether crypto/tls has neither read anything nor tried to in
-// vain since it was asked last.
+// Untouched reports whether, since the last Reset, crypto/tls has read nothing and no
+// read has failed.
 func (r *Tracker) Untouched() bool { return !r.touched && !r.uncertain }
 
-// Reset begins anew, when crypto/tls was asked and holds nothing.
+// Reset starts the count anew. Call it when crypto/tls was asked and holds nothing.
 func (r *Tracker) Reset() {
 	r.uncertain, r.touched, r.capacity = false, false, 0
 	r.read.Store(0)
 }
 
-// overheadOf is what a record spends on its nonce, its tag and, in TLS 1.3, its
-// inner type; 0 if that depends on the record.
+// overheadOf returns how many bytes of a record the nonce, the tag and, in TLS 1.3, the
+// inner type take; 0 if that depends on the record.
 func overheadOf(s tls.ConnectionState) int16 {
 	const tag, nonce, innerType = 16, 8, 1
 	if s.Version == tls.VersionTLS13 {

@@ -13,8 +13,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// endsInsideARecord is the model of a Tracker: it has the whole stream before it
-// and needs no memory.
+// endsInsideARecord is a model of Tracker: it has the whole stream and needs no state.
 func endsInsideARecord(stream []byte) bool {
 	for len(stream) > 0 {
 		if len(stream) < 5 {
@@ -59,8 +58,8 @@ func TestRecordsInOnePieceAreFollowedAsInMany(t *testing.T) {
 	}
 }
 
-// The follower must agree not only with our idea of framing, but with what
-// crypto/tls puts on the wire, and must not be led astray by the handshake.
+// The Tracker must agree not only with the tests' idea of framing, but with what
+// crypto/tls sends, and the handshake must not confuse it.
 func TestRecordsFollowWhatCryptoTLSWrites(t *testing.T) {
 	ca := faultnet.NewCA()
 	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
@@ -114,8 +113,8 @@ func (w recordTap) Write(b []byte) (int, error) {
 	return w.Conn.Write(b)
 }
 
-// FuzzRecords: however the stream is cut into pieces, the follower and a model
-// that sees all of it agree after every piece.
+// FuzzRecords: however the stream is cut into pieces, the Tracker and a model that sees
+// the whole stream agree after every piece.
 func FuzzRecords(f *testing.F) {
 	f.Add([]byte{}, []byte{})
 	f.Add(recordOf(0), []byte{1})
@@ -130,7 +129,7 @@ func FuzzRecords(f *testing.F) {
 				n = int(cuts[i%len(cuts)])
 			}
 			if len(cuts) > 0 && i >= len(cuts) {
-				n++ // cuts of zeros only would never end
+				n++ // cuts of length zero would never end
 			}
 			n = min(n, len(stream)-done)
 			r.Saw(stream[done : done+n])
@@ -142,7 +141,8 @@ func FuzzRecords(f *testing.F) {
 	})
 }
 
-// A renegotiation may change the cipher, and so what a record can hold.
+// A renegotiation may change the cipher, and with it how much plaintext a record can
+// hold.
 //
 // TRY-46
 func TestAfterAnotherHandshakeTheSumOfTheRecordsProvesNothing(t *testing.T) {
@@ -157,7 +157,8 @@ func TestAfterAnotherHandshakeTheSumOfTheRecordsProvesNothing(t *testing.T) {
 		r.Delivered(92)
 		require.False(t, r.Drained(), "8 bytes are left")
 	}
-	// A ticket, or a key update, of TLS 1.3 is no such record and changes nothing.
+	// A session ticket or a key update of TLS 1.3 is no application data and changes
+	// nothing.
 	r := Tracker{overhead: 17}
 	r.Saw(append([]byte{applicationData, 3, 3, 0, 217}, make([]byte, 217)...))
 	require.False(t, r.Drained())

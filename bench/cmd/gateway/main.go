@@ -1,12 +1,13 @@
-// Command gateway measures "connpool gateway" before a redis-server with
-// redis-benchmark: beside the server itself, and beside the proxies that the
-// machine has, HAProxy in TCP mode and nutcracker (twemproxy). They are
-// measured in turn, on loopback, several rounds over; the medians go to standard output and into the documents that quote them.
+// Command gateway measures "connpool gateway" in front of a redis-server with
+// redis-benchmark. It compares the gateway with the server itself and with the installed
+// proxies, HAProxy in TCP mode and nutcracker (twemproxy). The measurements take turns,
+// on loopback, for several rounds. The medians go to standard output and into the
+// documents that quote them.
 //
 // It runs in the directory of the module bench:
 //
 //	go run ./cmd/gateway             some minutes
-//	go run ./cmd/gateway -smoke      little, to see that it runs; writes no document
+//	go run ./cmd/gateway -smoke      a short run that writes no document
 package main
 
 import (
@@ -28,17 +29,17 @@ import (
 	"github.com/seed-ecb488c9/connpool/bench"
 )
 
-const upstream = 8 // connections that a way which limits them may open
+const upstream = 8 // connections that a way with a limit may open
 
 // way is one way to the server.
 type way struct {
 	name    string
-	program string // that must be installed; "": it is not the machine's
+	program string // must be installed; "": not a program of the machine
 	// start runs it on a port; nil: the server itself.
 	start func(port int, tmp string, server int) (*exec.Cmd, error)
 }
 
-// load is what redis-benchmark is told to do.
+// load is a set of arguments for redis-benchmark.
 type load struct {
 	name string
 	args []string
@@ -120,7 +121,7 @@ func run(rounds, requests int, docs string) error {
 	for round := range rounds {
 		for l := range loads {
 			for i := range ways {
-				at := (i + round) % len(ways) // none is always the first
+				at := (i + round) % len(ways) // so that no way is always the first
 				f, err := measure(ways[at], loads[l], requests, tmp, server)
 				if err != nil {
 					return fmt.Errorf("%s, %s: %w", ways[at].name, loads[l].name, err)
@@ -220,11 +221,11 @@ func stop(cmd *exec.Cmd) {
 
 // --- measuring ---
 
-// measure runs redis-benchmark once and meanwhile asks the server for the number
-// of its connections.
+// measure runs redis-benchmark once and meanwhile asks the server for its number of
+// connections.
 func measure(w *way, l load, requests int, tmp string, server int) (f figure, err error) {
 	port := server
-	if w.start != nil { // nothing else of this kind runs meanwhile
+	if w.start != nil { // no other way runs meanwhile
 		if port, err = freePort(); err != nil {
 			return f, err
 		}
@@ -250,7 +251,7 @@ func measure(w *way, l load, requests int, tmp string, server int) (f figure, er
 		defer tick.Stop()
 		for {
 			if n, err := connections(nc, r); err == nil {
-				f.conns = max(f.conns, n-1) // its own
+				f.conns = max(f.conns, n-1) // without the one that asks
 			}
 			select {
 			case <-over:
@@ -350,7 +351,7 @@ func thousands(v float64) string {
 	return s
 }
 
-// machine says on what was measured.
+// machine describes the machine of the measurement.
 func machine(redis string) string {
 	version := ""
 	if out, err := exec.Command(redis, "--version").Output(); err == nil {

@@ -4,7 +4,7 @@ package main
 
 import "syscall"
 
-// descriptors is how many this process may have.
+// descriptors is how many descriptors this process may have.
 func descriptors() uint64 {
 	var l syscall.Rlimit
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l) != nil {

@@ -1,11 +1,11 @@
-// Command scale prints the figures of docs/sizing.md and writes them there. It
-// runs in the directory of the module bench:
+// Command scale prints the figures of docs/sizing.md and writes them there. It runs in
+// the directory of the module bench:
 //
 //	go run ./cmd/scale
 //
-// What is measured (the memory of a connection, the cost of a sweep, of a dial)
-// is measured on this machine, up to its limit of descriptors. What is
-// calculated or simulated is the same everywhere: the simulations are seeded.
+// The memory of a connection, the cost of a sweep and the cost of a dial are measured on
+// this machine, up to its limit of descriptors. Calculated and simulated figures are the
+// same everywhere: the simulations are seeded.
 package main
 
 import (
@@ -43,7 +43,7 @@ func main() {
 	}
 }
 
-// sections splits the page at its headings: each has a place of its own in the
+// sections splits the page at its headings; each section has its own place in the
 // document.
 func sections(page string) map[string]string {
 	parts := map[string]string{}
@@ -62,8 +62,8 @@ func write(w *strings.Builder, smoke bool) error {
 	return errors.Join(crossover(w, smoke), weight(w, smoke))
 }
 
-// sizing compares connection counts for 10,000 users that think for 10 s and
-// need a connection for 100 ms: the mean, then what the users feel.
+// sizing compares connection counts for 10,000 users that think for 10 s and need a
+// connection for 100 ms: first the mean, then the users' waits.
 func sizing(w *strings.Builder, smoke bool) {
 	m := closed{users: 10_000, think: 10, service: 0.1}
 	fmt.Fprintf(w, "## sizing\n\n")
@@ -82,7 +82,7 @@ func sizing(w *strings.Builder, smoke bool) {
 	w.WriteString("\n")
 }
 
-// staffing is how many connections a load needs so that few wait.
+// staffing is how many connections a load needs so that few requests wait.
 func staffing(w *strings.Builder) {
 	fmt.Fprintf(w, "## staffing\n\n")
 	w.WriteString("| in use on average | connections so that 1 in 100 waits | times the mean | (c - mean) / √mean |\n|---:|---:|---:|---:|\n")
@@ -93,8 +93,7 @@ func staffing(w *strings.Builder) {
 	w.WriteString("\n")
 }
 
-// fleet counts connections between clients and servers, straight and through
-// gateways.
+// fleet counts connections between clients and servers, directly and through gateways.
 func fleet(w *strings.Builder, smoke bool) {
 	const rate, service, keep, perGateway, homes = 100.0, 0.005, 120.0, 50_000.0, 2
 	fmt.Fprintf(w, "## fleet\n\n")
@@ -122,7 +121,7 @@ func fleet(w *strings.Builder, smoke bool) {
 	w.WriteString("\n")
 }
 
-// crossover is from which rate of uses on a pool is worth its while (APR-03).
+// crossover is the rate of uses above which a pool is worthwhile (APR-03).
 func crossover(w *strings.Builder, smoke bool) error {
 	n := 1000
 	if smoke {
@@ -149,8 +148,8 @@ func crossover(w *strings.Builder, smoke bool) error {
 	return nil
 }
 
-// weight is what idle connections cost one process, measured as far as the
-// descriptors reach, and carried on to a million.
+// weight is what idle connections cost one process, measured as far as the descriptors
+// suffice, and extrapolated to a million.
 func weight(w *strings.Builder, smoke bool) error {
 	counts, window := []int{1000, 5000, 10_000, mostConns()}, 3*time.Second
 	if smoke {

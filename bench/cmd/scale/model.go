@@ -11,8 +11,8 @@ import (
 func sqrt(v float64) float64 { return math.Sqrt(v) }
 func ceil(v float64) float64 { return math.Ceil(v) }
 
-// closed is a number of users, each of which thinks, needs a connection, waits
-// for one if there is none, uses it, and thinks again.
+// closed is a number of users, each of which thinks, needs a connection, waits for one if
+// there is none, uses it, and thinks again.
 type closed struct {
 	users          int
 	think, service float64 // mean, in seconds
@@ -57,8 +57,8 @@ func (m closed) states(n, c int) []float64 {
 
 type outcome struct{ wait, mean, p99 float64 }
 
-// simulate runs the model for some seconds, of which the first tenth is
-// forgotten, with a queue that is first come, first served.
+// simulate runs the model for some seconds, with a queue that is first come, first
+// served. The first tenth is not counted.
 func (m closed) simulate(c int, seconds float64, seed uint64) outcome {
 	rnd := rand.New(rand.NewPCG(seed, uint64(c)))
 	var events agenda
@@ -127,9 +127,9 @@ func (a *agenda) Pop() any {
 	return last
 }
 
-// staffed is the least number of connections with which at most a share of
-// calls waits, when load are in use on average and calls come at random
-// (Erlang's second formula).
+// staffed is the smallest number of connections with which at most a share of calls
+// waits, when load connections are in use on average and calls come at random (Erlang's
+// second formula).
 func staffed(load, share float64) int {
 	b := 1.0 // Erlang's first formula, for 0
 	for c := 1; ; c++ {
@@ -140,8 +140,8 @@ func staffed(load, share float64) int {
 	}
 }
 
-// pair is a client and a server with a pool between them that takes the
-// connection given back last, and closes one that nobody used for a while.
+// pair is a client and a server with a pool between them that lends the connection given
+// back last, and closes one that nobody used for a while.
 type pair struct{ rate, service, keep float64 }
 
 // open is the mean number of connections of the pair, idle ones included, over
@@ -152,9 +152,9 @@ func (p pair) open(requests int, seed uint64) float64 {
 	var idle []float64 // since when, the one given back last at the end
 	var busy ends
 	var now, area, from float64
-	var start float64 // of what is counted
+	var start float64 // when counting starts
 	step := func(to float64) {
-		// Connections that expire on the way are open until then.
+		// Connections that expire meanwhile are open until then.
 		for len(idle) > 0 && idle[0]+p.keep <= to {
 			if now = idle[0] + p.keep; now > from {
 				area += float64(len(idle)+len(busy)) * (now - from)
@@ -196,10 +196,10 @@ func (e *ends) Pop() any {
 	return last
 }
 
-// dialing is the share of uses that find no connection, when they come at random
-// at a rate, one at a time, and an idle connection is kept for some seconds.
+// dialing is the share of uses that find no connection, when uses come at random at a
+// rate, one at a time, and an idle connection is kept for some seconds.
 func dialing(rate, keep float64) float64 { return math.Exp(-rate * keep) }
 
-// mostConns is what the limit of descriptors leaves one process, and the ports
-// of loopback a pair of addresses.
+// mostConns is how many connections the limit of descriptors, and the ports between two
+// loopback addresses, allow one process.
 func mostConns() int { return int(min(descriptors(), 26_000)) - 200 }

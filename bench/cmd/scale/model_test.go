@@ -28,14 +28,14 @@ func TestTheSimulationAgreesWithTheExactModel(t *testing.T) {
 }
 
 func TestALonePairHoldsWhatItsRateSays(t *testing.T) {
-	// So rarely that two uses never meet: the connection is open during a
-	// use and, after it, until the next one or the end of its time.
+	// Uses so rare that two never overlap: the connection is open during a use and, after
+	// it, until the next use or its expiry.
 	p := pair{rate: 1.0 / 120, service: 0.005, keep: 120}
 	want := 1 - math.Exp(-1)
 	if got := p.open(200_000, 1); math.Abs(got-want) > 0.01 {
 		t.Errorf("open on average %.3f, want %.3f", got, want)
 	}
-	// So often that it is never closed.
+	// Uses so frequent that it is never closed.
 	if got := (pair{rate: 10, service: 1e-9, keep: 120}).open(100_000, 1); math.Abs(got-1) > 0.01 {
 		t.Errorf("open on average %.3f, want 1", got)
 	}

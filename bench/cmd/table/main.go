@@ -1,11 +1,11 @@
-// Command table measures this pool beside its rivals, all workloads in turn and
-// that five times over, and writes the medians as one Markdown table to
-// standard output and into the documents that quote it.
+// Command table measures this pool and its rivals, all workloads in turn, five times
+// over. It writes the medians as one Markdown table to standard output and into the
+// documents that quote it.
 //
 // It runs in the directory of the module bench:
 //
 //	go run ./cmd/table                   everything, some minutes
-//	go run ./cmd/table -raw raw.txt      keeps what benchstat reads
+//	go run ./cmd/table -raw raw.txt      keeps the output for benchstat
 //	go run ./cmd/table -smoke            each workload once, writes no document
 //	go run ./cmd/table -addr HOST:PORT   a server of yours, pooled and unpooled
 package main
@@ -110,8 +110,8 @@ func run(rounds int, raw, only, addr, docs string, smoke bool) error {
 	return nil
 }
 
-// workloads are the benchmarks, in the order in which a round runs them, with
-// the time that each of their parts gets.
+// workloads are the benchmarks, in the order in which a round runs them, with the time
+// for each of their parts.
 var workloads = []struct{ name, time string }{
 	{"W1", "120ms"},
 	{"W1Cancellable", "60ms"},
@@ -134,7 +134,7 @@ var workloads = []struct{ name, time string }{
 	{"Parts", "60ms"},
 }
 
-// results are the figures by benchmark and unit, one of each round.
+// results are the figures by benchmark and unit, one for each round.
 type results map[string]map[string][]float64
 
 func (r results) add(text string) {

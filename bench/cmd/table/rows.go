@@ -9,20 +9,19 @@ import (
 	"github.com/seed-ecb488c9/connpool/bench"
 )
 
-// row is one line of the table: a figure of every rival, and what this pool
-// must reach.
+// row is one line of the table: a figure of every rival, and the goal of this pool.
 type row struct {
 	title  string
-	bench  string // with RIVAL in the place of the rival's name
-	ours   string // the benchmark of this pool, if it is not called like the others
+	bench  string // with RIVAL in place of the rival's name
+	ours   string // the benchmark of this pool, if its name differs
 	unit   string
 	scale  float64 // the figure is divided by it
-	digits int     // after the point
+	digits int     // after the decimal point
 
-	// goal is the most that may be; 0: no goal. ofBest is a share of the best
-	// library, below demands less than each library, limit names a benchmark
-	// and ofLimit how many times that may be. A goal in nanoseconds that was
-	// set on another machine is written so: as the share of what can be had.
+	// goal is the largest allowed figure; 0: no goal. ofBest is a share of the best
+	// library; below demands less than every library; limit names a benchmark, and
+	// ofLimit how many times its figure is allowed. A goal in nanoseconds that was set on
+	// another machine is given as such a multiple.
 	goal    float64
 	ofBest  float64
 	below   bool
@@ -102,9 +101,9 @@ var rows = []row{
 	{title: "— 16 processors, more than there are", ours: "Cores/procs=16", unit: "loans/s", scale: 1000},
 }
 
-const nothing = math.SmallestNonzeroFloat64 // the goal 0, which is one
+const nothing = math.SmallestNonzeroFloat64 // stands for a goal of 0
 
-// write makes the table, with what was reached if judge is set.
+// write makes the table; with judge it adds which goals were reached.
 func (r results) write(w *strings.Builder, command string, judge bool) {
 	fmt.Fprintf(w, "%s; %s. Medians of %s.\n\n", bench.Machine(), bench.Versions(), command)
 	w.WriteString("| workload |")
@@ -182,8 +181,8 @@ func (r results) write(w *strings.Builder, command string, judge bool) {
 	}
 }
 
-// partsOf are the pieces of W1, with how many there are in a loan and return.
-// Those of the checks are visits to the descriptor, of which there is one.
+// partsOf are the parts of W1, with how many there are in a loan and return. The checks
+// share one visit to the descriptor.
 var partsOf = []struct {
 	part, what   string
 	plain, check int
@@ -197,7 +196,7 @@ var partsOf = []struct {
 	{"control+both", "RawConn.Control with peek and SO_COOKIE", 0, 1},
 }
 
-// parts is the table of the pieces of W1.
+// parts is the table of the parts of W1.
 func (r results) parts() string {
 	var w strings.Builder
 	w.WriteString("| piece | ns | in a loan | ns, no checks | ns, default |\n|---|---:|---:|---:|---:|\n")
@@ -238,7 +237,7 @@ func round(v float64, digits int) float64 {
 	return math.Round(v*p) / p
 }
 
-// format writes thousands apart.
+// format formats v with commas between thousands.
 func (row row) format(v float64) string {
 	text := strconv.FormatFloat(round(v, row.digits), 'f', max(row.digits, 0), 64)
 	whole, rest, _ := strings.Cut(text, ".")

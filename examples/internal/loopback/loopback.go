@@ -1,5 +1,5 @@
-// Package loopback is the server's side of the examples: each starts its own
-// server, so that it runs with no arguments and nothing installed.
+// Package loopback is the server side of the examples. Each example starts its own
+// server, so that it runs without arguments and without anything installed.
 package loopback
 
 import (
@@ -30,7 +30,7 @@ type Server struct {
 	closed   bool
 }
 
-// Start runs handle, in a goroutine of its own, for each connection, which is
+// Start runs handle in a goroutine of its own for each connection. The connection is
 // closed when handle returns.
 func Start(handle func(net.Conn)) (*Server, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -40,8 +40,8 @@ func Start(handle func(net.Conn)) (*Server, error) {
 	return serve(l, connpool.TCP, handle), nil
 }
 
-// StartTLS does so inside TLS, as 127.0.0.1. roots trusts its certificate, which
-// is made for the occasion.
+// StartTLS is Start under TLS, as 127.0.0.1. roots trusts the server's certificate, which
+// StartTLS makes.
 func StartTLS(handle func(net.Conn)) (s *Server, roots *x509.CertPool, err error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -114,7 +114,7 @@ func (s *Server) Addr() connpool.Addr {
 	return connpool.MustParseAddr(fmt.Sprintf("%s://%s", s.transport, s.l.Addr()))
 }
 
-// Accepted is how many connections there have been.
+// Accepted is how many connections the server has accepted.
 func (s *Server) Accepted() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
