@@ -369,6 +369,37 @@ func TestATrulyUnknownNameEvictsNothing(t *testing.T) {
 	p.check(t)
 }
 
+// When NoneRemovable has made room, an unknown name is an unknown name again.
+func TestAnUnknownNameEvictsNothingWhenRoomWasMadeForIt(t *testing.T) {
+	entered, leave, left := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var fails *atomic.Pointer[error]
+	unknown := error(&net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: "nowhere.invalid", IsNotFound: true}})
+	p, f, _ := starved(t, Config{NoneRemovable: func(*Error) bool {
+		close(leave)
+		<-left // there is an idle connection now
+		fails.Store(&unknown)
+		return true
+	}})
+	fails = f
+	p.sys.noHandleFree = func() bool { e := fails.Load(); return e != nil && *e != unknown }
+	go func() {
+		defer close(left)
+		p.With(context.Background(), fakeAddr("a"), func(c Conn) error {
+			close(entered)
+			<-leave
+			return echo(c, "a")
+		})
+	}()
+	<-entered
+	err := dialFails(syscall.EMFILE)
+	fails.Store(&err)
+	got := p.With(context.Background(), fakeAddr("nowhere.invalid"), func(Conn) error { return nil })
+	require.Equal(t, KindLookup, KindOf(got), got)
+	require.NotErrorIs(t, got, ErrNoneRemovable)
+	require.Equal(t, 1, p.Stats().Idle)
+	p.check(t)
+}
+
 // BETA-X05
 func TestExhaustedLocalPortsAreTheirOwnErrorAndEvictNothing(t *testing.T) {
 	p, fails, dials := starved(t, Config{})
