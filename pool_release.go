@@ -59,6 +59,9 @@ func (p *Pool) releaseFrom(c *conn, u origin) bool {
 	kept := p.releaseLocked(c, u, now, &todo)
 	at := idleRef{c, c.generation()}
 	p.mu.Unlock()
+	if p.debug {
+		p.audit(1)
+	}
 	todo.run(p)
 	p.recheckHangUp(at)
 	return kept
@@ -222,6 +225,9 @@ func (a *agenda) run(p *Pool) {
 }
 
 func (a *agenda) runAll(p *Pool) {
+	if p.debug {
+		p.audit(1)
+	}
 	for _, d := range a.dials {
 		go p.dial(d)
 	}

@@ -356,7 +356,6 @@ func TestADialReserveIsNotStalledByThePoolItFills(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 3, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 2)
 		dial := n.p.DialReserve(2)
 		var kept []net.Conn
 		for range 3 {
@@ -421,7 +420,6 @@ func TestADialReserveUnderFailWaitsForNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, WhenFull: FullFail, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 1)
 		dial := n.p.DialReserve(1)
 		first, err := dial(bg, "tcp", "h:80")
 		require.NoError(t, err)
@@ -445,7 +443,6 @@ func TestACallOfADialReserveLeavesNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		reserved.Store(n.p, 1)
 		dial := n.p.DialReserve(1)
 		held := n.borrow(bg, at("a"))
 		held.conn()

@@ -1439,6 +1439,24 @@ var mutants = []mutant{
 		new:   `if false {`,
 		tests: `TestAMoveThatIsNotDrawnIsNoticed`,
 	},
+	{
+		name:  "a-give-back-is-not-audited",
+		old:   "\tp.mu.Unlock()\n\tif p.debug {\n\t\tp.audit(1)\n\t}\n",
+		new:   "\tp.mu.Unlock()\n",
+		tests: `TestInDebugModeThePoolAuditsItsBooks`,
+	},
+	{
+		name:  "stats-do-not-audit",
+		old:   `p.audit(0)`,
+		new:   `p.audit(-1)`,
+		tests: `TestInDebugModeThePoolAuditsItsBooks|TestALargePoolIsAuditedTheMoreSeldom`,
+	},
+	{
+		name:  "each-section-is-audited-whatever-the-size",
+		old:   `) / auditShare`,
+		new:   `) / (1 << 20)`,
+		tests: `TestALargePoolIsAuditedTheMoreSeldom`,
+	},
 	// --- foreign code ---
 	{
 		name:  "refused-deadline-closes",
