@@ -10,7 +10,7 @@
 // A mutant is a piece of the source, which must occur exactly once, and what is
 // put in its place (see table.go). Each is compiled into the tests of the
 // package, of which the named ones must fail. The piece may be in a package below,
-// and so may the tests. A test that passes without the
+// and so may the tests; or the tests are a suite of internal/suite. A test that passes without the
 // defence it is there for proves nothing; a mutant whose text is not found, that
 // does not compile, or for which there is no test, is a fault of the table. The
 // exit status is 1 if there was any of these.
@@ -46,7 +46,7 @@ import (
 type mutant struct {
 	name  string
 	file  string // where old is, with its folder if that is another; "": wherever in the package, as long as it is once
-	in    string // the folder of the package whose tests must fail; "": that of the table
+	in    string // the folder of the package whose tests must fail; "": that of the table. old is there, too, if anything but tests is
 	old   string
 	new   string
 	tests string // the pattern of the tests that must fail
@@ -154,7 +154,8 @@ func partOf(all []mutant, part string) ([]mutant, error) {
 // lab is the copy of the module in which everything happens.
 type lab struct {
 	module  string            // the copy
-	dir     string            // of the package, in the copy
+	dir     string            // of the package whose tests are run, in the copy
+	home    string            // of the package that is changed: the same, or that of the table if there are only tests
 	scratch string            // of what is built
 	source  map[string]string // of the package, and what mutants name beside it, by file
 	verbose bool
@@ -183,7 +184,12 @@ func run(ctx context.Context, in string, chosen []mutant, jobs int, timeout time
 		}
 		l := &lab{module: module, dir: filepath.Join(module, dir), scratch: tmp, verbose: verbose, timeout: timeout}
 		those := slices.DeleteFunc(slices.Clone(chosen), func(m mutant) bool { return cmp.Or(m.in, in) != dir })
-		if l.source, err = readSource(l.dir); err != nil {
+		l.home = l.dir
+		if l.source, err = readSource(l.home); err == nil && len(l.source) == 0 {
+			l.home = filepath.Join(module, in)
+			l.source, err = readSource(l.home)
+		}
+		if err != nil {
 			return 0, err
 		}
 		if err := l.readBeside(those); err != nil {
@@ -306,7 +312,7 @@ func (l *lab) readBeside(chosen []mutant) error {
 // where is the place of a file in the copy.
 func (l *lab) where(file string) string {
 	if path.Dir(file) == "." {
-		return filepath.Join(l.dir, file)
+		return filepath.Join(l.home, file)
 	}
 	return filepath.Join(l.module, file)
 }
