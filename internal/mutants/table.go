@@ -1446,6 +1446,12 @@ var mutants = []mutant{
 		tests: `TestAMoveThatIsNotDrawnIsNoticed`,
 	},
 	{
+		name:  "a-surplus-dial-that-is-given-up-counts",
+		old:   `b.refreshLocked(s) // its rank is lower now`,
+		new:   ``,
+		tests: `TestSurplusDialsThatAreGivenUpDoNotCountAgainstTheirAddress`,
+	},
+	{
 		name:  "a-give-back-is-not-audited",
 		old:   "\tp.mu.Unlock()\n\tif p.debug {\n\t\tp.audit(1)\n\t}\n",
 		new:   "\tp.mu.Unlock()\n",
