@@ -2,6 +2,7 @@ package transports
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"path/filepath"
