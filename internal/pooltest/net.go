@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -164,25 +163,9 @@ func (n *Net) Closed(want map[connpool.CloseReason]uint64) {
 // left, as that of the sweep, does not notice.
 const Forever = 1000 * time.Hour
 
-// Reasons is Stats.Closed.
-type Reasons = map[connpool.CloseReason]uint64
-
 // Who names the connection behind c as its host does: "host#1" is the first
 // that the host accepted.
 func Who(c connpool.Conn) string { return c.LocalAddr().String() }
-
-// Peer is the other end of c.
-func (n *Net) Peer(c connpool.Conn) *faultnet.Conn {
-	n.T.Helper()
-	host, _, _ := strings.Cut(Who(c), "#")
-	for _, s := range n.Host(host).Conns() {
-		if s.RemoteAddr().String() == Who(c) {
-			return s
-		}
-	}
-	n.T.Fatalf("%s has no other end", Who(c))
-	return nil
-}
 
 // Use borrows once, and says which connection it was.
 func (n *Net) Use(addr connpool.Addr) string {
@@ -207,18 +190,6 @@ func (n *Net) Idle(addr connpool.Addr, k int) {
 	for _, b := range held {
 		require.NoError(n.T, b.GiveBack())
 	}
-}
-
-// Fail borrows, and gives the error of a With that must not run its fn.
-func (n *Net) Fail(ctx context.Context, addr connpool.Addr) *connpool.Error {
-	n.T.Helper()
-	err := n.Pool.With(ctx, addr, func(connpool.Conn) error {
-		n.T.Error("fn ran")
-		return nil
-	})
-	var pe *connpool.Error
-	require.ErrorAs(n.T, err, &pe)
-	return pe
 }
 
 // Borrower is a borrower: a goroutine in With. Its fn blocks until it is told how to end.
@@ -327,47 +298,5 @@ func (b *Borrower) Quit() {
 	}
 }
 
-// ErrBoom is what Discard fails with.
+// ErrBoom is an error that is nobody else's.
 var ErrBoom = errors.New("boom")
-
-// Discard is a verdict on a loan after which the connection is closed.
-func Discard(connpool.Conn) error { return ErrBoom }
-
-// Strange is a connection whose Close and Probe may be replaced.
-type Strange struct {
-	*faultnet.Conn
-	OnClose func() error
-	OnProbe func() error
-}
-
-func (s *Strange) Close() error {
-	if s.OnClose != nil {
-		return s.OnClose()
-	}
-	return s.Conn.Close()
-}
-
-func (s *Strange) Probe() error {
-	if s.OnProbe != nil {
-		return s.OnProbe()
-	}
-	return s.Conn.Probe()
-}
-
-// Wrapped is a dialer of Memory whose connections go through wrap.
-func (n *Net) Wrapped(wrap func(*faultnet.Conn) net.Conn) map[connpool.Transport]connpool.DialFunc {
-	return map[connpool.Transport]connpool.DialFunc{Memory: func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
-		nc, err := n.DialAddr(ctx, addr)
-		if err != nil {
-			return nil, err
-		}
-		return wrap(nc.(*faultnet.Conn)), nil
-	}}
-}
-
-// HangingClose wraps connections whose Close blocks until never is closed.
-func HangingClose(never <-chan struct{}) func(*faultnet.Conn) net.Conn {
-	return func(c *faultnet.Conn) net.Conn {
-		return &Strange{Conn: c, OnClose: func() error { <-never; return c.Close() }}
-	}
-}
