@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"maps"
 	"math"
+	"math/rand/v2"
 	"net/url"
 	"reflect"
 	"slices"
@@ -687,4 +688,60 @@ func TestAddrErrorsUnwrapToTheFieldsOwn(t *testing.T) {
 	var field *addrError
 	require.True(t, errors.As(err, &field))
 	assert.Equal(t, "QoS.KeepAlive", field.field)
+}
+
+// BETA-X02
+func TestRandomAddressesSurviveTheirText(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	word := func(alphabet string, n int) string {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = alphabet[rng.IntN(len(alphabet))]
+		}
+		return string(b)
+	}
+	raw := make([]byte, 256)
+	for i := range raw {
+		raw[i] = byte(i)
+	}
+	seen := map[Addr]string{}
+	texts := map[string]Addr{}
+	for range 5000 {
+		a := Addr{Scope: word(string(raw), rng.IntN(6))}
+		switch rng.IntN(4) {
+		case 0, 1:
+			a.Transport = []Transport{TCP, TLS}[rng.IntN(2)]
+			a.Host = []string{word("abcABC-_", 3) + "x", "10.0.0." + fmt.Sprint(rng.IntN(256)), "fe80::1%" + word("eth0/%?&", 1+rng.IntN(3)), "2001:DB8::" + word("0123456789abcdef", 2)}[rng.IntN(4)]
+			a.Port = uint16(1 + rng.IntN(65535))
+			if a.Transport == TLS && rng.IntN(2) == 0 {
+				a.ServerName = word("abC.", 1) + "b.test"
+			}
+			a.QoS = QoS{DSCP: uint8(rng.IntN(64)), Delay: rng.IntN(2) == 0, KeepAlive: time.Duration(rng.IntN(5)-1) * time.Second, UserTimeout: time.Duration(rng.IntN(3)) * time.Millisecond}
+		case 2:
+			a.Transport, a.Host = Unix, "/"+word("ab/ ?&%#:é@", 1+rng.IntN(9))
+			a.QoS = QoS{SendBuffer: rng.IntN(2) * 8192, RecvBuffer: rng.IntN(2) * 9000}
+		case 3:
+			a.Transport, a.Host, a.Port = "x25+b", word(string(raw), 1+rng.IntN(5)), uint16(rng.IntN(3))
+		}
+		canon, err := a.canonical()
+		if err != nil {
+			continue // it may have come out as no address at all
+		}
+		text := canon.String()
+		back, err := ParseAddr(text)
+		require.NoError(t, err, "%#v: %s", canon, text)
+		require.Equal(t, canon, back)
+		require.Equal(t, text, back.String())
+		js, err := json.Marshal(canon)
+		require.NoError(t, err)
+		var fromJSON Addr
+		require.NoError(t, json.Unmarshal(js, &fromJSON), "%s", js)
+		require.Equal(t, canon, fromJSON)
+		if other, twice := texts[text]; twice {
+			require.Equal(t, other, canon, "two addresses, one text")
+		}
+		seen[canon], texts[text] = text, canon
+	}
+	require.Greater(t, len(seen), 2500)
+	require.Len(t, texts, len(seen))
 }

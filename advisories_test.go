@@ -12,7 +12,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -336,22 +335,6 @@ type advBuffered struct {
 }
 
 func (b advBuffered) Read(p []byte) (int, error) { return b.in.Read(p) }
-
-// curl CVE-2023-27538: an option was compared, but the comparison could never
-// say "different", and no test noticed. Here a key that forgets a part is shown
-// to the matrix, field by field; see TestTheMatrixSeesEachFault for the others.
-func TestCVE_2023_27538_AComparisonThatNeverDiffersIsNoticed(t *testing.T) {
-	lend, _ := matrixPool(t)
-	faults := matrixFaults(reflect.TypeFor[Addr](), func(a Addr) (uint64, error) {
-		const mask = 63
-		if flags := int(a.QoS.DSCP) << 6; flags == mask { // what can never be, where & was meant
-			a.Scope = "differs"
-		}
-		a.QoS.DSCP = 0
-		return lend(a)
-	})
-	require.Len(t, faults, len(matrixMutators["QoS.DSCP"]), "%q", faults)
-}
 
 // curl CVE-2020-8231: a connection was remembered by its address in memory,
 // which another one had by then. A Conn that was kept is refused by generation,

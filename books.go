@@ -56,6 +56,9 @@ type books struct {
 	deficit   list.List          // of the sites that want dials for nobody who waits, see pool_warm.go
 	overflows int                // calls under way of what DialOverflow returned
 	wrongMove string             // the last change of phase that must not be; "": there was none
+	lowered   bool               // SetLimits has lowered a limit, and what was in use may exceed it
+	auditIn   int                // critical sections to come before the next audit; in debug mode only
+	admitted  int                // the limit on connections by which admitLocked last judged; in debug mode only
 	unpooled  map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
 }
 
@@ -189,6 +192,9 @@ func (b *books) nextLocked() *site {
 // have none, oldest first, and evicts idle connections as long as that is what
 // they lack. What nobody waits for comes last.
 func (b *books) admitLocked(todo *agenda) {
+	if b.debug {
+		b.admitted = b.limitLocked()
+	}
 	for b.want > 0 && !b.closed {
 		room := b.limits.MaxDialing - int(b.n[phaseDialing])
 		if room <= 0 {

@@ -37,6 +37,7 @@ func (b *books) dropDialsLocked(s *site, q *queue, todo *agenda) {
 		if a.giveUp != nil {
 			todo.cancels = append(todo.cancels, a.giveUp)
 		}
+		b.refreshLocked(s) // its rank is lower now
 	}
 }
 

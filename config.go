@@ -246,8 +246,9 @@ type Config struct {
 	Profile *pprof.Profile
 
 	// Debug keeps the stack of each borrow and reports the use of a Conn
-	// after its loan to Logger, with the stacks of both. It costs some
-	// microseconds a loan.
+	// after its loan to Logger, with the stacks of both. The pool audits
+	// its books as it goes, and whenever Stats is called, and panics if
+	// they contradict themselves. It costs some microseconds a loan.
 	Debug bool
 
 	// # Rare: what nearly every program leaves alone

@@ -467,3 +467,23 @@ func TestAKeptTimeOutIsNotTheCauseOfALaterClose(t *testing.T) {
 		require.NotErrorIs(t, why, os.ErrDeadlineExceeded)
 	})
 }
+
+// BETA-14, BETA-16: a copy counts as an operation on both loans.
+func TestACopyThatStillRunsCostsBothConnections(t *testing.T) {
+	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
+		p := n.pool(t, nil)
+		copied := make(chan error, 1)
+		src, dst := hold(t, p, n.addr), hold(t, p, n.addr)
+		go func() {
+			_, err := io.Copy(dst, src)
+			copied <- err
+		}()
+		soon(t, "the copy under way", func() bool {
+			return src.c.word.Load()&inFlight != 0 && dst.c.word.Load()&inFlight != 0
+		})
+		require.NoError(t, dst.end(nil))
+		require.NoError(t, src.end(nil))
+		require.Error(t, inTime(t, copied))
+		require.EqualValues(t, 2, settled(t, p).Closed[ClosedInFlight])
+	})
+}

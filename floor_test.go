@@ -3,6 +3,7 @@ package connpool
 import (
 	"go/ast"
 	"go/build"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -103,4 +104,25 @@ func TestThePoolHasFewMethods(t *testing.T) {
 	t.Logf("%d methods of Pool: %s", len(methods), strings.Join(methods, ", "))
 	require.Contains(t, methods, "With", "the search finds methods")
 	require.LessOrEqual(t, len(methods), most)
+}
+
+// ORA-19
+func TestThePoolDependsOnLittle(t *testing.T) {
+	goTool, err := exec.LookPath("go")
+	if err != nil {
+		t.Skip("the go command, which knows the dependencies, is not here")
+	}
+	list := exec.CommandContext(t.Context(), goTool, "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", ".")
+	out, err := list.Output()
+	require.NoError(t, err)
+	packages := strings.Fields(string(out))
+	require.Contains(t, packages, "github.com/seed-ecb488c9/connpool")
+	for _, path := range packages {
+		known := path == "github.com/seed-ecb488c9/connpool" ||
+			slices.Contains(groundFloor, strings.TrimPrefix(path, "github.com/seed-ecb488c9/connpool/"))
+		for _, module := range []string{"golang.org/x/sync", "golang.org/x/sys", "github.com/hashicorp/golang-lru/v2"} {
+			known = known || strings.HasPrefix(path, module+"/")
+		}
+		require.True(t, known, "%s is not to be imported", path)
+	}
 }

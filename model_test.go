@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"os"
 	"runtime"
 	"slices"
 	"strconv"
@@ -82,15 +81,6 @@ func TestModelHoldsForShortPrograms(t *testing.T) {
 			rt.Fatal(err)
 		}
 	})
-}
-
-// stress is by how much the long tests multiply their loops.
-func stress() int {
-	n, err := strconv.Atoi(os.Getenv("CONNPOOL_STRESS"))
-	if err != nil || n < 1 {
-		return 1
-	}
-	return max(n, 8)
 }
 
 func runProgram(t *testing.T, program []byte, steps int) (err error) {

@@ -24,7 +24,7 @@ func TestSetupRunsOncePerConnectionBeforeAnyBorrower(t *testing.T) {
 		var j journal
 		var setups atomic.Int64
 		n := newTestnet(t)
-		n.Host("a").Serve(j.serve)
+		n.Host("a").Serve(j.Serve)
 		n.open(Config{Setup: func(_ context.Context, addr Addr, nc net.Conn) (any, error) {
 			setups.Add(1)
 			require.Equal(t, at("a"), addr)
@@ -41,7 +41,7 @@ func TestSetupRunsOncePerConnectionBeforeAnyBorrower(t *testing.T) {
 		synctest.Wait() // a dial that nobody needed any more may be in its Setup
 		require.EqualValues(t, n.Host("a").Accepts(), setups.Load())
 		for serial := range n.Host("a").Accepts() {
-			lines := j.of(serial + 1)
+			lines := j.Of(serial + 1)
 			require.Equal(t, "login", lines[0])
 			require.NotContains(t, lines[1:], "login")
 		}
@@ -227,7 +227,7 @@ func TestResetComesBeforeTheNextBorrower(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		var j journal
 		n := newTestnet(t)
-		n.Host("a").Serve(j.serve)
+		n.Host("a").Serve(j.Serve)
 		n.Host("a").SetDelay(time.Millisecond)
 		n.open(Config{MaxPerAddr: 1, Reset: func(_ context.Context, c Conn) error {
 			_, err := askLine(c, "RESET")
@@ -241,9 +241,9 @@ func TestResetComesBeforeTheNextBorrower(t *testing.T) {
 		require.Equal(t, "a#1", who(waiter.conn()))
 		require.NoError(t, waiter.finish(write))
 		require.NoError(t, n.p.With(bg, at("a"), write)) // from the idle stack
-		require.Equal(t, []string{"work", "RESET", "work", "RESET", "work", "RESET"}, j.of(1))
+		require.Equal(t, []string{"work", "RESET", "work", "RESET", "work", "RESET"}, j.Of(1))
 		require.Equal(t, errBoom, n.p.With(bg, at("a"), discard))
-		require.Len(t, j.of(1), 6, "what is closed needs no reset")
+		require.Len(t, j.Of(1), 6, "what is closed needs no reset")
 		n.check()
 	})
 }

@@ -47,6 +47,9 @@ func (p *Pool) SetLimits(l Limits) error {
 		p.mu.Unlock()
 		return usage(Addr{}, ErrClosed)
 	}
+	was := p.limits
+	p.lowered = p.lowered || now.MaxPerAddr < was.MaxPerAddr || now.MaxDialing < was.MaxDialing ||
+		now.MaxOpen > 0 && (was.MaxOpen == 0 || now.MaxOpen < was.MaxOpen)
 	p.given = l
 	p.limits = now
 	if now.MaxOpen == math.MaxInt {

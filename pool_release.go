@@ -57,6 +57,9 @@ func (c *conn) releaseFrom(u origin) bool {
 	kept := p.releaseLocked(c, u, now, &todo)
 	at := idleRef{c, c.generation()}
 	p.mu.Unlock()
+	if p.debug {
+		p.audit(1)
+	}
 	todo.run(p)
 	at.recheckHangUp()
 	return kept
@@ -220,6 +223,9 @@ func (a *agenda) run(p *Pool) {
 }
 
 func (a *agenda) runAll(p *Pool) {
+	if p.debug {
+		p.audit(1)
+	}
 	for _, d := range a.dials {
 		go d.dial()
 	}

@@ -72,6 +72,9 @@ func (p *Pool) Stats() Stats {
 	if p.stop == nil {
 		return Stats{Closed: make(map[CloseReason]uint64)}
 	}
+	if p.debug {
+		p.audit(0)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.counts

@@ -29,14 +29,14 @@ const leastPatience = 30 * time.Second
 // unsteady are the functions that may do otherwise, and why.
 var unsteady = map[string]string{
 	"TestCtxBoundsAllReadsOfALoanTogether": "exact in a bubble, half a minute over sockets",
-	"stress":                               "it is what says so",
 	"inChild":                              "it has no loop",
 }
 
 // steadier reads the tests of one directory.
 type steadier struct {
 	files  *token.FileSet
-	consts map[string]ast.Expr
+	consts map[string]ast.Expr // of the directory
+	shared map[string]ast.Expr // of the packages that tests share, as package.Name
 	wrong  *[]string
 	used   map[string]bool // of unsteady
 	in     string          // the function
@@ -59,8 +59,21 @@ func TestNoTestFailsBecauseTheMachineIsBusy(t *testing.T) {
 	require.Greater(t, len(dirs["."]), 100)
 	var wrong []string
 	used := make(map[string]bool)
+	shared := make(map[string]ast.Expr)
+	for _, dir := range []string{"internal/patience", "internal/pooltest"} {
+		s := &steadier{files: token.NewFileSet(), consts: make(map[string]ast.Expr)}
+		for _, path := range dirs[dir] {
+			f, err := parser.ParseFile(s.files, path, nil, parser.SkipObjectResolution)
+			require.NoError(t, err)
+			s.learn(f)
+		}
+		for name, value := range s.consts {
+			shared[filepath.Base(dir)+"."+name] = value
+		}
+	}
+	require.Contains(t, shared, "patience.Bounded")
 	for _, dir := range slices.Sorted(maps.Keys(dirs)) {
-		s := &steadier{files: token.NewFileSet(), consts: make(map[string]ast.Expr), wrong: &wrong, used: used}
+		s := &steadier{files: token.NewFileSet(), consts: make(map[string]ast.Expr), shared: shared, wrong: &wrong, used: used}
 		var tests []*ast.File
 		for _, path := range dirs[dir] {
 			f, err := parser.ParseFile(s.files, path, nil, parser.SkipObjectResolution)
@@ -104,7 +117,7 @@ func (s *steadier) read(f *ast.File) {
 			continue
 		}
 		s.in = d.Name.Name
-		if refers(d.Body, "stress") && !refers(d.Body, "short") {
+		if (refers(d.Body, "stress") || refers(d.Body, "Stress")) && !refers(d.Body, "short") {
 			s.accuse(d, "has a longer run (CONNPOOL_STRESS), and must ask internal/short for a shorter one")
 		}
 		elapsed := timesOf(d.Body)
@@ -172,6 +185,11 @@ func (s *steadier) duration(e ast.Expr) (time.Duration, bool) {
 	case *ast.SelectorExpr:
 		unit, ok := map[string]time.Duration{"Nanosecond": 1, "Microsecond": time.Microsecond, "Millisecond": time.Millisecond,
 			"Second": time.Second, "Minute": time.Minute, "Hour": time.Hour}[e.Sel.Name]
+		if x, isName := e.X.(*ast.Ident); isName && !ok {
+			if value := s.shared[x.Name+"."+e.Sel.Name]; value != nil {
+				return s.duration(value)
+			}
+		}
 		return unit, ok
 	case *ast.Ident:
 		if value := s.consts[e.Name]; value != nil {

@@ -1,11 +1,9 @@
 package connpool
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"runtime/debug"
 	"strings"
@@ -328,68 +326,12 @@ var errBoom = errors.New("boom")
 
 func discard(Conn) error { return errBoom }
 
-// echoLines answers each line with the number of the connection and the line. What
-// it has read is in its host's journal.
-func echoLines(c *faultnet.Conn) {
-	r := bufio.NewReader(c)
-	for {
-		line, err := r.ReadString('\n')
-		if err != nil {
-			return
-		}
-		if _, err := fmt.Fprintf(c, "%d %s", c.Serial(), line); err != nil {
-			return
-		}
-	}
-}
+var (
+	echoLines = faultnet.EchoLines
+	askLine   = faultnet.AskLine
+)
 
-// journal serves as echoLines does and records the lines of each connection.
-type journal struct {
-	mu    sync.Mutex
-	lines map[int][]string
-}
-
-func (j *journal) serve(c *faultnet.Conn) {
-	r := bufio.NewReader(c)
-	for {
-		line, err := r.ReadString('\n')
-		if err != nil {
-			return
-		}
-		j.mu.Lock()
-		if j.lines == nil {
-			j.lines = make(map[int][]string)
-		}
-		j.lines[c.Serial()] = append(j.lines[c.Serial()], strings.TrimSuffix(line, "\n"))
-		j.mu.Unlock()
-		if _, err := fmt.Fprintf(c, "%d %s", c.Serial(), line); err != nil {
-			return
-		}
-	}
-}
-
-func (j *journal) of(serial int) []string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return append([]string(nil), j.lines[serial]...)
-}
-
-// askLine sends a line and reads the answer of echoLines.
-func askLine(c io.ReadWriter, line string) (string, error) {
-	if _, err := io.WriteString(c, line+"\n"); err != nil {
-		return "", err
-	}
-	var answer []byte
-	for b := make([]byte, 1); ; {
-		if _, err := io.ReadFull(c, b); err != nil {
-			return string(answer), err
-		}
-		if b[0] == '\n' {
-			return string(answer), nil
-		}
-		answer = append(answer, b[0])
-	}
-}
+type journal = faultnet.Journal
 
 // strange is a connection whose Close and Probe may be replaced.
 type strange struct {

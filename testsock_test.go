@@ -1,26 +1,20 @@
 package connpool
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net"
-	"os"
 	"runtime"
-	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"go.uber.org/goleak"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -28,93 +22,23 @@ import (
 // the address and the Config that reach it, and the proof that nothing is left
 // when the test is over.
 
-// bounded is how long a test waits for what the system delivers when it likes.
-const bounded = time.Minute
+const (
+	bounded     = patience.Bounded
+	raceEnabled = race.Enabled
+)
 
-// soon waits for something that only the system can bring about.
-func soon(t *testing.T, what string, happened func() bool) {
+var (
+	soon            = patience.Soon
+	quickOnce       = patience.QuickOnce
+	nothingLeaks    = patience.NothingLeaks
+	openDescriptors = patience.OpenDescriptors
+	warmNet         = patience.WarmNet
+	stress          = patience.Stress
+)
+
+func inTime[T any](t *testing.T, from <-chan T) T {
 	t.Helper()
-	for end := time.Now().Add(bounded); !happened(); {
-		if time.Now().After(end) {
-			t.Fatal("still not: " + what)
-		}
-		<-time.After(500 * time.Microsecond)
-	}
-}
-
-// quickOnce requires that f ends within a bound at least once. A busy machine may
-// make any run of it slow; what breaks the bound makes each slow.
-func quickOnce(t *testing.T, bound time.Duration, f func()) {
-	t.Helper()
-	for tries := 0; ; tries++ {
-		start := time.Now()
-		f()
-		took := time.Since(start)
-		if took < bound {
-			return
-		}
-		if tries == 7 {
-			t.Fatalf("%v, and %v at most are right, %d times in a row", took, bound, tries+1)
-		}
-	}
-}
-
-// inTime receives what should come soon.
-func inTime[T any](t *testing.T, from <-chan T) (v T) {
-	t.Helper()
-	select {
-	case v = <-from:
-	case <-time.After(bounded):
-		t.Fatal("nothing comes")
-	}
-	return v
-}
-
-var warmNet = sync.OnceFunc(func() { // the runtime's poller has descriptors of its own
-	if ln, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
-		ln.Close()
-	}
-})
-
-// nothingLeaks fails the test if, when everything that is cleaned up after this
-// call has been, there are more descriptors or goroutines than now.
-func nothingLeaks(t *testing.T) {
-	t.Helper()
-	warmNet()
-	before, others := openDescriptors(), goleak.IgnoreCurrent()
-	t.Cleanup(func() {
-		if t.Failed() {
-			return
-		}
-		for end := time.Now().Add(bounded); ; { // goleak alone has less patience than a loaded machine needs
-			if err := goleak.Find(others); err == nil {
-				break
-			} else if time.Now().After(end) {
-				t.Fatal(err)
-			}
-		}
-		soon(t, "descriptors back at the baseline", func() bool { return openDescriptors() <= before })
-	})
-}
-
-// openDescriptors counts those of the process; 0 where nobody tells.
-func openDescriptors() int {
-	if runtime.GOOS != "linux" {
-		return 0
-	}
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return 0
-	}
-	n := 0
-	for _, e := range entries {
-		// Package net keeps the pipes that splice needs until the next GC. To
-		// ask for one would hide a socket that nobody closed.
-		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(to, "pipe:") {
-			n++
-		}
-	}
-	return n
+	return patience.InTime(t, from)
 }
 
 // A sockNet is a server on real sockets, and what a pool needs to reach it.
@@ -211,43 +135,24 @@ func scoped(a Addr, scope any) Addr {
 	return a
 }
 
-// reply is what the server's Tokens answers.
+// What package faultnet's servers answer, in the words of the tests here.
+
 type reply struct {
 	serial, seq int
 	token       string
 }
 
-var lastToken atomic.Uint64
+func ask(c net.Conn, token string) (reply, error)  { return replied(faultnet.Ask(c, token)) }
+func hear(c net.Conn, token string) (reply, error) { return replied(faultnet.Hear(c, token)) }
 
-func newToken() string { return fmt.Sprintf("t%d", lastToken.Add(1)) }
-
-// ask sends a token and reads one reply to its end. What comes back under
-// another token is the failure that all this is about.
-func ask(c net.Conn, token string) (reply, error) {
-	if _, err := io.WriteString(c, token+"\n"); err != nil {
-		return reply{}, err
-	}
-	return hear(c, token)
+func replied(r faultnet.Reply, err error) (reply, error) {
+	return reply{serial: r.Serial, seq: r.Seq, token: r.Token}, err
 }
 
-var errForeign = errors.New("got somebody else's reply")
-
-func hear(c net.Conn, token string) (r reply, err error) {
-	var buf [256]byte
-	n := 0
-	for bytes.IndexByte(buf[:n], '\n') < 0 {
-		k, err := c.Read(buf[n:])
-		if n += k; err != nil && bytes.IndexByte(buf[:n], '\n') < 0 {
-			return r, err
-		}
-	}
-	line := string(buf[:n])
-	if _, err := fmt.Sscanf(line, "%d %d %s\n", &r.serial, &r.seq, &r.token); err != nil ||
-		r.token != token || strings.IndexByte(line, '\n') != n-1 {
-		return r, fmt.Errorf("%w: %q for %q", errForeign, line, token)
-	}
-	return r, nil
-}
+var (
+	newToken   = faultnet.NewToken
+	errForeign = faultnet.ErrForeign
+)
 
 // loan is one complete exchange on a connection to addr.
 func loan(t *testing.T, p *Pool, addr Addr) (r reply) {

@@ -9,10 +9,10 @@
 //
 // A mutant is a piece of the source, which must occur exactly once, and its replacement
 // (see table.go). Each mutant is compiled into the tests of the package, and the named
-// tests must fail. The piece may be in a package below, and so may the tests. A test that
-// passes without the defence it tests proves nothing. A mutant whose text is not found,
-// that does not compile, or that has no test is an error in the table. The exit status is
-// 1 if there was any of these.
+// tests must fail. The piece may be in a package below, and so may the tests; or the tests
+// are a suite of internal/suite. A test that passes without the defence it tests proves
+// nothing. A mutant whose text is not found, that does not compile, or that has no test is
+// an error in the table. The exit status is 1 if there was any of these.
 //
 // The tree itself is not touched: everything happens in a copy.
 package main
@@ -45,7 +45,7 @@ import (
 type mutant struct {
 	name  string
 	file  string // the file with old, with its folder if that is another; "": any file of the package, if old occurs once
-	in    string // the folder of the package whose tests must fail; "": the table's package
+	in    string // the folder of the package whose tests must fail; "": the table's package. old is there, too, if it has anything but tests
 	old   string
 	new   string
 	tests string // the pattern of the tests that must fail
@@ -153,7 +153,8 @@ func partOf(all []mutant, part string) ([]mutant, error) {
 // lab is the copy of the module in which everything happens.
 type lab struct {
 	module  string            // the copy
-	dir     string            // of the package, in the copy
+	dir     string            // of the package whose tests are run, in the copy
+	home    string            // of the package that is changed: dir, or the table's if dir has only tests
 	scratch string            // folder for build results
 	source  map[string]string // text of the package's files, and of the files beside it that mutants name
 	verbose bool
@@ -182,7 +183,12 @@ func run(ctx context.Context, in string, chosen []mutant, jobs int, timeout time
 		}
 		l := &lab{module: module, dir: filepath.Join(module, dir), scratch: tmp, verbose: verbose, timeout: timeout}
 		those := slices.DeleteFunc(slices.Clone(chosen), func(m mutant) bool { return cmp.Or(m.in, in) != dir })
-		if l.source, err = readSource(l.dir); err != nil {
+		l.home = l.dir
+		if l.source, err = readSource(l.home); err == nil && len(l.source) == 0 {
+			l.home = filepath.Join(module, in)
+			l.source, err = readSource(l.home)
+		}
+		if err != nil {
 			return 0, err
 		}
 		if err := l.readBeside(those); err != nil {
@@ -305,7 +311,7 @@ func (l *lab) readBeside(chosen []mutant) error {
 // where returns the path of a file in the copy.
 func (l *lab) where(file string) string {
 	if path.Dir(file) == "." {
-		return filepath.Join(l.dir, file)
+		return filepath.Join(l.home, file)
 	}
 	return filepath.Join(l.module, file)
 }

@@ -429,6 +429,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "backlog-is-waited-for",
+		in:    "internal/suite/transports",
 		old:   `if network == "unix" && sock.FullBacklog(err) {`,
 		new:   `if false {`,
 		tests: `TestAFullBacklogOfAUnixSocketIsWaitedFor`,
@@ -510,24 +511,28 @@ var mutants = []mutant{
 	// --- which address ---
 	{
 		name:  "canonical-key",
+		in:    "internal/suite/transports",
 		old:   `r.addr, r.known, r.hash = &canonical, true, p.sites.hash(&canonical)`,
 		new:   `r.known = true`,
 		tests: `TestEqualAddressesMeetOnOneConnection|TestHostsAreFolded`,
 	},
 	{
 		name:  "scope-in-the-key",
+		in:    "internal/suite/matrix",
 		old:   `c, err := a, a.Transport.validate()`,
 		new:   "c, err := a, a.Transport.validate()\n\tc.Scope = \"\"",
 		tests: `TestEveryFieldOfTheAddressIsPartOfTheIdentity`,
 	},
 	{
 		name:  "qos-in-the-key",
+		in:    "internal/suite/matrix",
 		old:   `c, err := a, a.Transport.validate()`,
 		new:   "c, err := a, a.Transport.validate()\n\tc.QoS = QoS{}",
 		tests: `TestEveryFieldOfTheAddressIsPartOfTheIdentity`,
 	},
 	{
 		name:  "server-name-in-the-key",
+		in:    "internal/suite/matrix",
 		old:   "default:\n\t\t\tif c.ServerName, err = canonicalHost(\"ServerName\", a.ServerName); err != nil {",
 		new:   "default:\n\t\t\tif c.ServerName, err = \"\", nil; err != nil {",
 		tests: `TestEveryFieldOfTheAddressIsPartOfTheIdentity`,
@@ -574,13 +579,13 @@ var mutants = []mutant{
 		name:  "push-loses-what-a-look-took-out",
 		old:   `return &plaintext{append([]byte{first}, rest[:n]...)}`,
 		new:   `return &plaintext{rest[:min(n, 0)]}`,
-		tests: `TestAMessageToAnIdleConnectionReachesPush|TestTenThousandMessages`,
+		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
 	{
 		name:  "push-loses-the-rest-of-a-record",
 		old:   `return &plaintext{append([]byte{first}, rest[:n]...)}`,
 		new:   `return &plaintext{append([]byte{first}, rest[:min(n, 0)]...)}`,
-		tests: `TestAMessageToAnIdleConnectionReachesPush|TestTenThousandMessages`,
+		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
 	{
 		name:  "push-before-the-loan-is-left-out",
@@ -644,6 +649,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "actor-outlives-its-connection",
+		in:    "internal/suite/push",
 		old:   `c.endLife(reason)`,
 		new:   ``,
 		tests: `TestAnActorLivesAsLongAsItsConnection|TestTheContextOfAConnectionThatIsGoneIsDone`,
@@ -1118,12 +1124,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "unflushed-is-kept-and-read",
+		in:    "internal/suite/desync",
 		old:   "if in.unflushed > 0 {\n\t\treturn true",
 		new:   "if in.unflushed < 0 {\n\t\treturn true",
 		tests: `TestDesyncNobodyEverReadsAReplyThatIsNotTheirs`,
 	},
 	{
 		name:  "a-mark-is-never-spent-and-a-reply-is-read",
+		in:    "internal/suite/desync",
 		old:   `return &spentError{err}`,
 		new:   `return err`,
 		tests: `TestDesyncNobodyEverReadsAReplyThatIsNotTheirs`,
@@ -1439,6 +1447,30 @@ var mutants = []mutant{
 		new:   `if false {`,
 		tests: `TestAMoveThatIsNotDrawnIsNoticed`,
 	},
+	{
+		name:  "a-surplus-dial-that-is-given-up-counts",
+		old:   `b.refreshLocked(s) // its rank is lower now`,
+		new:   ``,
+		tests: `TestSurplusDialsThatAreGivenUpDoNotCountAgainstTheirAddress`,
+	},
+	{
+		name:  "a-give-back-is-not-audited",
+		old:   "\tp.mu.Unlock()\n\tif p.debug {\n\t\tp.audit(1)\n\t}\n",
+		new:   "\tp.mu.Unlock()\n",
+		tests: `TestInDebugModeThePoolAuditsItsBooks`,
+	},
+	{
+		name:  "stats-do-not-audit",
+		old:   `p.audit(0)`,
+		new:   `p.audit(-1)`,
+		tests: `TestInDebugModeThePoolAuditsItsBooks|TestALargePoolIsAuditedTheMoreSeldom`,
+	},
+	{
+		name:  "each-section-is-audited-whatever-the-size",
+		old:   `) / auditShare`,
+		new:   `) / (1 << 20)`,
+		tests: `TestALargePoolIsAuditedTheMoreSeldom`,
+	},
 	// --- foreign code ---
 	{
 		name:  "refused-deadline-closes",
@@ -1544,6 +1576,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lingering-close-is-not-at-once",
+		in:    "internal/suite/transports",
 		old:   "&& !c.sock.lingers()",
 		new:   "",
 		tests: `TestASocketThatLingersBlocksNobody`,
@@ -1552,7 +1585,7 @@ var mutants = []mutant{
 		name:  "deaths-do-not-wait-for-observers",
 		old:   "patience := foreignPatience\n\tif stuck.Load() > 0 {",
 		new:   "patience := time.Hour\n\tif false {",
-		tests: `TestATraceThatHangsDelaysNoSweep|TestASlowTraceClosedDelaysNoDeath`,
+		tests: `TestATraceThatHangsDelaysNoSweep`,
 	},
 	{
 		name:  "watcher-tried-again",

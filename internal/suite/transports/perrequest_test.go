@@ -1,11 +1,14 @@
-package connpool
+package transports
 
 import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
@@ -14,22 +17,22 @@ import (
 // that it saw closed.
 func TestOneConnectionPerRequestRemainsPossible(t *testing.T) {
 	requests := short.Of(20, 8)
-	for name, change := range map[string]func(*Config){
-		"MaxUses 1":  func(c *Config) { c.MaxUses = 1 },
-		"MaxIdle -1": func(c *Config) { c.MaxIdle = -1 },
+	for name, change := range map[string]func(*connpool.Config){
+		"MaxUses 1":  func(c *connpool.Config) { c.MaxUses = 1 },
+		"MaxIdle -1": func(c *connpool.Config) { c.MaxIdle = -1 },
 	} {
 		t.Run(name, func(t *testing.T) {
-			eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
-				p := n.pool(t, change)
+			pooltest.EachSockNet(t, faultnet.Options{}, func(t *testing.T, n *pooltest.SockNet) {
+				p := n.Pool(t, change)
 				for i := range requests {
-					r := loan(t, p, n.addr)
-					require.Equal(t, i+1, r.serial, "a connection of its own")
-					require.Equal(t, 1, r.seq)
-					p.check(t)
+					r := pooltest.Loan(t, p, n.Addr)
+					require.Equal(t, i+1, r.Serial, "a connection of its own")
+					require.Equal(t, 1, r.Seq)
+					pooltest.Check(t, p)
 				}
-				require.Equal(t, requests, n.srv.Accepts())
-				soon(t, "the server sees all of them closed", func() bool { return n.srv.Open() == 0 })
-				st := settled(t, p)
+				require.Equal(t, requests, n.Server.Accepts())
+				patience.Soon(t, "the server sees all of them closed", func() bool { return n.Server.Open() == 0 })
+				st := pooltest.Settled(t, p)
 				closed := uint64(0)
 				for _, k := range st.Closed {
 					closed += k

@@ -1,4 +1,4 @@
-package connpool
+package desync
 
 import (
 	"bufio"
@@ -17,7 +17,11 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
+	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
@@ -33,8 +37,8 @@ import (
 
 // A desyncer counts what happened to the borrowers of one server.
 type desyncer struct {
-	n *sockNet
-	p *Pool
+	n *pooltest.SockNet
+	p *connpool.Pool
 
 	exchanges, complete       atomic.Int64 // of complete ones the reply was read to its end
 	late, canceled, cut, none atomic.Int64 // time-outs and cancels inside fn, replies cut short; fn never ran
@@ -59,9 +63,9 @@ type history struct {
 func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 	total := short.Of(50_000, 3_000)
 	switch {
-	case stress() > 1:
+	case patience.Stress() > 1:
 		total = 1_000_000
-	case raceEnabled:
+	case race.Enabled:
 		total = short.Of(10_000, 3_000)
 	}
 	const workers = 8
@@ -69,7 +73,7 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 	share := map[string]int{"tcp": 4, "tls13": 1, "tls12": 1, "unix": 4} // of ten; a handshake costs a hundred exchanges
 	for _, name := range names {
 		t.Run(name, func(t *testing.T) {
-			n := startSock(t, name, faultnet.Options{ReplyDelay: func(serial, seq int) time.Duration {
+			n := pooltest.StartSock(t, name, faultnet.Options{ReplyDelay: func(serial, seq int) time.Duration {
 				switch seq % 8 {
 				case 3: // too late for the impatient
 					return time.Duration(300+37*serial%400) * time.Microsecond
@@ -79,9 +83,9 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 				return 0
 			}})
 			d := &desyncer{n: n}
-			d.p = n.pool(t, func(c *Config) {
+			d.p = n.Pool(t, func(c *connpool.Config) {
 				c.MaxPerAddr = workers / 2 // so that connections also go from hand to hand
-				c.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+				c.Setup = func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
 					return &history{out: bufio.NewWriter(nc)}, nil
 				}
 			})
@@ -91,7 +95,7 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 					rng := rand.New(rand.NewPCG(uint64(w), uint64(total)))
 					for d.exchanges.Add(1) <= int64(total*share[name]/10) && d.foreign.Load() == nil {
 						d.exchange(rng)
-						if err := d.p.inconsistency(); err != nil {
+						if err := pooltest.Inconsistency(d.p); err != nil {
 							d.accuse("%v", err)
 						}
 					}
@@ -101,13 +105,13 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 			if what := d.foreign.Load(); what != nil {
 				t.Fatal(*what)
 			}
-			st := settled(t, d.p)
+			st := pooltest.Settled(t, d.p)
 			t.Logf("%d exchanges, %d complete, %d timed out, %d canceled, %d cut short, %d never ran; %v",
 				d.exchanges.Load(), d.complete.Load(), d.late.Load(), d.canceled.Load(), d.cut.Load(), d.none.Load(), st.Closed)
 
 			// Was the hazard there? The pool must have had to give up
 			// connections on each of these grounds, and to reuse many.
-			for _, reason := range []CloseReason{ClosedTimeout, ClosedCanceled, ClosedDirty, ClosedFnError} {
+			for _, reason := range []connpool.CloseReason{connpool.ClosedTimeout, connpool.ClosedCanceled, connpool.ClosedDirty, connpool.ClosedFnError} {
 				require.Greater(t, st.Closed[reason], uint64(total/2500), reason)
 			}
 			require.Greater(t, st.Reused, uint64(total/50))
@@ -118,7 +122,7 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 				closed += k
 			}
 			require.Equal(t, st.Dials-st.DialErrors, closed+uint64(st.Open))
-			soon(t, "the server with no more connections than the pool", func() bool { return n.srv.Open() == st.Open })
+			patience.Soon(t, "the server with no more connections than the pool", func() bool { return n.Server.Open() == st.Open })
 		})
 	}
 }
@@ -128,7 +132,7 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 // deadlines and does not keep them, so that a borrower can only be let go. ORA-75, TRY-06, TRY-35
 func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
 	total := short.Of(4_000, 400)
-	if stress() > 1 {
+	if patience.Stress() > 1 {
 		total = 100_000
 	}
 	for _, c := range []struct {
@@ -152,11 +156,11 @@ func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
 			if c.greets {
 				options.Handler = greetsThenTokens
 			}
-			n := startSock(t, c.network, options)
+			n := pooltest.StartSock(t, c.network, options)
 			d := &desyncer{n: n, rude: c.greets}
-			d.p = n.pool(t, func(cfg *Config) {
+			d.p = n.Pool(t, func(cfg *connpool.Config) {
 				cfg.MaxPerAddr = 4
-				cfg.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+				cfg.Setup = func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
 					if c.greets {
 						if err := readGreeting(nc); err != nil {
 							return nil, err
@@ -165,7 +169,7 @@ func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
 					return &history{out: bufio.NewWriter(nc)}, nil
 				}
 				if c.deaf {
-					cfg.Dialers = map[Transport]DialFunc{TCP: func(ctx context.Context, a Addr) (net.Conn, error) {
+					cfg.Dialers = map[connpool.Transport]connpool.DialFunc{connpool.TCP: func(ctx context.Context, a connpool.Addr) (net.Conn, error) {
 						nc, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(a.Host, fmt.Sprint(a.Port)))
 						if err != nil {
 							return nil, err
@@ -176,7 +180,7 @@ func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
 			})
 			more := func() bool { // a brief run goes on until somebody was let go
 				k := d.exchanges.Add(1)
-				return k <= int64(total) || k <= int64(100*total) && d.p.Stats().Closed[ClosedCanceled] == 0
+				return k <= int64(total) || k <= int64(100*total) && d.p.Stats().Closed[connpool.ClosedCanceled] == 0
 			}
 			var wg sync.WaitGroup
 			for w := range 8 {
@@ -184,7 +188,7 @@ func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
 					rng := rand.New(rand.NewPCG(uint64(w), uint64(total)))
 					for more() && d.foreign.Load() == nil {
 						d.exchange(rng)
-						if err := d.p.inconsistency(); err != nil {
+						if err := pooltest.Inconsistency(d.p); err != nil {
 							d.accuse("%v", err)
 						}
 					}
@@ -194,14 +198,14 @@ func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
 			if what := d.foreign.Load(); what != nil {
 				t.Fatal(*what)
 			}
-			st := settled(t, d.p)
+			st := pooltest.Settled(t, d.p)
 			t.Logf("%d exchanges, %d complete, %d refused, %d greeted, %d never ran; %v", d.exchanges.Load(), d.complete.Load(),
 				d.refused.Load(), d.greeted.Load(), d.none.Load(), st.Closed)
 			require.Greater(t, d.complete.Load(), int64(total/8))
 			require.Greater(t, st.Reused, uint64(total/50))
-			require.NotZero(t, st.Closed[ClosedCanceled])
+			require.NotZero(t, st.Closed[connpool.ClosedCanceled])
 			if c.greets {
-				require.NotZero(t, st.Closed[ClosedSetupFailed], "of those that hung up, or greeted twice")
+				require.NotZero(t, st.Closed[connpool.ClosedSetupFailed], "of those that hung up, or greeted twice")
 			}
 			require.Zero(t, st.InUse+st.Waiting)
 		})
@@ -254,15 +258,15 @@ func (s deafSock) SyscallConn() (syscall.RawConn, error) {
 
 // excused reports whether err is what a rude peer does to its borrowers.
 func (d *desyncer) excused(err error) bool {
-	var pe *Error
+	var pe *connpool.Error
 	switch {
 	case !d.rude || err == nil:
 	case strings.Contains(err.Error(), "* h") || errors.Is(err, errGreeted):
 		d.greeted.Add(1)
 		return true
-	case errors.As(err, &pe) && (pe.Stage == StageSetup || pe.Stage == StageBackoff || pe.Stage == StageDial):
+	case errors.As(err, &pe) && (pe.Stage == connpool.StageSetup || pe.Stage == connpool.StageBackoff || pe.Stage == connpool.StageDial):
 		d.refused.Add(1)
-		if pe.Stage == StageBackoff { // does not count, and comes at once
+		if pe.Stage == connpool.StageBackoff { // does not count, and comes at once
 			d.exchanges.Add(-1)
 			time.Sleep(time.Millisecond)
 		}
@@ -305,9 +309,9 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 	defer cancel()
 	swallow := rng.IntN(2) == 0
 
-	token := newToken()
+	token := faultnet.NewToken()
 	ran := false
-	err := d.p.With(ctx, d.n.addr, func(c Conn) error {
+	err := d.p.With(ctx, d.n.Addr, func(c connpool.Conn) error {
 		ran = true
 		if patience > 0 {
 			c.SetReadDeadline(time.Now().Add(patience))
@@ -319,10 +323,10 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 		if d.excused(err) {
 			return err // not in step: it can only be given up
 		}
-		switch KindOf(err) {
-		case KindTimeout, KindTimeoutInTransfer:
+		switch connpool.KindOf(err) {
+		case connpool.KindTimeout, connpool.KindTimeoutInTransfer:
 			d.late.Add(1)
-		case KindCanceled:
+		case connpool.KindCanceled:
 			d.canceled.Add(1)
 		default:
 			if err != nil {
@@ -334,8 +338,8 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 		}
 		return err
 	})
-	switch KindOf(err) {
-	case KindTimeout, KindTimeoutInTransfer, KindCanceled:
+	switch connpool.KindOf(err) {
+	case connpool.KindTimeout, connpool.KindTimeoutInTransfer, connpool.KindCanceled:
 		err = nil
 	}
 	if err != nil && !d.excused(err) {
@@ -350,18 +354,18 @@ func (d *desyncer) exchange(rng *rand.Rand) {
 func (d *desyncer) forget(rng *rand.Rand) {
 	lend := d.p.With
 	if rng.IntN(2) == 0 {
-		lend = func(_ context.Context, addr Addr, fn func(Conn) error) error {
-			l, err := d.p.Lease(bg, addr)
+		lend = func(_ context.Context, addr connpool.Addr, fn func(connpool.Conn) error) error {
+			l, err := d.p.Lease(context.Background(), addr)
 			if err != nil {
 				return err
 			}
 			defer l.Return()
-			return l.Do(bg, fn)
+			return l.Do(context.Background(), fn)
 		}
 	}
-	if err := lend(bg, d.n.addr, func(c Conn) error {
+	if err := lend(context.Background(), d.n.Addr, func(c connpool.Conn) error {
 		d.unflushed.Add(1)
-		_, err := io.WriteString(State[*history](c).out, newToken()+"\n")
+		_, err := io.WriteString(connpool.State[*history](c).out, faultnet.NewToken()+"\n")
 		return err
 	}); err != nil && !d.excused(err) {
 		d.accuse("%v", err)
@@ -374,30 +378,30 @@ func (d *desyncer) forget(rng *rand.Rand) {
 func (d *desyncer) abandon(rng *rand.Rand) {
 	ways := []func(error) error{asItIs, wrapOnce, joined, wrappedTwice, hidden}
 	wrap := func(err error) error { return ways[rng.IntN(len(ways))](err) }
-	ctx, end := bg, func() {}
+	ctx, end := context.Background(), func() {}
 	if rng.IntN(2) == 0 {
-		ctx, end = d.p.Session(bg)
+		ctx, end = d.p.Session(context.Background())
 	}
 	defer end()
 	depth := 1 + rng.IntN(3)
 	var within func(left int) error
 	within = func(left int) error {
-		addr := scoped(d.n.addr, left)
-		return d.p.With(ctx, addr, func(c Conn) error {
+		addr := pooltest.Scoped(d.n.Addr, left)
+		return d.p.With(ctx, addr, func(c connpool.Conn) error {
 			if left == 0 {
-				if err := d.talk(c, newToken(), true, rng); err != nil {
+				if err := d.talk(c, faultnet.NewToken(), true, rng); err != nil {
 					return err
 				}
 				return wrap(errKept)
 			}
-			if _, err := io.WriteString(c, newToken()+"\n"); err != nil {
+			if _, err := io.WriteString(c, faultnet.NewToken()+"\n"); err != nil {
 				return err
 			}
 			return wrap(within(left - 1))
 		})
 	}
-	err := d.p.With(ctx, d.n.addr, func(c Conn) error {
-		if _, err := io.WriteString(c, newToken()+"\n"); err != nil {
+	err := d.p.With(ctx, d.n.Addr, func(c connpool.Conn) error {
+		if _, err := io.WriteString(c, faultnet.NewToken()+"\n"); err != nil {
 			return err
 		}
 		return wrap(within(depth))
@@ -412,8 +416,8 @@ func (d *desyncer) accuse(format string, args ...any) {
 	d.foreign.CompareAndSwap(nil, &what)
 }
 
-func (d *desyncer) talk(c Conn, token string, readAll bool, rng *rand.Rand) error {
-	h := State[*history](c)
+func (d *desyncer) talk(c connpool.Conn, token string, readAll bool, rng *rand.Rand) error {
+	h := connpool.State[*history](c)
 	h.seq++
 	if want := fmt.Sprintf("%d %d %s\n", h.serial, h.seq, token); !readAll && h.serial != 0 {
 		if _, err := io.WriteString(h.out, token+"\n"); err != nil {
@@ -434,23 +438,23 @@ func (d *desyncer) talk(c Conn, token string, readAll bool, rng *rand.Rand) erro
 		}
 		return nil
 	}
-	r, err := ask(flushed{c, h.out}, token)
+	r, err := faultnet.Ask(flushed{c, h.out}, token)
 	if err != nil {
 		return err
 	}
 	d.complete.Add(1)
 	if h.serial == 0 {
-		h.serial = r.serial
+		h.serial = r.Serial
 	}
-	if r.serial != h.serial || r.seq != h.seq {
-		d.accuse("request %d on connection %d was answered as %d on %d", h.seq, h.serial, r.seq, r.serial)
+	if r.Serial != h.serial || r.Seq != h.seq {
+		d.accuse("request %d on connection %d was answered as %d on %d", h.seq, h.serial, r.Seq, r.Serial)
 	}
 	return nil
 }
 
 // flushed writes through a buffer, and leaves nothing in it.
 type flushed struct {
-	Conn
+	connpool.Conn
 	out *bufio.Writer
 }
 
@@ -461,3 +465,25 @@ func (f flushed) Write(b []byte) (int, error) {
 	}
 	return n, err
 }
+
+var (
+	errAbsent = errors.New("no such key")
+	errKept   = connpool.Keep(errAbsent)
+)
+
+// onlyAs is an error of the kind that old packages made of several: it answers
+// errors.As, and has no Unwrap.
+type onlyAs struct{ err error }
+
+func (e onlyAs) Error() string        { return e.err.Error() }
+func (e onlyAs) As(target any) bool   { return errors.As(e.err, target) }
+func (e onlyAs) Is(target error) bool { return errors.Is(e.err, target) }
+
+// How the marks of the borrowers here are wrapped.
+func asItIs(err error) error   { return err }
+func wrapOnce(err error) error { return fmt.Errorf("wrapped: %w", err) }
+func joined(err error) error   { return errors.Join(io.ErrUnexpectedEOF, err) }
+func wrappedTwice(err error) error {
+	return fmt.Errorf("%w, %w", pooltest.ErrBoom, wrapOnce(joined(err)))
+}
+func hidden(err error) error { return onlyAs{wrapOnce(err)} }

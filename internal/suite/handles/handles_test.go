@@ -1,6 +1,6 @@
 //go:build linux
 
-package connpool
+package handles
 
 import (
 	"context"
@@ -18,7 +18,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 )
 
 // useUp takes every file handle that the process may still have, under a limit
@@ -64,8 +67,8 @@ func highestDescriptor(t *testing.T) (highest int) {
 }
 
 // open lists the server's connections by number, oldest first.
-func (n *sockNet) open() (serials []int) {
-	for _, p := range n.srv.Peers() {
+func open(n *pooltest.SockNet) (serials []int) {
+	for _, p := range n.Server.Peers() {
 		serials = append(serials, p.Serial())
 	}
 	return serials
@@ -75,20 +78,20 @@ func (n *sockNet) open() (serials []int) {
 func TestRunningOutOfHandlesClosesTheOldestIdleConnection(t *testing.T) {
 	for _, name := range []string{"tcp", "tls13", "unix"} {
 		t.Run(name, func(t *testing.T) {
-			n := startSock(t, name, faultnet.Options{})
-			p := n.pool(t, func(c *Config) { c.MaxOpen = -1 })
+			n := pooltest.StartSock(t, name, faultnet.Options{})
+			p := n.Pool(t, func(c *connpool.Config) { c.MaxOpen = -1 })
 			for _, scope := range []int{1, 2, 3, 4, 1} {
-				loan(t, p, scoped(n.addr, scope))
+				pooltest.Loan(t, p, pooltest.Scoped(n.Addr, scope))
 			}
 			useUp(t)
-			require.Equal(t, 5, loan(t, p, scoped(n.addr, "new")).serial)
-			soon(t, "the end of the oldest at the server", func() bool { return n.srv.Open() == 4 })
-			require.Equal(t, []int{1, 3, 4, 5}, n.open())
-			require.Equal(t, 6, loan(t, p, scoped(n.addr, "newer")).serial)
-			soon(t, "the end of the next oldest", func() bool { return n.srv.Open() == 4 })
-			require.Equal(t, []int{1, 4, 5, 6}, n.open())
-			st := settled(t, p)
-			require.Equal(t, map[CloseReason]uint64{ClosedEvicted: 2}, st.Closed)
+			require.Equal(t, 5, pooltest.Loan(t, p, pooltest.Scoped(n.Addr, "new")).Serial)
+			patience.Soon(t, "the end of the oldest at the server", func() bool { return n.Server.Open() == 4 })
+			require.Equal(t, []int{1, 3, 4, 5}, open(n))
+			require.Equal(t, 6, pooltest.Loan(t, p, pooltest.Scoped(n.Addr, "newer")).Serial)
+			patience.Soon(t, "the end of the next oldest", func() bool { return n.Server.Open() == 4 })
+			require.Equal(t, []int{1, 4, 5, 6}, open(n))
+			st := pooltest.Settled(t, p)
+			require.Equal(t, map[connpool.CloseReason]uint64{connpool.ClosedEvicted: 2}, st.Closed)
 			require.Zero(t, st.DialErrors)
 			require.EqualValues(t, 6, st.Dials) // a second try is not a second dial
 		})
@@ -102,7 +105,7 @@ const exhaustByName = "CONNPOOL_TEST_EXHAUST_BY_NAME"
 // up anything yet has no cache that helps.
 func TestRunningOutOfHandlesIsSeenThroughTheResolver(t *testing.T) {
 	if os.Getenv(exhaustByName) == "" {
-		nothingLeaks(t)
+		patience.NothingLeaks(t)
 		child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.count=1", "-test.v", "-test.timeout=1m")
 		child.Env = append(os.Environ(), exhaustByName+"=1")
 		out, err := child.CombinedOutput()
@@ -110,105 +113,105 @@ func TestRunningOutOfHandlesIsSeenThroughTheResolver(t *testing.T) {
 		require.Contains(t, string(out), "--- PASS: "+t.Name())
 		return
 	}
-	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.MaxOpen = -1 })
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{})
+	p := n.Pool(t, func(c *connpool.Config) { c.MaxOpen = -1 })
 	for scope := range 8 {
-		loan(t, p, scoped(n.addr, scope))
+		pooltest.Loan(t, p, pooltest.Scoped(n.Addr, scope))
 	}
 	useUp(t)
 
-	_, err := net.Dial("tcp", fmt.Sprintf("localhost:%d", n.srv.Port()))
+	_, err := net.Dial("tcp", fmt.Sprintf("localhost:%d", n.Server.Port()))
 	require.Error(t, err)
 	t.Logf("without a pool: %v; is it EMFILE? %v", err, errors.Is(err, syscall.EMFILE))
 
-	byName := n.addr
+	byName := n.Addr
 	byName.Host = "localhost"
-	require.Equal(t, 9, loan(t, p, byName).serial)
-	evicted := settled(t, p).Closed[ClosedEvicted]
+	require.Equal(t, 9, pooltest.Loan(t, p, byName).Serial)
+	evicted := pooltest.Settled(t, p).Closed[connpool.ClosedEvicted]
 	require.Positive(t, evicted)
 	require.LessOrEqual(t, evicted, uint64(4))
 	for serial := range 4 { // the newest four have stayed
-		require.Contains(t, n.open(), 8-serial)
+		require.Contains(t, open(n), 8-serial)
 	}
 }
 
 // G-05: that is for exhaustion only.
 func TestAnUnknownNameEvictsNothing(t *testing.T) {
-	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, nil)
-	loan(t, p, n.addr)
-	var pe *Error
-	require.ErrorAs(t, p.With(t.Context(), unknownName(t, n.addr), func(Conn) error { return nil }), &pe)
-	require.Equal(t, KindLookup, pe.Kind)
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{})
+	p := n.Pool(t, nil)
+	pooltest.Loan(t, p, n.Addr)
+	var pe *connpool.Error
+	require.ErrorAs(t, p.With(t.Context(), unknownName(t, n.Addr), func(connpool.Conn) error { return nil }), &pe)
+	require.Equal(t, connpool.KindLookup, pe.Kind)
 	require.Equal(t, 1, p.Stats().Idle)
 }
 
 // BETA-X05 (resource), BETA-34, BETA-35, BETA-36
 func TestNothingRemovableIsAnErrorAndNotTheEnd(t *testing.T) {
-	n := startSock(t, "tcp", faultnet.Options{})
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{})
 	var asked atomic.Int32
 	var free func(int)
 	generous := false
-	p := n.pool(t, func(c *Config) {
+	p := n.Pool(t, func(c *connpool.Config) {
 		c.MaxOpen = -1
-		c.NoneRemovable = func(e *Error) bool {
+		c.NoneRemovable = func(e *connpool.Error) bool {
 			asked.Add(1)
-			require.ErrorIs(t, e, ErrNoneRemovable)
+			require.ErrorIs(t, e, connpool.ErrNoneRemovable)
 			if generous {
 				free(2)
 			}
 			return generous
 		}
 	})
-	out := []held{hold(t, p, scoped(n.addr, 1)), hold(t, p, scoped(n.addr, 2))}
+	out := []pooltest.Held{pooltest.Hold(t, p, pooltest.Scoped(n.Addr, 1)), pooltest.Hold(t, p, pooltest.Scoped(n.Addr, 2))}
 	for _, h := range out {
-		_, err := ask(h, newToken())
+		_, err := faultnet.Ask(h, faultnet.NewToken())
 		require.NoError(t, err)
 	}
 	free = useUp(t)
 
 	start := time.Now()
-	err := p.With(context.Background(), scoped(n.addr, 3), func(Conn) error { return nil })
-	var pe *Error
+	err := p.With(context.Background(), pooltest.Scoped(n.Addr, 3), func(connpool.Conn) error { return nil })
+	var pe *connpool.Error
 	require.ErrorAs(t, err, &pe)
-	require.Equal(t, [...]any{StageDial, KindResource}, [...]any{pe.Stage, pe.Kind})
-	require.ErrorIs(t, err, ErrNoneRemovable)
+	require.Equal(t, [...]any{connpool.StageDial, connpool.KindResource}, [...]any{pe.Stage, pe.Kind})
+	require.ErrorIs(t, err, connpool.ErrNoneRemovable)
 	require.ErrorIs(t, err, syscall.EMFILE)
 	require.EqualValues(t, 1, asked.Load())
-	require.Less(t, time.Since(start), bounded/2)
-	p.check(t)
+	require.Less(t, time.Since(start), patience.Bounded/2)
+	pooltest.Check(t, p)
 
 	// In use connections were not touched, and when one is given back it
 	// makes room.
 	for _, h := range out {
-		_, err := ask(h, newToken())
+		_, err := faultnet.Ask(h, faultnet.NewToken())
 		require.NoError(t, err)
 	}
-	require.NoError(t, out[0].end(nil))
-	require.Equal(t, 3, loan(t, p, scoped(n.addr, 3)).serial)
-	require.EqualValues(t, 1, settled(t, p).Closed[ClosedEvicted])
+	require.NoError(t, out[0].End(nil))
+	require.Equal(t, 3, pooltest.Loan(t, p, pooltest.Scoped(n.Addr, 3)).Serial)
+	require.EqualValues(t, 1, pooltest.Settled(t, p).Closed[connpool.ClosedEvicted])
 
 	// A hook that frees something gets one more try.
-	out[0] = hold(t, p, scoped(n.addr, 3))
+	out[0] = pooltest.Hold(t, p, pooltest.Scoped(n.Addr, 3))
 	generous = true
-	require.Equal(t, 4, loan(t, p, scoped(n.addr, 4)).serial)
+	require.Equal(t, 4, pooltest.Loan(t, p, pooltest.Scoped(n.Addr, 4)).Serial)
 	require.EqualValues(t, 2, asked.Load())
 	for _, h := range out {
-		require.NoError(t, h.end(nil))
+		require.NoError(t, h.End(nil))
 	}
 }
 
 // The default MaxOpen is what the handle limit leaves, and follows it.
 func TestTheHandleLimitIsTheDefaultForMaxOpen(t *testing.T) {
-	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, nil)
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{})
+	p := n.Pool(t, nil)
 	var was syscall.Rlimit
 	require.NoError(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &was))
 	t.Cleanup(func() { require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &was)) })
 	low := was
 	low.Cur = uint64(max(96, highestDescriptor(t)+64))
 	require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &low))
-	loan(t, p, n.addr)
+	pooltest.Loan(t, p, n.Addr)
 	limit := p.Stats().Limit
 	require.Less(t, limit, int(low.Cur))
 	require.GreaterOrEqual(t, limit, int(low.Cur)*3/4)
@@ -228,13 +231,13 @@ func TestThePoolNeverListens(t *testing.T) {
 		}
 		return n
 	}
-	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
+	pooltest.EachSockNet(t, faultnet.Options{}, func(t *testing.T, n *pooltest.SockNet) {
 		require.Equal(t, 1, listening(), "the server's own")
-		p := n.pool(t, nil)
+		p := n.Pool(t, nil)
 		for range 3 {
-			h := hold(t, p, n.addr)
+			h := pooltest.Hold(t, p, n.Addr)
 			require.Equal(t, 1, listening())
-			require.NoError(t, h.end(nil))
+			require.NoError(t, h.End(nil))
 			require.Equal(t, 1, listening())
 		}
 	})
@@ -242,9 +245,9 @@ func TestThePoolNeverListens(t *testing.T) {
 
 // established says which of the server's connections the client has not ended,
 // as the kernel sees it.
-func (n *sockNet) established() map[int]bool {
+func established(n *pooltest.SockNet) map[int]bool {
 	live := make(map[int]bool)
-	for _, p := range n.srv.Peers() {
+	for _, p := range n.Server.Peers() {
 		raw, err := p.Conn.(syscall.Conn).SyscallConn()
 		if err != nil {
 			continue
@@ -261,22 +264,22 @@ func (n *sockNet) established() map[int]bool {
 // PLT-12, BETA-X01
 func TestTheServerNeverSeesMoreConnectionsThanTheLimit(t *testing.T) {
 	const limit = 6
-	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.MaxOpen = limit })
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{})
+	p := n.Pool(t, func(c *connpool.Config) { c.MaxOpen = limit })
 	stop := chaos(t, n, p, 24)
 	most := 0
 	for range 150 {
 		// A connection never comes back to life: what lives in both looks
 		// lived all at once in the time between.
-		first, both := n.established(), 0
-		for serial := range n.established() {
+		first, both := established(n), 0
+		for serial := range established(n) {
 			if first[serial] {
 				both++
 			}
 		}
 		most = max(most, both)
 		require.LessOrEqual(t, p.Stats().Open, limit)
-		n.srv.CutIdle(1, faultnet.RST)
+		n.Server.CutIdle(1, faultnet.RST)
 		<-time.After(time.Millisecond)
 	}
 	stop()
@@ -287,18 +290,18 @@ func TestTheServerNeverSeesMoreConnectionsThanTheLimit(t *testing.T) {
 
 // chaos borrows from many goroutines, for several addresses, with failures of
 // every kind, until it is told to stop.
-func chaos(t *testing.T, n *sockNet, p *Pool, workers int) (stop func()) {
+func chaos(t *testing.T, n *pooltest.SockNet, p *connpool.Pool, workers int) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	over := make(chan struct{}, workers)
 	for w := range workers {
 		go func() {
 			defer func() { over <- struct{}{} }()
 			for i := 0; ctx.Err() == nil; i++ {
-				p.With(ctx, scoped(n.addr, (w+i)%5), func(c Conn) error {
+				p.With(ctx, pooltest.Scoped(n.Addr, (w+i)%5), func(c connpool.Conn) error {
 					if i%7 == 0 {
 						return errors.New("no good")
 					}
-					if _, err := ask(c, newToken()); err != nil {
+					if _, err := faultnet.Ask(c, faultnet.NewToken()); err != nil {
 						return err
 					}
 					if i%11 == 0 {
@@ -314,7 +317,7 @@ func chaos(t *testing.T, n *sockNet, p *Pool, workers int) (stop func()) {
 		for range workers {
 			<-over
 		}
-		settled(t, p)
+		pooltest.Settled(t, p)
 	}
 }
 
@@ -322,7 +325,7 @@ func chaos(t *testing.T, n *sockNet, p *Pool, workers int) (stop func()) {
 func TestTheServersOwnLimitIsKeptOrReported(t *testing.T) {
 	const limit = 5
 	var inside atomic.Int32
-	n := startSock(t, "tcp", faultnet.Options{Handler: func(p *faultnet.Peer) {
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{Handler: func(p *faultnet.Peer) {
 		if inside.Add(1) > limit {
 			inside.Add(-1)
 			fmt.Fprintln(p, "1040 too many connections")
@@ -332,8 +335,8 @@ func TestTheServersOwnLimitIsKeptOrReported(t *testing.T) {
 		fmt.Fprintln(p, "welcome")
 		faultnet.Tokens(p)
 	}})
-	greeted := func(c *Config) {
-		c.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+	greeted := func(c *connpool.Config) {
+		c.Setup = func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
 			b := make([]byte, 64)
 			k, err := nc.Read(b)
 			if err == nil && !strings.HasPrefix(string(b[:k]), "welcome") {
@@ -342,12 +345,12 @@ func TestTheServersOwnLimitIsKeptOrReported(t *testing.T) {
 			return nil, err
 		}
 	}
-	swarm := func(p *Pool) (failed []error) {
+	swarm := func(p *connpool.Pool) (failed []error) {
 		results := make(chan error, 50)
 		for range cap(results) {
 			go func() {
-				results <- p.With(context.Background(), n.addr, func(c Conn) error {
-					_, err := ask(c, newToken())
+				results <- p.With(context.Background(), n.Addr, func(c connpool.Conn) error {
+					_, err := faultnet.Ask(c, faultnet.NewToken())
 					<-time.After(2 * time.Millisecond)
 					return err
 				})
@@ -361,27 +364,38 @@ func TestTheServersOwnLimitIsKeptOrReported(t *testing.T) {
 		return failed
 	}
 	t.Run("MaxPerAddr says so", func(t *testing.T) {
-		p := n.pool(t, func(c *Config) { greeted(c); c.MaxPerAddr = limit })
+		p := n.Pool(t, func(c *connpool.Config) { greeted(c); c.MaxPerAddr = limit })
 		require.Empty(t, swarm(p))
-		require.LessOrEqual(t, settled(t, p).PeakOpen, limit)
+		require.LessOrEqual(t, pooltest.Settled(t, p).PeakOpen, limit)
 	})
-	soon(t, "the server empty", func() bool { return inside.Load() == 0 })
+	patience.Soon(t, "the server empty", func() bool { return inside.Load() == 0 })
 	t.Run("MaxPerAddr unset", func(t *testing.T) {
-		before := openDescriptors()
-		p := n.pool(t, greeted)
+		before := patience.OpenDescriptors()
+		p := n.Pool(t, greeted)
 		failed := swarm(p)
 		require.NotEmpty(t, failed, "the server refused nobody")
 		for _, err := range failed {
-			var pe *Error
+			var pe *connpool.Error
 			require.ErrorAs(t, err, &pe)
 			require.ErrorContains(t, err, "1040 too many connections")
-			require.Contains(t, []Stage{StageSetup, StageBackoff}, pe.Stage)
-			require.Equal(t, n.addr, pe.Addr)
+			require.Contains(t, []connpool.Stage{connpool.StageSetup, connpool.StageBackoff}, pe.Stage)
+			require.Equal(t, n.Addr, pe.Addr)
 			require.GreaterOrEqual(t, pe.Open, pe.InUse+pe.Idle)
 		}
-		st := settled(t, p)
+		st := pooltest.Settled(t, p)
 		require.LessOrEqual(t, st.Open, limit)
 		require.NoError(t, p.Close())
-		soon(t, "no descriptor lost", func() bool { return openDescriptors() <= before })
+		patience.Soon(t, "no descriptor lost", func() bool { return patience.OpenDescriptors() <= before })
 	})
+}
+
+// unknownName is an address whose host no resolver knows. Names that end in a
+// hyphen are not even asked for, so that no packet leaves the machine.
+func unknownName(t *testing.T, a connpool.Addr) connpool.Addr {
+	t.Helper()
+	was := net.DefaultResolver.PreferGo
+	net.DefaultResolver.PreferGo = true
+	t.Cleanup(func() { net.DefaultResolver.PreferGo = was })
+	a.Host = "nobody-"
+	return a
 }

@@ -1,4 +1,4 @@
-package connpool
+package push
 
 import (
 	"context"
@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,7 +17,11 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
+	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
@@ -29,14 +34,14 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 		for _, connections := range []int{1, 4} {
 			t.Run(fmt.Sprintf("%s over %d", name, connections), func(t *testing.T) {
 				rounds := short.Of(10_000, 1_000) / connections
-				if raceEnabled || connections == 1 { // which takes its time, as nobody else talks meanwhile
+				if race.Enabled || connections == 1 { // which takes its time, as nobody else talks meanwhile
 					rounds /= 10
 				}
-				n := startSock(t, name, faultnet.Options{Handler: chatter})
+				n := pooltest.StartSock(t, name, faultnet.Options{Handler: chatter})
 				o := &listeners{t: t, last: make(map[uint64]int)}
-				p := n.pool(t, func(c *Config) {
+				p := n.Pool(t, func(c *connpool.Config) {
 					c.MaxOpen, c.SweepInterval = connections, 3*time.Millisecond
-					c.Push = func(_ context.Context, c Conn) error {
+					c.Push = func(_ context.Context, c connpool.Conn) error {
 						l, err := line(c)
 						if err == nil {
 							o.pushed.Add(1)
@@ -52,7 +57,7 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 						for range rounds {
 							// What the server says now it says while nobody asks,
 							// or while somebody does.
-							if err := p.With(context.Background(), n.addr, o.exchange); err != nil {
+							if err := p.With(context.Background(), n.Addr, o.exchange); err != nil {
 								t.Error(err)
 								return
 							}
@@ -67,9 +72,9 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 					return
 				}
 				want := rounds * connections
-				soon(t, "all messages heard", func() bool { return int(o.pushed.Load()+o.inLoans.Load()) == want })
-				soon(t, "all idle", func() bool { st := p.Stats(); return st.InUse == 0 && st.Closing == 0 })
-				p.check(t)
+				patience.Soon(t, "all messages heard", func() bool { return int(o.pushed.Load()+o.inLoans.Load()) == want })
+				patience.Soon(t, "all idle", func() bool { st := p.Stats(); return st.InUse == 0 && st.Closing == 0 })
+				pooltest.Check(t, p)
 				require.Empty(t, p.Stats().Closed)
 				t.Logf("%d messages, %d of them in the middle of a loan; %v", want, o.inLoans.Load(), p.Stats())
 				require.Greater(t, int(o.pushed.Load()), want/10)
@@ -126,8 +131,8 @@ func (o *listeners) heard(id uint64, l string) {
 	o.last[id] = k
 }
 
-func (o *listeners) exchange(c Conn) error {
-	token := newToken()
+func (o *listeners) exchange(c connpool.Conn) error {
+	token := faultnet.NewToken()
 	if _, err := io.WriteString(c, token+"\n"); err != nil {
 		return err
 	}
@@ -142,7 +147,7 @@ func (o *listeners) exchange(c Conn) error {
 		case l == "reply to "+token:
 			return nil
 		default:
-			return fmt.Errorf("%w: %q for %q", errForeign, l, token)
+			return fmt.Errorf("%w: %q for %q", faultnet.ErrForeign, l, token)
 		}
 	}
 }
@@ -151,22 +156,22 @@ func (o *listeners) exchange(c Conn) error {
 // patience and leave in the middle of replies while the peer speaks unasked. What
 // a borrower left unread comes to Push, which knows that it is no message.
 func TestDesyncNobodyGetsAnothersReplyBesideMessages(t *testing.T) {
-	total := short.Of(10_000, 2_500) * stress()
-	if raceEnabled {
+	total := short.Of(10_000, 2_500) * patience.Stress()
+	if race.Enabled {
 		total /= 5
 	}
 	for _, name := range []string{"tcp", "tls13", "unix"} {
 		t.Run(name, func(t *testing.T) {
-			n := startSock(t, name, faultnet.Options{ReplyDelay: func(serial, seq int) time.Duration {
+			n := pooltest.StartSock(t, name, faultnet.Options{ReplyDelay: func(serial, seq int) time.Duration {
 				if seq%8 == 3 {
 					return time.Duration(100+37*serial%300) * time.Microsecond
 				}
 				return 0
 			}})
 			var messages, nonsense atomic.Int64
-			p := n.pool(t, func(c *Config) {
+			p := n.Pool(t, func(c *connpool.Config) {
 				c.MaxPerAddr = 4
-				c.Push = func(_ context.Context, c Conn) error {
+				c.Push = func(_ context.Context, c connpool.Conn) error {
 					l, err := line(c)
 					switch {
 					case err != nil:
@@ -187,7 +192,7 @@ func TestDesyncNobodyGetsAnothersReplyBesideMessages(t *testing.T) {
 					case <-stop:
 						return
 					case <-time.After(100 * time.Microsecond):
-						n.srv.PushIdle(1+i%4, []byte("push\n"))
+						n.Server.PushIdle(1+i%4, []byte("push\n"))
 					}
 				}
 			})
@@ -198,10 +203,10 @@ func TestDesyncNobodyGetsAnothersReplyBesideMessages(t *testing.T) {
 				workers.Go(func() {
 					rng := rand.New(rand.NewPCG(uint64(w), 19))
 					for left.Add(-1) >= 0 && foreign.Load() == nil {
-						if err := restless(p, n.addr, rng); err != nil {
+						if err := restless(p, n.Addr, rng); err != nil {
 							foreign.Store(&err)
 						}
-						if err := p.inconsistency(); err != nil {
+						if err := pooltest.Inconsistency(p); err != nil {
 							foreign.Store(&err)
 						}
 					}
@@ -213,7 +218,7 @@ func TestDesyncNobodyGetsAnothersReplyBesideMessages(t *testing.T) {
 			if err := foreign.Load(); err != nil {
 				t.Fatal(*err)
 			}
-			st := settled(t, p)
+			st := pooltest.Settled(t, p)
 			t.Logf("%d messages, %d times something else; %v", messages.Load(), nonsense.Load(), st.Closed)
 			require.Greater(t, messages.Load(), int64(20))
 			require.Greater(t, nonsense.Load(), int64(20), "the hazard was there")
@@ -223,7 +228,7 @@ func TestDesyncNobodyGetsAnothersReplyBesideMessages(t *testing.T) {
 
 // restless is one exchange of a borrower who may give up at any moment, and says
 // nothing about it.
-func restless(p *Pool, addr Addr, rng *rand.Rand) error {
+func restless(p *connpool.Pool, addr connpool.Addr, rng *rand.Rand) error {
 	ctx, cancel := context.Background(), context.CancelFunc(func() {})
 	moment := time.Duration(rng.IntN(400)) * time.Microsecond
 	way := rng.IntN(6)
@@ -231,8 +236,8 @@ func restless(p *Pool, addr Addr, rng *rand.Rand) error {
 		ctx, cancel = context.WithTimeout(ctx, moment)
 	}
 	defer cancel()
-	token := newToken()
-	err := p.With(ctx, addr, func(c Conn) error {
+	token := faultnet.NewToken()
+	err := p.With(ctx, addr, func(c connpool.Conn) error {
 		if way == 1 {
 			c.SetReadDeadline(time.Now().Add(moment))
 		}
@@ -250,13 +255,13 @@ func restless(p *Pool, addr Addr, rng *rand.Rand) error {
 				return nil
 			case l == "push": // it is only now that it came
 			case !strings.HasSuffix(l, " "+token):
-				return fmt.Errorf("%w: %q for %q", errForeign, l, token)
+				return fmt.Errorf("%w: %q for %q", faultnet.ErrForeign, l, token)
 			default:
 				return nil
 			}
 		}
 	})
-	if KindOf(err) == KindTimeout {
+	if connpool.KindOf(err) == connpool.KindTimeout {
 		return nil
 	}
 	return err
@@ -265,32 +270,34 @@ func restless(p *Pool, addr Addr, rng *rand.Rand) error {
 // BETA-18: an actor that Setup starts lives as long as its connection, whichever
 // way that ends.
 func TestAnActorLivesAsLongAsItsConnection(t *testing.T) {
-	for name, end := range map[string]func(t *testing.T, p *Pool, addr Addr){
-		"evicted": func(t *testing.T, p *Pool, _ Addr) {
+	for name, end := range map[string]func(t *testing.T, p *connpool.Pool, addr connpool.Addr){
+		"evicted": func(t *testing.T, p *connpool.Pool, _ connpool.Addr) {
 			_, ok := p.EvictLRU()
 			require.True(t, ok)
 		},
-		"detached": func(t *testing.T, p *Pool, addr Addr) {
-			require.NoError(t, p.With(bg, addr, func(c Conn) error {
+		"detached": func(t *testing.T, p *connpool.Pool, addr connpool.Addr) {
+			require.NoError(t, p.With(context.Background(), addr, func(c connpool.Conn) error {
 				nc, err := c.Detach()
 				require.NoError(t, err)
 				return nc.Close()
 			}))
 		},
-		"closed by its borrower": func(t *testing.T, p *Pool, addr Addr) {
-			require.NoError(t, p.With(bg, addr, Conn.Close))
+		"closed by its borrower": func(t *testing.T, p *connpool.Pool, addr connpool.Addr) {
+			require.NoError(t, p.With(context.Background(), addr, connpool.Conn.Close))
 		},
-		"closed with the pool": func(t *testing.T, p *Pool, _ Addr) { require.NoError(t, p.Close()) },
-		"given up":             func(t *testing.T, p *Pool, addr Addr) { p.With(bg, addr, func(Conn) error { return errBoom }) },
-		"retired":              func(_ *testing.T, p *Pool, addr Addr) { p.Retire(addr) },
+		"closed with the pool": func(t *testing.T, p *connpool.Pool, _ connpool.Addr) { require.NoError(t, p.Close()) },
+		"given up": func(t *testing.T, p *connpool.Pool, addr connpool.Addr) {
+			p.With(context.Background(), addr, func(connpool.Conn) error { return pooltest.ErrBoom })
+		},
+		"retired": func(_ *testing.T, p *connpool.Pool, addr connpool.Addr) { p.Retire(addr) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := startSock(t, "tcp", faultnet.Options{}) // and its watch over goroutines
+			n := pooltest.StartSock(t, "tcp", faultnet.Options{}) // and its watch over goroutines
 			var started, running atomic.Int64
 			ended := make(chan error, 10)
-			p := n.pool(t, func(c *Config) {
-				c.Setup = func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
-					life := nc.(Conn).Context()
+			p := n.Pool(t, func(c *connpool.Config) {
+				c.Setup = func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
+					life := nc.(connpool.Conn).Context()
 					a := newActor()
 					started.Add(1)
 					running.Add(1)
@@ -301,26 +308,28 @@ func TestAnActorLivesAsLongAsItsConnection(t *testing.T) {
 					}()
 					return a, nil
 				}
-				c.Push = func(ctx context.Context, c Conn) error { return State[*actor](c).hear(ctx, c) }
+				c.Push = func(ctx context.Context, c connpool.Conn) error { return connpool.State[*actor](c).hear(ctx, c) }
 				c.SweepInterval = sweepWhereNothingListens
 			})
 			var a *actor
 			for i := range 50 {
-				require.NoError(t, p.With(t.Context(), n.addr, func(c Conn) error {
-					a = State[*actor](c)
-					_, err := ask(c, newToken())
+				require.NoError(t, p.With(t.Context(), n.Addr, func(c connpool.Conn) error {
+					a = connpool.State[*actor](c)
+					_, err := faultnet.Ask(c, faultnet.NewToken())
 					return err
 				}))
-				require.Equal(t, 1, n.srv.PushIdle(-1, fmt.Appendf(nil, "push %d\n", i)))
-				require.Equal(t, fmt.Sprintf("push %d", i), inTime(t, a.got), "its messages")
-				soon(t, "idle", func() bool { return p.Stats().Idle == 1 })
+				require.Equal(t, 1, n.Server.PushIdle(-1, fmt.Appendf(nil, "push %d\n", i)))
+				require.Equal(t, fmt.Sprintf("push %d", i), patience.InTime(t, a.got), "its messages")
+				patience.Soon(t, "idle", func() bool { return p.Stats().Idle == 1 })
 			}
 			require.EqualValues(t, 1, started.Load(), "once per connection")
 			require.EqualValues(t, 1, running.Load())
-			canon, err := n.addr.canonical()
-			require.NoError(t, err)
+			canon := n.Addr
+			for a := range p.Addrs() {
+				canon = a // there is one
+			}
 			end(t, p, canon)
-			require.ErrorContains(t, inTime(t, ended), "connpool: the connection was ")
+			require.ErrorContains(t, patience.InTime(t, ended), "connpool: the connection was ")
 			require.Zero(t, running.Load())
 		})
 	}
@@ -329,32 +338,71 @@ func TestAnActorLivesAsLongAsItsConnection(t *testing.T) {
 // BETA-18: also if Setup fails after it has started one, and if the connection is
 // not the pool's any more when somebody asks.
 func TestTheContextOfAConnectionThatIsGoneIsDone(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	pooltest.Bubble(t, func(t *testing.T) {
 		var life context.Context
-		n := open(t, Config{Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
-			life = nc.(Conn).Context()
+		n := pooltest.Open(t, connpool.Config{Setup: func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
+			life = nc.(connpool.Conn).Context()
 			require.NoError(t, life.Err())
-			return nil, errBoom
+			return nil, pooltest.ErrBoom
 		}})
-		require.ErrorIs(t, n.p.With(bg, at("a"), func(Conn) error { return nil }), errBoom)
+		require.ErrorIs(t, n.Pool.With(context.Background(), pooltest.At("a"), func(connpool.Conn) error { return nil }), pooltest.ErrBoom)
 		synctest.Wait()
 		require.Error(t, life.Err())
-		require.ErrorContains(t, context.Cause(life), ClosedSetupFailed.String())
+		require.ErrorContains(t, context.Cause(life), connpool.ClosedSetupFailed.String())
 	})
-	bubble(t, func(t *testing.T) {
-		n := open(t, Config{})
-		var kept Conn
+	pooltest.Bubble(t, func(t *testing.T) {
+		n := pooltest.Open(t, connpool.Config{})
+		var kept connpool.Conn
 		var first, second context.Context
-		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error { kept, first = c, c.Context(); return nil }))
+		require.NoError(t, n.Pool.With(context.Background(), pooltest.At("a"), func(c connpool.Conn) error { kept, first = c, c.Context(); return nil }))
 		require.NoError(t, first.Err(), "it outlives the loan")
-		require.ErrorIs(t, context.Cause(kept.Context()), ErrReturned)
-		require.ErrorIs(t, context.Cause(Conn{}.Context()), ErrReturned)
-		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error { second = c.Context(); return nil }))
+		require.ErrorIs(t, context.Cause(kept.Context()), connpool.ErrReturned)
+		require.ErrorIs(t, context.Cause(connpool.Conn{}.Context()), connpool.ErrReturned)
+		require.NoError(t, n.Pool.With(context.Background(), pooltest.At("a"), func(c connpool.Conn) error { second = c.Context(); return nil }))
 		require.Equal(t, first, second, "one for the connection")
-		n.p.CloseIdle()
+		n.Pool.CloseIdle()
 		synctest.Wait()
 		require.ErrorIs(t, first.Err(), context.Canceled)
-		require.Equal(t, leftPool(ClosedOnRequest), context.Cause(first))
-		require.False(t, errors.Is(context.Cause(first), ErrReturned))
+		require.Equal(t, fmt.Sprintf("connpool: the connection was closed: %v", connpool.ClosedOnRequest), context.Cause(first).Error())
+		require.False(t, errors.Is(context.Cause(first), connpool.ErrReturned))
 	})
 }
+
+// actor is what lives beside a connection and gets its messages: lines that
+// begin with "push".
+type actor struct{ got chan string }
+
+// line reads one line from c: of the connection, byte by byte, so that nothing
+// is taken from whoever reads next.
+func line(c io.Reader) (string, error) {
+	var l []byte
+	for b := make([]byte, 1); ; {
+		if _, err := io.ReadFull(c, b); err != nil {
+			return string(l), err
+		}
+		if b[0] == '\n' {
+			return string(l), nil
+		}
+		l = append(l, b[0])
+	}
+}
+
+var errNoPush = errors.New("this is no message")
+
+func (a *actor) hear(_ context.Context, c connpool.Conn) error {
+	l, err := line(c)
+	if err != nil {
+		return err
+	}
+	if !strings.HasPrefix(l, "push ") {
+		return fmt.Errorf("%w: %q", errNoPush, l)
+	}
+	a.got <- l
+	return nil
+}
+
+func newActor() *actor { return &actor{got: make(chan string, 1000)} }
+
+// sweepWhereNothingListens is a SweepInterval that shows whether something was
+// heard, or only seen by a sweep.
+var sweepWhereNothingListens = map[bool]time.Duration{true: -1, false: 5 * time.Millisecond}[runtime.GOOS == "linux"]

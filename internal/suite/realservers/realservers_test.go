@@ -1,6 +1,6 @@
 //go:build linux
 
-package connpool_test
+package realservers
 
 import (
 	"bufio"

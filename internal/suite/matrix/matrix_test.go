@@ -1,4 +1,4 @@
-package connpool
+package matrix
 
 import (
 	"context"
@@ -10,6 +10,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 )
 
 // The identity matrix. Every field of an address, found by reflection, is
@@ -18,22 +21,22 @@ import (
 
 // matrixBase is the address that is changed. Every field must be free to change
 // alone: hence TLS, which alone has a ServerName beside a port and QoS.
-var matrixBase = Addr{Transport: TLS, Host: "db.example", Port: 5432}
+var matrixBase = connpool.Addr{Transport: connpool.TLS, Host: "db.example", Port: 5432}
 
 // matrixMutators gives, for each field, other values than matrixBase has.
-var matrixMutators = map[string][]func(*Addr){
-	"Transport":  {func(a *Addr) { a.Transport = TCP }, func(a *Addr) { a.Transport = "other" }},
-	"Host":       {func(a *Addr) { a.Host = "db2.example" }, func(a *Addr) { a.Host = "192.0.2.1" }, func(a *Addr) { a.Host = "fe80::1%eth0" }, func(a *Addr) { a.Host = "fe80::1%eth1" }, func(a *Addr) { a.Host = "fe80::1" }},
-	"Port":       {func(a *Addr) { a.Port = 5433 }, func(a *Addr) { a.Port = 1 }},
-	"ServerName": {func(a *Addr) { a.ServerName = "db.example" }, func(a *Addr) { a.ServerName = "other.example" }},
-	"Scope":      {func(a *Addr) { a.Scope = "tenant" }, func(a *Addr) { a.Scope = "Tenant" }, func(a *Addr) { a.Scope = " " }, func(a *Addr) { a.Scope = "\x00" }},
+var matrixMutators = map[string][]func(*connpool.Addr){
+	"Transport":  {func(a *connpool.Addr) { a.Transport = connpool.TCP }, func(a *connpool.Addr) { a.Transport = "other" }},
+	"Host":       {func(a *connpool.Addr) { a.Host = "db2.example" }, func(a *connpool.Addr) { a.Host = "192.0.2.1" }, func(a *connpool.Addr) { a.Host = "fe80::1%eth0" }, func(a *connpool.Addr) { a.Host = "fe80::1%eth1" }, func(a *connpool.Addr) { a.Host = "fe80::1" }},
+	"Port":       {func(a *connpool.Addr) { a.Port = 5433 }, func(a *connpool.Addr) { a.Port = 1 }},
+	"ServerName": {func(a *connpool.Addr) { a.ServerName = "db.example" }, func(a *connpool.Addr) { a.ServerName = "other.example" }},
+	"Scope":      {func(a *connpool.Addr) { a.Scope = "tenant" }, func(a *connpool.Addr) { a.Scope = "Tenant" }, func(a *connpool.Addr) { a.Scope = " " }, func(a *connpool.Addr) { a.Scope = "\x00" }},
 
-	"QoS.DSCP":        {func(a *Addr) { a.QoS.DSCP = 46 }, func(a *Addr) { a.QoS.DSCP = 8 }},
-	"QoS.Delay":       {func(a *Addr) { a.QoS.Delay = true }},
-	"QoS.KeepAlive":   {func(a *Addr) { a.QoS.KeepAlive = time.Second }, func(a *Addr) { a.QoS.KeepAlive = -1 }},
-	"QoS.UserTimeout": {func(a *Addr) { a.QoS.UserTimeout = time.Second }, func(a *Addr) { a.QoS.UserTimeout = time.Millisecond }},
-	"QoS.SendBuffer":  {func(a *Addr) { a.QoS.SendBuffer = 1 << 16 }, func(a *Addr) { a.QoS.SendBuffer = 1 }},
-	"QoS.RecvBuffer":  {func(a *Addr) { a.QoS.RecvBuffer = 1 << 16 }, func(a *Addr) { a.QoS.RecvBuffer = 1 }},
+	"QoS.DSCP":        {func(a *connpool.Addr) { a.QoS.DSCP = 46 }, func(a *connpool.Addr) { a.QoS.DSCP = 8 }},
+	"QoS.Delay":       {func(a *connpool.Addr) { a.QoS.Delay = true }},
+	"QoS.KeepAlive":   {func(a *connpool.Addr) { a.QoS.KeepAlive = time.Second }, func(a *connpool.Addr) { a.QoS.KeepAlive = -1 }},
+	"QoS.UserTimeout": {func(a *connpool.Addr) { a.QoS.UserTimeout = time.Second }, func(a *connpool.Addr) { a.QoS.UserTimeout = time.Millisecond }},
+	"QoS.SendBuffer":  {func(a *connpool.Addr) { a.QoS.SendBuffer = 1 << 16 }, func(a *connpool.Addr) { a.QoS.SendBuffer = 1 }},
+	"QoS.RecvBuffer":  {func(a *connpool.Addr) { a.QoS.RecvBuffer = 1 << 16 }, func(a *connpool.Addr) { a.QoS.RecvBuffer = 1 }},
 }
 
 // matrixFields lists the fields of a struct, those of structs in it by path.
@@ -50,13 +53,13 @@ func matrixFields(typ reflect.Type, prefix string) (paths []string) {
 
 // matrixFaults borrows through lend, which returns what identifies the
 // connection, and says what is wrong with the answers.
-func matrixFaults(typ reflect.Type, lend func(Addr) (uint64, error)) (faults []string) {
+func matrixFaults(typ reflect.Type, lend func(connpool.Addr) (uint64, error)) (faults []string) {
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	home, err := lend(matrixBase)
 	if err != nil {
 		return []string{err.Error()}
 	}
-	users := map[uint64]Addr{home: matrixBase}
+	users := map[uint64]connpool.Addr{home: matrixBase}
 	expected := make(map[string]bool)
 	for _, path := range matrixFields(typ, "") {
 		expected[path] = true
@@ -95,8 +98,8 @@ func matrixFaults(typ reflect.Type, lend func(Addr) (uint64, error)) (faults []s
 	return faults
 }
 
-func matrixDiff(a, b Addr) (paths []string) {
-	for _, path := range matrixFields(reflect.TypeFor[Addr](), "") {
+func matrixDiff(a, b connpool.Addr) (paths []string) {
+	for _, path := range matrixFields(reflect.TypeFor[connpool.Addr](), "") {
 		if !matrixValue(a, path).Equal(matrixValue(b, path)) {
 			paths = append(paths, path)
 		}
@@ -104,7 +107,7 @@ func matrixDiff(a, b Addr) (paths []string) {
 	return paths
 }
 
-func matrixValue(a Addr, path string) reflect.Value {
+func matrixValue(a connpool.Addr, path string) reflect.Value {
 	v := reflect.ValueOf(a)
 	for start, i := 0, 0; i <= len(path); i++ {
 		if i == len(path) || path[i] == '.' {
@@ -116,10 +119,10 @@ func matrixValue(a Addr, path string) reflect.Value {
 }
 
 // matrixPool lends connections without a network, numbered by their dials.
-func matrixPool(t *testing.T) (lend func(Addr) (uint64, error), dialed func() map[Addr]int) {
+func matrixPool(t *testing.T) (lend func(connpool.Addr) (uint64, error), dialed func() map[connpool.Addr]int) {
 	var mu sync.Mutex
-	dials := make(map[Addr]int)
-	dial := func(_ context.Context, addr Addr) (net.Conn, error) {
+	dials := make(map[connpool.Addr]int)
+	dial := func(_ context.Context, addr connpool.Addr) (net.Conn, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		dials[addr]++
@@ -127,21 +130,21 @@ func matrixPool(t *testing.T) (lend func(Addr) (uint64, error), dialed func() ma
 		t.Cleanup(func() { far.Close() })
 		return near, nil
 	}
-	p, err := New(Config{MaxOpen: -1, SweepInterval: -1, Dialers: map[Transport]DialFunc{TCP: dial, TLS: dial, "other": dial}})
+	p, err := pooltest.New(connpool.Config{MaxOpen: -1, SweepInterval: -1, Dialers: map[connpool.Transport]connpool.DialFunc{connpool.TCP: dial, connpool.TLS: dial, "other": dial}})
 	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, p.Close()); p.check(t) })
-	lend = func(addr Addr) (id uint64, err error) {
-		err = p.With(t.Context(), addr, func(c Conn) error {
+	t.Cleanup(func() { require.NoError(t, p.Close()); pooltest.Check(t, p) })
+	lend = func(addr connpool.Addr) (id uint64, err error) {
+		err = p.With(t.Context(), addr, func(c connpool.Conn) error {
 			if c.Addr() != addr {
 				return fmt.Errorf("asked for %v, got one of %v", addr, c.Addr())
 			}
 			id = c.Info().ID
 			return nil
 		})
-		p.check(t)
+		pooltest.Check(t, p)
 		return id, err
 	}
-	return lend, func() map[Addr]int {
+	return lend, func() map[connpool.Addr]int {
 		mu.Lock()
 		defer mu.Unlock()
 		return dials
@@ -150,7 +153,7 @@ func matrixPool(t *testing.T) (lend func(Addr) (uint64, error), dialed func() ma
 
 func TestEveryFieldOfTheAddressIsPartOfTheIdentity(t *testing.T) {
 	lend, dialed := matrixPool(t)
-	for _, fault := range matrixFaults(reflect.TypeFor[Addr](), lend) {
+	for _, fault := range matrixFaults(reflect.TypeFor[connpool.Addr](), lend) {
 		t.Error(fault)
 	}
 	// The dialer was told each address exactly as it was asked for, once.
@@ -168,10 +171,10 @@ func TestEveryFieldOfTheAddressIsPartOfTheIdentity(t *testing.T) {
 // to say is tried: a field that the key forgets, one that nobody thought of, a
 // pool that never reuses.
 func TestTheMatrixSeesEachFault(t *testing.T) {
-	for _, path := range matrixFields(reflect.TypeFor[Addr](), "") {
+	for _, path := range matrixFields(reflect.TypeFor[connpool.Addr](), "") {
 		t.Run("forgotten "+path, func(t *testing.T) {
 			lend, _ := matrixPool(t)
-			faults := matrixFaults(reflect.TypeFor[Addr](), func(a Addr) (uint64, error) {
+			faults := matrixFaults(reflect.TypeFor[connpool.Addr](), func(a connpool.Addr) (uint64, error) {
 				switch path { // as if the key did not have it
 				case "Transport":
 					a.Transport = matrixBase.Transport
@@ -206,7 +209,7 @@ func TestTheMatrixSeesEachFault(t *testing.T) {
 	}
 	t.Run("new field", func(t *testing.T) {
 		type grown struct {
-			Addr   Addr
+			Addr   connpool.Addr
 			Tunnel struct{ Via string }
 		}
 		var faults []string
@@ -220,7 +223,7 @@ func TestTheMatrixSeesEachFault(t *testing.T) {
 		lend, _ := matrixPool(t)
 		type tunneled struct {
 			Transport, Host, Port, ServerName, Scope string
-			QoS                                      QoS
+			QoS                                      connpool.QoS
 			Tunnel                                   string
 		}
 		require.Equal(t, []string{"Tunnel has no mutator: it is not known to be a part of the identity"},
@@ -228,11 +231,11 @@ func TestTheMatrixSeesEachFault(t *testing.T) {
 	})
 	t.Run("no reuse", func(t *testing.T) {
 		n := uint64(0)
-		require.NotEmpty(t, matrixFaults(reflect.TypeFor[Addr](), func(Addr) (uint64, error) { n++; return n, nil }))
+		require.NotEmpty(t, matrixFaults(reflect.TypeFor[connpool.Addr](), func(connpool.Addr) (uint64, error) { n++; return n, nil }))
 	})
 	t.Run("case folded", func(t *testing.T) {
 		lend, _ := matrixPool(t)
-		faults := matrixFaults(reflect.TypeFor[Addr](), func(a Addr) (uint64, error) {
+		faults := matrixFaults(reflect.TypeFor[connpool.Addr](), func(a connpool.Addr) (uint64, error) {
 			if a.Scope == "Tenant" {
 				a.Scope = "tenant"
 			}
@@ -240,4 +243,20 @@ func TestTheMatrixSeesEachFault(t *testing.T) {
 		})
 		require.Len(t, faults, 1, "%q", faults)
 	})
+}
+
+// curl CVE-2023-27538: an option was compared, but the comparison could never
+// say "different", and no test noticed. Here a key that forgets a part is shown
+// to the matrix, field by field; see TestTheMatrixSeesEachFault for the others.
+func TestCVE_2023_27538_AComparisonThatNeverDiffersIsNoticed(t *testing.T) {
+	lend, _ := matrixPool(t)
+	faults := matrixFaults(reflect.TypeFor[connpool.Addr](), func(a connpool.Addr) (uint64, error) {
+		const mask = 63
+		if flags := int(a.QoS.DSCP) << 6; flags == mask { // what can never be, where & was meant
+			a.Scope = "differs"
+		}
+		a.QoS.DSCP = 0
+		return lend(a)
+	})
+	require.Len(t, faults, len(matrixMutators["QoS.DSCP"]), "%q", faults)
 }

@@ -1,4 +1,4 @@
-package connpool
+package soak
 
 import (
 	"bufio"
@@ -18,7 +18,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
@@ -35,23 +37,23 @@ const soakSeed = 20 // of everything that is random but the scheduler
 
 // soak is one run.
 type soak struct {
-	pool    *Pool
+	pool    *connpool.Pool
 	servers []*faultnet.Server
-	addrs   []Addr
+	addrs   []connpool.Addr
 	whole   []bool // whether the server of that address sends a reply in one piece
 
 	exchanges, failures, pushed, refused atomic.Int64
 
 	mu     sync.Mutex // guards what follows
 	wrong  []string
-	closed map[uint64]CloseReason // the last few thousand, by ID
+	closed map[uint64]connpool.CloseReason // the last few thousand, by ID
 	order  []uint64
 }
 
 // soakState is what Setup makes of a connection: it knows its number on the
 // server, and which reply is next.
 type soakState struct {
-	addr   Addr
+	addr   connpool.Addr
 	r      *bufio.Reader
 	serial int
 	seq    int
@@ -123,12 +125,12 @@ func (s *soak) once(rng *rand.Rand, name string) {
 	defer cancel()
 
 	deed := rng.IntN(40)
-	var leaked Conn
+	var leaked connpool.Conn
 	var running sync.WaitGroup // what fn leaves running
 	ran := false
-	err := s.pool.With(ctx, addr, func(c Conn) error {
+	err := s.pool.With(ctx, addr, func(c connpool.Conn) error {
 		ran, leaked = true, c
-		st := State[*soakState](c)
+		st := connpool.State[*soakState](c)
 		if st == nil || st.addr != addr || c.Addr() != addr {
 			s.fault("lent for %v: a connection of %v", addr, c.Addr())
 			return errSoakForeign
@@ -147,7 +149,7 @@ func (s *soak) once(rng *rand.Rand, name string) {
 		case 0:
 			return errSoakOwn
 		case 1:
-			return Keep(errSoakOwn)
+			return connpool.Keep(errSoakOwn)
 		case 2:
 			panic(errSoakOwn)
 		case 3:
@@ -182,11 +184,11 @@ func (s *soak) once(rng *rand.Rand, name string) {
 	})
 	running.Wait()
 	if ran {
-		if _, err := leaked.Read(make([]byte, 1)); !errors.Is(err, ErrReturned) {
+		if _, err := leaked.Read(make([]byte, 1)); !errors.Is(err, connpool.ErrReturned) {
 			s.fault("a Conn carried out of fn: Read says %v", err)
 		}
 	}
-	var pe *Error
+	var pe *connpool.Error
 	switch {
 	case err == nil:
 	case errors.As(err, &pe):
@@ -195,8 +197,8 @@ func (s *soak) once(rng *rand.Rand, name string) {
 			s.fault("an *Error although fn ran: %v", err)
 		}
 		switch pe.Kind {
-		case KindUnknown, KindInternal, KindUsage:
-			early := errors.Is(err, ErrUnread) // pushed right behind the hello; a back-off tells of it again
+		case connpool.KindUnknown, connpool.KindInternal, connpool.KindUsage:
+			early := errors.Is(err, connpool.ErrUnread) // pushed right behind the hello; a back-off tells of it again
 			if !early && !errors.Is(err, errSoakPushed) {
 				s.fault("a borrow failed as %v: %v", pe.Kind, err)
 			}
@@ -264,7 +266,7 @@ func (s *soak) disturb(stop <-chan struct{}) {
 		case n < 42:
 			s.pool.CloseIdle()
 		default:
-			if err := s.pool.inconsistency(); err != nil {
+			if err := pooltest.Inconsistency(s.pool); err != nil {
 				s.fault("%v", err)
 			}
 			st := s.pool.Stats()
@@ -275,7 +277,7 @@ func (s *soak) disturb(stop <-chan struct{}) {
 	}
 }
 
-func (s *soak) onClosed(i CloseInfo) {
+func (s *soak) onClosed(i connpool.CloseInfo) {
 	s.mu.Lock()
 	before, twice := s.closed[i.ID]
 	if i.ID != 0 { // it has none if Setup failed
@@ -310,23 +312,25 @@ func TestSoak(t *testing.T) {
 	}
 	goroutines, descriptors := runtime.NumGoroutine(), soakDescriptors()
 
-	s := &soak{closed: make(map[uint64]CloseReason)}
+	s := &soak{closed: make(map[uint64]connpool.CloseReason)}
 	late := func(serial, seq int) time.Duration { // one reply in 16 takes up to 16 ms
 		if n := uint32(serial*7919+seq*104729) * 2654435761 >> 16; n%16 == 0 {
 			return time.Duration(n%17) * time.Millisecond
 		}
 		return 0
 	}
-	cfg := Config{
+	cfg := connpool.Config{
 		MaxOpen: 12, MaxPerAddr: 4, MaxIdle: 9, MaxIdlePerAddr: 3, MaxWaiters: 8, MaxUses: 300,
 		IdleTimeout: 150 * time.Millisecond, MaxLifetime: 2 * time.Second, SweepInterval: 40 * time.Millisecond,
-		CheckAfterIdle: 60 * time.Millisecond, Trace: &Trace{Closed: s.onClosed},
-		Setup: func(_ context.Context, addr Addr, nc net.Conn) (any, error) {
+		CheckAfterIdle: 60 * time.Millisecond, Trace: &connpool.Trace{Closed: s.onClosed},
+		Setup: func(_ context.Context, addr connpool.Addr, nc net.Conn) (any, error) {
 			st := &soakState{addr: addr, r: bufio.NewReader(nc)}
 			return st, s.exchange(nc, st, "hello")
 		},
-		Check: func(_ context.Context, c Conn) error { return s.exchange(c, State[*soakState](c), "ping") },
-		Reset: func(_ context.Context, c Conn) error { _, err := io.WriteString(c, "RESET\n"); return err },
+		Check: func(_ context.Context, c connpool.Conn) error {
+			return s.exchange(c, connpool.State[*soakState](c), "ping")
+		},
+		Reset: func(_ context.Context, c connpool.Conn) error { _, err := io.WriteString(c, "RESET\n"); return err },
 	}
 	for _, o := range []faultnet.Options{{Network: "tcp"}, {Network: "tcp", Chunk: 3}, {Network: "tls"}, {Network: "unix"}} {
 		if runtime.GOOS == "windows" && o.Network == "unix" {
@@ -337,7 +341,7 @@ func TestSoak(t *testing.T) {
 		require.NoError(t, err)
 		defer server.Close()
 		s.servers = append(s.servers, server)
-		addr := Addr{Transport: Transport(o.Network), Host: server.Host(), Port: server.Port()}
+		addr := connpool.Addr{Transport: connpool.Transport(o.Network), Host: server.Host(), Port: server.Port()}
 		if o.Network == "tls" {
 			cfg.TLS = server.ClientTLS()
 		}
@@ -347,7 +351,7 @@ func TestSoak(t *testing.T) {
 		s.whole = append(s.whole, o.Chunk == 0, o.Chunk == 0)
 	}
 	var err error
-	s.pool, err = New(cfg)
+	s.pool, err = pooltest.New(cfg)
 	require.NoError(t, err)
 
 	stop := make(chan struct{})
@@ -377,7 +381,7 @@ func TestSoak(t *testing.T) {
 	defer cancel()
 	require.NoError(t, s.pool.Shutdown(ctx))
 	t.Logf("at the end: %v", s)
-	require.NoError(t, s.pool.inconsistency())
+	require.NoError(t, pooltest.Inconsistency(s.pool))
 	require.Empty(t, s.faults())
 	st := s.pool.Stats()
 	closed := uint64(0)
@@ -388,7 +392,7 @@ func TestSoak(t *testing.T) {
 	require.Equal(t, st.Dials-st.DialErrors, closed+st.Detached, "every connection left once: %v", st.Closed)
 	require.LessOrEqual(t, st.PeakOpen, cfg.MaxOpen)
 	require.Zero(t, st.AbandonedCalls)
-	require.Zero(t, st.Closed[ClosedQuarantined])
+	require.Zero(t, st.Closed[connpool.ClosedQuarantined])
 	for _, server := range s.servers {
 		server.Close()
 	}
@@ -408,7 +412,7 @@ func TestSoak(t *testing.T) {
 	if length < 10*time.Second {
 		return
 	}
-	for _, r := range []CloseReason{ClosedEvicted, ClosedStale, ClosedDirty, ClosedFnError, ClosedCanceled, ClosedRetired, ClosedByBorrower} {
+	for _, r := range []connpool.CloseReason{connpool.ClosedEvicted, connpool.ClosedStale, connpool.ClosedDirty, connpool.ClosedFnError, connpool.ClosedCanceled, connpool.ClosedRetired, connpool.ClosedByBorrower} {
 		require.NotZero(t, st.Closed[r], "nothing was closed as %v", r)
 	}
 }

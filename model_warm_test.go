@@ -233,7 +233,7 @@ func (w *world) changeLimits() {
 		}
 	}
 	before := w.pool.Limits()
-	err := w.pool.setLimits(l)
+	err := w.pool.SetLimits(l)
 	switch now := w.pool.Limits(); {
 	case err != nil && now != before:
 		w.failed("SetLimits failed, and changed %+v to %+v", before, now)

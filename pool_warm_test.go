@@ -357,7 +357,7 @@ func TestALimitLoweredBelowAWarmEndsIt(t *testing.T) {
 		synctest.Wait()
 		l := n.p.Limits()
 		l.MaxOpen = 4
-		require.NoError(t, n.p.setLimits(l))
+		require.NoError(t, n.p.SetLimits(l))
 		err := <-warmed
 		require.ErrorContains(t, err, "MaxOpen allows 4")
 		n.check()

@@ -22,7 +22,7 @@ func (n *testnet) change(f func(*Limits)) {
 	n.t.Helper()
 	l := n.p.Limits()
 	f(&l)
-	require.NoError(n.t, n.p.setLimits(l))
+	require.NoError(n.t, n.p.SetLimits(l))
 	n.p.check(n.t)
 	synctest.Wait()
 	n.p.check(n.t)
@@ -345,7 +345,7 @@ func TestStressLimitsMoveUnderTraffic(t *testing.T) {
 				}
 				l := Limits{MaxOpen: 2 + rng.IntN(8), MaxDialing: 1 + rng.IntN(4), MaxIdle: rng.IntN(3) - 1, MaxPerAddr: rng.IntN(3)}
 				l.MinIdlePerAddr = rng.IntN(2)
-				p.setLimits(l) // or not, if it makes no sense
+				p.SetLimits(l) // or not, if it makes no sense
 				p.Limits()
 			}
 		})

@@ -1,4 +1,4 @@
-package connpool
+package transports
 
 import (
 	"bytes"
@@ -18,7 +18,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/net/nettest"
 
+	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
@@ -44,31 +47,31 @@ func TestALoanPassesTheConformanceTestOfNetConn(t *testing.T) {
 				require.Equal(t, 8, strings.Count(string(out), "--- PASS: "+t.Name()+"/"), "%s", out)
 				return
 			}
-			nothingLeaks(t)
+			patience.NothingLeaks(t)
 			nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
 				peers, over := make(chan *faultnet.Peer, 1), make(chan struct{})
-				n := startSock(t, name, faultnet.Options{Handler: func(p *faultnet.Peer) {
+				n := pooltest.StartSock(t, name, faultnet.Options{Handler: func(p *faultnet.Peer) {
 					peers <- p
 					<-over
 				}})
-				p, err := New(n.cfg)
+				p, err := pooltest.New(n.Config)
 				if err != nil {
 					return nil, nil, nil, err
 				}
-				h := hold(t, p, n.addr)
+				h := pooltest.Hold(t, p, n.Addr)
 				peer := <-peers
 				return h, peer, func() {
 					h.Close()
 					peer.Close()
 					close(over)
-					if err := h.end(nil); err != nil {
+					if err := h.End(nil); err != nil {
 						t.Error(err)
 					}
-					p.check(t)
+					pooltest.Check(t, p)
 					if err := p.Close(); err != nil {
 						t.Error(err)
 					}
-					n.srv.Close()
+					n.Server.Close()
 				}, nil
 			})
 		})
@@ -78,10 +81,10 @@ func TestALoanPassesTheConformanceTestOfNetConn(t *testing.T) {
 // BETA-14
 func TestCopyBetweenTwoLoansMovesEveryByte(t *testing.T) {
 	payload := bytes.Repeat([]byte("0123456789abcdef"), 1<<14)
-	for _, name := range sockNets {
+	for _, name := range pooltest.SockNets {
 		t.Run(name, func(t *testing.T) {
 			sunk := make(chan []byte, 1)
-			n := startSock(t, name, faultnet.Options{Handler: func(p *faultnet.Peer) {
+			n := pooltest.StartSock(t, name, faultnet.Options{Handler: func(p *faultnet.Peer) {
 				b := make([]byte, 1)
 				if p.Read(b); b[0] == 'G' {
 					p.Write(payload)
@@ -92,21 +95,21 @@ func TestCopyBetweenTwoLoansMovesEveryByte(t *testing.T) {
 				all, _ := io.ReadAll(p)
 				sunk <- all
 			}})
-			p := n.pool(t, nil)
-			for _, copyWith := range []func(dst, src Conn) (int64, error){
-				func(dst, src Conn) (int64, error) { return io.Copy(dst, src) },
-				func(dst, src Conn) (int64, error) { return dst.ReadFrom(src) },
-				func(dst, src Conn) (int64, error) { return dst.ReadFrom(struct{ io.Reader }{src}) },
-				func(dst, src Conn) (int64, error) { return src.WriteTo(struct{ io.Writer }{dst}) },
+			p := n.Pool(t, nil)
+			for _, copyWith := range []func(dst, src connpool.Conn) (int64, error){
+				func(dst, src connpool.Conn) (int64, error) { return io.Copy(dst, src) },
+				func(dst, src connpool.Conn) (int64, error) { return dst.ReadFrom(src) },
+				func(dst, src connpool.Conn) (int64, error) { return dst.ReadFrom(struct{ io.Reader }{src}) },
+				func(dst, src connpool.Conn) (int64, error) { return src.WriteTo(struct{ io.Writer }{dst}) },
 			} {
-				require.NoError(t, p.With(t.Context(), n.addr, func(src Conn) error {
+				require.NoError(t, p.With(t.Context(), n.Addr, func(src connpool.Conn) error {
 					io.WriteString(src, "G")
-					return p.With(t.Context(), n.addr, func(dst Conn) error {
+					return p.With(t.Context(), n.Addr, func(dst connpool.Conn) error {
 						io.WriteString(dst, "S")
 						moved, err := copyWith(dst, src)
 						require.NoError(t, err)
 						require.EqualValues(t, len(payload), moved)
-						if n.name == "custom" {
+						if n.Name == "custom" {
 							return dst.Close()
 						}
 						return dst.CloseWrite()
@@ -132,15 +135,15 @@ func (s spy) ReadFrom(r io.Reader) (int64, error) {
 
 // BETA-14: sendfile and splice work on sockets, not on handles.
 func TestTheKernelSeesBothSocketsOfACopy(t *testing.T) {
-	n := startSock(t, "tcp", faultnet.Options{Handler: func(p *faultnet.Peer) {
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{Handler: func(p *faultnet.Peer) {
 		io.ReadFull(p, make([]byte, 1)) // one that ends before it is asked is not lent
 		io.WriteString(p, "x")
 		p.CloseWrite()
 		io.Copy(io.Discard, p)
 	}})
 	var from atomic.Value
-	p := n.pool(t, func(c *Config) {
-		c.Dialers = map[Transport]DialFunc{TCP: func(ctx context.Context, a Addr) (net.Conn, error) {
+	p := n.Pool(t, func(c *connpool.Config) {
+		c.Dialers = map[connpool.Transport]connpool.DialFunc{connpool.TCP: func(ctx context.Context, a connpool.Addr) (net.Conn, error) {
 			var d net.Dialer
 			nc, err := d.DialContext(ctx, "tcp", net.JoinHostPort(a.Host, strconv.Itoa(int(a.Port))))
 			if err != nil {
@@ -149,64 +152,44 @@ func TestTheKernelSeesBothSocketsOfACopy(t *testing.T) {
 			return spy{nc.(*net.TCPConn), &from}, nil
 		}}
 	})
-	for _, copyWith := range []func(dst, src Conn) (int64, error){
-		func(dst, src Conn) (int64, error) { return io.Copy(dst, src) },
-		func(dst, src Conn) (int64, error) { return dst.ReadFrom(src) },
+	for _, copyWith := range []func(dst, src connpool.Conn) (int64, error){
+		func(dst, src connpool.Conn) (int64, error) { return io.Copy(dst, src) },
+		func(dst, src connpool.Conn) (int64, error) { return dst.ReadFrom(src) },
 	} {
 		from.Store("nothing")
-		require.NoError(t, p.With(t.Context(), n.addr, func(src Conn) error {
+		require.NoError(t, p.With(t.Context(), n.Addr, func(src connpool.Conn) error {
 			if _, err := io.WriteString(src, "?"); err != nil {
 				return err
 			}
-			return p.With(t.Context(), n.addr, func(dst Conn) error {
+			return p.With(t.Context(), n.Addr, func(dst connpool.Conn) error {
 				moved, err := copyWith(dst, src)
 				require.EqualValues(t, 1, moved)
 				return err
 			})
 		}))
-		require.Contains(t, []any{"connpool.spy", "net.tcpConnWithoutWriteTo"}, from.Load())
+		require.Contains(t, []any{"transports.spy", "net.tcpConnWithoutWriteTo"}, from.Load())
 	}
-}
-
-// BETA-14, BETA-16: a copy counts as an operation on both loans.
-func TestACopyThatStillRunsCostsBothConnections(t *testing.T) {
-	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
-		p := n.pool(t, nil)
-		copied := make(chan error, 1)
-		src, dst := hold(t, p, n.addr), hold(t, p, n.addr)
-		go func() {
-			_, err := io.Copy(dst, src)
-			copied <- err
-		}()
-		soon(t, "the copy under way", func() bool {
-			return src.c.word.Load()&inFlight != 0 && dst.c.word.Load()&inFlight != 0
-		})
-		require.NoError(t, dst.end(nil))
-		require.NoError(t, src.end(nil))
-		require.Error(t, inTime(t, copied))
-		require.EqualValues(t, 2, settled(t, p).Closed[ClosedInFlight])
-	})
 }
 
 // BETA-X10
 func TestAHandleTellsAboutItsConnection(t *testing.T) {
-	eachSockNet(t, faultnet.Options{}, func(t *testing.T, n *sockNet) {
-		p := n.pool(t, nil)
+	pooltest.EachSockNet(t, faultnet.Options{}, func(t *testing.T, n *pooltest.SockNet) {
+		p := n.Pool(t, nil)
 		for i := range 3 {
-			require.NoError(t, p.With(t.Context(), n.addr, func(c Conn) error {
-				require.Equal(t, n.addr, c.Addr())
+			require.NoError(t, p.With(t.Context(), n.Addr, func(c connpool.Conn) error {
+				require.Equal(t, n.Addr, c.Addr())
 				info := c.Info()
 				require.Positive(t, info.Age)
 				require.Less(t, info.Age, time.Minute)
 				require.Equal(t, i > 0, info.IdleFor > 0)
-				require.Equal(t, n.srv.Addr().String(), c.RemoteAddr().String())
+				require.Equal(t, n.Server.Addr().String(), c.RemoteAddr().String())
 				require.NotEmpty(t, c.LocalAddr().Network())
-				require.Equal(t, n.tls, c.ConnectionState().HandshakeComplete)
-				require.Equal(t, ConnInfo{
-					Addr: n.addr, ID: 1, Uses: i + 1, Reused: i > 0, Age: info.Age, IdleFor: info.IdleFor,
+				require.Equal(t, n.TLS, c.ConnectionState().HandshakeComplete)
+				require.Equal(t, connpool.ConnInfo{
+					Addr: n.Addr, ID: 1, Uses: i + 1, Reused: i > 0, Age: info.Age, IdleFor: info.IdleFor,
 					LocalAddr: c.LocalAddr(), RemoteAddr: c.RemoteAddr(), TLSVersion: c.ConnectionState().Version,
 				}, info)
-				require.Equal(t, n.tls, info.TLSVersion >= tls.VersionTLS12)
+				require.Equal(t, n.TLS, info.TLSVersion >= tls.VersionTLS12)
 				return nil
 			}))
 		}

@@ -220,3 +220,25 @@ func TestASilentDialForNobodyHoldsUpNoBorrower(t *testing.T) {
 		}
 	}
 }
+
+// An address whose surplus dials were given up stands in line as one with fewer dials,
+// at once, and not only when they have ended.
+func TestSurplusDialsThatAreGivenUpDoNotCountAgainstTheirAddress(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{MaxPerAddr: 5, Debug: true})
+		first := n.borrow(bg, at("a"))
+		first.conn()
+		n.Host("a").BlackHole(true)
+		queued := n.queue(4, at("a"))
+		require.Equal(t, 4, n.p.Stats().Dialing)
+		time.Sleep(2 * silence)
+		for _, b := range append([]*scripted{first}, queued...) {
+			b.conn()
+			require.NoError(t, b.giveBack())
+		}
+		time.Sleep(surplusPatience) // then the pool audits its books
+		synctest.Wait()
+		n.check()
+		require.Equal(t, 1, n.p.Stats().Dialing)
+	})
+}

@@ -347,7 +347,6 @@ func TestADialOverflowIsNotStalledByThePoolItFills(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 3, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		overflowOf.Store(n.p, 2)
 		dial := n.p.DialOverflow(2)
 		var kept []net.Conn
 		for range 3 {
@@ -412,7 +411,6 @@ func TestADialOverflowUnderFailWaitsForNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, WhenFull: FullFail, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		overflowOf.Store(n.p, 1)
 		dial := n.p.DialOverflow(1)
 		first, err := dial(bg, "tcp", "h:80")
 		require.NoError(t, err)
@@ -436,7 +434,6 @@ func TestACallOfADialOverflowLeavesNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxOpen: 1, Dialers: map[Transport]DialFunc{TCP: n.dial}})
-		overflowOf.Store(n.p, 1)
 		dial := n.p.DialOverflow(1)
 		held := n.borrow(bg, at("a"))
 		held.conn()

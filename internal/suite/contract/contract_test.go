@@ -1,4 +1,4 @@
-package connpool
+package contract
 
 import (
 	"bytes"
@@ -11,9 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os/exec"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -22,41 +19,24 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/pooltest"
+	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
-// ORA-19
-func TestThePoolDependsOnLittle(t *testing.T) {
-	goTool, err := exec.LookPath("go")
-	if err != nil {
-		t.Skip("the go command, which knows the dependencies, is not here")
-	}
-	list := exec.CommandContext(t.Context(), goTool, "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", ".")
-	out, err := list.Output()
-	require.NoError(t, err)
-	packages := strings.Fields(string(out))
-	require.Contains(t, packages, "github.com/seed-ecb488c9/connpool")
-	for _, path := range packages {
-		known := path == "github.com/seed-ecb488c9/connpool" ||
-			slices.Contains(groundFloor, strings.TrimPrefix(path, "github.com/seed-ecb488c9/connpool/"))
-		for _, module := range []string{"golang.org/x/sync", "golang.org/x/sys", "github.com/hashicorp/golang-lru/v2"} {
-			known = known || strings.HasPrefix(path, module+"/")
-		}
-		require.True(t, known, "%s is not to be imported", path)
-	}
-}
-
 // memPool makes a pool over a network in memory, for a bubble.
-func memPool(t *testing.T, mem *faultnet.Mem, cfg Config) (*Pool, Addr) {
-	cfg.Dialers = map[Transport]DialFunc{"mem": func(ctx context.Context, a Addr) (net.Conn, error) { return mem.Dial(ctx, a.Host) }}
-	p, err := New(cfg)
+func memPool(t *testing.T, mem *faultnet.Mem, cfg connpool.Config) (*connpool.Pool, connpool.Addr) {
+	cfg.Dialers = map[connpool.Transport]connpool.DialFunc{"mem": func(ctx context.Context, a connpool.Addr) (net.Conn, error) { return mem.Dial(ctx, a.Host) }}
+	p, err := pooltest.New(cfg)
 	require.NoError(t, err)
-	return p, Addr{Transport: "mem", Host: "backend"}
+	return p, connpool.Addr{Transport: "mem", Host: "backend"}
 }
 
 // exchangeByte is one request and its reply.
-func exchangeByte(c Conn) error {
+func exchangeByte(c connpool.Conn) error {
 	b := []byte{1}
 	if _, err := c.Write(b); err != nil {
 		return err
@@ -81,11 +61,11 @@ func TestTenThousandUsersNeedAHundredConnections(t *testing.T) {
 				c.Write(b)
 			}
 		})
-		p, addr := memPool(t, mem, Config{})
+		p, addr := memPool(t, mem, connpool.Config{})
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 		defer cancel()
 		users := short.Of(10_000, 2_000)
-		if raceEnabled {
+		if race.Enabled {
 			users = 2000 // the race detector's memory
 		}
 		var wg sync.WaitGroup
@@ -111,7 +91,7 @@ func TestTenThousandUsersNeedAHundredConnections(t *testing.T) {
 		require.Greater(t, st.PeakOpen, users*8/1000)
 		require.Less(t, st.PeakOpen, users*20/1000) // the peak of a small number is farther from its mean
 		require.Equal(t, st.PeakOpen, mem.Host("backend").Peak())
-		p.check(t)
+		pooltest.Check(t, p)
 		require.NoError(t, p.Close())
 	})
 }
@@ -120,7 +100,7 @@ func TestTenThousandUsersNeedAHundredConnections(t *testing.T) {
 // it is fast. Without the limit it is not, which is what shows the limit.
 func TestOverloadDoesNotSlowTheServerDown(t *testing.T) {
 	const limit = 10
-	throughput := func(users int, cfg Config) (loans uint64, peak int) {
+	throughput := func(users int, cfg connpool.Config) (loans uint64, peak int) {
 		synctest.Test(t, func(t *testing.T) {
 			mem := faultnet.NewMem()
 			defer mem.Close()
@@ -151,17 +131,17 @@ func TestOverloadDoesNotSlowTheServerDown(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			p.check(t)
+			pooltest.Check(t, p)
 			loans, peak = p.Stats().Loans, host.Peak()
 			require.NoError(t, p.Close())
 		})
 		return loans, peak
 	}
-	best, _ := throughput(limit, Config{MaxPerAddr: limit})
-	loaded, peak := throughput(10*limit, Config{MaxPerAddr: limit})
+	best, _ := throughput(limit, connpool.Config{MaxPerAddr: limit})
+	loaded, peak := throughput(10*limit, connpool.Config{MaxPerAddr: limit})
 	require.LessOrEqual(t, peak, limit)
 	require.GreaterOrEqual(t, loaded, best*9/10)
-	unlimited, peak := throughput(10*limit, Config{})
+	unlimited, peak := throughput(10*limit, connpool.Config{})
 	require.Equal(t, 10*limit, peak)
 	require.Less(t, unlimited, best/2)
 }
@@ -171,7 +151,7 @@ type credential struct{}
 // ORA-21: credentials come with each borrow, in the ctx, and go nowhere else.
 func TestSecretsOfABorrowAreShownNowhere(t *testing.T) {
 	const secret = "hunter2-" + "correct-horse"
-	n := startSock(t, "tls13", faultnet.Options{Record: true})
+	n := pooltest.StartSock(t, "tls13", faultnet.Options{Record: true})
 	var seen bytes.Buffer
 	var mu sync.Mutex
 	show := func(v any) {
@@ -179,33 +159,33 @@ func TestSecretsOfABorrowAreShownNowhere(t *testing.T) {
 		defer mu.Unlock()
 		fmt.Fprintf(&seen, "%v %+v %#v\n", v, v, v)
 	}
-	p := n.pool(t, func(c *Config) {
+	p := n.Pool(t, func(c *connpool.Config) {
 		c.MaxPerAddr = 1
 		c.Logger = slog.New(slog.NewTextHandler(&lockedWriter{mu: &mu, w: &seen}, &slog.HandlerOptions{Level: slog.LevelDebug}))
-		c.Trace = &Trace{
-			GetConn:  func(a Addr) { show(a) },
-			Wait:     func(i WaitInfo) { show(i) },
-			GotConn:  func(i GotInfo) { show(i) },
-			DialDone: func(i DialInfo) { show(i) },
-			PutConn:  func(i PutInfo) { show(i) },
-			Closed:   func(i CloseInfo) { show(i) },
+		c.Trace = &connpool.Trace{
+			GetConn:  func(a connpool.Addr) { show(a) },
+			Wait:     func(i connpool.WaitInfo) { show(i) },
+			GotConn:  func(i connpool.GotInfo) { show(i) },
+			DialDone: func(i connpool.DialInfo) { show(i) },
+			PutConn:  func(i connpool.PutInfo) { show(i) },
+			Closed:   func(i connpool.CloseInfo) { show(i) },
 		}
-		c.Setup = func(ctx context.Context, a Addr, nc net.Conn) (any, error) {
+		c.Setup = func(ctx context.Context, a connpool.Addr, nc net.Conn) (any, error) {
 			word, _ := ctx.Value(credential{}).(string)
 			if word == "" {
 				return nil, errors.New("no credentials")
 			}
-			_, err := ask(nc, "AUTH-"+a.Scope+"-"+word)
+			_, err := faultnet.Ask(nc, "AUTH-"+a.Scope+"-"+word)
 			return nil, err
 		}
 	})
 	borrow := func(who, word string) error {
-		a := n.addr
+		a := n.Addr
 		a.Scope = who
 		ctx := context.WithValue(t.Context(), credential{}, word)
-		return p.With(ctx, a, func(c Conn) error {
+		return p.With(ctx, a, func(c connpool.Conn) error {
 			show(c)
-			_, err := ask(c, newToken())
+			_, err := faultnet.Ask(c, faultnet.NewToken())
 			return err
 		})
 	}
@@ -215,10 +195,10 @@ func TestSecretsOfABorrowAreShownNowhere(t *testing.T) {
 	err := borrow("carol", "")
 	require.Error(t, err)
 	show(err)
-	n.srv.CutIdle(-1, faultnet.FIN)
-	soon(t, "idle ones dead", func() bool { return n.srv.Open() == 0 })
+	n.Server.CutIdle(-1, faultnet.FIN)
+	patience.Soon(t, "idle ones dead", func() bool { return n.Server.Open() == 0 })
 	require.NoError(t, borrow("alice", secret+"-a"))
-	n.srv.Stop()
+	n.Server.Stop()
 	err = borrow("dave", secret+"-d")
 	require.Error(t, err)
 	show(err)
@@ -229,7 +209,7 @@ func TestSecretsOfABorrowAreShownNowhere(t *testing.T) {
 		show(a.String())
 	}
 	require.NoError(t, p.Close())
-	settled(t, p)
+	pooltest.Settled(t, p)
 	mu.Lock()
 	defer mu.Unlock()
 	require.NotContains(t, seen.String(), "hunter2")
@@ -237,9 +217,9 @@ func TestSecretsOfABorrowAreShownNowhere(t *testing.T) {
 	require.Contains(t, seen.String(), "level=", "nothing was logged")
 
 	// ... but each reached the server, on a connection of its own.
-	require.Equal(t, "AUTH-alice-"+secret+"-a", n.srv.Lines(1)[0])
-	require.Equal(t, "AUTH-bob-"+secret+"-b", n.srv.Lines(2)[0])
-	require.Len(t, n.srv.Lines(1), 3)
+	require.Equal(t, "AUTH-alice-"+secret+"-a", n.Server.Lines(1)[0])
+	require.Equal(t, "AUTH-bob-"+secret+"-b", n.Server.Lines(2)[0])
+	require.Len(t, n.Server.Lines(1), 3)
 }
 
 type lockedWriter struct {
@@ -256,13 +236,13 @@ func (l *lockedWriter) Write(b []byte) (int, error) {
 // ORA-25, PLT-12
 func TestTenServletsShareOnePool(t *testing.T) {
 	const limit = 4
-	n := startSock(t, "tcp", faultnet.Options{})
-	p := n.pool(t, func(c *Config) { c.MaxPerAddr = limit })
+	n := pooltest.StartSock(t, "tcp", faultnet.Options{})
+	p := n.Pool(t, func(c *connpool.Config) { c.MaxPerAddr = limit })
 	mux := http.NewServeMux()
 	for i := range 10 {
 		mux.HandleFunc(fmt.Sprintf("/servlet%d", i), func(w http.ResponseWriter, r *http.Request) {
-			err := p.With(r.Context(), n.addr, func(c Conn) error {
-				_, err := ask(c, newToken())
+			err := p.With(r.Context(), n.Addr, func(c connpool.Conn) error {
+				_, err := faultnet.Ask(c, faultnet.NewToken())
 				return err
 			})
 			if err != nil {
@@ -283,9 +263,9 @@ func TestTenServletsShareOnePool(t *testing.T) {
 	}
 	wg.Wait()
 	require.Zero(t, bad.Load())
-	st := settled(t, p)
+	st := pooltest.Settled(t, p)
 	require.LessOrEqual(t, st.PeakOpen, limit)
-	require.LessOrEqual(t, n.srv.Accepts(), limit)
+	require.LessOrEqual(t, n.Server.Accepts(), limit)
 	require.EqualValues(t, 200, st.Loans)
 }
 
@@ -293,26 +273,26 @@ func TestTenServletsShareOnePool(t *testing.T) {
 func TestWhatWasOpenedIsClosedUnderLoadAndFailures(t *testing.T) {
 	for _, name := range []string{"tcp", "tls13", "unix"} {
 		t.Run(name, func(t *testing.T) {
-			n := startSock(t, name, faultnet.Options{})
+			n := pooltest.StartSock(t, name, faultnet.Options{})
 			var opened, closed, twice, setups, torn atomic.Int64
-			transport := n.addr.Transport
-			if n.tls {
-				transport = TCP
+			transport := n.Addr.Transport
+			if n.TLS {
+				transport = connpool.TCP
 			}
-			p := n.pool(t, func(c *Config) {
+			p := n.Pool(t, func(c *connpool.Config) {
 				c.MaxPerAddr, c.MaxIdle, c.MaxUses = 6, 5, 40
-				c.Dialers = map[Transport]DialFunc{transport: func(ctx context.Context, a Addr) (net.Conn, error) {
+				c.Dialers = map[connpool.Transport]connpool.DialFunc{transport: func(ctx context.Context, a connpool.Addr) (net.Conn, error) {
 					if rand.IntN(10) == 0 {
 						return nil, errors.New("no luck")
 					}
-					nc, err := dialSocket(ctx, a)
+					nc, err := dial(ctx, a)
 					if err != nil {
 						return nil, err
 					}
 					opened.Add(1)
 					return &accounted{Conn: nc, closed: &closed, twice: &twice}, nil
 				}}
-				c.Setup = func(context.Context, Addr, net.Conn) (any, error) {
+				c.Setup = func(context.Context, connpool.Addr, net.Conn) (any, error) {
 					if rand.IntN(10) == 0 {
 						return nil, errors.New("access denied")
 					}
@@ -326,20 +306,20 @@ func TestWhatWasOpenedIsClosedUnderLoadAndFailures(t *testing.T) {
 					rng := rand.New(rand.NewPCG(uint64(w), 13))
 					for range short.Of(60, 20) {
 						ctx, cancel := context.WithTimeout(context.Background(), time.Duration(1+rng.IntN(20))*time.Millisecond)
-						p.With(ctx, scoped(n.addr, rng.IntN(2)), func(c Conn) error {
+						p.With(ctx, pooltest.Scoped(n.Addr, rng.IntN(2)), func(c connpool.Conn) error {
 							switch rng.IntN(12) {
 							case 0:
 								return errors.New("fn failed")
 							case 1:
 								return c.Close()
 							case 2:
-								n.srv.CutIdle(1, faultnet.Cut(rng.IntN(3)))
+								n.Server.CutIdle(1, faultnet.Cut(rng.IntN(3)))
 							case 3:
 								p.EvictLRU()
 							case 4:
 								cancel()
 							}
-							_, err := ask(c, newToken())
+							_, err := faultnet.Ask(c, faultnet.NewToken())
 							return err
 						})
 						cancel()
@@ -347,13 +327,13 @@ func TestWhatWasOpenedIsClosedUnderLoadAndFailures(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			p.check(t)
+			pooltest.Check(t, p)
 			require.NoError(t, p.Close())
-			st := settled(t, p)
+			st := pooltest.Settled(t, p)
 			require.Zero(t, st.Open)
 			require.Positive(t, opened.Load())
 			require.Equal(t, opened.Load(), closed.Load())
-			if !n.tls { // crypto/tls closes the socket of a handshake that is interrupted
+			if !n.TLS { // crypto/tls closes the socket of a handshake that is interrupted
 				require.Zero(t, twice.Load())
 			}
 			require.Equal(t, setups.Load(), torn.Load(), "what Setup made is closed with the connection")
@@ -361,11 +341,11 @@ func TestWhatWasOpenedIsClosedUnderLoadAndFailures(t *testing.T) {
 			for _, k := range st.Closed {
 				unbooked -= k
 			}
-			if !n.tls { // only a handshake can lose one
+			if !n.TLS { // only a handshake can lose one
 				require.Zero(t, unbooked)
 			}
 			require.LessOrEqual(t, unbooked, st.DialErrors)
-			soon(t, "the server empty", func() bool { return n.srv.Open() == 0 })
+			patience.Soon(t, "the server empty", func() bool { return n.Server.Open() == 0 })
 		})
 	}
 }
@@ -393,4 +373,13 @@ type closer struct{ n *atomic.Int64 }
 func (c closer) Close() error {
 	c.n.Add(1)
 	return nil
+}
+
+// dial is what the pool does to an address without QoS.
+func dial(ctx context.Context, a connpool.Addr) (net.Conn, error) {
+	var d net.Dialer
+	if a.Transport == connpool.Unix {
+		return d.DialContext(ctx, "unix", a.Host)
+	}
+	return d.DialContext(ctx, "tcp", net.JoinHostPort(a.Host, fmt.Sprint(a.Port)))
 }

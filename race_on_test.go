@@ -1,5 +1,0 @@
-//go:build race
-
-package connpool
-
-const raceEnabled = true
