@@ -14,7 +14,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// What a loan tells is in conform_test.go, for every kind of socket.
+// What a loan tells is in internal/suite/transports/conform_test.go, for every kind of socket.
 
 func TestInfoAllocatesNothingOnTheSocketsOfThePool(t *testing.T) {
 	if raceEnabled {
