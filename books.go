@@ -60,7 +60,7 @@ type books struct {
 }
 
 // rules are the settings that the books use and that never change: fields of Config, and
-// two values that guard themselves and so need no lock of the pool.
+// two values that need no lock of the pool, because they are safe for concurrent use.
 type rules struct {
 	whenFull      FullPolicy
 	maxUses       int
@@ -465,14 +465,17 @@ type timerOrder struct {
 	site  *site  // the site of pause or doubt; nil for the next sweep
 }
 
+// retry orders the end of the pause t of s.
 func (a *agenda) retry(s *site, t *pause, after time.Duration) {
 	a.timers = append(a.timers, timerOrder{after: after, pause: t, site: s})
 }
 
+// doubt orders the check of the surplus dials of s, after surplusPatience.
 func (a *agenda) doubt(s *site) {
 	a.timers = append(a.timers, timerOrder{after: surplusPatience, doubt: s.queue, site: s})
 }
 
+// sweep orders the next sweep.
 func (a *agenda) sweep(after time.Duration) {
 	a.timers = append(a.timers, timerOrder{after: after})
 }
@@ -483,6 +486,7 @@ type closeOrder struct {
 	err    error
 }
 
+// close orders the close of c.
 func (a *agenda) close(c *conn, reason CloseReason, err error) {
 	a.closes = append(a.closes, closeOrder{c, reason, err})
 }

@@ -91,6 +91,7 @@ func (b *books) pauseLocked(s *site, todo *agenda) {
 	b.beginPauseLocked(s, after-rand.N(after/2), todo)
 }
 
+// beginPauseLocked begins a pause and orders its timer.
 func (b *books) beginPauseLocked(s *site, after time.Duration, todo *agenda) {
 	s.backoff.pause = new(pause)
 	s.backoff.paused = s.backoff.failures
@@ -148,6 +149,7 @@ func (b *books) pauseOverLocked(s *site, over *pause, todo *agenda) {
 	}
 }
 
+// stopRetryLocked ends a running pause before its time.
 func (b *books) stopRetryLocked(s *site) {
 	if !s.retrying() {
 		return

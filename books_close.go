@@ -8,6 +8,7 @@ import (
 
 // Connections that the books close for other reasons than to make room.
 
+// armSweepLocked orders the next sweep, unless one is due or running.
 func (b *books) armSweepLocked(todo *agenda) {
 	if !b.swept && !b.closed {
 		b.swept = true
@@ -105,12 +106,15 @@ func (b *books) dropSurplusLocked(todo *agenda) {
 	}
 }
 
+// dropIdleLocked closes all idle connections of s.
 func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
 	for c := s.topLocked(); c != nil; c = s.topLocked() {
 		b.evictLocked(c, reason, nil, todo)
 	}
 }
 
+// shutSiteLocked is the part of Close for one address: the idle connections are closed, and
+// the waiters get ErrClosed.
 func (b *books) shutSiteLocked(s *site, todo *agenda) {
 	b.dropIdleLocked(s, ClosedWithPool, todo)
 	b.stopRetryLocked(s)

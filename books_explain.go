@@ -14,6 +14,8 @@ func (b *books) failedLocked(addr Addr, stage Stage, err error, start clock.Inst
 	return b.failedAtLocked(s, stage, err, start)
 }
 
+// failedAtLocked is failedLocked for a site that the caller has. Waited counts from start;
+// 0 means that the borrow did not wait.
 func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
 	e := &Error{Addr: s.addr, Stage: stage, Err: err, elsewhere: b.n[phaseIdle]+b.n[phaseBorrowed] == 0}
 	if start != 0 {

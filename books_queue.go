@@ -102,6 +102,7 @@ func (q *queue) push(w *waiter) {
 	}
 }
 
+// remove takes w out of the queue. If w had a dial, that dial counts for the next waiter.
 func (q *queue) remove(w *waiter) {
 	if q.nextToDial != nil && w.seq <= q.nextToDial.seq {
 		q.nextToDial = q.nextToDial.next
@@ -134,6 +135,7 @@ func (s *site) surplus() int {
 	return n
 }
 
+// dialStarted counts one more dial: it counts for nextToDial, if there is one.
 func (q *queue) dialStarted() {
 	q.dials++
 	if q.nextToDial != nil {
@@ -141,6 +143,7 @@ func (q *queue) dialStarted() {
 	}
 }
 
+// dialEnded counts one dial less: the youngest waiter with a dial has none then.
 func (q *queue) dialEnded() {
 	q.dials--
 	switch {
@@ -164,6 +167,7 @@ func (w *waiter) serve(c *conn, fresh bool, err error) {
 	w.ready <- struct{}{}
 }
 
+// deliverLocked serves the oldest waiter of s, and records the end of its wait.
 func (b *books) deliverLocked(s *site, c *conn, fresh bool, err error) {
 	b.noteWaitedLocked(s.queue.head, err != nil)
 	s.queue.deliver(c, fresh, err)

@@ -33,6 +33,7 @@ func (x *prefill) keeps() bool { return x != nil && (x.reserve || x.warm != nil)
 
 func (x *prefill) reserved() bool { return x != nil && x.reserve }
 
+// prefillLocked is the prefill of s, made at the first call.
 func (s *site) prefillLocked() *prefill {
 	if s.prefill == nil {
 		s.prefill = new(prefill)
