@@ -34,7 +34,7 @@ type books struct {
 	byFD      map[uintptr]*conn  // the connections with a descriptor, by descriptor, from the dial to the removal
 	n         tally              // numbers of connections by phase
 	ready     siteHeap           // the sites with want > 0, without those of DialContext
-	readyOwn  siteHeap           // the sites of DialContext with want > 0; these never exceed MaxOpen, under FullOverflow either
+	readyOwn  siteHeap           // the sites of DialContext with want > 0; only DialOverflow lets these exceed MaxOpen, whatever WhenFull says
 	want      int                // dials that could start if there was room: the sum of site.want
 	eager     int                // how many of these dials idle connections make room for: the sum of site.eager
 	unheard   map[*site]struct{} // the sites with a rank above 1, see books_silence.go; nil before the first
@@ -311,7 +311,7 @@ type origin uint8
 
 const (
 	fromLoan  origin = iota // its loan ended in good order
-	fromCheck               // a waiter that had given up was served with it, or it was checked while idle
+	fromCheck               // a waiter that had given up was served with it, it was checked while idle, or Push has ended
 	fromDial                // its dial ended
 )
 

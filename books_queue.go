@@ -9,8 +9,8 @@ import (
 
 // waiter is a borrower in the queue of an address. A waiter leaves the queue in one of two
 // ways, under Pool.mu: the pool serves it a connection or an error (serve), or it gives up
-// (leave), because its ctx is done or because foreign code ended its goroutine. A waiter
-// that gave up is never served, and serving a waiter never blocks.
+// (leave), because its ctx is done, or because foreign code panicked or ended its
+// goroutine. A waiter that gave up is never served, and serving a waiter never blocks.
 type waiter struct {
 	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again
 	ctx   context.Context // the borrower's ctx: a dial made for this waiter uses its values
@@ -66,7 +66,7 @@ type queue struct {
 	answered bool // a dial has succeeded
 	answers  int  // how many dials have succeeded
 	silent   bool // a dial has been without an answer for `silence`, and no dial of the address has succeeded since
-	first    bool // the address has not answered and no dial is under way; as of the last refreshLocked
+	first    bool // the address is not known to answer (site.known) and no dial is under way; as of the last refreshLocked
 }
 
 // noQueue is the queue of every address that has neither waiters nor dials. Nobody writes

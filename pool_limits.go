@@ -16,8 +16,8 @@ type Limits struct {
 	MinIdlePerAddr                int
 }
 
-// SetLimits replaces all the limits. To change one, change it in the result of
-// [Pool.Limits] and set that. SetLimits refuses contradicting limits as New does,
+// SetLimits replaces all the limits: to change one, change it in the result of
+// [Pool.Limits] and pass that. SetLimits refuses contradicting limits as New does,
 // and then changes nothing.
 //
 // If a limit is raised, waiting borrowers go on, oldest first. If a limit is lowered,

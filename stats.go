@@ -63,7 +63,7 @@ type AddrStats struct {
 	DialErrors   uint64 // with handshake and Setup
 
 	BackingOff bool  // after repeated failures the next dial waits
-	LastErr    error // error of the last dial, nil after one that succeeded; in JSON its text, 400 bytes at most
+	LastErr    error // error of the last failed dial, or of a new connection that the peer gave up; nil when the address works again; in JSON its text, 400 bytes at most
 }
 
 // Stats returns a snapshot. It may be called at any time, also on a closed pool. It
