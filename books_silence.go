@@ -18,9 +18,10 @@ import "time"
 //
 // So none of these rules slows down an address that is alone.
 //
-// An example: MaxDialing is 8. A has not answered and has 8 dials under way, rank 8. B,
-// which is new, wants 2 dials, rank 0. After 50 ms of silence A gives up two dials to B.
-// Then A has rank 6, and B, with 2 dials under way and no answer yet, has rank 2.
+// An example: MaxDialing and MaxDialingPerAddr are 8. A has not answered and has 8 dials
+// under way, rank 8. B, which is new, wants 2 dials, rank 0. After 50 ms of silence A
+// gives up two dials to B. Then A has rank 6, and B, with 2 dials under way and no
+// answer yet, has rank 2.
 
 // silence is how long a dial may be without an answer before its address has to share
 // with other addresses.
