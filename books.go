@@ -9,61 +9,61 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// books is the state that Pool.mu guards: who has which connection, who waits, and
-// what is free. The books decide; they never act. A method changes the state and
-// writes what has to be done to an agenda, which the caller runs after the unlock.
+// books is the state that Pool.mu guards: the phase of each connection, the waiters, and
+// the free slots. The books decide and never act. A method changes the state and adds
+// what has to be done to an agenda. The caller runs the agenda after the unlock.
 //
-// The books have no reference to a Pool, so no method of theirs can dial, close,
-// log, or call a hook; floor_test.go holds this for all that a method calls. A
-// method may read and write what lies in memory: the sites, the connections (their
-// phase, their place in the lists, their state word), the waiters, the attempts.
+// The books have no reference to a Pool, so none of their methods can dial, close, log
+// or call a hook. books_test.go checks this in the source for every function that a
+// method of books calls. A method may read and write memory: the sites, the connections
+// (their phase, their place in the lists, their state word), the waiters and the
+// attempts.
 //
-// The methods keep the suffix Locked, which says that the caller holds Pool.mu.
-// Pool embeds the books, so a call in a flow reads p.refreshLocked(s), and the
-// suffix is all that tells such a call from one of a method of the pool's own,
-// many of which take the lock.
+// The suffix Locked says that the caller holds Pool.mu. Pool embeds the books, so a
+// caller writes p.refreshLocked(s). Without the suffix, such a call would look like a
+// call of a method of Pool, and many methods of Pool take the lock.
 type books struct {
-	rules // what never changes
+	rules // these fields never change
 
-	limits Limits // in force: resolved, as SetLimits or New has set them
-	given  Limits // the same as the caller gave them, for Pool.Limits
+	limits Limits // the limits in use: resolved, as New or SetLimits has set them
+	given  Limits // the same limits as the caller gave them, for Pool.Limits
 
 	closed    bool
 	sites     siteTable
 	recency   recency
-	byFD      map[uintptr]*conn  // by descriptor, from the dial to the removal
-	n         tally              // connections by phase
-	ready     siteHeap           // sites with want > 0, but for those of DialContext
-	readyOwn  siteHeap           // those of DialContext, which may not exceed MaxOpen under any policy
+	byFD      map[uintptr]*conn  // the connections with a descriptor, by descriptor, from the dial to the removal
+	n         tally              // numbers of connections by phase
+	ready     siteHeap           // the sites with want > 0, without those of DialContext
+	readyOwn  siteHeap           // the sites of DialContext with want > 0; only DialOverflow lets these exceed MaxOpen, whatever WhenFull says
 	want      int                // dials that could start if there was room: the sum of site.want
-	eager     int                // ... and for which idle connections make room: the sum of site.eager
-	unheard   map[*site]struct{} // those with a rank above 1; nil before the first
-	unneeded  map[*site]struct{} // those that dial for nobody who waits, see silence.go; nil before the first
-	displaced int                // dials that were broken off for others and have not ended
-	overtook  int                // hand-overs to a younger waiter since a slot was last given away
-	lastSeq   uint64             // of waiters
-	lastID    uint64             // of connections
-	counts    Stats              // but for the gauges that are made from n
+	eager     int                // how many of these dials idle connections make room for: the sum of site.eager
+	unheard   map[*site]struct{} // the sites with a rank above 1, see books_silence.go; nil before the first
+	unneeded  map[*site]struct{} // the sites with a dial for which nobody waits, see books_silence.go; nil before the first
+	displaced int                // dials that the pool broke off for other addresses and that have not ended
+	overtook  int                // connections given to a younger waiter since a slot was last given away
+	lastSeq   uint64             // sequence number of the newest waiter
+	lastID    uint64             // ID of the newest connection
+	counts    Stats              // the statistics, without the gauges that Pool.Stats computes from n
 	closedBy  [numCloseReasons]uint64
-	pressure  pressure           // on file handles, as of the last dial that told
-	pressedAt clock.Instant      // when that was
-	starving  int                // dials that wait for a handle
-	freed     chan struct{}      // closed and renewed when something may have freed one
-	swept     bool               // a sweep is due, or under way
-	slow      int                // closes that take longer than closePatience
-	checking  int                // idle connections of addresses with a reserve that are being looked at
-	left      chan struct{}      // closed and renewed when, after Close, something leaves the books
-	deficit   list.List          // of the sites that want dials for nobody who waits, see pool_warm.go
-	overflows int                // calls under way of what DialOverflow returned
-	wrongMove string             // the last change of phase that must not be; "": there was none
+	pressure  pressure           // pressure on file handles, as the last dial that got a descriptor found it
+	pressedAt clock.Instant      // when pressure was set
+	starving  int                // dials that wait for a file handle
+	freed     chan struct{}      // closed and replaced when a file handle may have become free
+	swept     bool               // a sweep is due or running
+	slow      int                // connections whose close has taken longer than closePatience
+	checking  int                // idle connections being checked, of addresses with a reserve
+	left      chan struct{}      // closed and replaced when, after Close, a connection or a goroutine leaves the pool
+	deficit   list.List          // the sites that want dials for which nobody waits, see books_minidle.go
+	overflows int                // running calls of functions that DialOverflow returned
+	wrongMove string             // the last forbidden change of phase; "" if there was none
 	lowered   bool               // SetLimits has lowered a limit, and what was in use may exceed it
 	auditIn   int                // critical sections to come before the next audit; in debug mode only
 	admitted  int                // the limit on connections by which admitLocked last judged; in debug mode only
-	unpooled  map[*site]struct{} // the books of connections that DialContext made, or is making; nil before the first
+	unpooled  map[*site]struct{} // the sites of DialContext, one for each connection or dial; nil before the first
 }
 
-// rules are what the books go by and what never changes: fields of Config, and two
-// things that need no lock of the pool's, because each guards itself.
+// rules are the settings that the books use and that never change: fields of Config, and
+// two values that need no lock of the pool, because they are safe for concurrent use.
 type rules struct {
 	whenFull      FullPolicy
 	maxUses       int
@@ -82,7 +82,7 @@ func rulesOf(cfg *Config, k *clock.Clock, handles *handleBudget) rules {
 	}
 }
 
-// begin makes the books of a pool, in which there is nothing.
+// begin makes the books of a new pool, without any connection or address.
 func (b *books) begin(r rules, given, resolved Limits) {
 	b.rules, b.given, b.limits = r, given, resolved
 	b.sites = newSiteTable()
@@ -91,13 +91,13 @@ func (b *books) begin(r rules, given, resolved Limits) {
 	b.recency.init()
 }
 
-// addSiteLocked begins the books of an address.
+// addSiteLocked adds the state of an address.
 func (b *books) addSiteLocked(s *site, todo *agenda) {
 	b.sites.add(s)
 	b.armSweepLocked(todo)
 }
 
-// dropIfEmptyLocked drops the books of s if they say nothing.
+// dropIfEmptyLocked removes the state of s if there is nothing in it to remember.
 func (b *books) dropIfEmptyLocked(s *site) {
 	if s.n.open() > 0 || s.queue.len > 0 || s.failing() || s.prefill.keeps() {
 		return
@@ -109,7 +109,7 @@ func (b *books) dropIfEmptyLocked(s *site) {
 	b.sites.remove(s)
 }
 
-// limitLocked is MaxOpen in force, math.MaxInt if there is none.
+// limitLocked is the MaxOpen in use; math.MaxInt if there is no limit.
 func (b *books) limitLocked() int {
 	if b.limits.MaxOpen > 0 {
 		return b.limits.MaxOpen
@@ -117,18 +117,18 @@ func (b *books) limitLocked() int {
 	return int(b.handles.Load())
 }
 
-// roomLocked is how many connections may still be opened, in all; less than 0 while
-// more are open than MaxOpen allows.
+// roomLocked is how many connections may still be opened in the whole pool. It is
+// negative while more connections are open than MaxOpen allows.
 func (b *books) roomLocked() int { return b.limitLocked() - b.n.open() }
 
-// roomAtLocked is the same for the connections to s, and MaxPerAddr.
+// roomAtLocked is how many connections to s may still be opened under MaxPerAddr.
 func (b *books) roomAtLocked(s *site) int { return b.limits.MaxPerAddr - s.n.open() }
 
-// fullLocked names the limit that forbids a dial to s; "" if none does. Connections
-// that are being closed, idle ones that could be evicted, and dials that were broken
-// off for others, count as free.
-// aheadHere and ahead are the waiters that will take that room first: in the queue
-// of s, and in all queues.
+// fullLocked names the limit that forbids a dial to s; "" if none does. Three kinds of
+// connections count as free: those being closed, idle connections that could be evicted,
+// and dials that were broken off for other addresses.
+// aheadHere and ahead are the waiters that will take the room first: in the queue of s,
+// and in all queues.
 func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
 	case s.n.kept()+aheadHere >= b.limits.MaxPerAddr:
@@ -139,8 +139,13 @@ func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	return ""
 }
 
-// refreshLocked brings the pool's view of what s wants up to date. It follows
-// every change to the queue, the phases or the back-off of s.
+// refreshLocked recomputes how many dials s wants, and its place in the heaps. It must
+// follow every change to the queue, the phases or the back-off of s.
+//
+// An example: five borrowers wait for s and two dials of s are under way, so three
+// waiters have no dial. With MaxDialingPerAddr 4, want is 2. With MaxPerAddr 10 and nine
+// connections open, want is 1. While s is backing off, want is 1 if no dial is under way
+// and no pause is running, else 0.
 func (b *books) refreshLocked(s *site) {
 	want := int32(s.queue.len - s.queue.dials)
 	switch {
@@ -171,7 +176,7 @@ func (b *books) refreshLocked(s *site) {
 	}
 }
 
-// readyOf is the heap that s belongs in.
+// readyOf is the heap for s.
 func (b *books) readyOf(s *site) *siteHeap {
 	if s.unpooled() {
 		return &b.readyOwn
@@ -179,8 +184,8 @@ func (b *books) readyOf(s *site) *siteHeap {
 	return &b.ready
 }
 
-// nextLocked is the site that gets the next slot: the first of both heaps. There is
-// one.
+// nextLocked is the site that gets the next slot: the first of both heaps. The caller
+// makes sure that one of the heaps is not empty (want > 0).
 func (b *books) nextLocked() *site {
 	if len(b.readyOwn) == 0 || len(b.ready) > 0 && b.ready[0].before(b.readyOwn[0]) {
 		return b.ready[0]
@@ -188,9 +193,9 @@ func (b *books) nextLocked() *site {
 	return b.readyOwn[0]
 }
 
-// admitLocked gives away what is free: it starts dials for the waiters that
-// have none, oldest first, and evicts idle connections as long as that is what
-// they lack. What nobody waits for comes last.
+// admitLocked gives away what is free. It starts dials for the waiters without a dial,
+// oldest first, and evicts idle connections while the waiters lack only a slot. Dials
+// for which nobody waits (Warm, MinIdlePerAddr) come last.
 func (b *books) admitLocked(todo *agenda) {
 	if b.debug {
 		b.admitted = b.limitLocked()
@@ -208,10 +213,10 @@ func (b *books) admitLocked(todo *agenda) {
 				want = b.eager
 			}
 			if int(b.n[phaseClosing])-b.slow+b.displaced >= min(want, room) {
-				return // enough is on its way
+				return // enough slots will be free soon
 			}
-			// Under FullOverflow the pool's own dials need no slot, and what one
-			// of them gave up the next would take again.
+			// Under FullOverflow the pool's own dials need no slot: breaking one of
+			// them off would not help, because the next one would start at once.
 			if b.whenFull != FullOverflow && b.shareLocked(todo) {
 				continue
 			}
@@ -236,7 +241,7 @@ func (b *books) admitLocked(todo *agenda) {
 	}
 }
 
-// startDialLocked starts a dial, for the oldest waiter of s that has none.
+// startDialLocked starts a dial for the oldest waiter of s without a dial.
 func (b *books) startDialLocked(s *site, a *attempt, todo *agenda) {
 	a.c, a.older = &conn{site: s, epoch: s.epoch}, s.dial
 	if s.dial != nil {
@@ -251,7 +256,7 @@ func (b *books) startDialLocked(s *site, a *attempt, todo *agenda) {
 	b.refreshLocked(s)
 }
 
-// moveLocked is the only place where a connection changes its phase.
+// moveLocked is the only function that changes the phase of a connection.
 func (b *books) moveLocked(c *conn, to phase) {
 	s, from := c.site, c.phase
 	if phaseMoves[from]&(1<<to) == 0 {
@@ -263,15 +268,16 @@ func (b *books) moveLocked(c *conn, to phase) {
 	b.n[to]++
 	s.n[to]++
 	if (to == phaseClosing || to == phaseNone) && c.linked() {
-		c.unlink() // it was looked at
+		c.unlink() // it was being checked and kept its place on the idle stack
 	}
 	if from == phaseNone {
 		b.counts.PeakOpen = max(b.counts.PeakOpen, b.n.open())
 	}
 }
 
-// wrongMoveLocked is told of a change of phase that must not be. It is a bug in the
-// pool: in debug mode it panics, else the pool goes on, and tests find it in undrawn.
+// wrongMoveLocked records a forbidden change of phase, which is a bug in the pool. In
+// debug mode it panics. Otherwise the pool goes on, and tests find the record in
+// wrongMove.
 func (b *books) wrongMoveLocked(c *conn, to phase) {
 	b.wrongMove = fmt.Sprintf("connpool: a connection to %v went from %v to %v", c.site.addr, c.phase, to)
 	if b.debug {
@@ -279,7 +285,7 @@ func (b *books) wrongMoveLocked(c *conn, to phase) {
 	}
 }
 
-// countLoanLocked counts the loan of c that has just ended, if one has.
+// countLoanLocked counts the loan of c that has just ended, if it was not counted yet.
 func (b *books) countLoanLocked(c *conn) {
 	if !c.uncounted {
 		return
@@ -298,35 +304,40 @@ func (b *books) takeLocked(c *conn) {
 	b.moveLocked(c, phaseBorrowed)
 }
 
-// evictLocked closes an idle connection: nobody owns it, so from now on the agenda
-// does.
+// evictLocked closes an idle connection. Nobody owned the connection; from now on the
+// agenda owns it.
 func (b *books) evictLocked(c *conn, reason CloseReason, err error, todo *agenda) {
 	c.unlink()
 	b.moveLocked(c, phaseClosing)
 	todo.close(c, reason, err)
 }
 
-// use says where a connection that is parked comes from.
+// origin says where a connection that is released comes from.
 type origin uint8
 
 const (
-	fromLoan  origin = iota // a loan ended in good order
-	fromCheck               // it was handed to a waiter that had given up, or looked at by a sweep
+	fromLoan  origin = iota // its loan ended in good order
+	fromCheck               // a waiter that had given up was served with it, it was checked while idle, or Push has ended
 	fromDial                // its dial ended
 )
 
-// releaseLocked is the part of park that concerns the books. It reports whether the
+// releaseLocked is the part of releaseFrom that changes the books. It reports whether the
 // connection was kept.
 //
-// A returned connection and one that was just dialled come the same way, and both go
-// to the oldest waiter of their address (what net/http calls socket late binding): a
-// borrower for whom a dial was started may be served by a returned connection, and
-// the connection of the dial goes to another, or onto the idle stack.
+// A returned connection and a connection that was just dialed take the same way: to the
+// oldest waiter of their address. net/http calls this socket late binding. A borrower for
+// whom a dial was started may be served with a returned connection. The connection of the
+// dial then goes to another waiter or onto the idle stack.
+//
+// An example: w1 and w2 wait for s, and a dial for each of them is under way. A loan
+// ends: w1 gets the returned connection. Both dials end within surplusPatience. The first
+// serves w2, whichever waiter the dial was started for. At the end of the second nobody
+// waits, so its connection becomes idle.
 func (b *books) releaseLocked(c *conn, u origin, now clock.Instant, todo *agenda) bool {
 	s := c.site
 	if u != fromCheck {
-		// Its clock was read before the lock: it may be a moment behind
-		// that of a connection that was parked meanwhile.
+		// The caller read the clock before it took the lock, so now may be a moment
+		// before the time of a connection that was released meanwhile.
 		if s.top != nil {
 			now = max(now, s.top.since)
 		}
@@ -377,7 +388,7 @@ func (b *books) releaseLocked(c *conn, u origin, now clock.Instant, todo *agenda
 	if s.prefill != nil {
 		b.refreshLocked(s)
 	}
-	b.noteFreedLocked() // a dial that lacks a handle may evict it
+	b.noteFreedLocked() // a dial that lacks a file handle may evict c
 	b.armSweepLocked(todo)
 	if b.want > 0 || b.deficit.Len() > 0 {
 		b.admitLocked(todo)
@@ -385,7 +396,7 @@ func (b *books) releaseLocked(c *conn, u origin, now clock.Instant, todo *agenda
 	return true
 }
 
-// whyUnwantedLocked says why a connection may not stay, ClosedUnknown if it may.
+// whyUnwantedLocked says why c may not stay in the pool; ClosedUnknown if it may.
 func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseReason {
 	s, limit := c.site, b.limitLocked()
 	marked, _ := c.condemned()
@@ -397,11 +408,11 @@ func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseRea
 	case c.epoch != s.epoch:
 		return ClosedRetired
 	case u == fromDial && s.queue.head != nil:
-		// It was opened for a borrower that waits; whatever else may be
-		// said against it, another dial would end no better.
+		// c was opened for a borrower that waits. Whatever limit c exceeds, another
+		// dial would give the same result.
 		return ClosedUnknown
 	case s.unpooled() && s.queue.head == nil:
-		return ClosedCanceled // who dialled has gone, and it is good for nobody else
+		return ClosedCanceled // the caller of DialContext has gone, and no other borrower may use c
 	case c.uses >= b.maxUses:
 		return ClosedMaxUses
 	case c.maxAge > 0 && b.clock.Age(c.born, now) >= c.maxAge:
@@ -420,15 +431,15 @@ func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseRea
 		}
 		return ClosedUnknown
 	}
-	// A busy address could keep its connections for ever while older
-	// waiters of other addresses need the slot. They are overtaken at most
-	// as often as there are slots.
+	// A busy address could keep its connections forever while older waiters of
+	// other addresses need a slot. Younger waiters may overtake those at most as
+	// often as there are slots.
 	//
 	// An example: MaxOpen is 3, all three connections are of A, whose borrowers
 	// queue, and an older borrower waits for a first connection to B. The next
-	// three connections that come back go to borrowers of A: overtook is 1, 2, 3.
-	// The fourth is closed, and its slot goes to the oldest waiter without a dial:
-	// the borrower of B.
+	// three connections that are given back go to borrowers of A: overtook is 1,
+	// 2, 3. The pool closes the fourth, and its slot goes to the oldest waiter
+	// without a dial: the borrower of B.
 	if b.eager > 0 && b.n.open() >= limit && b.nextLocked().queue.nextToDial.seq < s.queue.head.seq {
 		if b.overtook++; b.overtook > limit {
 			b.overtook = 0
@@ -438,35 +449,39 @@ func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseRea
 	return ClosedUnknown
 }
 
-// agenda is what a critical section decided and its caller does after the
-// unlock. The connections in it are the caller's.
+// agenda is what a critical section decided and its caller does after the unlock. The
+// caller owns the connections in it.
 type agenda struct {
 	dials   []*attempt
 	closes  []closeOrder
-	cancels []context.CancelFunc // of dials that are broken off
+	cancels []context.CancelFunc // of dials that the pool breaks off
 	timers  []timerOrder
 }
 
-// timerOrder is a timer to be started, for one of three things.
+// timerOrder is a timer to be started. A timer ends a pause of back-off, checks the
+// surplus dials of a site, or starts the next sweep.
 //
-// Between the unlock and the start the books may change their mind, so whoever
-// starts a timer looks again, under the lock: the pause of an address may have
-// ended (startPause), and the pool may be closed (startSweeper).
+// The state may change between the unlock and the start of the timer. So the function
+// that starts a timer checks again under the lock: the pause may have ended
+// (startPause), and the pool may be closed (startSweeper).
 type timerOrder struct {
 	after time.Duration
-	pause *pause // to end it
-	doubt *queue // to look at its surplus; of site
-	site  *site  // whose pause or queue it is; nil: the next sweep
+	pause *pause // the timer ends this pause
+	doubt *queue // the timer checks the surplus dials of this queue, which is of site
+	site  *site  // the site of pause or doubt; nil for the next sweep
 }
 
+// retry orders the end of the pause t of s.
 func (a *agenda) retry(s *site, t *pause, after time.Duration) {
 	a.timers = append(a.timers, timerOrder{after: after, pause: t, site: s})
 }
 
+// doubt orders the check of the surplus dials of s, after surplusPatience.
 func (a *agenda) doubt(s *site) {
 	a.timers = append(a.timers, timerOrder{after: surplusPatience, doubt: s.queue, site: s})
 }
 
+// sweep orders the next sweep.
 func (a *agenda) sweep(after time.Duration) {
 	a.timers = append(a.timers, timerOrder{after: after})
 }
@@ -477,11 +492,12 @@ type closeOrder struct {
 	err    error
 }
 
+// close orders the close of c.
 func (a *agenda) close(c *conn, reason CloseReason, err error) {
 	a.closes = append(a.closes, closeOrder{c, reason, err})
 }
 
-// reasonOf is why c is to be closed, ClosedUnknown if it is not.
+// reasonOf is why c is to be closed; ClosedUnknown if it is not in the agenda.
 func (a *agenda) reasonOf(c *conn) CloseReason {
 	for _, o := range a.closes {
 		if o.c == c {

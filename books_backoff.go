@@ -7,44 +7,49 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// Back-off: after backoffAfter failures in a row an address gets one dial at a
-// time, and only after a pause that doubles from backoffMin to backoffMax, with
-// up to half of it taken away at random. While connections of the address are
-// in use, waiters wait for those; when there are none, all but one get the last
-// dial's error at once.
+// Back-off: after backoffAfter failures in a row an address gets one dial at a time, and
+// each dial only after a pause. The pause doubles from backoffMin to backoffMax, and a
+// random part of up to half of it is taken away. While connections of the address are in
+// use, waiters wait for those. When none is in use, one waiter stays to wait for the next
+// dial, and the others get the error of the last dial at once.
+//
+// An example: the third dial in a row fails. The pause is 25 to 50 ms, then one dial
+// starts. It fails too: the next pause is 50 to 100 ms, then 100 to 200 ms, and so on, up
+// to 0.5 to 1 s. A dial that succeeds ends the back-off.
 const (
 	backoffAfter = 3
 	backoffMin   = 50 * time.Millisecond
 	backoffMax   = time.Second
 
-	// hollowMax takes the place of backoffMax where the peer accepts and
-	// hangs up: that costs both sides more than a refusal does.
+	// hollowMax takes the place of backoffMax where the peer accepts and hangs up: such
+	// a connection costs both sides more than a refused one.
 	hollowMax = 8 * time.Second
 
-	// failureMemory is how long the failures of an address are remembered
-	// when nobody asks for it.
+	// failureMemory is how long the pool remembers the failures of an address for which
+	// nobody waits.
 	failureMemory = time.Minute
 )
 
-// trouble is what an address remembers of dials that failed, and of connections
-// that were hollow.
+// backoff is the memory of an address for failures: dials that failed, and hollow
+// connections (connections that the peer accepted and gave up before they were of use,
+// see lived.go).
 type backoff struct {
-	failures int           // in a row
-	hollow   bool          // connections were among them: a dial that ends well is no news
-	accepts  bool          // ... and the last of them was one
-	since    uint64        // connections with a greater ID were dialled after the first of them
-	failedAt clock.Instant // the last of them
-	lastErr  error         // its error
-	pause    *pause        // running while the next probe is not due
-	paused   int           // failures when it began
+	failures int           // failures in a row
+	hollow   bool          // hollow connections were among the failures: a dial that succeeds does not end the back-off
+	accepts  bool          // the last failure was a hollow connection
+	since    uint64        // connections with a greater ID were dialed after the first failure
+	failedAt clock.Instant // when the last failure happened
+	lastErr  error         // the error of the last failure
+	pause    *pause        // the pause before the next dial; nil if none is running
+	paused   int           // the value of failures when the pause began
 }
 
-// pause is one pause before the probe of an address that is backing off. It runs
-// as long as it is that of its site's trouble. Each pause is an object of its own,
-// so a timer that fires late, or that is about to be started, finds out whether
-// the pause it belongs to is still the one that runs.
+// pause is one pause before the next dial of an address that is backing off. The pause is
+// running as long as backoff.pause of its site points to it. Each pause is an object of
+// its own. So a timer that fires late, or a timer about to be started, can tell whether
+// its pause is still the running one.
 type pause struct {
-	timer *time.Timer // ends it; nil until the agenda that began it has run
+	timer *time.Timer // the timer that ends the pause; nil until the agenda has started it
 }
 
 func (s *site) failing() bool    { return s.backoff != nil && s.backoff.failures > 0 }
@@ -57,8 +62,8 @@ func (s *site) lastErr() error {
 	return s.backoff.lastErr
 }
 
-// noteFailureLocked books a failure that speaks against s: of the connection with
-// this ID, or of a dial that ended after that connection's.
+// noteFailureLocked records a failure of s: a hollow connection with this ID, or a dial
+// that failed. For a dial, id is the ID of the newest connection.
 func (b *books) noteFailureLocked(s *site, why error, now clock.Instant, id uint64, hollow bool) {
 	if s.backoff == nil {
 		s.backoff = new(backoff)
@@ -73,7 +78,7 @@ func (b *books) noteFailureLocked(s *site, why error, now clock.Instant, id uint
 	t.failedAt = now
 }
 
-// pauseLocked begins the pause before the next dial, if s is backing off.
+// pauseLocked begins the pause before the next dial if s is backing off.
 func (b *books) pauseLocked(s *site, todo *agenda) {
 	if !s.backingOff() {
 		return
@@ -86,13 +91,14 @@ func (b *books) pauseLocked(s *site, todo *agenda) {
 	b.beginPauseLocked(s, after-rand.N(after/2), todo)
 }
 
+// beginPauseLocked begins a pause and orders its timer.
 func (b *books) beginPauseLocked(s *site, after time.Duration, todo *agenda) {
 	s.backoff.pause = new(pause)
 	s.backoff.paused = s.backoff.failures
 	todo.retry(s, s.backoff.pause, after)
 }
 
-// patience is how long the pause lasts before the random part is taken away.
+// patience is the length of the pause before the random part is taken away.
 func (t *backoff) patience() time.Duration {
 	longest := backoffMax
 	if t.accepts {
@@ -101,9 +107,9 @@ func (t *backoff) patience() time.Duration {
 	return min(longest, backoffMin<<min(t.failures-backoffAfter, 16))
 }
 
-// noteReachedLocked books that a dial to s has ended well. That is the end of all
-// trouble, unless connections have been hollow: then one has to live first, and
-// the next dial keeps its pause.
+// noteReachedLocked records that a dial to s has succeeded. Success ends the back-off,
+// unless there were hollow connections: then one connection has to live first
+// (noteLivedLocked), and the next dial keeps its pause.
 func (b *books) noteReachedLocked(s *site, todo *agenda) {
 	if s.backoff != nil && s.backoff.hollow {
 		b.pauseLocked(s, todo)
@@ -113,8 +119,9 @@ func (b *books) noteReachedLocked(s *site, todo *agenda) {
 	s.backoff = nil
 }
 
-// giveUpLocked ends the wait of borrowers that have nothing to wait for: their
-// address is backing off, and none of its connections is in use.
+// giveUpLocked ends the wait of borrowers that have nothing to wait for: their address is
+// backing off, and none of its connections is in use. One waiter, or one for each dial
+// under way, stays.
 func (b *books) giveUpLocked(s *site) {
 	if !s.backingOff() || s.n[phaseBorrowed] > 0 {
 		return
@@ -127,21 +134,22 @@ func (b *books) giveUpLocked(s *site) {
 	}
 }
 
-// pauseOverLocked ends a pause, unless it was ended before its timer fired.
+// pauseOverLocked ends a pause, unless the pause was ended before its timer fired.
 func (b *books) pauseOverLocked(s *site, over *pause, todo *agenda) {
 	t := s.backoff
 	if t == nil || t.pause != over {
 		return
 	}
 	t.pause = nil
-	// The pause began with the third connection that was hollow. If the
-	// rest of a burst was, too, it has to be longer.
+	// The pause began with the third hollow connection. If more connections of the same
+	// burst turned out hollow meanwhile, the pause has to be longer.
 	now := b.clock.Exactly()
 	if rest := min(2*backoffMax, t.patience()) - now.Sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !b.closed {
 		b.beginPauseLocked(s, rest, todo)
 	}
 }
 
+// stopRetryLocked ends a running pause before its time.
 func (b *books) stopRetryLocked(s *site) {
 	if !s.retrying() {
 		return
@@ -152,8 +160,9 @@ func (b *books) stopRetryLocked(s *site) {
 	s.backoff.pause = nil
 }
 
-// noteLivedLocked reports whether that is news, after which admitLocked is due. A
-// connection that is older than all failures which are remembered is none.
+// noteLivedLocked records that c has lived (see lived.go), and reports whether something
+// changed. If it did, the caller has to call admitLocked. Nothing changes if c is older
+// than all remembered failures.
 func (b *books) noteLivedLocked(c *conn, inLoan bool) (news bool) {
 	c.word.Or(flagsLived)
 	s := c.site

@@ -6,8 +6,9 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// Connections that the books have closed, or give up, other than to make room.
+// Connections that the books close for other reasons than to make room.
 
+// armSweepLocked orders the next sweep, unless one is due or running.
 func (b *books) armSweepLocked(todo *agenda) {
 	if !b.swept && !b.closed {
 		b.swept = true
@@ -15,8 +16,8 @@ func (b *books) armSweepLocked(todo *agenda) {
 	}
 }
 
-// sweepPeriod is SweepInterval. With the sweep switched off, old failures must
-// be forgotten all the same.
+// sweepPeriod is SweepInterval. If SweepInterval switches the sweep off, the sweep runs
+// every failureMemory, because old failures must be forgotten all the same.
 func (r *rules) sweepPeriod() time.Duration {
 	if r.sweepInterval > 0 {
 		return r.sweepInterval
@@ -24,8 +25,8 @@ func (r *rules) sweepPeriod() time.Duration {
 	return failureMemory
 }
 
-// aged says whether a connection that has been idle for so long has outlived
-// its time.
+// aged says whether a connection that has been idle for idleFor has expired: by
+// IdleTimeout or by MaxLifetime.
 func (r *rules) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
 	switch {
 	case r.idleTimeout > 0 && idleFor >= r.idleTimeout:
@@ -36,12 +37,14 @@ func (r *rules) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseRea
 	return ClosedUnknown
 }
 
-// sightings is what a sweep found in one go.
+// sweepBatch is what a sweep found in one critical section.
 type sweepBatch struct {
 	seen []idleRef
-	todo agenda // the expired ones
+	todo agenda // closes the expired connections
 }
 
+// listIdleLocked sorts the connections that a sweep met: it evicts the idle ones that have
+// expired and lists the other idle ones.
 func (b *books) listIdleLocked(met []*conn, now clock.Instant) (found sweepBatch) {
 	for _, c := range met {
 		if c.phase != phaseIdle {
@@ -60,9 +63,9 @@ func (b *books) listIdleLocked(met []*conn, now clock.Instant) (found sweepBatch
 	return found
 }
 
-// markStolenLocked books that the descriptor of c is another socket's, and reports
-// whether that is news. An idle connection goes into quarantine now, any other
-// when its owner is done with it.
+// markStolenLocked records that the descriptor of c belongs to another socket, and
+// reports whether the pool did not know that yet. An idle connection is quarantined now,
+// any other one when its owner is done with it.
 func (b *books) markStolenLocked(c *conn, todo *agenda) bool {
 	if !c.mark(flagStolen) {
 		return false
@@ -73,7 +76,7 @@ func (b *books) markStolenLocked(c *conn, todo *agenda) bool {
 	return true
 }
 
-// noteFreedLocked tells the dials that lack a handle that there may be one.
+// noteFreedLocked wakes the dials that wait for a file handle: one may be free.
 func (b *books) noteFreedLocked() {
 	if b.starving > 0 {
 		close(b.freed)
@@ -81,9 +84,9 @@ func (b *books) noteFreedLocked() {
 	}
 }
 
-// dropSurplusLocked closes the idle connections that the limits do not allow
-// (any more): first those that are too many for their address, then, of all
-// addresses, those that are too many for the pool.
+// dropSurplusLocked closes the idle connections that the limits do not allow any more:
+// first those beyond the limits of their address, then, of all addresses, those beyond
+// the limits of the pool.
 func (b *books) dropSurplusLocked(todo *agenda) {
 	tooMany := []func(*site) bool{
 		func(s *site) bool {
@@ -103,12 +106,15 @@ func (b *books) dropSurplusLocked(todo *agenda) {
 	}
 }
 
+// dropIdleLocked closes all idle connections of s.
 func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
 	for c := s.topLocked(); c != nil; c = s.topLocked() {
 		b.evictLocked(c, reason, nil, todo)
 	}
 }
 
+// shutSiteLocked is the part of Close for one address: the idle connections are closed, and
+// the waiters get ErrClosed.
 func (b *books) shutSiteLocked(s *site, todo *agenda) {
 	b.dropIdleLocked(s, ClosedWithPool, todo)
 	b.stopRetryLocked(s)
@@ -120,7 +126,7 @@ func (b *books) shutSiteLocked(s *site, todo *agenda) {
 	b.dropIfEmptyLocked(s)
 }
 
-// noteLeftLocked wakes who waits in awaitLeft.
+// noteLeftLocked wakes the callers that wait in awaitLeft.
 func (b *books) noteLeftLocked() {
 	if b.closed {
 		close(b.left)

@@ -6,15 +6,21 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// What becomes of dials in the books: those that failed, and those that nobody needs.
+// How dials end in the books: dials that failed, and dials that nobody needs any more.
+//
+// An example of a surplus: a burst of five borrowers starts five dials. Then three loans
+// end and serve three of the waiters. Five dials are under way for two waiters, so the
+// surplus is 3. After surplusPatience the pool breaks off as many of the youngest dials as
+// there are in surplus at that time. If all five waiters had been served, the surplus
+// would be 4: one dial goes on for the next borrower.
 
-// surplusPatience is how long a dial that no waiter needs any more goes on all
-// the same: most end sooner, and the next borrowers may want them.
+// surplusPatience is how long a dial that no waiter needs any more goes on: most dials end
+// sooner, and the next borrowers may want their connections.
 const surplusPatience = 25 * time.Millisecond
 
-// doubtDialsLocked begins the look at surplus dials. After a burst, returned
-// connections may have served waiters whose dials are still under way. Dials that
-// nobody needs after surplusPatience are broken off, all but one.
+// doubtDialsLocked starts surplusPatience, unless it is running. After a burst, returned
+// connections may have served waiters whose dials are still under way. Dials that nobody
+// needs after surplusPatience are broken off, except for one.
 func (b *books) doubtDialsLocked(s *site, todo *agenda) {
 	if !s.queue.doubted {
 		s.queue.doubted = true
@@ -22,12 +28,13 @@ func (b *books) doubtDialsLocked(s *site, todo *agenda) {
 	}
 }
 
-// dropDialsLocked breaks off the youngest dials to s that no waiter needs, unless q,
-// the queue that was doubted, is that of s no more.
+// dropDialsLocked breaks off the youngest dials to s that no waiter needs. It does nothing
+// if q, the queue for which doubtDialsLocked started the timer, is no longer the queue of
+// s.
 func (b *books) dropDialsLocked(s *site, q *queue, todo *agenda) {
 	q.doubted = false
 	for q == s.queue && s.surplus() > 0 {
-		a := s.dial // the youngest
+		a := s.dial // the youngest dial
 		for a.prefill {
 			a = a.older
 		}
@@ -41,7 +48,7 @@ func (b *books) dropDialsLocked(s *site, q *queue, todo *agenda) {
 	}
 }
 
-// dropLocked takes a out of the list of the dials that waiters count on.
+// dropLocked removes a from the site's list of dials that waiters count on.
 func (s *site) dropLocked(a *attempt) {
 	if a.newer == nil {
 		s.dial = a.older
@@ -54,6 +61,12 @@ func (s *site) dropLocked(a *attempt) {
 	a.newer, a.older = nil, nil
 }
 
+// noteDialFailedLocked records a dial that failed, for the site and for the waiter.
+//
+// Only the waiter for whom the dial was started gets the error, and only if it still
+// waits. A dial that the pool broke off (brokenOff) is no failure of the address, and
+// neither is a failure for want of something local (dialError.local). A dial whose Setup
+// failed has a socket: the caller closes it, and the slot is free after the close.
 func (b *books) noteDialFailedLocked(a *attempt, failure *dialError, now clock.Instant, todo *agenda) {
 	c, s := a.c, a.c.site
 	if failure.stage == StageSetup {
@@ -61,7 +74,7 @@ func (b *books) noteDialFailedLocked(a *attempt, failure *dialError, now clock.I
 	} else {
 		b.moveLocked(c, phaseNone)
 		b.counts.DialErrors++
-		if !failure.noHandle { // which had no handle to give back
+		if !failure.noHandle { // such a dial had no handle to give back
 			b.noteFreedLocked()
 		}
 	}

@@ -2,18 +2,20 @@ package connpool
 
 import "github.com/seed-ecb488c9/connpool/internal/clock"
 
-// What the books say of a borrow that failed, and of a wait that was in vain.
+// The text and numbers of the error of a borrow that failed, or of a wait in vain.
 
-// failedLocked is the error of a borrow, with the books as they are. The caller
-// calls classify after the unlock.
+// failedLocked is the error of a borrow that failed, with the numbers of the books as they
+// are now. The caller calls classify after the unlock.
 func (b *books) failedLocked(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	s := b.sites.find(addr)
 	if s == nil {
-		s = &site{addr: addr, queue: &noQueue} // forgotten: nothing is open for it
+		s = &site{addr: addr, queue: &noQueue} // the pool has dropped the address: nothing is open for it
 	}
 	return b.failedAtLocked(s, stage, err, start)
 }
 
+// failedAtLocked is failedLocked for a site that the caller has. Waited counts from start;
+// 0 means that the borrow did not wait.
 func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Instant) *Error {
 	e := &Error{Addr: s.addr, Stage: stage, Err: err, elsewhere: b.n[phaseIdle]+b.n[phaseBorrowed] == 0}
 	if start != 0 {
@@ -35,7 +37,7 @@ func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Inst
 	return e
 }
 
-// limitOfLocked is what the limit with this name allows; 0 for "".
+// limitOfLocked is the value of the limit with this name; 0 for "".
 func (b *books) limitOfLocked(name string) int {
 	switch name {
 	case "MaxOpen":
@@ -55,9 +57,9 @@ func (b *books) limitOfLocked(name string) int {
 }
 
 // blockerLocked names the limit that keeps w, which is in the queue of s, from a
-// connection: one that forbids a dial to s, or, if w has no dial, one on the dials under
-// way. "" stands for none: w waits for a dial, or for the end of a pause. A Warm, for
-// which w is nil, is told of the former only.
+// connection: a limit that forbids a dial to s, or, if w has no dial, a limit on the dials
+// under way. "" means that no limit does: w waits for a dial or for the end of a pause.
+// For a Warm, w is nil; it gets only limits that forbid a dial.
 func (b *books) blockerLocked(s *site, w *waiter) string {
 	full, bare := b.fullLocked(s, 0, 0), s.queue.nextToDial
 	switch {
@@ -73,8 +75,8 @@ func (b *books) blockerLocked(s *site, w *waiter) string {
 	return ""
 }
 
-// warmBlockerLocked is the same for a Warm. It may not evict, so idle connections are in
-// its way, too.
+// warmBlockerLocked names the limit that keeps a Warm from a connection to s. A Warm may
+// not evict, so idle connections are in its way too.
 func (b *books) warmBlockerLocked(s *site) string {
 	switch full := b.blockerLocked(s, nil); {
 	case full != "":
@@ -87,8 +89,8 @@ func (b *books) warmBlockerLocked(s *site) string {
 	return ""
 }
 
-// whyLocked is what w, which is in the queue of s and gives up, has waited for; nil
-// stands for a Warm.
+// whyLocked says what w, which is in the queue of s and gives up, has waited for. For a
+// Warm, w is nil.
 func (b *books) whyLocked(s *site, w *waiter) *inVain {
 	e := new(inVain)
 	now := b.clock.Exactly()
@@ -102,10 +104,10 @@ func (b *books) whyLocked(s *site, w *waiter) *inVain {
 	}
 	e.full = b.blockerLocked(s, w)
 	if !e.pause && e.full != "MaxPerAddr" && e.full != "MaxOpen" {
-		return e // no connection that is out is in its way
+		return e // no loan is in its way
 	}
 	e.here = s.n[phaseBorrowed] > 0
-	// What has been out for long has sunk to the old end.
+	// The longest loans are at the old end of the ring.
 	n := 0
 	for c := b.recency.ends.younger; c != &b.recency.ends && n < farEnough; c = c.younger {
 		if n++; c.site != nil && c.phase == phaseBorrowed && e.counts(c.site.addr, s.addr) {

@@ -7,11 +7,11 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// This file opens the connections that Warm and MinIdlePerAddr ask for. When an address has
-// a reserve is told above reserveMemory.
+// This file decides on the dials that Warm and MinIdlePerAddr ask for. The comment above
+// reserveMemory says when an address has a reserve.
 
-// refreshPrefillLocked brings up to date what s wants beside what its waiters
-// want. It is a part of refreshLocked.
+// refreshPrefillLocked recomputes how many dials s wants beside those for its waiters. It
+// is a part of refreshLocked.
 func (b *books) refreshPrefillLocked(s *site) {
 	b.noteUnneededLocked(s)
 	b.endWarmingsLocked(s)
@@ -27,14 +27,19 @@ func (b *books) refreshPrefillLocked(s *site) {
 	}
 	switch x.forWarm = asked; {
 	case x.missing == 0 || x.inDeficit != nil:
-	case asked: // goes before those for which nobody asked
+	case asked: // a Warm goes before the reserves
 		x.inDeficit = b.deficit.PushFront(s)
 	default:
 		x.inDeficit = b.deficit.PushBack(s)
 	}
 }
 
-// missingLocked counts the dials that s's own limits would let start for no waiter.
+// missingLocked is how many dials for which nobody waits the limits of s let start now.
+//
+// An example: MinIdlePerAddr is 3, and s has a reserve, one idle connection and one dial
+// under way: one dial is missing. If a call of Warm asks for 5 connections while two are
+// lent, the count of open connections and dials is 4, so one dial is missing for it too;
+// the larger of both numbers counts.
 func (b *books) missingLocked(s *site) int {
 	x := s.prefill
 	if b.closed || s.queue.nextToDial != nil || s.retrying() || s.backingOff() && s.n[phaseDialing] > 0 {
@@ -59,8 +64,8 @@ func (b *books) missingLocked(s *site) int {
 	return max(0, min(want, b.limits.MaxDialingPerAddr-int(s.n[phaseDialing]), b.roomAtLocked(s)))
 }
 
-// openMissingLocked starts what nobody waits for. It is the last part of
-// admitLocked, which comes to it when no waiter wants a slot.
+// openMissingLocked starts dials for which nobody waits. It is the last part of
+// admitLocked: no waiter wants a slot then.
 func (b *books) openMissingLocked(todo *agenda) {
 	for b.deficit.Len() > 0 && !b.closed {
 		if b.roomLocked() <= 0 || int(b.n[phaseDialing]) >= b.limits.MaxDialing {
@@ -72,7 +77,7 @@ func (b *books) openMissingLocked(todo *agenda) {
 			a.warm.own++
 			a.ctx = a.warm.ctx
 		} else if !b.spareableLocked() {
-			return // nor for the others: those of Warm come first
+			return // nor for the other sites: those with a Warm are at the front of deficit
 		}
 		s.prefill.retryOnce = false
 		s.prefill.dials++
@@ -80,30 +85,34 @@ func (b *books) openMissingLocked(todo *agenda) {
 	}
 }
 
-// spareableLocked reports whether the pool may open connections for a reserve:
-// half of the dials are left to those who wait, what could not be kept is not
-// opened, and handles are plenty.
+// spareableLocked reports whether the pool may open connections for a reserve: at least
+// half of MaxDialing is left to dials for waiters, the connection could be kept under
+// MaxIdle, and file handles are plenty.
 func (b *books) spareableLocked() bool {
 	return int(b.n[phaseDialing]) < b.limits.MaxDialing-b.limits.MaxDialing/2 &&
 		int(b.n[phaseIdle]+b.n[phaseDialing])+b.checking < b.limits.MaxIdle &&
 		b.pressure < handlesLow && b.starving == 0
 }
 
-// The reserve of an address (MinIdlePerAddr):
+// The reserve of an address (its MinIdlePerAddr idle connections):
 //
-//	none  -> kept    a loan
-//	kept  -> none    evicted, CloseIdle, or unused for reserveMemory
-//	kept  -> shaky   a connection was lost that was never lent and younger than a
-//	                 sweep's period; or the dial of one failed, or the address did
-//	shaky -> kept    a sweep finds it complete
+//	none     -> kept      a loan
+//	kept     -> none      a connection was evicted, or closed by CloseIdle or for want
+//	                      of file handles; or no loan for reserveMemory; or SetLimits
+//	                      or Close ended it
+//	kept     -> unstable  a connection was lost that was never lent and younger than
+//	                      a sweep's period; or a dial for the reserve failed, or was
+//	                      broken off, unanswered, for another address; or the
+//	                      failures of the address were forgotten
+//	unstable -> kept      a sweep finds the reserve complete
 //
-// A reserve that is short is refilled at once, if the address is known to work.
-// Where the last dial failed, and where connections die at once, one attempt per
-// sweep has to do: there may be thousands of such addresses. Loans are no news
-// about that, but for the first one of a connection (noteLivedLocked): the dial that
-// it proves gives the right to one attempt more.
+// The pool refills an incomplete reserve at once if the address is known to work. If the
+// last dial failed, or connections die soon after their dial, the pool makes one attempt
+// per sweep: there may be thousands of such addresses. Loans do not change that, except
+// for the first loan of a connection (noteLivedLocked): that loan proves that the dial
+// was good, and allows one more attempt.
 
-// reserveMemory is for how long after its last loan an address has a reserve.
+// reserveMemory is how long after its last loan an address keeps its reserve.
 func (r *rules) reserveMemory() time.Duration {
 	if r.idleTimeout > 0 {
 		return 10 * min(r.idleTimeout, century/10)
@@ -111,8 +120,8 @@ func (r *rules) reserveMemory() time.Duration {
 	return 10 * defaultIdleTimeout
 }
 
-// noteLentLocked books, if there is a MinIdlePerAddr, that a connection of s goes to a
-// borrower or comes from one.
+// noteLentLocked records, if MinIdlePerAddr is set, that a borrower gets a connection of
+// s or has given one back.
 func (b *books) noteLentLocked(s *site, now clock.Instant) {
 	if s.unpooled() || b.closed {
 		return
@@ -121,22 +130,23 @@ func (b *books) noteLentLocked(s *site, now clock.Instant) {
 	x.reserve, x.usedAt = true, now
 }
 
-// noteTakenLocked books, if there is a MinIdlePerAddr, that a borrower took c off the stack.
+// noteTakenLocked records, if MinIdlePerAddr is set, that a borrower took c off the idle
+// stack.
 func (b *books) noteTakenLocked(c *conn, now clock.Instant) {
 	c.fromReserveLocked(b.reservedLocked(c.site, c.site.n[phaseIdle]+1, now))
 	b.noteLentLocked(c.site, now)
 }
 
-// fromReserveLocked books, with and without a MinIdlePerAddr, whether c, which is about to
-// be lent, was one of a reserve: what an earlier loan was says nothing of this one.
+// fromReserveLocked records, with and without a MinIdlePerAddr, whether c, which is about
+// to be lent, was one of a reserve. The record of an earlier loan must not stay.
 func (c *conn) fromReserveLocked(yes bool) {
 	if yes || c.cold.Load() != nil {
 		c.ensureCold().fromReserve = yes
 	}
 }
 
-// setCheckingLocked books, if there is a MinIdlePerAddr, whether c is being looked at: then
-// it counts as idle.
+// setCheckingLocked records, if MinIdlePerAddr is set, whether c is being checked. A
+// connection being checked counts as idle.
 func (b *books) setCheckingLocked(c *conn, yes bool) {
 	e := c.cold.Load()
 	switch {
@@ -153,14 +163,15 @@ func (b *books) setCheckingLocked(c *conn, yes bool) {
 	}
 }
 
-// reservedLocked reports whether the idle connections of s, if there are no more
-// than so many, are its reserve, which IdleTimeout does not concern.
+// reservedLocked reports whether the idle connections of s, n in number, are its reserve.
+// IdleTimeout does not apply to a reserve.
 func (b *books) reservedLocked(s *site, n int32, now clock.Instant) bool {
 	x := s.prefill
 	return x.reserved() && int(n) <= b.limits.MinIdlePerAddr && b.clock.Age(x.usedAt, now) < b.reserveMemory()
 }
 
-// sweepReserveLocked is the sweep's part.
+// sweepReserveLocked is the part of a sweep for an address with a reserve: it drops the
+// reserve after reserveMemory, and allows one attempt to refill an unstable one.
 func (b *books) sweepReserveLocked(s *site, now clock.Instant) {
 	x := s.prefill
 	if int(s.n[phaseBorrowed]) > x.checking || s.queue.len > 0 { // a loan may take longer
@@ -179,9 +190,9 @@ func (b *books) sweepReserveLocked(s *site, now clock.Instant) {
 	b.refreshLocked(s)
 }
 
-// noteReserveLostLocked books what the close of c means for what was opened before
-// it was needed, before that is opened again.
-// lost says so, if nobody had used it.
+// noteReserveLostLocked records the close of c for the Warm and the reserve of its
+// address, before the reserve is refilled. lost is how the connection was lost if nobody
+// had used it; nil otherwise.
 func (b *books) noteReserveLostLocked(c *conn, reason CloseReason, lost error, age time.Duration) {
 	b.setCheckingLocked(c, false)
 	x := c.site.prefill

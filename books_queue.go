@@ -7,72 +7,73 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// waiter is a borrower in the queue of an address. There are two ways out, and
-// a waiter takes exactly one of them, under Pool.mu: it is served (deliver), or
-// it leaves because its ctx is done (waiter.leave). A waiter that left is never
-// handed anything, and serving one never blocks.
+// waiter is a borrower in the queue of an address. A waiter leaves the queue in one of two
+// ways, under Pool.mu: the pool serves it a connection or an error (serve), or it gives up
+// (leave), because its ctx is done, or because foreign code panicked or ended its
+// goroutine. A waiter that gave up is never served, and serving a waiter never blocks.
 type waiter struct {
 	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again
-	ctx   context.Context // its values, for a dial made on its behalf
+	ctx   context.Context // the borrower's ctx: a dial made for this waiter uses its values
 	since clock.Instant
 
-	site *site // in whose queue it is
-	met  int   // how many were in that queue when it joined, itself included
+	site *site // the waiter is in the queue of this site
+	met  int   // waiters in that queue when this one joined, itself included
 
 	prev, next *waiter
 	queued     bool
-	stalled    bool // it may take of the overflow of its site, see DialOverflow
+	stalled    bool // the waiter may use the overflow of its site, see DialOverflow
 
-	// What it was served; written before ready is signalled.
+	// What the waiter was served; written before ready is signaled.
 	c     *conn
 	fresh bool // c comes straight from its dial
 	err   error
 	ready chan struct{} // capacity 1
 
-	why *inVain // what it has waited for, if it left
+	why *inVain // if the waiter gave up: what it had waited for
 }
 
-// queue holds the waiters of one address, oldest first, and knows which of them
-// have a dial under way: the first `dials` of them. A dial has no owner. It
-// serves whoever is the oldest when it ends, so when a waiter with a dial is
-// served by a returned connection, its dial counts for the next one by itself.
+// queue holds the waiters of one address, oldest first. The queue counts the dials under
+// way: they count for the first `dials` waiters. A dial has no owner. It serves the waiter
+// that is the oldest when the dial ends. So when a returned connection serves a waiter
+// with a dial, that dial counts for the next waiter without further work.
 //
-// Invariant: bare is the waiter at index dials, nil if there are not more
-// waiters than dials. All methods need Pool.mu.
+// Invariant: nextToDial is the waiter at index dials; nil if there are not more waiters
+// than dials. The caller of a method holds Pool.mu.
 //
 // An example: five borrowers wait, w1 (the oldest) to w5, and three dials are under
-// way. The dials count for w1, w2 and w3; bare is w4, and the address wants two more
+// way. The dials count for w1, w2 and w3; nextToDial is w4, and the address wants two more
 // dials.
 //
 //   - A connection is given back: w1 gets the connection. The three dials count for
-//     w2, w3 and w4 from now on; bare is w5.
-//   - Or a dial ends well: w1 gets its connection, whoever the dial was started for.
-//     The two other dials count for w2 and w3; bare is w4 as before.
+//     w2, w3 and w4 from now on; nextToDial is w5.
+//   - Or a dial succeeds: w1 gets its connection, whichever waiter the dial was started
+//     for. The two other dials count for w2 and w3; nextToDial is w4 as before.
 //   - Or the dial that was started for w2 fails: w2 gets the error. The two other
-//     dials count for w1 and w3; bare is w4 as before.
-//   - Or w1 gives up: this is as if w1 had been served by a returned connection.
+//     dials count for w1 and w3; nextToDial is w4 as before.
+//   - Or w1 gives up: the queue is then the same as if w1 had been served a returned
+//     connection.
 //
-// If returned connections serve all five, three dials are left for nobody. One of
-// them may go on, for the next borrower; surplus is 2.
+// If returned connections serve all five, nobody needs the three dials. One of them may
+// go on, for the next borrower; surplus is 2.
 type queue struct {
 	head, tail *waiter
 	len        int
-	dials      int     // under way, but for the surplus
+	dials      int     // dials under way, without those being broken off
 	nextToDial *waiter // the oldest waiter without a dial
-	doubted    bool    // the surplus will be looked at, see Pool.doubtDialsLocked
+	doubted    bool    // a timer will check the surplus, see books.doubtDialsLocked
 
 	// See books_silence.go.
-	answered bool // a dial has ended well
-	answers  int  // ... so many have
-	silent   bool // one under way has gone without an answer for a while, and so has the address since
-	first    bool // no dial is under way, and the site has not answered; as of the last refreshLocked
+	answered bool // a dial has succeeded
+	answers  int  // how many dials have succeeded
+	silent   bool // a dial has been without an answer for `silence`, and no dial of the address has succeeded since
+	first    bool // the address is not known to answer (site.known) and no dial is under way; as of the last refreshLocked
 }
 
-// noQueue is the queue of every address that has neither waiters nor dials. It
-// is only read; see site.queueLocked.
+// noQueue is the queue of every address that has neither waiters nor dials. Nobody writes
+// to noQueue; see site.queueLocked.
 var noQueue queue
 
-// push inserts w by its seq: at the end, but for a borrower that queues again.
+// push inserts w by its seq: at the end, except for a borrower that queues again.
 func (q *queue) push(w *waiter) {
 	after := q.tail
 	for after != nil && after.seq > w.seq {
@@ -101,6 +102,7 @@ func (q *queue) push(w *waiter) {
 	}
 }
 
+// remove takes w out of the queue. If w had a dial, that dial counts for the next waiter.
 func (q *queue) remove(w *waiter) {
 	if q.nextToDial != nil && w.seq <= q.nextToDial.seq {
 		q.nextToDial = q.nextToDial.next
@@ -119,11 +121,12 @@ func (q *queue) remove(w *waiter) {
 	q.len--
 }
 
-// surplus is the number of dials beyond what the waiters need. One extra dial is no
+// surplus is the number of dials beyond those that the waiters need. One extra dial is no
 // surplus: the next borrower will use it.
 func (q *queue) surplus() int { return q.dials - max(1, q.len) }
 
-// surplus does not count those that were started for nobody who waits.
+// surplus is the surplus of the queue without the dials for which nobody waits (Warm,
+// MinIdlePerAddr).
 func (s *site) surplus() int {
 	n := s.queue.surplus()
 	if s.prefill != nil {
@@ -132,6 +135,7 @@ func (s *site) surplus() int {
 	return n
 }
 
+// dialStarted counts one more dial: it counts for nextToDial, if there is one.
 func (q *queue) dialStarted() {
 	q.dials++
 	if q.nextToDial != nil {
@@ -139,6 +143,7 @@ func (q *queue) dialStarted() {
 	}
 }
 
+// dialEnded counts one dial less: the youngest waiter with a dial has none then.
 func (q *queue) dialEnded() {
 	q.dials--
 	switch {
@@ -149,25 +154,26 @@ func (q *queue) dialEnded() {
 	}
 }
 
-// deliver serves the oldest waiter of the queue with a connection or an error.
+// deliver serves the oldest waiter of the queue a connection or an error.
 func (q *queue) deliver(c *conn, fresh bool, err error) {
 	w := q.head
 	q.remove(w)
 	w.serve(c, fresh, err)
 }
 
-// serve answers a waiter that was just taken out of its queue.
+// serve serves a waiter that was just taken out of its queue.
 func (w *waiter) serve(c *conn, fresh bool, err error) {
 	w.c, w.fresh, w.err = c, fresh, err
 	w.ready <- struct{}{}
 }
 
+// deliverLocked serves the oldest waiter of s, and records the end of its wait.
 func (b *books) deliverLocked(s *site, c *conn, fresh bool, err error) {
 	b.noteWaitedLocked(s.queue.head, err != nil)
 	s.queue.deliver(c, fresh, err)
 }
 
-// noteWaitedLocked books the end of a wait.
+// noteWaitedLocked records the end of a wait.
 func (b *books) noteWaitedLocked(w *waiter, failed bool) {
 	b.counts.WaitDuration += b.clock.Exactly().Sub(w.since)
 	if failed {
@@ -175,7 +181,8 @@ func (b *books) noteWaitedLocked(w *waiter, failed bool) {
 	}
 }
 
-// claimLocked is what a borrower gets of s, which is nil if the address is not known.
+// claimLocked gives a borrower an idle connection of s or a place in the queue of s, or
+// refuses the borrower. s is nil if the address is not known.
 func (b *books) claimLocked(ctx context.Context, s *site, r *request, now clock.Instant, todo *agenda) claim {
 	if b.closed || s == nil {
 		return claim{closed: b.closed}
@@ -196,8 +203,8 @@ func (b *books) claimLocked(ctx context.Context, s *site, r *request, now clock.
 	return claim{c: c}
 }
 
-// enqueueLocked puts a borrower into the queue of s and starts what may start,
-// or refuses it.
+// enqueueLocked puts a borrower into the queue of s and starts the dials that may start,
+// or refuses the borrower.
 func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *agenda) claim {
 	again := r.seq != 0
 	now := b.clock.Exactly()
@@ -205,8 +212,8 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 		r.start = now
 	}
 	if s.backingOff() && s.queue.len > 0 && s.n[phaseBorrowed] == 0 && !again {
-		// Nothing will be given back, and one borrower is there already to
-		// probe the address.
+		// No connection will be given back, and another borrower is already there for
+		// the next dial.
 		return claim{refused: b.failedAtLocked(s, StageBackoff, s.lastErr(), r.start)}
 	}
 	seq := r.seq
@@ -218,8 +225,8 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 	s.queueLocked().push(w)
 	b.refreshLocked(s)
 	b.admitLocked(todo)
-	if bare := s.queue.nextToDial; !again && bare != nil && w.seq >= bare.seq { // no dial for it
-		here := s.queue.len - s.queue.dials // without a dial, w included
+	if bare := s.queue.nextToDial; !again && bare != nil && w.seq >= bare.seq { // w has no dial
+		here := s.queue.len - s.queue.dials // waiters without a dial, w included
 		full := b.whenFull == FullFail && b.fullLocked(s, here-1, b.want-int(s.want)+here-1) != ""
 		crowded := here > b.limits.MaxWaiters
 		if full || crowded {
@@ -241,7 +248,7 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 	return claim{w: w}
 }
 
-// queueLocked is the queue of s, to be written to.
+// queueLocked is the queue of s for writing.
 func (s *site) queueLocked() *queue {
 	if s.queue == &noQueue {
 		s.queue = new(queue)
@@ -249,9 +256,9 @@ func (s *site) queueLocked() *queue {
 	return s.queue
 }
 
-// siteHeap orders the sites that could use a slot by the age of the waiter that
-// would get it, so that a freed slot goes to the oldest such waiter of the pool;
-// but those whose dials under way have not been answered come later.
+// siteHeap orders the sites that could use a slot, so that a free slot goes to the oldest
+// waiter of the pool that could use it. Sites whose dials have not been answered come
+// later (site.rank).
 type siteHeap []*site
 
 func (h siteHeap) Len() int           { return len(h) }
@@ -282,7 +289,7 @@ func (s *site) before(o *site) bool {
 	return s.queue.nextToDial.seq < o.queue.nextToDial.seq
 }
 
-// set puts s where it belongs, or takes it out if it wants nothing.
+// set moves s to its place in the heap, or takes s out if it wants no dial.
 func (h *siteHeap) set(s *site, wants bool) {
 	switch {
 	case wants && s.heapIndex < 0:
@@ -294,7 +301,8 @@ func (h *siteHeap) set(s *site, wants bool) {
 	}
 }
 
-// stalledLocked is the oldest dial that may take of its overflow; nil if there is none.
+// stalledLocked is the site of the oldest waiter that may use the overflow of its site;
+// nil if there is none.
 func (b *books) stalledLocked() *site {
 	var oldest *site
 	if b.overflows == 0 {

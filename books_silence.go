@@ -2,32 +2,37 @@ package connpool
 
 import "time"
 
-// An address that swallows packets holds up nobody else. What is scarce (slots,
-// dials under way) is shared by how long it is waited for, but for addresses that
-// have not answered, by how much they have of it already:
+// An address that swallows packets must not hold up other addresses. Slots and the dials
+// under way are scarce. Addresses share them by the age of their waiters. But an address
+// that has not answered has less right to them the more of them it has:
 //
-//   - The rank of an address is 0 if it has answered, else the number of its dials
-//     under way. What is free goes to the lowest rank first (siteHeap).
-//   - If nothing is free, an address whose dials have been silent for a while
-//     gives up one of them to an address that has at least two fewer. It is as if
-//     that dial had not been started: its waiter waits for the next.
-//   - A dial for nobody who waits, a reserve's or Warm's, is given up before that, as
-//     soon as it has been silent for a while; where nobody may wait (Fail), at once.
-//   - Only then idle connections make room, and for rank 0 only: for addresses
-//     that have answered, and for the first dial to any other.
+//   - The rank of an address is 0 if the address has answered, else the number of its
+//     dials under way. What is free goes to the lowest rank first (siteHeap).
+//   - If nothing is free, an address whose dials have been silent for 50 ms gives up one
+//     dial to an address that has at least two fewer. The effect is as if that dial had
+//     not been started: its waiter waits for the next dial.
+//   - A dial for which nobody waits (for a reserve or a Warm) is given up before that, as
+//     soon as it has been silent for 50 ms; where nobody may wait (FullFail), at once.
+//   - Only then idle connections make room, and only for rank 0: for addresses that have
+//     answered, and for the first dial to any other address.
 //
-// So none of this slows down an address that is alone.
+// So none of these rules slows down an address that is alone.
+//
+// An example: MaxDialing and MaxDialingPerAddr are 8. A has not answered and has 8 dials
+// under way, rank 8. B, which is new, wants 2 dials, rank 0. After 50 ms of silence A
+// gives up two dials to B. Then A has rank 6, and B, with 2 dials under way and no
+// answer yet, has rank 2.
 
-// silence is how long a dial may go without an answer before its address has to
-// share with others.
+// silence is how long a dial may be without an answer before its address has to share
+// with other addresses.
 const silence = 50 * time.Millisecond
 
-// known reports whether s has answered, as far as its books go back.
+// known reports whether s has answered, as far as the pool remembers.
 func (s *site) known() bool {
 	return !s.queue.silent && !s.failing() && (s.queue.answered || s.n[phaseIdle]+s.n[phaseBorrowed] > 0)
 }
 
-// eager is how many of the dials that s wants idle connections make room for.
+// eager is how many of the dials that s wants may evict idle connections.
 func (s *site) eager() int {
 	switch {
 	case s.rank > 0:
@@ -38,7 +43,7 @@ func (s *site) eager() int {
 	return int(s.want)
 }
 
-// rankLocked brings the rank of s up to date. It is a part of refreshLocked.
+// rankLocked recomputes the rank of s. It is a part of refreshLocked.
 func (b *books) rankLocked(s *site) {
 	was := s.rank
 	if s.rank = 0; !s.known() {
@@ -58,7 +63,7 @@ func (b *books) rankLocked(s *site) {
 	}
 }
 
-// noteAnsweredLocked books that a dial to s has ended well.
+// noteAnsweredLocked records that a dial to s has succeeded.
 func (s *site) noteAnsweredLocked() {
 	if s.queue != &noQueue {
 		s.queue.answered, s.queue.silent = true, false
@@ -66,15 +71,16 @@ func (s *site) noteAnsweredLocked() {
 	}
 }
 
-// shareLocked makes room for the first in line, whom no limit of its own holds
-// up, and reports whether it could. A burst of dials is left alone until it has
-// been silent for a while, unless something idle had to go for the first dial to
-// another address that has not answered either.
+// shareLocked takes slots from addresses that have not answered, for the site that gets the
+// next slot and that no limit of its own holds up. It reports whether it took any. A burst
+// of dials is left alone until it has been silent for `silence`. The exception: while there
+// are idle connections and the site that needs the slot has not answered either, the burst
+// makes room at once, before an idle connection has to.
 func (b *books) shareLocked(todo *agenda) (shared bool) {
 	need := b.nextLocked()
 	if b.whenFull == FullOverflow && b.roomLocked() <= 0 {
 		if len(b.ready) == 0 {
-			return false // DialContext may not exceed MaxOpen: a dial less is no help
+			return false // only DialContext waits, which may not exceed MaxOpen: one dial less is no help
 		}
 		need = b.ready[0]
 	}
@@ -101,7 +107,7 @@ func (b *books) shareLocked(todo *agenda) (shared bool) {
 	return shared
 }
 
-// unneededLocked is a dial for nobody who waits that may be broken off, nil if there
+// unneededLocked is a dial for which nobody waits and that may be broken off; nil if there
 // is none.
 func (b *books) unneededLocked(atOnce bool) *attempt {
 	for s := range b.unneeded {
@@ -114,7 +120,7 @@ func (b *books) unneededLocked(atOnce bool) *attempt {
 	return nil
 }
 
-// noteUnneededLocked brings Pool.unneeded up to date. It is a part of refreshLocked.
+// noteUnneededLocked brings books.unneeded up to date. It is a part of refreshLocked.
 func (b *books) noteUnneededLocked(s *site) {
 	switch yes := s.prefill.dials > 0 && s.queue.dials > s.queue.len; {
 	case !yes:
@@ -126,7 +132,7 @@ func (b *books) noteUnneededLocked(s *site) {
 	}
 }
 
-// displaceLocked breaks a off, which waiters may count on.
+// displaceLocked breaks off a, a dial that waiters may count on, for another address.
 func (b *books) displaceLocked(a *attempt, todo *agenda) {
 	s := a.c.site
 	s.dropLocked(a)
@@ -137,7 +143,7 @@ func (b *books) displaceLocked(a *attempt, todo *agenda) {
 		a.prefill = false
 		s.prefill.dials--
 		if a.warm == nil && a.quiet {
-			s.prefill.unstable = true // or it would be tried again whenever there is room
+			s.prefill.unstable = true // else the reserve would try again whenever there is room
 		}
 	}
 	if a.warm != nil {

@@ -5,22 +5,22 @@ import (
 	"iter"
 )
 
-// siteTable finds the books of an address. The hash of the address is made once
-// per borrow, before Pool.mu is taken; it only finds, == decides. All methods
-// but hash need Pool.mu.
+// siteTable finds the state of an address. The hash of the address is computed once per
+// borrow, before the borrower takes Pool.mu. The hash only selects a candidate; ==
+// decides. All methods but hash need Pool.mu.
 type siteTable struct {
-	seed maphash.Seed // for life: a hash may be older than the lock under which it is used
+	seed maphash.Seed // never changes: a hash may be computed long before it is used under the lock
 	by   map[uint64]*site
-	rest map[Addr]*site // those whose hash another one has; nil while there is none
-	last *site          // found last: most pools talk to few addresses
-	hot  uint64         // its hash
+	rest map[Addr]*site // the sites whose hash another site has too; nil while there is none
+	last *site          // the site that was found last: most pools talk to few addresses
+	hot  uint64         // the hash of last
 }
 
 func newSiteTable() siteTable {
 	return siteTable{seed: maphash.MakeSeed(), by: make(map[uint64]*site)}
 }
 
-// hash covers what addresses differ in as a rule.
+// hash covers the fields in which addresses usually differ.
 func (t *siteTable) hash(a *Addr) uint64 {
 	const odd = 0x9e3779b97f4a7c15
 	h := maphash.String(t.seed, a.Host)
@@ -64,7 +64,7 @@ func (t *siteTable) add(s *site) {
 	}
 }
 
-// remove takes s out, if it is in.
+// remove takes s out of the table, if s is in it.
 func (t *siteTable) remove(s *site) {
 	if h := t.hash(&s.addr); t.by[h] == s {
 		delete(t.by, h)
@@ -76,14 +76,14 @@ func (t *siteTable) remove(s *site) {
 	}
 }
 
-// renew gives back the memory of an empty table: Go's maps never shrink, so ten
-// thousand addresses that were visited once would leave megabytes behind.
+// renew gives back the memory of an empty table. Go's maps never shrink, so ten thousand
+// addresses that were visited once would leave megabytes behind.
 func (t *siteTable) renew() { t.by, t.rest, t.last = make(map[uint64]*site), nil, nil }
 
 func (t *siteTable) len() int { return len(t.by) + len(t.rest) }
 
-// all ranges over the sites in no particular order. The body may remove the one
-// it is given. When it is done with that one it may unlock Pool.mu and lock it again,
+// all ranges over the sites in no particular order. The loop body may remove the site that
+// it got. When the body is done with that site, it may unlock Pool.mu and lock it again,
 // see eachSiteLocked.
 func (t *siteTable) all() iter.Seq[*site] {
 	return func(yield func(*site) bool) {

@@ -20,9 +20,9 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
-// reach follows the calls of the books' methods through the package and says what
-// none of the functions that are reached may do. Imported packages are not read: what
-// is called of them is judged by its name.
+// reach follows the calls of the books' methods through the package. It says which of the
+// reached functions do something that they may not do. Imported packages are not read: a
+// call of one is judged by its name.
 type reach struct {
 	info    types.Info
 	bodies  map[types.Object]*ast.FuncDecl
@@ -30,15 +30,15 @@ type reach struct {
 	faults  []string
 }
 
-// plain are the methods of imported types that touch memory only, and timers' Stop.
+// plain are the methods of imported types that only touch memory, and Stop of a timer.
 var plain = strings.Fields(`Load Store Or And CompareAndSwap Get Put Len Front Next PushBack PushFront Remove
 	Exactly Now Age Sub Stop Add All`)
 
-// pure are the packages of which anything may be called, and the functions of others.
+// pure are the packages of which any function may be called, and single functions of others.
 var pure = strings.Fields(`errors.New fmt.Errorf fmt.Sprintf slices math rand list heap maphash context.Background atomic clock`)
 
-// typed is a package with the types that could be found out, of which nothing is reached
-// yet, and the functions with which a search of the books begins.
+// typed is a package with the types that could be determined. Nothing of it is reached yet.
+// begin are the functions with which a search of the books begins.
 func typed(files []*ast.File, fset *token.FileSet) (r *reach, begin []types.Object) {
 	r = &reach{
 		info: types.Info{
@@ -48,7 +48,7 @@ func typed(files []*ast.File, fset *token.FileSet) (r *reach, begin []types.Obje
 		bodies: map[types.Object]*ast.FuncDecl{}, reached: map[types.Object]bool{},
 	}
 	conf := types.Config{Importer: closedDoors{}, Error: func(error) {}}
-	conf.Check("connpool", fset, files, &r.info) // of its errors there are many: nothing is imported
+	conf.Check("connpool", fset, files, &r.info) // there are many errors: nothing is imported
 	for _, f := range files {
 		for _, d := range f.Decls {
 			fn, ok := d.(*ast.FuncDecl)
@@ -65,7 +65,7 @@ func typed(files []*ast.File, fset *token.FileSet) (r *reach, begin []types.Obje
 	return r, begin
 }
 
-// closedDoors imports every package, with nothing in it.
+// closedDoors imports every package as an empty one.
 type closedDoors struct{}
 
 func (closedDoors) Import(p string) (*types.Package, error) {
@@ -118,7 +118,7 @@ func (r *reach) visit(obj types.Object) {
 	})
 }
 
-// call judges a call of what is not in the package, and of function values.
+// call judges a call of a function outside the package, and of a function value.
 func (r *reach) call(call *ast.CallExpr, fault func(string, ...any)) {
 	switch f := call.Fun.(type) {
 	case *ast.SelectorExpr:
@@ -139,7 +139,7 @@ func (r *reach) call(call *ast.CallExpr, fault func(string, ...any)) {
 				return
 			}
 		}
-		own := false // of a value whose type depends on something imported, as that of list.Element does
+		own := false // the type of the value depends on an imported one, as list.Element's does
 		for obj, fn := range r.bodies {
 			if fn.Recv != nil && obj.Name() == f.Sel.Name && !slices.Contains(plain, obj.Name()) {
 				own = true
@@ -156,7 +156,7 @@ func (r *reach) call(call *ast.CallExpr, fault func(string, ...any)) {
 	}
 }
 
-// parsed is the package as it is written, and what is added to it.
+// parsed is the package's source, and extra, which is added to it.
 func parsed(t *testing.T, extra string) ([]*ast.File, *token.FileSet) {
 	t.Helper()
 	files := source(t, ".")
@@ -168,9 +168,9 @@ func parsed(t *testing.T, extra string) ([]*ast.File, *token.FileSet) {
 	return files, sources
 }
 
-// Under Pool.mu there is no system call, dial, close, hook, log line or foreign code.
-// For what the books do this is seen in the source: no method of theirs, and nothing
-// that such a method calls, comes to a Pool, to a net.Conn, or to anything that blocks.
+// Under Pool.mu there is no system call, dial, close, hook, log line or foreign code. For
+// the books this can be seen in the source: no method of theirs, and no function that such
+// a method calls, reaches a Pool, a net.Conn, or anything that blocks.
 func TestTheBooksReachNothingThatActs(t *testing.T) {
 	r, begin := typed(parsed(t, ""))
 	require.Greater(t, len(begin), 50)
@@ -187,8 +187,8 @@ func TestTheBooksReachNothingThatActs(t *testing.T) {
 	}
 }
 
-// Who opens the folder sees by the names which files can block: in a file named books
-// there is no method of the pool, and all that the books do is in such a file.
+// The file names show which files can block: a file named books_* has no method of the
+// pool, and all methods of the books are in such a file.
 func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
 	in := map[string]bool{}
 	for _, f := range source(t, ".") {
@@ -210,7 +210,7 @@ func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
 		if !ofBooks {
 			continue
 		}
-		// A method of a connection, dial or waiter that flows comes to the pool by this field.
+		// A method of a connection, dial or waiter outside the books gets the pool by this field.
 		ast.Inspect(f, func(n ast.Node) bool {
 			if sel, ok := n.(*ast.SelectorExpr); ok {
 				require.NotEqual(t, "pool", sel.Sel.Name, "%s comes to the pool", name)
@@ -247,7 +247,7 @@ func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 		`todo := new(agenda); todo.run(nil); _ = c.uses`:    "names Pool",
 		`for range b.sites.all() { c.interrupt(nil) }; _=a`: "looks at the field nc",
 	}
-	// One method of the books for each, so that the package is typed once for all of them.
+	// One method of the books for each case, so that the package is typed once for all of them.
 	extra := "package connpool\nimport (\"time\"; \"errors\"; \"log/slog\")\n"
 	bodies := slices.Sorted(maps.Keys(faults))
 	for i, body := range bodies {
@@ -270,7 +270,7 @@ func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 	}
 }
 
-// The eight limits that may change are read in the books, under the lock. Those of
+// The eight limits that may change are read in the books, under the lock. The limits in
 // Config are as New got them.
 func TestNobodyReadsALimitOfConfig(t *testing.T) {
 	limits := strings.Fields("MaxOpen MaxPerAddr MaxIdle MaxIdlePerAddr MaxDialing MaxDialingPerAddr MaxWaiters MinIdlePerAddr")
@@ -297,7 +297,7 @@ func TestNobodyReadsALimitOfConfig(t *testing.T) {
 	}
 }
 
-// The drawing above type phase and the table moves say the same.
+// The diagram above type phase and the table phaseMoves say the same.
 func TestThePhasesMoveAsDrawn(t *testing.T) {
 	phases := map[string]phase{}
 	for ph := phaseNone; ph < numPhases; ph++ {
@@ -318,7 +318,7 @@ func TestThePhasesMoveAsDrawn(t *testing.T) {
 	require.Equal(t, phaseMoves, drawn)
 }
 
-// commented are the comments of a file.
+// commented is the comments of a file.
 func commented(t *testing.T, name string) (all []string) {
 	f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments|parser.SkipObjectResolution)
 	require.NoError(t, err)
@@ -349,8 +349,8 @@ func TestAMoveThatIsNotDrawnIsNoticed(t *testing.T) {
 	})
 }
 
-// A pause that the books ended before the agenda that began it has run never
-// begins, and its end is nobody's: neither of no pause nor of one that began since.
+// If the books end a pause before the agenda that began it has run, its timer never starts.
+// The end of that pause affects neither a site without a pause nor a pause that began since.
 func TestAPauseThatWasEndedIsNotStarted(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
@@ -388,7 +388,7 @@ func TestAPauseThatWasEndedIsNotStarted(t *testing.T) {
 
 var errNoPeer = fmt.Errorf("nobody is there")
 
-// prying is a ctx whose Value uses the pool, as a ctx of the caller's may.
+// prying is a ctx whose Value uses the pool, as a caller's ctx may.
 type prying struct {
 	context.Context
 	p *Pool

@@ -9,29 +9,31 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// The state of Warm: who has asked for connections, and when a call of Warm ends.
+// The state of Warm: the calls under way, and when each of them ends.
 
-// special is the state of Warm and MinIdlePerAddr for an address; nil for one that uses
-// neither.
+// prefill is the state of Warm and MinIdlePerAddr for an address; nil for an address that
+// uses neither.
 type prefill struct {
 	warm      []*warming    // calls of Warm under way
-	dials     int           // under way, of those that were started for nobody who waits
-	missing   int           // such dials that this site's own limits would let start
-	inDeficit *list.Element // in Pool.short, nil if not
-	forWarm   bool          // ... in its first part, for a Warm
+	dials     int           // dials under way for which nobody waits
+	missing   int           // dials for which nobody waits and that the limits of this site would let start
+	inDeficit *list.Element // the site's element in books.deficit; nil if the site is not in it
+	forWarm   bool          // that element is in the first part of the list, for a Warm
 
-	reserve   bool          // a reserve is kept, see below
-	unstable  bool          // ... which was seen to die unused
-	retryOnce bool          // ... and the sweep allows one attempt
-	checking  int           // idle ones that are being looked at
-	usedAt    clock.Instant // the last loan began or ended; with MinIdlePerAddr only
+	reserve   bool          // the address has a reserve, see books_minidle.go
+	unstable  bool          // the reserve was seen to fail, see books_minidle.go
+	retryOnce bool          // one attempt to refill the unstable reserve is allowed
+	checking  int           // idle connections being checked
+	usedAt    clock.Instant // when the last loan began or ended; with MinIdlePerAddr only
 }
 
-// keeps reports whether there is a reason to keep the books, empty as they are.
+// keeps reports whether the state of an address without connections and waiters must be
+// kept.
 func (x *prefill) keeps() bool { return x != nil && (x.reserve || x.warm != nil) }
 
 func (x *prefill) reserved() bool { return x != nil && x.reserve }
 
+// prefillLocked is the prefill of s, made at the first call.
 func (s *site) prefillLocked() *prefill {
 	if s.prefill == nil {
 		s.prefill = new(prefill)
@@ -39,22 +41,22 @@ func (s *site) prefillLocked() *prefill {
 	return s.prefill
 }
 
-// warming is one call of Warm. It ends once, under Pool.mu: the connections are
-// there, one of its own dials failed and the others have ended, its ctx is
-// done, or the pool is closed.
+// warming is one call of Warm. It ends once, under Pool.mu: the connections are open; or
+// one of its own dials failed and the others have ended; or its ctx is done; or the pool is
+// closed; or the limits do not allow that many connections (any more).
 type warming struct {
-	ctx   context.Context // its values, for the dials
+	ctx   context.Context // the caller's ctx: the dials use its values
 	n     int             // connections wanted
-	since clock.Instant   // when it began
-	own   int             // dials that were started for it and have not ended
-	lost  int             // connections opened since that were lost before anybody used them
-	err   *Error          // of the first of those that failed, to be classified; no more are started
+	since clock.Instant   // when the call began
+	own   int             // dials that were started for this call and have not ended
+	lost  int             // connections opened since then that were lost before anybody used them
+	err   *Error          // the first failure, not yet classified; with it set, no more dials start
 	ended bool
-	open  int           // connections when it ended
-	ready chan struct{} // closed when it has ended
+	open  int           // open connections when the call ended
+	ready chan struct{} // closed when the call has ended
 }
 
-// endWarmingLocked ends w, with the error that it has.
+// endWarmingLocked ends w with w.err.
 func (b *books) endWarmingLocked(s *site, w *warming) {
 	w.ended, w.open = true, s.openHere()
 	x := s.prefill
@@ -64,7 +66,8 @@ func (b *books) endWarmingLocked(s *site, w *warming) {
 	close(w.ready)
 }
 
-// endWarmingsLocked ends those that have what they want, or cannot get it.
+// endWarmingsLocked ends the calls of Warm that have the connections they want or cannot
+// get them.
 func (b *books) endWarmingsLocked(s *site) {
 	for _, w := range slices.Clone(s.prefill.warm) {
 		switch {
@@ -82,7 +85,7 @@ func (b *books) endWarmingsLocked(s *site) {
 	}
 }
 
-// refuseWarmingsLocked ends those that ask for more than the limits allow now.
+// refuseWarmingsLocked ends the calls of Warm that ask for more than the limits allow now.
 func (b *books) refuseWarmingsLocked(s *site) {
 	if s.prefill == nil {
 		return
@@ -95,8 +98,8 @@ func (b *books) refuseWarmingsLocked(s *site) {
 	}
 }
 
-// noteWarmDialedLocked books the end of a dial that was started for a Warm. closed
-// is why its connection was not kept, ClosedUnknown if it was.
+// noteWarmDialedLocked records the end of a dial that was started for a Warm. closed is why
+// its connection was not kept; ClosedUnknown if it was kept.
 func (b *books) noteWarmDialedLocked(a *attempt, failure *dialError, closed CloseReason) {
 	w, s := a.warm, a.c.site
 	w.own--
@@ -113,8 +116,8 @@ func (b *books) noteWarmDialedLocked(a *attempt, failure *dialError, closed Clos
 	}
 }
 
-// warmFailedLocked is the error of a Warm that waited in vain, with the limit
-// that was in its way.
+// warmFailedLocked is the error of a Warm that waited in vain, with the limit that was in
+// its way.
 func (b *books) warmFailedLocked(s *site, err error) *Error {
 	e := b.failedLocked(s.addr, StageWait, err, 0)
 	if !b.closed && e.LimitName == "" {
@@ -124,8 +127,8 @@ func (b *books) warmFailedLocked(s *site, err error) *Error {
 	return e
 }
 
-// noteWarmLostLocked books that a connection was lost that nobody had used. One may
-// be lost by chance; of several more would come to the same end.
+// noteWarmLostLocked records that a connection was lost that nobody had used. One may be
+// lost by chance. After maxHollow, more connections would be lost too, so the Warm ends.
 func (b *books) noteWarmLostLocked(c *conn, lost error) {
 	for _, w := range c.site.prefill.warm {
 		if w.err != nil || c.born < w.since {
@@ -137,13 +140,13 @@ func (b *books) noteWarmLostLocked(c *conn, lost error) {
 	}
 }
 
-// fullForPrefillLocked reports whether a limit leaves no room for a connection to
-// s, unless something is closed for it.
+// fullForPrefillLocked reports whether a limit leaves no room for a connection to s,
+// unless an open connection is closed.
 func (b *books) fullForPrefillLocked(s *site) bool {
 	return b.n.kept() >= b.limitLocked() || s.n.kept() >= b.limits.MaxPerAddr
 }
 
-// warmable says why addr can never have n connections that nobody uses.
+// warmableLocked says why an address can never have n unused connections; nil if it can.
 func (b *books) warmableLocked(n int) error {
 	for _, l := range [...]struct {
 		name  string
@@ -161,13 +164,13 @@ func (b *books) warmableLocked(n int) error {
 	return nil
 }
 
-// here is the number of open connections of s, idle or lent; live adds the dials under
-// way.
+// openHere is the number of open connections of s, idle or lent; openOrDialing adds the
+// dials under way.
 func (s *site) openHere() int { return int(s.n[phaseIdle] + s.n[phaseBorrowed]) }
 
 func (s *site) openOrDialing() int { return s.openHere() + int(s.n[phaseDialing]) }
 
-// warming is the oldest Warm of s for which another dial may start.
+// warming is the oldest Warm of s for which another dial may start; nil if there is none.
 func (s *site) warming() *warming {
 	for _, w := range s.prefill.warm {
 		if w.err == nil && s.openOrDialing() < w.n {

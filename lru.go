@@ -1,32 +1,33 @@
 package connpool
 
-// recency orders all open connections of all addresses by their last use, in a
-// ring through the connections themselves: a loan moves its connection in no
-// time, and each costs two pointers.
+// recency orders all open connections of all addresses by their last use, in a ring through
+// the connections themselves. So a loan moves its connection in constant time, and the ring
+// costs each connection two pointers.
 //
-// A connection is in it from the end of its dial until it leaves the pool, also
-// while it is lent. A lent one is no victim, and most are at the young end, where
-// no search comes. One that has sunk to the old end all the same is put aside by the
-// search that meets it, behind a mark at which searches begin:
+// A connection is in the ring from the end of its dial until it leaves the pool, also while
+// it is lent. A lent connection cannot be evicted. Most lent connections are at the young
+// end, where no search comes. A lent connection that has reached the old end all the same is
+// put aside by the first search that meets it, behind a mark at which searches begin:
 //
 //	ends - put aside, in no order - lent - by last use, oldest first - ends
 //
-// From there it goes to the young end when it is given back, as each connection
-// does. So a loan is met by one search at most, however many are held and for how
-// long, and the order among the idle ones is exactly that of their last give-back (but
-// one that was only looked at, and met by a search meanwhile, counts as used then).
+// A connection that was put aside goes to the young end when it is given back, as every
+// connection does. So at most one search meets a loan, however many loans there are and
+// however long they last. The order among the idle connections is exactly the order in which
+// they were last given back. There is one exception: an idle connection that is being checked
+// when a search meets it counts as used then.
 //
-// It is also the registry of all open connections, for whoever lists them (all) or meets
-// them bit by bit (walk): a registry of its own would cost each connection two pointers
-// more, and MaxIdle lowered, Shutdown's error and the sweep want this very order.
+// The ring is also the registry of all open connections, for callers that list all of them
+// (all) or some at a time (walk). A registry of its own would cost each connection two more
+// pointers, and a lowered MaxIdle, Shutdown's error and the sweep want this very order.
 //
 // All methods need Pool.mu.
 type recency struct {
-	ends conn // no connection: the youngest is its older, the oldest its younger
-	lent conn // no connection: between those put aside and the others
+	ends conn // no connection: its older neighbor is the youngest connection, its younger one the oldest
+	lent conn // no connection: the mark between the connections put aside and the others
 	len  int
 
-	round uint8 // the current, or last, walk; less than setAside
+	round uint8 // number of the current, or last, walk; less than setAside
 }
 
 // setAside in conn.round says that the connection was put aside.
@@ -43,7 +44,7 @@ func (r *recency) add(c *conn) {
 	r.len++
 }
 
-// insert puts c on the older side of young.
+// insert puts c next to young, on its older side.
 func (r *recency) insert(c, young *conn) {
 	c.younger, c.older = young, young.older
 	c.older.younger = c
@@ -64,14 +65,14 @@ func (r *recency) touch(c *conn) {
 	}
 }
 
-// back puts c, which nobody has any more, where a search will find it.
+// back puts c, which nobody owns any more, where a search will find it.
 func (r *recency) back(c *conn) {
 	if c.round >= setAside {
 		r.touch(c)
 	}
 }
 
-// remove reports whether c was there.
+// remove takes c out of the ring and reports whether c was in it.
 func (r *recency) remove(c *conn) bool {
 	if c.younger == nil {
 		return false
@@ -81,14 +82,14 @@ func (r *recency) remove(c *conn) bool {
 	return true
 }
 
-// oldestIdle is the least recently used of the n idle connections.
+// oldestIdle is the least recently used of the n idle connections; nil if n is 0.
 func (r *recency) oldestIdle(n int) *conn {
 	for c := r.lent.younger; n > 0 && c != &r.ends; {
 		next := c.younger
 		switch {
 		case c.phase == phaseIdle:
 			return c
-		case c.site != nil: // else the mark of a walk
+		case c.site != nil: // not the mark of a walk
 			r.cut(c)
 			r.insert(c, &r.lent)
 			c.round |= setAside
@@ -109,12 +110,12 @@ func (r *recency) all() []*conn {
 	return all
 }
 
-// walk is how a sweep meets the connections that there were when it began, n at a time:
-// it lists the next ones, those put aside first and then the oldest, and leaves mark (no
-// connection, and in no ring before the first call) where the next call goes on. What
-// is used meanwhile moves to the young end, where each is met once; what a search
-// puts aside meanwhile is lent, and not met if it stays that. When there is nothing
-// left, mark is taken out.
+// walk lists the connections that were there when the walk began, n at a time, for a sweep.
+// Each call lists the next ones: those put aside first, then the oldest. It leaves mark where
+// the next call goes on. mark is no connection, and is in no ring before the first call. A
+// connection that is used meanwhile moves to the young end, where the walk meets it once. A
+// connection that a search puts aside meanwhile is lent, and the walk does not meet it while it
+// stays lent. When nothing is left, walk takes mark out.
 func (r *recency) walk(mark *conn, n int) []*conn {
 	c := r.ends.younger
 	if mark.younger == nil {

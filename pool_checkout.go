@@ -7,29 +7,29 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// checkout is a connection in the hands of a borrower, from the borrow to the
-// give-back: what With, a Lease, its Do and a use of a session have in common. It
-// lives on the stack of one call.
+// checkout is a connection that a borrower has, from the borrow to the give-back. With,
+// Lease, Lease.Do and a use of a session share it. A checkout lives on the stack of one
+// call.
 //
-//	get     Trace.GetConn
-//	borrow  the checkout becomes the owner of a connection
-//	start   the loan begins
-//	got     Trace.GotConn
-//	end     the loan is over; the connection may be gone by the borrower's doing
-//	close   the connection is discarded
-//	reset, release, put   it is put in order, given back, and Trace.PutConn told
+//	get     calls Trace.GetConn
+//	borrow  makes the checkout the owner of a connection
+//	start   begins the loan
+//	got     calls Trace.GotConn
+//	end     ends the loan; the borrower may have closed or detached the connection
+//	close   discards the connection
+//	reset, release, put   put the connection in order, give it back, call Trace.PutConn
 //
-// finish is all of the end in one, and rescue, deferred, is the end if foreign code
-// did not return.
+// finish does the whole end. rescue, which is deferred, does the end if foreign code did
+// not return.
 type checkout struct {
 	p      *Pool
 	c      *conn
 	trace  *Trace
 	waited time.Duration
-	owned  bool // c is this checkout's to close or give back; until it is closed, given back, detached, or handed on
+	owned  bool // the checkout owns c: until c is closed, given back, detached, or passed to another owner
 }
 
-// get tells Trace.GetConn.
+// get calls Trace.GetConn.
 func (k *checkout) get(addr *Addr) {
 	if k.trace != nil {
 		k.tellGet(addr)
@@ -49,10 +49,10 @@ func (k *checkout) borrow(ctx context.Context, addr *Addr) (err error) {
 	return err
 }
 
-// hold writes down who has the connection: the caller's caller, skip frames further
-// up.
+// record makes the loan record, which says who has the connection: the caller of the
+// caller, skip frames further up.
 func (k *checkout) record(skip int) {
-	k.c.observedBy(k.trace) // a hold that lasts too long is told to the borrower's Trace
+	k.c.observedBy(k.trace) // the borrower's Trace is called when the loan lasts too long
 	k.c.recordLoan(skip + 1)
 }
 
@@ -64,8 +64,8 @@ func (k *checkout) start(ctx context.Context) Conn {
 	return k.c.begin(ctx, 0)
 }
 
-// got tells Trace.GotConn, when the loan has begun: what the function does with a
-// session's connection is a use inside this one.
+// got calls Trace.GotConn. The loan has begun then, so that a use of a session's connection
+// inside that function counts as a use inside this loan.
 func (k *checkout) got() {
 	if k.trace != nil {
 		k.tellGot()
@@ -81,8 +81,8 @@ func (k *checkout) tellGot() {
 	k.p.report.named("Trace.GotConn", func() { t.GotConn(info) })
 }
 
-// end ends the loan. It returns the state word as the loan left it, and whether the
-// connection is still the checkout's: the borrower may have closed or detached it.
+// end ends the loan. It returns the state word at the end of the loan, and whether the
+// checkout still owns the connection: the borrower may have closed or detached it.
 func (k *checkout) end() (word uint64, mine bool) {
 	word = k.c.end()
 	if word&flagGone != 0 {
@@ -97,8 +97,8 @@ func (k *checkout) close(reason CloseReason, why error) {
 	k.c.discard(reason, why)
 }
 
-// finish is the end of a loan that ended by return: the verdict, and the give-back.
-// It returns what fn returned, without the marks of Keep.
+// finish ends a loan whose fn returned: it finds the verdict and gives the connection back
+// or closes it. It returns what fn returned, without the marks of Keep.
 func (k *checkout) finish(ctx context.Context, err error) error {
 	word, mine := k.end()
 	if !mine {
@@ -114,7 +114,7 @@ func (k *checkout) finish(ctx context.Context, err error) error {
 		return unkeep(err)
 	}
 	if k.reset(ctx) {
-		id, s, lentAt := c.id, c.site, c.since // the connection is somebody else's after release
+		id, s, lentAt := c.id, c.site, c.since // after release the connection belongs to another owner
 		if k.release() && k.trace != nil {
 			k.put(s.addr, id, lentAt)
 		}
@@ -129,7 +129,7 @@ func (k *checkout) release() (kept bool) {
 	return k.c.release()
 }
 
-// put tells Trace.PutConn of a connection that was lent at that moment and kept.
+// put calls Trace.PutConn for a connection that was lent at lentAt and was kept.
 func (k *checkout) put(addr Addr, id uint64, lentAt clock.Instant) {
 	if t := k.trace; t != nil && t.PutConn != nil {
 		info := PutInfo{Addr: addr, ID: id, Held: k.p.clock.Exactly().Sub(lentAt)}
@@ -137,8 +137,9 @@ func (k *checkout) put(addr Addr, id uint64, lentAt clock.Instant) {
 	}
 }
 
-// rescue is deferred by whoever runs foreign code with a checkout: fn, Reset, a Trace
-// function. If that did not return, the connection is closed; a panic goes on.
+// rescue is deferred by every function that runs foreign code with a checkout: fn, Reset, a
+// Trace function. If the foreign code did not return, rescue closes the connection; a panic
+// goes on.
 func (k *checkout) rescue() {
 	if !k.owned {
 		return
@@ -155,8 +156,8 @@ func (k *checkout) rescue() {
 	}
 }
 
-// verdict says why a connection may not be used again after a loan that left
-// word and err behind, ClosedUnknown if it may.
+// verdict says why a connection may not be used again after a loan that left word and err
+// behind; ClosedUnknown if it may.
 func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason, error) {
 	forgiven := err != nil && isKept(err)
 	switch {
@@ -178,9 +179,8 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 	return ClosedUnknown, nil
 }
 
-// unclean says why a connection may not be used again after a loan that left word
-// behind, although nothing failed in the loan: bytes were left in the state or in
-// crypto/tls.
+// unclean says why a connection may not be used again although nothing failed in the loan,
+// which left word behind: bytes were left in the state or in crypto/tls.
 func (c *conn) unclean(word uint64) (CloseReason, error) {
 	if c.leftovers(word) {
 		return ClosedDirty, c.held().clean("the borrower")
@@ -188,11 +188,11 @@ func (c *conn) unclean(word uint64) (CloseReason, error) {
 	return ClosedUnknown, nil
 }
 
-// reset puts the connection in order for the next borrower, and reports whether it
-// could. If it could not, the connection is closed.
+// reset puts the connection in order for the next borrower, and reports whether that
+// succeeded. If it failed, reset closes the connection.
 func (k *checkout) reset(ctx context.Context) bool {
 	p, c := k.p, k.c
-	own := false // why is of Reset, which ran for this borrower
+	own := false // why is an error of Config.Reset, which ran for this borrower
 	reason, why := c.condemned()
 	if reason == ClosedUnknown && c.word.Load()&flagHungUp != 0 {
 		if reason, why = c.probe(); p.cfg.isForPush(reason) {

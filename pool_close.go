@@ -11,9 +11,9 @@ import (
 )
 
 // EvictLRU closes the least recently used idle connection of all addresses and
-// says whose it was. It returns when the socket is closed (or, if that hangs,
-// after 5 seconds). false: nothing is idle; a connection in use is never
-// touched.
+// returns its address. It returns when the socket is closed (or, if the close
+// hangs, after 5 seconds). It returns false if no connection is idle; it never
+// touches a connection in use.
 func (p *Pool) EvictLRU() (Addr, bool) {
 	if p.stop == nil {
 		return Addr{}, false
@@ -22,11 +22,11 @@ func (p *Pool) EvictLRU() (Addr, bool) {
 }
 
 // Retire makes the connections of addr that were opened, or are being opened,
-// before now unfit to be lent again: idle ones are closed now, borrowed ones
-// when they are given back. TLS sessions are forgotten too, those of dials under
-// way included. Use it after a
-// change of certificates or credentials. Other addresses are not affected; an
-// addr that the pool does not know, or that is invalid, is no error.
+// before the call unfit to be lent again: idle ones are closed now, borrowed ones
+// when they are given back. The pool also forgets the TLS sessions of addr, those of
+// dials under way included. Use Retire after a change of certificates or
+// credentials. Other addresses are not affected. An addr that the pool does not
+// know, or that is invalid, is no error.
 func (p *Pool) Retire(addr Addr) {
 	if p.stop == nil {
 		return
@@ -46,7 +46,7 @@ func (p *Pool) Retire(addr Addr) {
 	todo.run(p)
 }
 
-// CloseIdle closes all idle connections. Borrowed ones, and the pool, live on.
+// CloseIdle closes all idle connections. Borrowed connections and the pool are not affected.
 func (p *Pool) CloseIdle() {
 	var todo agenda
 	p.mu.Lock()
@@ -57,14 +57,14 @@ func (p *Pool) CloseIdle() {
 	todo.run(p)
 }
 
-// closeGrace is how long Close waits for what it set in motion.
+// closeGrace is how long Close waits for closes, dials and goroutines of the pool to end.
 const closeGrace = time.Second
 
 // Close closes the pool at once: idle connections are closed, waiters and later
 // borrowers get ErrClosed, dials are canceled. Borrowed connections stay usable
 // and are closed when they are given back; Close does not wait for them, see
-// [Pool.Shutdown]. It does wait, for a second at most, until idle sockets are
-// closed and dials have ended, and says in its error if some have not. A second
+// [Pool.Shutdown]. Close does wait, for a second at most, until idle sockets are
+// closed and dials have ended. If some have not, its error says how many. A second
 // Close does nothing and returns nil.
 func (p *Pool) Close() error {
 	if !p.shut() {
@@ -83,9 +83,10 @@ func (p *Pool) Close() error {
 }
 
 // Shutdown closes the pool as Close does, and waits until every borrowed
-// connection has been given back. If ctx is done first, it returns an error
-// that is the ctx's and says who is still out; nothing is taken from them by
-// force. It may be called after Close, and more than once.
+// connection has been given back. If ctx is done first, Shutdown returns an error
+// that wraps the error of ctx and names the borrowers that still have connections;
+// their connections stay usable. Shutdown may be called after Close, and more than
+// once.
 func (p *Pool) Shutdown(ctx context.Context) error {
 	if ctx == nil {
 		return usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
@@ -126,8 +127,8 @@ func (p *Pool) shut() bool {
 	return true
 }
 
-// awaitLeft waits until done, which is called with mu held, says true. It
-// reports whether it did before ctx was done.
+// awaitLeft waits until done, which it calls with mu held, returns true. It
+// reports false if ctx was done first.
 func (p *Pool) awaitLeft(ctx context.Context, done func() bool) bool {
 	for {
 		p.mu.Lock()
@@ -147,14 +148,14 @@ func (p *Pool) awaitLeft(ctx context.Context, done func() bool) bool {
 // cutShort is the error of a Shutdown whose ctx ended.
 type cutShort struct {
 	ctx  error
-	what string // is still out
+	what string // the connections still in use
 }
 
 func (e *cutShort) Error() string { return "connpool: shutdown: " + e.ctx.Error() + "; " + e.what }
 func (e *cutShort) Unwrap() error { return spent(e.ctx) }
 
-// borrowedBy names the places where the connections of an address that are in use
-// were borrowed, as far as they are known, up to ten of them.
+// borrowedBy names the places where the connections of an address that are in use were
+// borrowed, as far as the pool knows them, up to ten.
 func (o *loansOut) borrowedBy(a Addr, now clock.Instant) string {
 	known, more := o.at(a, 10)
 	var b strings.Builder

@@ -125,7 +125,7 @@ func TestRetireAndCloseIdle(t *testing.T) {
 	})
 }
 
-// A retired connection makes room for who waits.
+// Retiring a connection makes room for a waiter.
 func TestRetireServesWaiters(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxOpen: 2})
@@ -305,8 +305,8 @@ func TestACloseThatHangsIsGivenUpAfterFiveSeconds(t *testing.T) {
 	}
 }
 
-// No foreign code runs while the books are locked: each piece of it asks the
-// pool for what needs the lock, and would hang if the lock were held.
+// No foreign code runs while the books are locked: each piece of foreign code here calls
+// the pool for something that needs the lock, and would hang if the lock were held.
 // APR-X11
 func TestForeignCodeMayUseThePool(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -318,7 +318,7 @@ func TestForeignCodeMayUseThePool(t *testing.T) {
 			}
 			n.p.Retire(at("nobody"))
 			if _, again := ran.LoadOrStore(where, true); again {
-				return // what follows leads back here
+				return // the calls below lead back here
 			}
 			n.p.EvictLRU()
 			if err := n.p.With(bg, at("other"), func(Conn) error { return nil }); err != nil {
@@ -362,7 +362,7 @@ func TestForeignCodeMayUseThePool(t *testing.T) {
 			Logger:        slog.New(nosyHandler{func() { nosy("Logger") }}),
 		})
 		sys := realSystem
-		sys.noHandleFree = fail.Load // else what the dialer says is not believed for long
+		sys.noHandleFree = fail.Load // else the pool does not believe the dialer for long
 		n.p.sys = &sys
 		ctx := WithTrace(bg, trace("ctx's"))
 		done := make(chan struct{})
@@ -445,7 +445,7 @@ func TestStressAHundredPoolsAreClosedUnderTraffic(t *testing.T) {
 	})
 }
 
-// A Probe is foreign code as well.
+// A Prober is foreign code too.
 func TestAProbeThatPanicsCostsItsConnectionOnly(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
@@ -463,7 +463,7 @@ func TestAProbeThatPanicsCostsItsConnectionOnly(t *testing.T) {
 		n.closed(reasons{ClosedStale: 1})
 		n.check()
 		require.Equal(t, "a#2", n.use(at("a")))
-		time.Sleep(defaultSweepInterval) // the sweep asks, too
+		time.Sleep(defaultSweepInterval) // the sweep probes too
 		synctest.Wait()
 		n.gauges(0, 0, 0)
 		n.closed(reasons{ClosedStale: 2})
@@ -471,8 +471,8 @@ func TestAProbeThatPanicsCostsItsConnectionOnly(t *testing.T) {
 	})
 }
 
-// A borrower whose goroutine ends in a Trace function leaves no place in the
-// queue behind, to which a connection would be lost.
+// A borrower whose goroutine ends in a Trace function leaves the queue. A place left behind
+// would lose a connection.
 func TestGoexitInATraceFunctionLeaksNothing(t *testing.T) {
 	for name, trace := range map[string]*Trace{
 		"GetConn": {GetConn: func(Addr) { runtime.Goexit() }},

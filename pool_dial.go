@@ -14,24 +14,32 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// A dial belongs to the pool. It is started for the oldest waiter that has
-// none, runs under that waiter's ctx values but not its cancellation, and
-// serves whoever is the oldest when it ends. But its error is for the waiter for
-// whom it was started, and for nobody else: what the dialer and Setup make of
-// that waiter's values may be the cause. From the moment it is started its
-// connection holds a slot.
+// A dial belongs to the pool. It is started for the oldest waiter without a dial, and runs
+// under that waiter's ctx values but not under its cancellation. It serves the waiter that
+// is the oldest when the dial ends. But an error goes only to the waiter for whom the dial
+// was started: the dialer and Setup see that waiter's values, and the values may be the
+// cause of the error. The connection has a slot from the start of the dial.
+//
+// An example: a dial is started for w1. w1's ctx ends before the dial does: w1 leaves, and
+// the dial goes on. If the dial succeeds, the oldest waiter gets the connection; if nobody
+// waits, the connection becomes idle. If the dial fails, no waiter gets the error; the
+// address counts one failure.
+//
+// Each dial has exactly one outcome, and the first caller of claim records it: dialEnded
+// when the dial has ended in any way, or the timer of dial when the dialer or Setup ignores
+// its ctx for longer than DialTimeout plus hookGrace.
 
-// dialError is a dial's failure with its stage, on its way to a waiter.
+// dialError is the failure of a dial with its stage, for a waiter.
 type dialError struct {
 	stage Stage
 	err   error
 
 	local    bool // see isLocal
-	noHandle bool // it is ErrNoneRemovable
+	noHandle bool // the failure is ErrNoneRemovable
 }
 
-// failedDial makes a dialError. It asks the error all that is to be known of it under
-// Pool.mu, where nobody may call its methods.
+// failedDial makes a dialError. It asks err everything that the pool needs to know of it
+// under Pool.mu, where the methods of err, which is foreign code, must not be called.
 func failedDial(stage Stage, err error) *dialError {
 	e := &dialError{stage: stage, err: err, noHandle: errors.Is(err, ErrNoneRemovable)}
 	e.local = e.isLocal()
@@ -41,9 +49,9 @@ func failedDial(stage Stage, err error) *dialError {
 func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
-// isLocal reports whether the dial failed for want of something local, which says
-// nothing about the peer. What Setup returned may be the want of somebody else: of
-// another pool, whose address this one is not, or of a server's it has asked.
+// isLocal reports whether the dial failed for want of something local, which says nothing
+// about the peer. An error from Setup, or of another pool, is never local: it may report
+// what another pool, or a server that Setup has asked, lacked.
 func (e *dialError) isLocal() bool {
 	var other *Error
 	if e.stage == StageSetup || errors.As(e.err, &other) {
@@ -56,52 +64,52 @@ func (e *dialError) isLocal() bool {
 // attempt is one dial under way.
 type attempt struct {
 	c   *conn
-	ctx context.Context // of the borrower for whom it was started: its values
+	ctx context.Context // ctx of the borrower for whom the dial was started: the dial uses its values
 
-	waiter *waiter // ... as it was then; nil if it was started for nobody who waits
+	waiter *waiter // the waiter for whom the dial was started; nil if nobody waited
 
 	// Pool.mu guards these.
-	newer, older *attempt           // among those of the site that waiters count on
-	surplus      bool               // it is not one of them any more: the pool breaks it off
-	displaced    bool               // ... for another address
-	quiet        bool               // it has gone without an answer for a while, see silence.go
-	brokenOff    bool               // when it ended, the pool was the cause, whatever its error says
-	prefill      bool               // it was started for no waiter, and is never surplus
-	warm         *warming           // for which it was started, if for one
-	giveUp       context.CancelFunc // nil before it runs
+	newer, older *attempt           // neighbors in the site's list of dials that waiters count on
+	surplus      bool               // the dial is no longer in that list: the pool breaks it off
+	displaced    bool               // the pool breaks it off for another address
+	quiet        bool               // the dial has been without an answer for `silence`, see books_silence.go
+	brokenOff    bool               // when the dial ended, the pool was the cause, whatever its error says
+	prefill      bool               // the dial was started for no waiter, and is never surplus
+	warm         *warming           // the call of Warm for which the dial was started; nil if there is none
+	giveUp       context.CancelFunc // breaks the dial off; nil before the dial runs and after its end
 
-	since clock.Instant // when it began, 0 before
+	since clock.Instant // when the dial began; 0 before
 
-	reached atomic.Uint32 // a copy of stage, for who asks meanwhile
+	reached atomic.Uint32 // a copy of stage that other goroutines may read
 
-	where string // the foreign code that runs
-	ours  bool   // the socket below is dialled by the pool itself
+	where string // the foreign code that runs now
+	ours  bool   // the pool itself dials the socket
 	stage Stage
 	err   error
-	ended bool // open returned, rather than panicked
+	ended bool // open has returned (rather than panicked)
 	state any  // what Setup returned
 
-	mu      sync.Mutex // guards what follows; nothing else happens under it
-	socket  net.Conn   // what was dialled and c has not adopted: whoever books a failure closes it
-	adopted bool       // c has its socket, and the guard of Setup is open
-	claimed bool       // somebody has booked, or is booking, the outcome
+	mu      sync.Mutex // guards the fields below; no I/O and no other lock under it
+	socket  net.Conn   // what was dialed and c has not adopted: whoever records a failure closes it
+	adopted bool       // c has its socket, and Setup may use c
+	claimed bool       // somebody has recorded the outcome of the dial, or is recording it
 }
 
-// enter says how far the dial has come.
+// enter records the stage of the dial.
 func (a *attempt) enter(s Stage) {
 	a.stage = s
 	a.reached.Store(uint32(s))
 }
 
-// hold makes nc the attempt's to close, until c adopts it.
+// hold makes the attempt responsible for closing nc, until c adopts nc.
 func (a *attempt) hold(nc net.Conn) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.socket = nc
 }
 
-// wrap puts nc, which closes it, in the place of the socket, and reports false if
-// that was given up meanwhile.
+// wrap replaces the socket with nc, whose Close closes the socket. It reports false if the
+// socket was given up meanwhile.
 func (a *attempt) wrap(nc net.Conn) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -112,7 +120,7 @@ func (a *attempt) wrap(nc net.Conn) bool {
 	return true
 }
 
-// closeSocket closes what was dialled and not adopted, for closeTimeout at most.
+// closeSocket closes what was dialed and not adopted, within closeTimeout.
 func (a *attempt) closeSocket() {
 	a.mu.Lock()
 	nc := a.socket
@@ -123,7 +131,8 @@ func (a *attempt) closeSocket() {
 	}
 }
 
-// settle makes the caller the one who books the outcome, if nobody was before.
+// claim gives the caller the right to record the outcome of the dial, if nobody had it yet
+// (mine).
 func (a *attempt) claim() (mine, adopted bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -132,21 +141,22 @@ func (a *attempt) claim() (mine, adopted bool) {
 	return mine, a.adopted
 }
 
+// isClaimed reports whether somebody has the right to record the outcome.
 func (a *attempt) isClaimed() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.claimed
 }
 
-// dial opens c for the pool and books the outcome, whatever the dialer and the
-// hooks do: return, panic, end their goroutine, or never come back.
+// dial opens c for the pool and records the outcome, whatever the dialer and the hooks do:
+// return, panic, end their goroutine, or never return.
 func (a *attempt) dial() {
 	p := a.c.site.pool
 	p.handles.refresh(p.sys)
 	t := p.cfg.Trace
 	cancel := context.CancelFunc(func() {})
 	c, start := a.c, p.clock.Exactly()
-	var traced atomic.Pointer[Trace] // t, for who books the outcome meanwhile
+	var traced atomic.Pointer[Trace] // t, for the timer that may record the outcome meanwhile
 	traced.Store(t)
 	var late *time.Timer
 	if p.cfg.DialTimeout > 0 {
@@ -162,7 +172,7 @@ func (a *attempt) dial() {
 			late.Stop()
 		}
 		if !a.ended {
-			a.err = panicOf(a.where, recover()) // or a runtime.Goexit
+			a.err = panicOf(a.where, recover()) // a panic, or a runtime.Goexit
 		}
 		a.dialEnded(start, t, cancel)
 	}()
@@ -194,7 +204,7 @@ func (a *attempt) dial() {
 	a.ended = true
 }
 
-// dialEnded is deferred by dial, and is the end of it however that came.
+// dialEnded is deferred by dial, and ends the dial however open ended.
 func (a *attempt) dialEnded(start clock.Instant, t *Trace, cancel context.CancelFunc) {
 	defer cancel()
 	if a.err != nil {
@@ -216,8 +226,8 @@ func (a *attempt) dialEnded(start clock.Instant, t *Trace, cancel context.Cancel
 	a.dialFailed(start, t, a.err)
 }
 
-// dialFailed books a dial that came to nothing. If there is a socket already,
-// the slot is free when it is closed.
+// dialFailed records a dial that failed. If there is an adopted socket (Setup failed), the
+// slot is free when that socket is closed.
 func (a *attempt) dialFailed(start clock.Instant, t *Trace, err error) {
 	a.noteDialed(start, t, failedDial(a.stage, err))
 	if a.stage == StageSetup {
@@ -225,8 +235,8 @@ func (a *attempt) dialFailed(start clock.Instant, t *Trace, err error) {
 	}
 }
 
-// abandon goes on without a dialer, handshake or Setup that has not come
-// back long after its ctx was done. What it returns at last is closed.
+// abandon records the failure of a dialer, handshake or Setup that has not returned long
+// after the end of its ctx. When it returns at last, dialEnded closes what it returned.
 func (a *attempt) abandon(adopted bool, start clock.Instant, t *Trace) {
 	late := fmt.Errorf("it ignores its ctx: %w", context.DeadlineExceeded)
 	if !adopted {
@@ -234,13 +244,13 @@ func (a *attempt) abandon(adopted bool, start clock.Instant, t *Trace) {
 		a.noteDialed(start, t, failedDial(StageDial, fmt.Errorf("dialer: %w", late)))
 		return
 	}
-	a.c.word.And(^uint64(flagLent)) // shuts the guard
+	a.c.word.And(^uint64(flagLent)) // revokes the loan of Setup
 	late = fmt.Errorf("Config.Setup: %w", late)
 	a.noteDialed(start, t, failedDial(StageSetup, late))
 	a.c.discard(ClosedSetupFailed, late)
 }
 
-// open dials, shakes hands and sets up.
+// open dials, does the handshake and runs Setup.
 func (a *attempt) open(ctx context.Context) error {
 	p := a.c.site.pool
 	c := a.c
@@ -265,7 +275,7 @@ func (a *attempt) open(ctx context.Context) error {
 		a.socket = nil
 	}
 	a.mu.Unlock()
-	if late { // and closed by dialEnded
+	if late { // dialEnded closes it
 		return ctx.Err()
 	}
 	c.registerFD()
@@ -291,16 +301,15 @@ func (a *attempt) open(ctx context.Context) error {
 	return err
 }
 
-// connect makes the net.Conn. If that fails for want of a file handle, the
-// least recently used idle connection makes room and it is tried again, as often
-// as something can be closed. If all are in use, it waits for a moment for one to
-// come back (handlePatience), and at last asks NoneRemovable whether to try once
-// more.
+// connect makes the net.Conn. If no file handle is free for it, the pool closes the least
+// recently used idle connection and connect tries again, as often as there is an idle
+// connection to close. If all connections are in use, connect waits for one to be given
+// back (handlePatience). At last it asks Config.NoneRemovable whether to try once more.
 //
-// Errors are kept, by crypto/x509 and by dialers, and told again when there are
-// handles in plenty. So one that hides its errno in another error is believed
-// only if there is none indeed, and one that a dialer of somebody else's returns as
-// if it came from the system only once. The pool's own dialer keeps none.
+// crypto/x509 and some dialers keep an error and return it again when many handles are free.
+// So two kinds of errors need a check that there really is no free handle: an error that
+// hides its errno in another error, always; an error that a foreign dialer returns as if it
+// came from the system, from the second try on. The pool's own dialer keeps no errors.
 func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
 	p := a.c.site.pool
 	asked, patience := false, handlePatience
@@ -331,6 +340,8 @@ func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
 	}
 }
 
+// connectOnce dials once and does the TLS handshake, if there is one. On success the attempt
+// holds the socket.
 func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 	p := a.c.site.pool
 	addr := a.c.site.addr
@@ -379,25 +390,25 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 	return tc, nil
 }
 
-// closeUnowned closes a connection that never got into the books. A foreign one
-// may take its time over it.
+// closeUnowned closes a connection that never got into the books. The Close of a foreign
+// connection may take long.
 func (a *attempt) closeUnowned(nc net.Conn) {
 	s := a.c.site
 	s.pool.report.outlived(briefly("Close of the connection", closeTimeout, nc.Close), s.addr)
 }
 
-// brokenContract is foreign code that did what its contract forbids.
+// brokenContract is an error for foreign code that did what its contract forbids.
 type brokenContract struct{ what string }
 
 func (e *brokenContract) Error() string { return e.what }
 
-// leftUnread is somebody who left bytes unread, which ErrUnread stands for.
+// leftUnread is an error for foreign code that left bytes unread; it wraps ErrUnread.
 type leftUnread struct{ broken *brokenContract }
 
 func (e *leftUnread) Error() string   { return e.broken.what }
 func (e *leftUnread) Unwrap() []error { return []error{e.broken, ErrUnread} }
 
-// canonical is the canonical form of addr, for which there is a dialer.
+// canonical is the canonical form of addr. It is an error if no dialer dials addr.
 func (cfg *Config) canonical(addr Addr) (Addr, error) {
 	addr, err := addr.canonical()
 	if err != nil {
@@ -413,7 +424,7 @@ func (cfg *Config) canonical(addr Addr) (Addr, error) {
 	return addr, nil
 }
 
-// dialed books the outcome of a dial.
+// noteDialed records the outcome of a dial; failure is nil if the dial succeeded.
 func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) {
 	p := a.c.site.pool
 	now := p.clock.Exactly()
@@ -452,7 +463,7 @@ func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) 
 		p.noteWarmDialedLocked(a, failure, todo.reasonOf(c))
 	}
 	if s.queue.dials == 0 && s.queue.silent {
-		s.queue.silent = false // nobody dials it any more
+		s.queue.silent = false // no dial to the address is under way any more
 	}
 	if s.queue.len+s.queue.dials == 0 {
 		s.queue = &noQueue
@@ -475,8 +486,8 @@ func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) 
 	}
 }
 
-// evictFor closes the least recently used idle connection of all, and waits until it
-// is closed, for patience at most or until ctx is done.
+// evictFor closes the least recently used idle connection of all addresses. It waits until
+// the connection is closed, for patience at most or until ctx is done.
 func (p *Pool) evictFor(ctx context.Context, patience time.Duration) (Addr, bool) {
 	p.mu.Lock()
 	c := p.recency.oldestIdle(int(p.n[phaseIdle]))

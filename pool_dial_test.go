@@ -31,7 +31,7 @@ func TestAReturnServesAWaiterWhileItsDialRuns(t *testing.T) {
 		n.check()
 		time.Sleep(time.Second)
 		synctest.Wait()
-		n.gauges(1, 1, 0) // the late one went idle
+		n.gauges(1, 1, 0) // the connection that came late is idle
 		require.Equal(t, "a#2", n.use(at("a")))
 		n.check()
 	})
@@ -46,7 +46,7 @@ func TestALateDialServesTheNextWaiter(t *testing.T) {
 		start := time.Now()
 		first := n.borrow(bg, at("a"))
 		synctest.Wait()
-		second := n.queue(1, at("a"))[0] // for whom there is no room
+		second := n.queue(1, at("a"))[0] // a borrower for whom there is no room
 		require.NoError(t, holder.giveBack())
 		require.Equal(t, "a#1", who(first.conn()))
 		require.Equal(t, "a#2", who(second.conn()))
@@ -56,7 +56,7 @@ func TestALateDialServesTheNextWaiter(t *testing.T) {
 	})
 }
 
-// A dial whose borrower gave up is not wasted, and With does not wait for it.
+// A dial whose borrower gave up still serves the pool, and With does not wait for it.
 func TestADialOutlivesItsBorrower(t *testing.T) {
 	for _, latency := range []time.Duration{200 * time.Millisecond, time.Second} {
 		bubble(t, func(t *testing.T) {
@@ -159,7 +159,7 @@ func TestTheCauseOfAFailedDialReachesTheBorrowerWhole(t *testing.T) {
 	})
 }
 
-// APR-14: a peer that is down is no matter for New.
+// APR-14: New works although the peer is down.
 func TestNewDialsNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
@@ -252,7 +252,7 @@ func TestAfterThreeFailuresOneProbesAndTheOthersFailAtOnce(t *testing.T) {
 		}
 		require.GreaterOrEqual(t, last, backoffMax/2)
 
-		// A dial that works ends it.
+		// A dial that succeeds ends the back-off.
 		n.Host("a").Up()
 		n.use(at("a"))
 		for _, s := range n.p.Addrs() {
@@ -270,7 +270,7 @@ func TestAfterThreeFailuresOneProbesAndTheOthersFailAtOnce(t *testing.T) {
 	})
 }
 
-// Those who queued before the third failure are answered by it, all but one.
+// The third failure answers all borrowers that queued before it but one.
 func TestTheThirdFailureEndsTheWaitOfTheQueue(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxDialing: 1})
@@ -298,7 +298,7 @@ func TestTheThirdFailureEndsTheWaitOfTheQueue(t *testing.T) {
 	})
 }
 
-// While connections of the address are in use there is something to wait for.
+// While connections of the address are in use, waiters have something to wait for.
 func TestBackOffLetsWaitersWaitForWhatIsInUse(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
@@ -308,7 +308,7 @@ func TestBackOffLetsWaitersWaitForWhatIsInUse(t *testing.T) {
 		for range backoffAfter {
 			n.fail(bg, at("a"))
 		}
-		unlucky := n.queue(1, at("a"))[0] // for whom the probe is dialed
+		unlucky := n.queue(1, at("a"))[0] // the borrower for whom the next dial starts
 		waiters := n.queue(3, at("a"))
 		require.ErrorIs(t, unlucky.result(), syscall.ECONNREFUSED)
 		n.Host("a").BlackHole(true)
@@ -319,7 +319,7 @@ func TestBackOffLetsWaitersWaitForWhatIsInUse(t *testing.T) {
 		n.check()
 		require.NoError(t, waiters[0].giveBack())
 		require.Equal(t, "a#1", who(waiters[1].conn()))
-		// Now the last one goes, and with it the hope of all but the probe.
+		// Now the last one is given up, and all waiters but one have nothing left to wait for.
 		more := n.queue(2, at("a"))
 		require.Equal(t, errBoom, waiters[1].finish(discard))
 		synctest.Wait()
@@ -359,7 +359,7 @@ func TestFailuresAreForgottenAfterAWhile(t *testing.T) {
 	}
 }
 
-// What is wrong on this side says nothing about the peer.
+// A failure of this process says nothing about the peer.
 func TestWantOfHandlesIsNoReasonToBackOff(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
@@ -427,8 +427,8 @@ func TestDialersThatBreakTheirContractAreContained(t *testing.T) {
 	}
 }
 
-// The slot of a dial that does not end is free after DialTimeout and a little;
-// what the dialer comes with later is closed.
+// The slot of a dial that does not end is free a little after DialTimeout. A connection that
+// the dialer returns later is closed.
 func TestADialerThatIgnoresItsContextLosesItsSlot(t *testing.T) {
 	for name, late := range map[string]func(n *testnet) (net.Conn, error){
 		"connection": func(n *testnet) (net.Conn, error) { return n.dial(bg, at("a")) },
@@ -560,7 +560,7 @@ func TestTheSlotOfAHungSetupIsFreeOnlyWithItsSocketClosed(t *testing.T) {
 	})
 }
 
-// A burst that returning connections serve must not leave a connection behind for
+// After a burst that returned connections serve, the pool must not keep a connection for
 // each borrower: 50 callers, 5 idle, 2 ms of work, 150 ms for a dial.
 func TestABurstThatReturnsServeLeavesOneNewConnection(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -598,7 +598,7 @@ func TestABurstThatReturnsServeLeavesOneNewConnection(t *testing.T) {
 	})
 }
 
-// Most dials end before it is worth while to give them up.
+// Most dials end before giving them up is worthwhile.
 func TestAShortDialIsNotGivenUp(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
@@ -624,8 +624,8 @@ func TestAShortDialIsNotGivenUp(t *testing.T) {
 	})
 }
 
-// While dials are given up borrowers come: each is served, by its own dial if
-// need be.
+// Borrowers that come while dials are given up are served, by a dial of their own if
+// necessary.
 func TestABorrowerWhoComesAfterADialWasGivenUpIsServed(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxPerAddr: 8})

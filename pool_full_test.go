@@ -26,7 +26,7 @@ func TestFailRefusesAtOnce(t *testing.T) {
 			n := open(t, cfg)
 			n.Host("a").SetLatency(time.Millisecond)
 			held := []*scripted{n.borrow(bg, at("a")), n.borrow(bg, at("a"))}
-			synctest.Wait() // both are being dialed, which is waited for
+			synctest.Wait() // both connections are being dialed, and With waits for the dials
 			start := time.Now()
 			pe := n.fail(bg, at("a"))
 			require.ErrorIs(t, pe, ErrExhausted)
@@ -50,8 +50,8 @@ func TestFailRefusesAtOnce(t *testing.T) {
 	}
 }
 
-// Under Fail nobody sits in a queue for longer than a close or a dial takes:
-// those ahead of a borrower will take the room that there seems to be.
+// Under FullFail nobody waits in a queue for longer than a close or a dial takes: the
+// borrowers ahead take the room that seems to be free.
 func TestFailCountsThoseWhoAreAhead(t *testing.T) {
 	bubble(t, func(t *testing.T) { // the only slot is being freed
 		n := newTestnet(t)
@@ -70,7 +70,7 @@ func TestFailCountsThoseWhoAreAhead(t *testing.T) {
 		first.conn()
 		n.check()
 	})
-	bubble(t, func(t *testing.T) { // MaxDialing is the bottleneck
+	bubble(t, func(t *testing.T) { // MaxDialing is the limit that counts
 		n := open(t, Config{WhenFull: FullFail, MaxPerAddr: 2, MaxDialing: 1})
 		n.Host("a").SetLatency(time.Second)
 		bs := make([]*scripted, 3)
@@ -117,7 +117,7 @@ func TestOverflowOpensMoreAndClosesTheSurplusOnReturn(t *testing.T) {
 	}
 }
 
-// A connection on its way out is not surplus twice.
+// A connection that is being closed does not count as surplus a second time.
 func TestOverflowKeepsWhatTheLimitAllowsThoughClosesTakeTime(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
@@ -166,8 +166,8 @@ func TestConnectionsFollowLoansNotGoroutines(t *testing.T) {
 	})
 }
 
-// APR-X12, PLT-12: random dial delays, failures and ends of loans; the server
-// itself counts.
+// APR-X12, PLT-12: dials have random delays and failures, loans random ends; the server
+// counts the connections.
 func TestStressTheLimitIsNeverExceeded(t *testing.T) {
 	ops := short.Of(20_000, 5_000)
 	if stress() > 1 {
@@ -231,7 +231,7 @@ func TestAJumpInLoadIsNoStormOfDials(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
 		n.open(Config{MaxDialing: 8, Setup: func(context.Context, Addr, net.Conn) (any, error) {
-			now := n.dialing.Add(1) // the hand-shake counts as dialing, too
+			now := n.dialing.Add(1) // the handshake counts as dialing too
 			defer n.dialing.Add(-1)
 			time.Sleep(20 * time.Millisecond)
 			if now > 8 {
@@ -264,7 +264,7 @@ func TestAJumpInLoadIsNoStormOfDials(t *testing.T) {
 
 func TestMaxDialingPerAddrLeavesRoomForOthers(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := open(t, Config{MaxDialing: 4}) // and 2 for each address
+		n := open(t, Config{MaxDialing: 4}) // so 2 for each address
 		n.Host("hole").BlackHole(true)
 		for range 10 {
 			n.borrow(bg, at("hole"))
@@ -280,7 +280,7 @@ func TestMaxDialingPerAddrLeavesRoomForOthers(t *testing.T) {
 func TestAnAddressThatSwallowsPacketsDelaysNobodyElse(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxOpen: 40, Setup: func(_ context.Context, a Addr, nc net.Conn) (any, error) {
-			if a.Host == "slow" { // greets after a minute
+			if a.Host == "slow" { // it greets after a minute
 				nc.Read(make([]byte, 1))
 			}
 			return nil, nil
@@ -311,8 +311,8 @@ func TestAnAddressThatSwallowsPacketsDelaysNobodyElse(t *testing.T) {
 	})
 }
 
-// The loan of one connection never waits for the loan of another, whatever
-// its borrower does; nor do the pool's own questions.
+// The loan of one connection never waits for the loan of another, whatever its borrower
+// does; and neither do the pool's own checks.
 func TestABlockedBorrowerBlocksNobody(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})

@@ -14,24 +14,29 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// The budget of file handles. MaxOpen 0 means the process's limit less a
-// reserve for everything else in it; but the pool is not alone, so it also
-// looks at what is really taken. The number of a new descriptor is the lowest
-// that is free, so a socket with number N proves that 0 to N are all in use,
-// whoever holds them. Above the low mark nothing is kept that nobody waits for;
-// above the high mark one idle connection dies for each new one.
+// The budget of file handles. MaxOpen 0 means the process's limit less a reserve for
+// everything else in the process. But other code uses handles too, so the pool also looks
+// at how many are really taken. A new descriptor gets the lowest free number, so a socket
+// with number N proves that 0 to N are all in use, by the pool or by other code. Above the
+// low mark the pool keeps no connection that nobody waits for. Above the high mark it closes
+// one idle connection for each new one.
+//
+// An example: the limit is 1024. The reserve is 128, so the budget is 896 connections. The
+// low mark is reached with fewer than 64 numbers above that of the new descriptor (960 and
+// higher), the high mark with fewer than 32 (992 and higher).
 
 type pressure uint8
 
 const (
 	handlesPlenty   pressure = iota
-	handlesLow               // a connection that is given back is closed
-	handlesCritical          // and so is one idle one for each that is opened
+	handlesLow               // a connection that is given back is closed unless somebody waits for it
+	handlesCritical          // and one idle connection is closed for each new one
 )
 
-// reserveOf is what is left to the rest of the process.
+// reserveOf is how many handles are left to the rest of the process.
 func reserveOf(limit int) int { return min(max(16, limit/8), limit/2) }
 
+// pressureAt is the pressure on file handles if a new descriptor got the number fd.
 func pressureAt(fd uintptr, limit int) pressure {
 	switch left := limit - 1 - int(fd); {
 	case left < max(6, limit/32):
@@ -42,17 +47,17 @@ func pressureAt(fd uintptr, limit int) pressure {
 	return handlesPlenty
 }
 
-// handlePatience is how long a dial without a handle waits while nothing of the
-// pool's is given back.
+// handlePatience is how long a dial without a handle waits while no connection of the pool
+// is given back.
 const handlePatience = 250 * time.Millisecond
 
-// handleBudget is what the process's handle limit leaves for connections, as of the
-// last refresh. It guards itself.
+// handleBudget is how many connections the process's handle limit allows, as of the last
+// refresh. It guards itself.
 type handleBudget struct{ atomic.Int64 }
 
-// refresh brings the budget up to date. The limit may change while the program runs
-// (Go itself raises it at start), so every dial looks again, also while a MaxOpen is
-// set: that may change too.
+// refresh recomputes the budget. The limit may change while the program runs (Go itself
+// raises it at start), so every dial reads it again, also while MaxOpen is set: MaxOpen may
+// change too.
 func (h *handleBudget) refresh(sys *system) {
 	limit, ok := sys.handleLimit()
 	if !ok {
@@ -62,9 +67,9 @@ func (h *handleBudget) refresh(sys *system) {
 	h.Store(int64(max(1, limit-reserveOf(limit))))
 }
 
-// enroll files a connection that was just dialled under the number of its
-// descriptor. An older entry with that number must have been closed behind the
-// pool's back; and the number says how many handles are taken.
+// registerFD stores a connection that was just dialed under the number of its descriptor.
+// If there is an older entry with that number, other code has closed that entry's
+// descriptor. The number also says how many handles are taken.
 func (c *conn) registerFD() {
 	p := c.site.pool
 	if c.sock.raw == nil {
@@ -74,7 +79,7 @@ func (c *conn) registerFD() {
 	now := p.clock.Now()
 	var todo agenda
 	p.mu.Lock()
-	if c.phase == phaseNone { // given up in this very moment, see abandon
+	if c.phase == phaseNone { // given up in this moment, see abandon
 		p.mu.Unlock()
 		return
 	}
@@ -97,10 +102,10 @@ func (c *conn) registerFD() {
 	todo.run(p)
 }
 
-// doubtPressure is the sweep's part. While handles are short nothing is kept, so as a
-// rule the next loan dials, and its descriptor tells how things stand. But dials of
-// connections without one tell nothing, and a pool that makes no others would
-// believe for ever what it was told once.
+// doubtPressure is a part of the sweep. While handles are short the pool keeps no idle
+// connections, so usually the next loan dials, and its descriptor sets the pressure anew.
+// But connections without a descriptor do not, and a pool that dials no others would keep
+// the old pressure forever.
 func (p *Pool) doubtPressure(now clock.Instant) {
 	old := func() bool { return p.pressure > handlesPlenty && now.Sub(p.pressedAt) >= p.sweepPeriod() }
 	p.mu.Lock()
@@ -116,14 +121,14 @@ func (p *Pool) doubtPressure(now clock.Instant) {
 	p.mu.Unlock()
 }
 
-// mark sets stolen, or broken for a connection that is driven by two, unless the
-// connection is known to be stolen, or is not the pool's any more: it is being
-// closed (seal), or its borrower has detached it. Each of these is one step on
-// the word, so of two at once it is known which was first.
+// mark sets flag: flagStolen, or flagBroken for a connection whose socket other code uses
+// too. It sets nothing if the connection is known to be stolen or is no longer the pool's:
+// it is being closed (seal), or its borrower has detached it. Each of these is one step on
+// the state word, so there is always a first and a second.
 //
-// Who finds the mark: the owner of a loan at its end (verdict); between loans
-// whoever looks at the connection (ask) and whoever parks it (whyUnwantedLocked),
-// through condemned.
+// The mark is found by the owner of a loan at its end (verdict), and between loans, through
+// condemned, by the function that probes the connection (probe) and by the one that releases
+// it (whyUnwantedLocked).
 func (c *conn) mark(flag uint64) bool {
 	for {
 		w := c.word.Load()
@@ -136,9 +141,9 @@ func (c *conn) mark(flag uint64) bool {
 	}
 }
 
-// condemned says why c, on which no loan stands, may not be lent again, whatever a
-// look at it would show: ClosedUnknown, or what mark has left. An operation
-// that failed leaves the same flag as a mark, but no connection without a loan.
+// condemned says why c, which has no loan now, may not be lent again, whatever a probe
+// would find: ClosedUnknown, or what mark has left. A failed operation sets the same flag as
+// a mark, but a connection with that flag is not kept at the end of its loan.
 func (c *conn) condemned() (CloseReason, error) {
 	switch w := c.word.Load(); {
 	case w&flagStolen != 0:
@@ -151,9 +156,9 @@ func (c *conn) condemned() (CloseReason, error) {
 
 var errMarkedDead = &brokenContract{"MarkDead was told that the connection's socket is somebody else's too"}
 
-// failureOf is the error of a hook or Setup that returned nil, after a loan in
-// which it cannot have used the connection as it should: what failed, a mark,
-// or else what it did.
+// failureOf is the error of a hook or Setup that returned nil, after a loan in which it
+// cannot have used the connection as it should: the operation that failed, a mark, or else
+// what, which says what the hook did.
 func (c *conn) failureOf(word uint64, what string) error {
 	if err := c.failure(); err != nil {
 		return err
@@ -164,17 +169,16 @@ func (c *conn) failureOf(word uint64, what string) error {
 	return &brokenContract{what}
 }
 
-// MarkDead is for a program that opens sockets beside the pool. The caller
-// holds the socket nc, so every pooled connection with the number of its
-// descriptor has died silently, and one that is the same socket under another
-// number is driven by two. Both leave the pool, wherever they are: idle ones at
-// once, borrowed ones when they are given back, and those between two uses of a
-// session, in the pool's own hands or still in Setup as soon as that ends. The
-// former are not touched, of the latter the pool's own descriptor is closed.
-// MarkDead returns how many there were; 0 also if nc has no descriptor. What the
-// pool itself has lent (a Conn, a Lease, what DialContext returned) is not
-// harmed by being nc. The pool finds such connections by itself when it is about
-// to lend or close them, or when it dials; MarkDead is quicker.
+// MarkDead is for a program that opens sockets beside the pool. The caller holds the
+// socket nc. So every pooled connection with the descriptor number of nc has lost its
+// descriptor unnoticed, and a pooled connection with the same socket under another
+// number is used by two parties. Both leave the pool: idle ones at once, borrowed ones
+// when they are given back, and those between two uses of a session, being checked, in
+// Push or still in Setup as soon as that ends. The pool does not touch the descriptors of
+// the first kind, and closes its own descriptor of the second kind. MarkDead returns how many there were; 0 also if nc
+// has no descriptor. If nc is what the pool itself has lent (a Conn, a Lease, a result of
+// DialContext), nc is not affected. The pool finds such connections by itself when it is
+// about to lend or close them, or when it dials; MarkDead is quicker.
 func (p *Pool) MarkDead(nc syscall.Conn) int {
 	if p.stop == nil || isNil(nc) {
 		return 0
@@ -187,7 +191,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 	marked := 0
 	var todo agenda
 	p.mu.Lock()
-	for _, c := range p.byFD { // unlike the recency it has those in Setup, too
+	for _, c := range p.byFD { // byFD, unlike recency, has the connections in Setup too
 		same := known && c.sock.known && c.sock.who == who
 		switch {
 		case c == own, c.phase == phaseClosing:
@@ -208,8 +212,8 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 	return marked
 }
 
-// connBehind is the connection of the pool's that nc is a handle of, nil if it
-// is none. It is for where sockets have no identity.
+// connBehind is the pool's connection behind the handle nc; nil if nc is none. It is needed
+// where sockets have no identity.
 func connBehind(nc syscall.Conn) *conn {
 	switch nc := nc.(type) {
 	case Conn:
@@ -226,7 +230,7 @@ func connBehind(nc syscall.Conn) *conn {
 	return nil
 }
 
-// socketOf is the descriptor of nc, and whose socket it is, if that is known.
+// socketOf is the descriptor of nc and, if it is known, the identity of its socket.
 func (sys *system) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known bool, err error) {
 	raw, err := nc.SyscallConn()
 	if err != nil {
@@ -246,11 +250,11 @@ func (sys *system) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known boo
 	return fd, who, known, err
 }
 
-// SameConn reports whether a and b talk to one socket of the operating system:
-// a connection and its duplicate do, two connections to one server do not, and
-// a connection whose descriptor was closed behind its back is the same as
-// whatever has the number now. The error is errors.ErrUnsupported where the
-// system does not tell. A *tls.Conn is asked through its NetConn.
+// SameConn reports whether a and b use one socket of the operating system. A
+// connection and its duplicate do; two connections to one server do not. A connection
+// whose descriptor was closed by other code is the same as whatever has the number
+// now. The error is errors.ErrUnsupported where the system does not tell. For a
+// *tls.Conn, SameConn asks its NetConn.
 func SameConn(a, b syscall.Conn) (bool, error) {
 	var who [2]sock.ID
 	for i, nc := range []syscall.Conn{a, b} {
@@ -275,12 +279,12 @@ func SameConn(a, b syscall.Conn) (bool, error) {
 	return who[0] == who[1], nil
 }
 
-// awaitHandle waits until something happens that may have freed a handle. What
-// the pool itself frees is heard at once, and costs no patience: as long as
-// connections come back there is hope, until the dial's time is up. Handles that
-// others give back are not heard of, so half of what is left of patience ends the
-// wait too: about six more tries. It gives up at once if the pool has nothing
-// that could come back.
+// awaitHandle waits until something happens that may have freed a handle. The pool notices
+// at once when it frees a handle itself, and such a wait does not reduce patience: as long
+// as connections are given back there is hope, until the dial's time is up. The pool does
+// not notice handles that other code frees, so the wait also ends after half of the rest of
+// patience; that allows about six more tries. awaitHandle gives up at once if the pool has
+// no connection that could be given back.
 func (a *attempt) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 	p := a.c.site.pool
 	if *patience <= 0 {
@@ -291,7 +295,7 @@ func (a *attempt) awaitHandle(ctx context.Context, patience *time.Duration) bool
 		p.mu.Unlock()
 		return true
 	}
-	if p.n.open() <= 1 { // this dial
+	if p.n.open() <= 1 { // this dial itself
 		p.mu.Unlock()
 		return false
 	}
@@ -313,8 +317,8 @@ func (a *attempt) awaitHandle(ctx context.Context, patience *time.Duration) bool
 	return ctx.Err() == nil
 }
 
-// asFromSystem reports whether err is an errno, or package net's error for one:
-// nobody has put it aside, unless as a whole.
+// asFromSystem reports whether err is an errno, or package net's error for an errno: no
+// code has kept the error to return it again, except as a whole.
 func asFromSystem(err error) bool {
 	for {
 		switch e := err.(type) {
@@ -330,8 +334,9 @@ func asFromSystem(err error) bool {
 	}
 }
 
-// outOfHandles sees it also where it hides: without a free handle a name cannot
-// be looked up, and package net says "no such host".
+// outOfHandles reports whether err says that no file handle was free. It also finds the case
+// of a name that could not be looked up for want of a handle, where package net says "no
+// such host".
 func (sys *system) outOfHandles(err error) bool {
 	var dns *net.DNSError
 	return sock.OutOfFiles(err) || errors.As(err, &dns) && sys.noHandleFree()

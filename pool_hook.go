@@ -7,14 +7,14 @@ import (
 	"time"
 )
 
-// runHook lends c to a hook that talks over it (Reset, Check) and waits for
-// its answer, HookTimeout at most. The caller owns c before and after; after an
-// error it must discard it, since the hook may still be running.
+// runHook lends c to a hook that talks over it (Reset, Check, Push) and waits for the
+// hook's answer, HookTimeout at most. The caller owns c before and after. After an error the
+// caller must discard c, because the hook may still be running.
 func (c *conn) runHook(ctx context.Context, where string, hook func(context.Context, Conn) error) (err error) {
 	p := c.site.pool
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
-	defer recoverInto(&err, where) // from a ctx of the caller's making
+	defer recoverInto(&err, where) // a panic from the borrower's ctx
 	loan := c.begin(ctx, flagHooked)
 	answer := make(chan error, 1)
 	go func() {
@@ -27,7 +27,7 @@ func (c *conn) runHook(ctx context.Context, where string, hook func(context.Cont
 	select {
 	case err = <-answer:
 	case <-ctx.Done():
-		// Its I/O has been interrupted, so it ends now, or never.
+		// The hook's I/O was interrupted, so the hook ends now or never.
 		select {
 		case err = <-answer:
 		case <-time.After(hookGrace):
@@ -53,13 +53,13 @@ func (c *conn) runHook(ctx context.Context, where string, hook func(context.Cont
 		}
 	}
 	switch err.(type) {
-	case nil, *hookPanic: // which says where it happened
+	case nil, *hookPanic: // a hookPanic says already where it happened
 		return err
 	}
 	return &hookError{where, tame(err)}
 }
 
-// hookError is what a hook returned, or did wrong.
+// hookError is what a hook returned, or the rule it broke.
 type hookError struct {
 	where string
 	err   error
@@ -68,13 +68,13 @@ type hookError struct {
 func (e *hookError) Error() string { return oneLine(e.where + ": " + e.err.Error()) }
 func (e *hookError) Unwrap() error { return e.err }
 
-// hookGrace is what a hook, dialer or Setup gets beyond the end of its ctx,
-// before the pool goes on without it.
+// hookGrace is how long a hook, dialer or Setup may run on after the end of its ctx, before
+// the pool abandons it.
 const hookGrace = 100 * time.Millisecond
 
-// within derives a ctx that ends after d (0: not by time) and with the pool. No
-// session is in it: hooks and dialers run on goroutines of their own, while the
-// borrower has the seat and waits for them.
+// within derives a ctx that ends after d (0: no time limit) and with the pool. The derived
+// ctx has no session: hooks and dialers run on goroutines of their own while the borrower
+// has the session connection and waits for them.
 func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	if p.inSession.Load() != 0 {
 		ctx = context.WithValue(ctx, sessionKey{p}, (*session)(nil))
@@ -88,18 +88,17 @@ func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, co
 	return ctx, func() { stop(); done(); cancel(nil) }
 }
 
-// hookPanic says that the hook that has just run did itself panic. Nothing else
-// may say so: the error that a hook returns may well hold the PanicError of
-// another pool, which is no panic of this one. So it is known by its type, never
-// by errors.As.
+// hookPanic says that the hook that has just run panicked itself. No other error may say so:
+// the error that a hook returns may hold the PanicError of another pool, which is no panic
+// of this hook. So the pool recognizes hookPanic by its type, never by errors.As.
 type hookPanic struct{ pan *PanicError }
 
 func (e *hookPanic) Error() string      { return e.pan.Error() }
 func (e *hookPanic) Unwrap() error      { return e.pan }
 func (e *hookPanic) As(target any) bool { return entomb(target) }
 
-// returned is the error of foreign code that came back with it. One that it got
-// from a pool, say from CloseInfo.Err, tells of a panic elsewhere.
+// returned is the error of foreign code that returned it. If the foreign code got the error
+// from a pool, for example from CloseInfo.Err, a hookPanic in it is a panic of other code.
 func returned(err error) error {
 	if e, ok := err.(*hookPanic); ok {
 		return e.pan
@@ -107,8 +106,8 @@ func returned(err error) error {
 	return err
 }
 
-// panicOf is the panic of foreign code with v, which was just recovered; if v is nil,
-// its runtime.Goexit.
+// panicOf is the PanicError for foreign code that panicked with v, which was just recovered;
+// or, if v is nil, that called runtime.Goexit.
 func panicOf(where string, v any) *PanicError {
 	e := &PanicError{Where: where}
 	if v != nil {
@@ -127,7 +126,7 @@ func recoverInto(err *error, where string) {
 	}
 }
 
-// recoverAt is recoverInto for code that says as it goes where it is.
+// recoverAt is recoverInto for code that updates *where as it goes on.
 func recoverAt(err *error, where *string) {
 	if v := recover(); v != nil {
 		*err = &hookPanic{&PanicError{Where: *where, Value: v, Stack: debug.Stack()}}
@@ -146,7 +145,7 @@ func passOn(err error) {
 	}
 }
 
-// strayed reports, in debug mode, the use of a handle whose loan is over.
+// reportUseAfterReturn reports, in debug mode, the use of a handle whose loan has ended.
 func (c *conn) reportUseAfterReturn(gen uint64) {
 	p := c.site.pool
 	if !p.cfg.Debug {
@@ -166,8 +165,8 @@ func (c *conn) reportUseAfterReturn(gen uint64) {
 		"borrowed by", loan, "used by", string(debug.Stack()))
 }
 
-// recordBorrower keeps, in debug mode, who borrowed the connection, for the
-// last few loans.
+// recordBorrower records, in debug mode, who borrowed the connection, for the last eight
+// loans.
 func (c *conn) recordBorrower(gen uint64) {
 	c.dmu.Lock()
 	defer c.dmu.Unlock()

@@ -49,13 +49,13 @@ func TestSetupRunsOncePerConnectionBeforeAnyBorrower(t *testing.T) {
 	})
 }
 
-// What a hook can do to a connection, and to the goroutine it runs on.
+// deed is what a hook can do to a connection, and to the goroutine it runs on.
 type deed struct {
 	do     func(c net.Conn) error
 	says   string
-	sound  bool // the deed is not one that costs the connection
-	panics bool // the borrower sees it as a panic if it ran on its behalf
-	hangs  bool // beyond the end of its ctx
+	sound  bool // the connection stays usable after the deed
+	panics bool // the borrower gets it as a panic if it ran on its behalf
+	hangs  bool // it runs on after the end of its ctx
 }
 
 var errHook = errors.New("the hook says no")
@@ -121,7 +121,7 @@ func TestSetupThatFailsInAnyWayIsTheBorrowersAndLeavesNothing(t *testing.T) {
 				for i := range 2 {
 					pe := n.fail(bg, at("a"))
 					require.ErrorContains(t, pe, d.says)
-					if !d.hangs { // by whom the time was spent is not known then
+					if !d.hangs { // which code took the time is not known then
 						require.Equal(t, StageSetup, pe.Stage)
 					}
 					if name == "error" || name == "panic" {
@@ -146,8 +146,8 @@ func TestSetupThatFailsInAnyWayIsTheBorrowersAndLeavesNothing(t *testing.T) {
 	}
 }
 
-// The borrower is not made to wait for a peer's close, nor told of that
-// instead of what Setup said.
+// The borrower does not wait for a peer's close, and its error is that of Setup, not that of
+// the close.
 func TestSetupErrorComesThoughTheCloseHangs(t *testing.T) {
 	for _, timeout := range []time.Duration{0, -1} {
 		bubble(t, func(t *testing.T) {
@@ -211,7 +211,7 @@ func TestResetThatFailsInAnyWayClosesTheConnectionAndHoldsNobodyUp(t *testing.T)
 				if d.hangs {
 					require.EqualValues(t, 2, n.p.Stats().AbandonedCalls)
 				}
-				if d.sound { // the next borrower feels nothing of the hook
+				if d.sound { // the hook does not affect the next borrower
 					require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
 						_, err := askLine(c, "x")
 						return err
@@ -235,7 +235,7 @@ func TestResetComesBeforeTheNextBorrower(t *testing.T) {
 		}})
 		holder := n.borrow(bg, at("a"))
 		holder.conn()
-		waiter := n.queue(1, at("a"))[0] // gets it from hand to hand
+		waiter := n.queue(1, at("a"))[0] // gets the connection directly from the borrower
 		write := func(c Conn) error { _, err := askLine(c, "work"); return err }
 		require.NoError(t, holder.finish(write))
 		require.Equal(t, "a#1", who(waiter.conn()))
@@ -248,8 +248,8 @@ func TestResetComesBeforeTheNextBorrower(t *testing.T) {
 	})
 }
 
-// A Reset that leaves a part of its answer unread has put the connection out
-// of step: nobody gets it, not even a waiter that stands there already.
+// A Reset that leaves part of its answer unread puts the connection out of step. No
+// borrower gets the connection, and no waiter either.
 func TestBytesThatResetLeavesReachNobody(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
@@ -363,7 +363,8 @@ func TestBytesThatCheckLeavesReachNobody(t *testing.T) {
 	})
 }
 
-// The borrower's ctx ends the Check that runs for it, and the wait with it.
+// If the borrower's ctx ends, the Check that runs for the borrower ends, and the wait ends
+// with it.
 func TestCheckEndsWithTheBorrowersContext(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{CheckAfterIdle: -1, Check: func(ctx context.Context, c Conn) error {
@@ -389,7 +390,7 @@ func TestCheckEndsWithTheBorrowersContext(t *testing.T) {
 			if i == 0 {
 				n.closed(reasons{ClosedCanceled: 1})
 			}
-			time.Sleep(time.Second) // a dial in its place may be on its way
+			time.Sleep(time.Second) // a dial to replace the connection may be under way
 			n.p.CloseIdle()
 			synctest.Wait()
 			n.check()
@@ -427,7 +428,7 @@ func TestStateStaysWithItsConnectionAndIsClosedWithIt(t *testing.T) {
 				s := State[*codec](c)
 				require.Equal(t, 1, s.logins)
 				require.Panics(t, func() { State[*bufio.Reader](c) }, "not a T")
-				answer, err := askLine(s, "x") // over the guard that Setup got
+				answer, err := askLine(s, "x") // with the Conn that Setup got
 				require.Equal(t, "1 x", answer)
 				out, outside = c, s
 				return err
@@ -474,8 +475,8 @@ func TestWhatTheStateHasBufferedCountsAsUnread(t *testing.T) {
 	})
 }
 
-// Without a Setup a greeting is the first borrower's. If it leaves the greeting,
-// nobody else gets it.
+// Without a Setup the first borrower gets a greeting. If the first borrower leaves the
+// greeting unread, no other borrower gets it.
 func TestAGreetingBelongsToTheFirstBorrowerAlone(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newTestnet(t)
@@ -492,7 +493,7 @@ func TestAGreetingBelongsToTheFirstBorrowerAlone(t *testing.T) {
 		}))
 		require.Equal(t, "a#1", n.use(at("a")))
 		n.p.CloseIdle()
-		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error { // does not read it
+		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error { // does not read the greeting
 			require.Equal(t, "a#2", who(c))
 			synctest.Wait()
 			return nil
@@ -541,7 +542,7 @@ func TestNoProbeLendsWhateverThereIs(t *testing.T) {
 	})
 }
 
-// A hook has the connection only while it runs.
+// A hook has the connection only while the hook runs.
 func TestAHookCannotKeepTheConnection(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		var kept []Conn

@@ -6,8 +6,8 @@ import (
 	"math"
 )
 
-// Limits are the fields of [Config] that may be changed while the pool works,
-// with the same meaning of 0 and of a negative value. See [Pool.SetLimits].
+// Limits are the fields of [Config] that may be changed while the pool works. 0 and
+// negative values have the same meaning as in Config. See [Pool.SetLimits].
 type Limits struct {
 	MaxOpen, MaxPerAddr           int
 	MaxIdle, MaxIdlePerAddr       int
@@ -16,19 +16,19 @@ type Limits struct {
 	MinIdlePerAddr                int
 }
 
-// SetLimits replaces all the limits: set what is to change in the result of
-// [Pool.Limits]. Senseless combinations are refused as New refuses them, and
-// change nothing.
+// SetLimits replaces all the limits: to change one, change it in the result of
+// [Pool.Limits] and pass that. SetLimits refuses contradicting limits as New does,
+// and then changes nothing.
 //
-// A limit that was raised lets those who wait go on, oldest first. One that was
-// lowered closes idle connections at once, the least recently used first, and
-// never touches a loan: what is in use beyond the limit is
-// closed when it is given back, and until then nothing is opened. Dials that are
-// under way go on, borrowers that wait keep their place, and a [Pool.Warm] that
-// asks for more than the limit allows now ends with an error.
+// If a limit is raised, waiting borrowers go on, oldest first. If a limit is lowered,
+// SetLimits closes idle connections at once, the least recently used first, and never
+// touches a loan: a connection in use beyond the limit is closed when it is given back,
+// and until then no new one is opened. Dials under way go on, waiting borrowers keep
+// their place, and a [Pool.Warm] that asks for more than the limit allows now ends with
+// an error.
 //
-// It may be called at any time by many goroutines; it holds up the pool for as
-// long as it takes to look at each of its connections.
+// SetLimits may be called at any time by many goroutines. It holds up the pool for as
+// long as it takes to visit each of the pool's connections.
 func (p *Pool) SetLimits(l Limits) error {
 	if p.stop == nil {
 		return usage(Addr{}, ErrClosed)
@@ -70,14 +70,14 @@ func (p *Pool) SetLimits(l Limits) error {
 	return nil
 }
 
-// Limits returns the limits in force, as they were given.
+// Limits returns the limits in use, as they were given.
 func (p *Pool) Limits() Limits {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.given
 }
 
-// limits are those of cfg, as they stand there.
+// limits is the limits of cfg, unchanged.
 func (cfg *Config) limits() Limits {
 	return Limits{
 		MaxOpen: cfg.MaxOpen, MaxPerAddr: cfg.MaxPerAddr,
@@ -94,9 +94,8 @@ func (cfg *Config) setLimits(l Limits) {
 	cfg.MaxWaiters, cfg.MinIdlePerAddr = l.MaxWaiters, l.MinIdlePerAddr
 }
 
-// resolved is l with every default filled in, as [Config.resolved] has it. The
-// error names both fields of a combination that makes no sense, and the struct
-// that they are in.
+// resolved is l with every default filled in, as [Config.resolved] does it. If two fields
+// contradict each other, the error names both and the struct that they are in.
 func (l Limits) resolved(in string, full FullPolicy) (Limits, error) {
 	a, b, why := l.contradiction(full)
 	if why != "" {
@@ -126,7 +125,7 @@ func (l Limits) resolved(in string, full FullPolicy) (Limits, error) {
 	return l, nil
 }
 
-// senseless names two fields that contradict each other; why is "" if none do.
+// contradiction names two fields that contradict each other; why is "" if none do.
 func (l Limits) contradiction(full FullPolicy) (a, b, why string) {
 	over := func(n int, of string, limit int, by string) (string, string, string) {
 		return of, by, fmt.Sprintf("%d can never be reached under %d", n, limit)
@@ -156,7 +155,7 @@ func (l Limits) contradiction(full FullPolicy) (a, b, why string) {
 		return "MinIdlePerAddr", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none"
 	case l.MinIdlePerAddr > 0 && l.MaxIdle < 0:
 		return "MinIdlePerAddr", "MaxIdle", "one keeps idle connections, the other keeps none"
-	// What is spare comes on top of the one that is lent.
+	// The idle connections of MinIdlePerAddr are kept beside at least one in use.
 	case reaches(l.MinIdlePerAddr, l.MaxOpen):
 		return "MinIdlePerAddr", "MaxOpen", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinIdlePerAddr, l.MaxOpen)
 	case reaches(l.MinIdlePerAddr, l.MaxPerAddr):
@@ -169,12 +168,12 @@ func (l Limits) contradiction(full FullPolicy) (a, b, why string) {
 	return "", "", ""
 }
 
-// maxMinIdle is more than any address can have: a system has no more local ports for
-// one peer.
+// maxMinIdle is more than any address can have: a system has no more local ports for one
+// peer.
 const maxMinIdle = 1<<16 - 1
 
-// reachable says why there can never be so many connections in reserve, even of one
-// address. handles is what the process's limit leaves for connections.
+// reachable says why MinIdlePerAddr can never be reached, even for one address; nil if it
+// can. handles is how many connections the process's handle limit allows.
 func (l Limits) reachable(in string, handles int) error {
 	switch {
 	case l.MinIdlePerAddr > maxMinIdle:

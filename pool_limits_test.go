@@ -31,7 +31,7 @@ func TestMaxIdleBelowZeroMakesEveryUseDial(t *testing.T) {
 				n.gauges(0, 0, 0)
 				n.check()
 			}
-			// Waiters, too, get one of their own.
+			// Each waiter gets a connection of its own too.
 			held := []*scripted{n.borrow(bg, at("a")), n.borrow(bg, at("a"))}
 			held[0].conn()
 			held[1].conn()
@@ -128,7 +128,7 @@ func TestNewStartsNothing(t *testing.T) {
 	require.Nil(t, p.sweeper)
 	require.NoError(t, p.Close())
 	require.Equal(t, before, runtime.NumGoroutine())
-	bubble(t, func(t *testing.T) { // whose end proves that no goroutine comes later
+	bubble(t, func(t *testing.T) { // the end of the bubble proves that no goroutine comes later
 		p, err := New(Config{})
 		require.NoError(t, err)
 		time.Sleep(time.Hour)
@@ -140,7 +140,7 @@ func TestWarmLoanAllocatesNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates on its own account")
 	}
-	// Whatever is configured that a warm loan has to pass.
+	// Every option that a warm loan has to pass.
 	for name, cfg := range map[string]Config{
 		"zero": {},
 		"all limits": {MaxOpen: 9, MaxPerAddr: 8, MaxIdle: 7, MaxIdlePerAddr: 6, MaxUses: 1 << 30, MaxWaiters: 5,
@@ -202,7 +202,7 @@ func TestZeroConfigIsAGoodOne(t *testing.T) {
 	b := p.Stats()
 	require.Equal(t, uint64(1), b.Closed[ClosedFnError])
 	require.Equal(t, b.Idle, b.Open)
-	addr.Port = 1 // nobody listens there
+	addr.Port = 1 // no server listens on port 1
 	require.ErrorIs(t, p.With(bg, addr, discard), syscall.ECONNREFUSED)
 	require.NoError(t, p.Close())
 	require.Zero(t, p.Stats().Open)
@@ -210,7 +210,7 @@ func TestZeroConfigIsAGoodOne(t *testing.T) {
 	require.Eventually(t, func() bool { return srv.Open() == 0 && openHandles(t) <= handles }, time.Minute, time.Millisecond)
 }
 
-// openHandles counts the descriptors of the process, 0 where that is not known.
+// openHandles counts the descriptors of the process; 0 where the number is not known.
 func openHandles(t *testing.T) int {
 	if runtime.GOOS != "linux" {
 		return 0

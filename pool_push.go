@@ -12,9 +12,9 @@ import (
 
 // Push: what a peer sends unasked on an idle connection goes to Config.Push.
 //
-// Where the pool looks at a connection and finds bytes, it would call it dirty
-// and close it; with a Push it becomes its owner instead and lends it to Push,
-// on a goroutine that lives for that long:
+// When the pool probes an idle connection and finds bytes, it would close the connection as
+// dirty. With a Push, the pool becomes the owner of the connection instead and lends it to
+// Push, on a goroutine that lives as long as this loan:
 //
 //	idle -> bytes? -> Push -> nil, nothing left -> idle
 //	           ^        |
@@ -22,19 +22,19 @@ import (
 //	           +-----------------------------------+
 //	                    +---> error, or nil although it read nothing -> closed
 //
-// The looks are those before a loan and in a sweep, and on Linux that of the
-// watcher, which then listens for data too (see hearsData).
+// The pool probes before a loan and in a sweep. On Linux the watcher also makes it probe,
+// and then the watcher listens for data too (see hearsData).
 //
-// Under TLS the look takes out what it finds: a look at bytes that are session
-// tickets takes nothing, but plaintext is in the pool's hands then. It is put
-// back in front of what the next loan reads, Push's.
+// Under TLS the probe reads through crypto/tls. If the bytes are session tickets, crypto/tls
+// consumes them and the probe gets nothing. If they are plaintext, the probe has taken them
+// out. The pool puts them back in front of what the next loan, which is Push's, reads.
 
-// pushback is what a look took out of crypto/tls, for the loan that follows. It is
-// there as long as the pool has not seen it empty.
+// pushback is what a probe took out of crypto/tls, for the loan that follows. It exists
+// until the pool has found it empty.
 type pushback struct {
-	mu    sync.Mutex // guards what follows; no I/O happens under it
+	mu    sync.Mutex // guards the fields below; no I/O happens under it
 	bytes []byte
-	moved bool // something was read, from here or from the connection
+	moved bool // a read has returned bytes, from here or from the connection
 }
 
 // read reads what was put back, and then from the connection.
@@ -63,7 +63,7 @@ func (b *pushback) take(p []byte) (n int, ok bool) {
 	return n, true
 }
 
-// restart forgets that something was read, and reports whether something was.
+// restart resets moved and returns its old value.
 func (b *pushback) restart() (moved bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -81,27 +81,27 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-// plaintext is the error of a look that took plaintext out of crypto/tls, for
-// Push.
+// plaintext is the error of a probe that took plaintext out of crypto/tls, for Push.
 type plaintext struct{ bytes []byte }
 
 func (*plaintext) Error() string { return ErrUnread.Error() }
 func (*plaintext) Unwrap() error { return ErrUnread }
 
-// wholeRecord is for a look that read first through crypto/tls, which has the
-// rest of the record in hand.
+// wholeRecord takes the rest of a TLS record out of crypto/tls, after a probe has read the
+// first byte of it there.
 func (p *socket) wholeRecord(first byte) *plaintext {
-	rest := make([]byte, 16<<10) // no record is longer
+	rest := make([]byte, 16<<10) // no record is longer than this
 	if sock := p.belowTLS(); sock != nil {
 		sock.enter(tlsSealed)
 	} else if p.tls.SetDeadline(aLongTimeAgo) != nil {
-		return &plaintext{[]byte{first}} // the rest is still in order behind it
+		return &plaintext{[]byte{first}} // the rest stays in order behind the first byte
 	}
 	n, _ := p.tls.Read(rest)
 	return &plaintext{append([]byte{first}, rest[:n]...)}
 }
 
-// keepPushback puts back what a look has taken out, if err says so. The caller owns c.
+// keepPushback puts back what a probe has taken out, if err is a plaintext. The caller owns
+// c.
 func (c *conn) keepPushback(err error) {
 	text, ok := err.(*plaintext)
 	if !ok {
@@ -116,7 +116,7 @@ func (c *conn) keepPushback(err error) {
 	e.pushback.mu.Unlock()
 }
 
-// holds reports whether bytes wait above the socket, in the state or put back.
+// hasBuffered reports whether unread bytes are above the socket: in the state, or put back.
 // The caller owns c.
 func (c *conn) hasBuffered() (bool, error) {
 	if e := c.cold.Load(); e != nil && e.pushback != nil && e.pushback.len() > 0 {
@@ -134,19 +134,18 @@ func (c *conn) unread() (bool, error) {
 	return c.hasBuffered()
 }
 
-// isForPush reports whether a connection that would be closed for this reason is
-// one for Push.
+// isForPush reports whether Push gets a connection that would be closed for this reason.
 func (cfg *Config) isForPush(reason CloseReason) bool {
 	return reason == ClosedDirty && cfg.Push != nil
 }
 
-// push gives c, on which something waits to be read, to Config.Push until
-// nothing is left. The caller was its owner, and is not any more.
+// push gives c, on which unread bytes wait, to Config.Push until none are left. The caller
+// owned c and gives up c.
 func (c *conn) push() {
 	p := c.site.pool
 	p.mu.Lock()
 	if p.limits.MinIdlePerAddr > 0 {
-		p.setCheckingLocked(c, true) // a reserve is complete with what Push has
+		p.setCheckingLocked(c, true) // a connection in Push counts for the reserve
 	}
 	p.mu.Unlock()
 	go func() {
@@ -159,8 +158,8 @@ func (c *conn) push() {
 	}()
 }
 
-// pushAll calls Push as long as there is something for it, and says why c has to
-// be closed then, ClosedUnknown if it has not.
+// pushAll calls Push as long as there is something for it. It returns why c has to be closed
+// after that; ClosedUnknown if c may stay.
 func (c *conn) pushAll() (CloseReason, error) {
 	p := c.site.pool
 	for {
@@ -198,9 +197,9 @@ func (c *conn) pushAll() (CloseReason, error) {
 
 var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 
-// awaitMessage looks everywhere for bytes that wait: ClosedDirty if there are any.
-// Of a TLS record that has arrived in part it waits for the rest, since only then
-// is it known whether it is a message or a ticket.
+// awaitMessage looks for unread bytes everywhere; ClosedDirty means that there are some. If
+// a TLS record has arrived in part, awaitMessage waits for the rest, because only the whole
+// record shows whether it is a message or a ticket.
 func (c *conn) awaitMessage() (CloseReason, error) {
 	p := c.site.pool
 	end := p.clock.Exactly() + clock.Instant(defaultHookTimeout)
@@ -220,7 +219,7 @@ func (c *conn) awaitMessage() (CloseReason, error) {
 			p.report.outlived(err, c.site.addr)
 		}
 		switch {
-		case !errors.Is(err, errPartial): // then nothing was taken out
+		case !errors.Is(err, errPartial): // nothing was taken out of a partial record
 			return reason, err
 		case p.clock.Exactly() > end:
 			return ClosedPushFailed, err
@@ -235,8 +234,8 @@ func (c *conn) awaitMessage() (CloseReason, error) {
 	}
 }
 
-// listen is called when c was parked: what arrived before is to be heard of now,
-// and what arrives later when it does.
+// rearmWatch makes the watcher listen to c again, after c was released. The watcher reports
+// at once what arrived before, and later data when it arrives.
 func (c *conn) rearmWatch() {
 	p := c.site.pool
 	p.mu.Lock()
@@ -245,8 +244,8 @@ func (c *conn) rearmWatch() {
 	watcher.Rearm(c.sock.raw, c.hearsData())
 }
 
-// readable is told that something waits on the connection with this descriptor.
-// If it is in use, that is its borrower's business.
+// readable handles a report of the watcher: bytes wait on the connection with this
+// descriptor. If the connection is in use, its borrower takes care of them.
 func (p *Pool) readable(fd uintptr) {
 	p.mu.Lock()
 	c := p.byFD[fd]

@@ -6,21 +6,26 @@ import (
 	"time"
 )
 
-// Where a connection ends or goes idle. Everything in this file is done by the owner
-// of a connection, with no lock held but for the time in which the books are
-// changed:
+// This file is where the use of a connection ends. The owner of the connection calls these
+// functions, without holding a lock. The lock is held only while the books change:
 //
-//	release  a loan ended in good order: to Push if something is left to read, else park
-//	park      to the oldest waiter, onto the idle stack, or out
-//	discard   closed; the slot is free when the socket is closed (removed)
-//	detached  the borrower took the connection away
+//	release       a loan ended in good order: to Push if bytes are left to read, else
+//	              as releaseFrom
+//	releaseFrom   to the oldest waiter, onto the idle stack, or closed
+//	discard       closed; the slot is free when the socket is closed (noteRemoved)
+//	noteDetached  the borrower took the connection out of the pool
 //
-// What the books decide (releaseLocked, whyUnwantedLocked) is in books.go. What they write
-// to the agenda is done here (run): dials and timers start, dials that are broken
-// off hear of it, connections are closed.
+// The decisions of the books (releaseLocked, whyUnwantedLocked) are in books.go. What the
+// books write to an agenda is done here (run): dials and timers start, dials that the pool
+// breaks off are canceled, connections are closed.
+//
+// An example: a loan ends in good order and nobody waits. The idle stack is full (MaxIdle).
+// releaseLocked moves the connection to closing and adds a close to the agenda. run, after
+// the unlock, calls discard. discard closes the socket, and noteRemoved frees the slot and
+// calls admitLocked, which may start a dial for a waiter of another address.
 
-// release is park for a loan that ended in good order: what it left to read goes
-// to Push.
+// release gives back a connection whose loan ended in good order. If the loan left bytes to
+// read and there is a Push, Push gets the connection first.
 func (c *conn) release() bool {
 	p := c.site.pool
 	if p.cfg.Push == nil {
@@ -45,9 +50,9 @@ func (c *conn) release() bool {
 	return true
 }
 
-// park is what an owner does who has no more use for a connection: it goes to
-// the oldest waiter, onto the idle stack, or, if it may not be lent again, out.
-// It reports whether the connection was kept.
+// releaseFrom gives up a connection that its owner does not need any more: it goes to the
+// oldest waiter, onto the idle stack, or, if it may not be lent again, it is closed.
+// releaseFrom reports whether the connection was kept.
 func (c *conn) releaseFrom(u origin) bool {
 	p := c.site.pool
 	c.dropRecord()
@@ -65,8 +70,8 @@ func (c *conn) releaseFrom(u origin) bool {
 	return kept
 }
 
-// discard closes a connection that its owner gives up, and frees the slot. The
-// channel is closed when the socket is; it is nil if that has happened already.
+// discard closes a connection that its owner gives up, and frees the slot. The returned
+// channel is closed when the socket is closed; it is nil if that has happened already.
 func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 	p := c.site.pool
 	c.noteLoss(reason, err)
@@ -100,12 +105,12 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 			close(done)
 		})
 	}
-	var at atomic.Value // what runs
+	var at atomic.Value // the foreign code that runs
 	at.Store("Close")
 	var ended atomic.Bool
 	late := time.AfterFunc(closeTimeout, func() {
 		if ended.Load() {
-			return // closesSlowly wound it up at the last moment
+			return // the close has ended at the last moment
 		}
 		p.report.noteAbandoned(at.Load().(string), c.site.addr)
 		go c.closeBelow()
@@ -128,9 +133,9 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 	return done
 }
 
-// closesSlowly books that the slot of c, which is being closed, cannot be counted on:
-// if something idle can make room, waiters need not wait for it. It reports whether
-// somebody waits for a slot.
+// closesSlowly records that the slot of c, which is being closed, will not be free soon. If an
+// idle connection can make room, waiters need not wait for the slot of c. closesSlowly reports
+// whether a waiter wanted a slot.
 func (c *conn) closesSlowly() (wanted bool) {
 	p := c.site.pool
 	var todo agenda
@@ -147,9 +152,9 @@ func (c *conn) closesSlowly() (wanted bool) {
 	return wanted
 }
 
-// removed is the one place where a slot becomes free: the socket of c is closed,
-// or is no longer the pool's (ClosedQuarantined; ClosedUnknown for one that was
-// detached).
+// noteRemoved frees the slot of a connection that the dial had opened: the socket is
+// closed, or it is no longer the pool's (ClosedQuarantined, or ClosedUnknown for a
+// detached connection). No other function frees such a slot.
 func (c *conn) noteRemoved(reason CloseReason, err error) {
 	p := c.site.pool
 	var todo agenda
@@ -199,7 +204,7 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 	c.logClosed(reason, err)
 }
 
-// detached books that a borrower took c away.
+// noteDetached records that a borrower took c out of the pool.
 func (c *conn) noteDetached() {
 	p := c.site.pool
 	c.dropRecord()
@@ -215,13 +220,15 @@ func (c *conn) noteDetached() {
 	}
 }
 
-// run is inlined: on the agenda of most loans there is nothing.
+// run does what the agenda says. It is small enough to be inlined: most agendas are empty.
 func (a *agenda) run(p *Pool) {
 	if a.dials != nil || a.closes != nil || a.cancels != nil || a.timers != nil {
 		a.runAll(p)
 	}
 }
 
+// runAll starts the dials, the timers and the cancellations first: a close may take long, and
+// its Trace function may not return.
 func (a *agenda) runAll(p *Pool) {
 	if p.debug {
 		p.audit(1)

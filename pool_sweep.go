@@ -9,34 +9,35 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// The sweep visits every idle connection each SweepInterval: what expired or
-// died is closed, so that Idle in Stats is true and descriptors of dead
-// connections do not linger. It runs on a timer's goroutine, and the timer
-// exists only while there are books to sweep.
+// A sweep visits every idle connection each SweepInterval. It closes the expired and the
+// dead ones, so that Idle in Stats is right and descriptors of dead connections do not stay
+// open. The sweep runs on the goroutine of a timer, and the timer exists only while there is
+// something to sweep.
 //
-// It must never make the pool look empty. So it peeks at a connection where it
-// stands, without becoming its owner: a peek takes nothing out of the socket,
-// waits for nothing, and RawConn keeps the descriptor valid meanwhile. Only
-// when the look finds something, and the connection has not been lent since,
-// does it take the connection. Just a protocol's ping, and the few connections
-// that no peek can judge, need an owner during the look; of those it takes one
-// per address at a time.
+// A sweep must never make the pool look empty. So it peeks at an idle connection without
+// becoming its owner: a peek takes nothing out of the socket, waits for nothing, and RawConn
+// keeps the descriptor valid meanwhile. Only when the peek finds something, and the connection
+// has not been lent since, does the sweep become its owner. Two kinds of examinations need
+// an owner: a ping (Config.Check or a Prober), and that of the few connections that no peek
+// can judge. The sweep takes one of these at a time per address.
 //
-// Pings take as long as the peer likes, so the sweep does not wait for them: each
-// address has them on a goroutine of its own, and the next sweep leaves out those
-// that are still at it. Ages and deaths have their period whatever Checks do.
+// A ping lasts as long as the peer likes, so the sweep does not wait for pings: each address
+// has a goroutine for its pings, and the next sweep leaves out the addresses whose goroutine
+// still runs. So the sweep finds expired and dead connections on time, however long pings
+// take.
 
-// checkers bounds the pings that run at the same time, but for those that take
-// longer than foreignPatience: a peer that hangs holds up no other address.
+// maxCheckers is how many pings may run at the same time, not counting those that take longer
+// than foreignPatience: a peer that hangs holds up no other address.
 const maxCheckers = 16
 
-// atOnce is how many connections a sweep lists, or addresses it visits, before it lets
-// borrowers pass.
+// atOnce is how many connections or addresses a sweep visits before it lets borrowers take
+// the lock.
 const atOnce = 64
 
-// eachSiteLocked calls visit for each address, with the lock held, which it gives up
-// and takes again so that nobody waits for a million of them. Addresses that are
-// forgotten meanwhile do not come any more, and new ones may come or not.
+// eachSiteLocked calls visit for each address, with the lock held. It unlocks and locks the
+// mutex every atOnce addresses, so that borrowers do not wait for a million of them. An
+// address that is forgotten meanwhile is not visited any more, and a new one may be visited or
+// not.
 func (p *Pool) eachSiteLocked(visit func(*site)) {
 	n := 0
 	for s := range p.sites.all() {
@@ -48,12 +49,13 @@ func (p *Pool) eachSiteLocked(visit func(*site)) {
 	}
 }
 
-// sighting is an idle connection as a sweep found it.
+// idleRef is a connection that was idle, with the generation it had then.
 type idleRef struct {
 	c   *conn
 	gen uint64
 }
 
+// sweep is one sweep, from the forgetting of old failures to the start of the next timer.
 func (p *Pool) sweep() {
 	now := p.clock.Exactly()
 	p.doubtPressure(now)
@@ -72,7 +74,7 @@ func (p *Pool) sweep() {
 			s.backoff = nil
 			if s.prefill != nil {
 				s.prefill.unstable = true
-				p.refreshLocked(s) // it may end a Warm, the last that keeps the books
+				p.refreshLocked(s) // this may end the last Warm of the site
 			}
 			p.dropIfEmptyLocked(s)
 		}
@@ -104,10 +106,10 @@ func (p *Pool) sweep() {
 				if p.cfg.Check == nil {
 					continue
 				}
-				fallthrough // for one that was not that bad
+				fallthrough // for a connection that was not unfit
 			case peekNeedsOwner:
 				pings[at.c.site] = append(pings[at.c.site], at)
-				continue // which tells whether it is well
+				continue // the examination shows whether the connection is well
 			}
 			at.c.noteStood(now)
 		}
@@ -129,8 +131,8 @@ func (p *Pool) sweep() {
 	p.mu.Unlock()
 }
 
-// examineAll starts the examination of connections that need an owner for it, for
-// each address on a goroutine of its own, unless one is at it since the last sweep.
+// examineAll starts the examination of connections that need an owner for it, on one
+// goroutine for each address, unless a goroutine of the last sweep still runs for it.
 func (p *Pool) examineAll(pings map[*site][]idleRef) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -164,9 +166,10 @@ func (s *site) examineIdle(here []idleRef) {
 	}
 }
 
-// examineInTurn takes one of the places that checkers leaves. It reports false if
-// the peer gave no answer in time: then neither will its other connections, and
-// those keep until the next sweep or loan.
+// examineInTurn examines a connection when there is a place in Pool.checkers. It reports false
+// if the pool is closed, or if the peer gave no answer in time. In that case the other
+// connections of the address would get no answer either, so they wait for the next sweep or
+// loan.
 func (at idleRef) examineInTurn() bool {
 	p := at.c.site.pool
 	select {
@@ -183,16 +186,16 @@ func (at idleRef) examineInTurn() bool {
 	return !isLate(err) && !errors.Is(err, context.DeadlineExceeded)
 }
 
-// impression is what a look from outside says of a connection.
+// peekVerdict is what a peek, which takes nothing out, says of a connection.
 type peekVerdict uint8
 
 const (
 	peekClean      peekVerdict = iota
 	peekUnfit                  // dead, dirty or stolen
-	peekNeedsOwner             // it takes an owner to find out
+	peekNeedsOwner             // only an owner can find out
 )
 
-// peek looks at the connection without being its owner.
+// peek examines the connection without owning it.
 func (at idleRef) peek() peekVerdict {
 	p := at.c.site.pool
 	pr := &at.c.sock
@@ -204,7 +207,7 @@ func (at idleRef) peek() peekVerdict {
 		l.done()
 		if err != nil || taken || seen != (sock.Seen{}) {
 			if pr.foreign {
-				return peekNeedsOwner // whose examination may wait for it
+				return peekNeedsOwner // the examination by an owner may wait for the connection
 			}
 			return peekUnfit
 		}
@@ -215,8 +218,8 @@ func (at idleRef) peek() peekVerdict {
 	return peekClean
 }
 
-// examine takes a connection, unless it was lent since it was sighted, and asks
-// it all that can be asked. The error is why it was closed, if an error was.
+// examine takes a connection, unless it was lent since at was made, and examines it fully. The
+// error is the cause if the connection was closed for an error.
 func (at idleRef) examine(ping bool) error {
 	p := at.c.site.pool
 	c := at.c
@@ -248,8 +251,8 @@ func (at idleRef) examine(ping bool) error {
 	return nil
 }
 
-// examineAsideLocked is examine for the watcher, which must not wait for what an
-// examination, or the close that it leads to, runs.
+// examineAsideLocked is examine on a goroutine of its own, for the watcher, which must not
+// wait for the foreign code that an examination, or the close after it, runs.
 func (at idleRef) examineAsideLocked() {
 	p := at.c.site.pool
 	p.examiners++
@@ -262,9 +265,9 @@ func (at idleRef) examineAsideLocked() {
 	}()
 }
 
-// hangUp is told that the peer of the connection with this descriptor has
-// closed its end. An idle one leaves the pool now; one in use is looked at when
-// it is given back.
+// hangUp handles a report of the watcher: the peer of the connection with this descriptor has
+// closed its end. An idle connection leaves the pool now; one in use is examined when it is
+// given back.
 func (p *Pool) hangUp(fd uintptr) {
 	p.mu.Lock()
 	c := p.byFD[fd]
@@ -279,8 +282,9 @@ func (p *Pool) hangUp(fd uintptr) {
 	p.mu.Unlock()
 }
 
-// recheckHangUp is for a connection that was given back, or opened, while its peer
-// hung up: the news found it in use, and comes only once.
+// recheckHangUp examines a connection whose peer hung up while it was in use or being opened:
+// the watcher reports a hang-up only once, and found the connection in use. With a Push it
+// also makes the watcher listen to the connection again.
 func (at idleRef) recheckHangUp() {
 	if at.c.word.Load()&flagHungUp != 0 {
 		at.examine(false)

@@ -117,8 +117,8 @@ func TestTheOutcomeOfFnIsTheOutcomeOfWith(t *testing.T) {
 			require.True(t, err == want, "%v came back as %v", want, err)
 		}
 		require.True(t, sentinel == n.p.With(bg, at("a"), func(Conn) error { return Keep(sentinel) }))
-		// Only a mark inside the error puts it behind another one, since the mark
-		// must not leave With (TRY-01).
+		// With a mark inside the error, With returns another error that wraps it: the mark must
+		// not leave With (TRY-01).
 		kept := fmt.Errorf("outside: %w", Keep(sentinel))
 		err := n.p.With(bg, at("a"), func(Conn) error { return kept })
 		require.ErrorIs(t, err, kept)
@@ -136,16 +136,16 @@ func TestTheOutcomeOfFnIsTheOutcomeOfWith(t *testing.T) {
 	})
 }
 
-// The table of verdicts: what becomes of a connection after each end of fn.
+// The table of verdicts: what happens to a connection after each end of fn.
 // BETA-06, BETA-22
 func TestVerdictOfEachEnd(t *testing.T) {
-	late := func(c Conn) error { // a time-out before anything moved
+	late := func(c Conn) error { // a time-out before any byte moved
 		c.SetReadDeadline(time.Now().Add(time.Millisecond))
 		_, err := c.Read(make([]byte, 1))
 		return err
 	}
 	var n *testnet
-	broken := func(c Conn) error { // the peer breaks it
+	broken := func(c Conn) error { // the peer resets the connection
 		n.peer(c).Reset()
 		_, err := c.Read(make([]byte, 1))
 		return err
@@ -198,8 +198,7 @@ func TestVerdictOfEachEnd(t *testing.T) {
 	}
 }
 
-// A borrower whose ctx is done may have left the peer in the middle of an
-// answer, whatever it says itself.
+// If the ctx is done, the peer may be in the middle of an answer, whatever fn returns.
 func TestDoneContextCostsTheConnectionWhateverFnSays(t *testing.T) {
 	for _, verdict := range []error{nil, Keep(errBoom), errBoom} {
 		bubble(t, func(t *testing.T) {

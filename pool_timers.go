@@ -2,9 +2,10 @@ package connpool
 
 import "time"
 
-// The timers that the books ask for: an agenda starts them (timerOrder.start), and each of
-// them ends here. hush is told by a timer of the dial itself.
+// The timers that the books ask for. An agenda starts them (timerOrder.start), and their
+// functions are here. The timer of hush is different: the dial starts it itself.
 
+// start starts the timer of t.
 func (t timerOrder) start(p *Pool) {
 	switch {
 	case t.pause != nil:
@@ -16,8 +17,7 @@ func (t timerOrder) start(p *Pool) {
 	}
 }
 
-// startPause starts the timer of a pause that an agenda has brought, unless the
-// pause has been ended meanwhile.
+// startPause starts the timer of a pause, unless the pause has ended meanwhile.
 func (s *site) startPause(running *pause, after time.Duration) {
 	p := s.pool
 	p.mu.Lock()
@@ -27,7 +27,7 @@ func (s *site) startPause(running *pause, after time.Duration) {
 	}
 }
 
-// retry is the end of a pause: the probe of an address that is backing off goes ahead.
+// retry ends a pause of back-off: the next dial of the address may start.
 func (s *site) retry(over *pause) {
 	p := s.pool
 	var todo agenda
@@ -39,8 +39,7 @@ func (s *site) retry(over *pause) {
 	todo.run(p)
 }
 
-// startSweeper starts the timer of the next sweep, which an agenda has brought, unless
-// the pool was closed meanwhile.
+// startSweeper starts the timer of the next sweep, unless the pool was closed meanwhile.
 func (p *Pool) startSweeper(after time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -49,7 +48,7 @@ func (p *Pool) startSweeper(after time.Duration) {
 	}
 }
 
-// doubtDials is the end of surplusPatience.
+// doubtDials ends surplusPatience: it breaks off the dials that are still in surplus.
 func (s *site) doubtDials(q *queue) {
 	p := s.pool
 	var todo agenda
@@ -59,8 +58,8 @@ func (s *site) doubtDials(q *queue) {
 	todo.run(p)
 }
 
-// hush is told that a dial has gone without an answer for so long. answers is how
-// many its address had given when it began.
+// hush records that a dial has been without an answer for the duration `silence`. answers is how
+// many dials of its address had succeeded when this dial began.
 func (a *attempt) hush(answers int) {
 	p := a.c.site.pool
 	var todo agenda

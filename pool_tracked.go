@@ -14,42 +14,42 @@ import (
 	"time"
 )
 
-// DialContext opens a connection that the pool counts but does not pool: it is
-// the caller's until the caller closes it. It is for libraries that want a
-// dialer and keep connections themselves, as an http.Transport does, so that
-// theirs and the pool's share one budget of file handles.
+// DialContext opens a connection that the pool counts but does not pool: the caller
+// owns it until the caller closes it. It is for libraries that want a dialer and keep
+// connections themselves, as an http.Transport does, so that their connections and
+// the pool's share one budget of file handles.
 //
-// The connection takes a slot of MaxOpen. To make room the least recently used
-// idle connection is closed; if there is none, DialContext waits for a slot, in
-// one line with the pool's borrowers, until ctx is done. The dial counts in
-// MaxDialing, is bounded by ctx and by DialTimeout, and when file handles run out
-// it is tried again as the pool's own dials are. MaxPerAddr and MaxDialingPerAddr
-// do not apply: that is the library's business. So is TLS, and Setup does not run.
-// FullOverflow does not apply either: what a library keeps is no passing excess. A
-// library that needs one connection more before it can give one up gets its dial
-// function from [Pool.DialOverflow].
+// The connection takes a slot of MaxOpen. To make room, the pool closes the least
+// recently used idle connection; if there is none, DialContext waits for a slot, in one
+// queue with the pool's borrowers, until ctx is done. The dial counts in MaxDialing, is
+// bounded by ctx and by DialTimeout, and is repeated when file handles run out, as the
+// pool's own dials are. MaxPerAddr and MaxDialingPerAddr do not apply, because the
+// library decides how many connections it needs. TLS is the library's business too, and
+// Setup does not run. FullOverflow does not apply either: a library keeps its connections
+// for long, so the pool would exceed MaxOpen for long. A library that needs one more
+// connection before it can close one gets its dial function from [Pool.DialOverflow].
 //
 // network is "tcp", "tcp4", "tcp6" or "unix". A final dot of the host is kept for the
-// dial, where it says that the name is complete; in an Addr there is none. A dialer that Config.Dialers has
-// for TCP or Unix is used; it knows no family, so with one "tcp4" and "tcp6" need
-// a literal address of theirs.
+// dial, where it says that the name is complete; an Addr has no final dot. DialContext
+// uses a dialer that Config.Dialers has for TCP or Unix. Such a dialer knows no family, so
+// with it "tcp4" and "tcp6" need a literal address of that family.
 //
-// The result has the methods of what was dialled, a *net.TCPConn or a
-// *net.UnixConn, with the kernel's fast paths; that of a dialer of your own is
-// a net.Conn and a [syscall.Conn] if it was. Its Close frees the slot; a second
-// one is net.ErrClosed. A connection that is dropped without Close is closed
-// when the garbage collector finds it, which it does not as long as anything of
-// it is used: a RawConn, a call that has not returned, its File for as long as that is
-// being made. Who takes NetConn of a dialer's connection has to close the
-// result of DialContext; it is not found any more. Until then it is one of Stats.InUse and
-// Stats.Tracked: Close of the pool leaves it alone, Shutdown waits for it and
-// names it. An error is a *[net.OpError], as that of package net's dialer, and wraps
-// an *[Error].
+// The result has the methods of what was dialed, a *net.TCPConn or a *net.UnixConn,
+// with the kernel's fast paths. With a dialer of your own the result is a net.Conn, and
+// a [syscall.Conn] if the dialed connection was. Close of the result frees the slot; a
+// second Close returns net.ErrClosed. A connection that is dropped without Close is closed
+// when the garbage collector finds it. The collector does not find it while any part of
+// it is used: a RawConn, a call that has not returned, or its File for as long as File is
+// running. A caller that takes NetConn of a dialer's connection has to close the result
+// of DialContext, because the collector does not find it any more. Until it is closed, the
+// connection counts in Stats.InUse and Stats.Tracked: Close of the pool does not close it,
+// and Shutdown waits for it and names it. An error is a *[net.OpError], as that of
+// package net's dialer, and wraps an *[Error].
 func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	return p.dialCounted(ctx, network, address, 0)
 }
 
-// dialCounted is DialContext, and what DialOverflow returns.
+// dialCounted is DialContext, and the function that DialOverflow returns.
 func (p *Pool) dialCounted(ctx context.Context, network, address string, overflow int) (net.Conn, error) {
 	nc, err := p.dialTracked(ctx, network, address, overflow)
 	if pe, ok := err.(*Error); ok {
@@ -73,11 +73,11 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	if ctx.Err() != nil {
 		return nil, p.tooLate(ctx, addr)
 	}
-	// Its books are its own: nothing that is opened here may serve another.
+	// The site is for this call only: no other borrower may use what is opened here.
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
 	s.overflow = uint8(max(0, min(overflow, math.MaxUint8)))
-	t := p.cfg.trace(ctx) // a method of ctx, which is foreign: not under the lock
+	t := p.cfg.trace(ctx) // trace calls a method of ctx, which is foreign code: not under the lock
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {
@@ -116,7 +116,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	return track(c), nil
 }
 
-// trackedAddr is the Addr for what package net calls network and address.
+// trackedAddr is the Addr for the network and address that package net would dial.
 func (cfg *Config) trackedAddr(ctx context.Context, network, address string) (Addr, error) {
 	wrong := func(err error) (Addr, error) {
 		return Addr{}, usage(Addr{}, fmt.Errorf("dial %s %s: %w", network, address, err))
@@ -140,7 +140,7 @@ func (cfg *Config) trackedAddr(ctx context.Context, network, address string) (Ad
 			return wrong(errors.New("the port must be from 1 to 65535"))
 		}
 		if host == "" {
-			host = "localhost" // as package net has it
+			host = "localhost" // as in package net
 		}
 		addr.Host, addr.Port = host, uint16(port)
 		if ip := net.ParseIP(host); network != "tcp" && cfg.Dialers[TCP] != nil && (ip == nil || (ip.To4() != nil) != (network == "tcp4")) {
@@ -156,23 +156,22 @@ func (cfg *Config) trackedAddr(ctx context.Context, network, address string) (Ad
 	return addr, nil
 }
 
-// absolute reports whether address names a host with a final dot: a resolver then
-// adds nothing of its search list. The canonical Addr has no dot (it is the same
-// peer), so the dial has to be told.
+// absolute reports whether address names a host with a final dot. For such a name a resolver
+// adds nothing of its search list. The canonical Addr has no dot (the peer is the same), so
+// the dial needs this information.
 func absolute(network, address string) bool {
 	host, _, err := net.SplitHostPort(address)
 	return err == nil && network != "unix" && strings.HasSuffix(host, ".")
 }
 
-// dial is sys.dial, for one family of addresses.
+// dial is sys.dial for one family of addresses.
 func (f family) dial(ctx context.Context, addr Addr) (net.Conn, error) {
 	network := map[family]string{family4: "tcp4", family6: "tcp6"}[f]
 	var d net.Dialer
 	return d.DialContext(ctx, network, net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port))))
 }
 
-// tracked is the part of a connection on its way to whoever dialled it that all
-// its forms share.
+// trackedLoan is the part that all forms of a connection of DialContext share.
 type trackedLoan struct {
 	c       *conn
 	closed  atomic.Bool
@@ -183,7 +182,7 @@ type trackedLoan struct {
 func (t *trackedLoan) release() error {
 	if t.closed.Swap(true) {
 		again := &net.OpError{Op: "close", Source: t.c.nc.LocalAddr(), Addr: t.c.nc.RemoteAddr(), Err: net.ErrClosed}
-		if again.Source != nil { // a connection of the user's need not know where it is
+		if again.Source != nil { // a connection of the user's dialer may have no local address
 			again.Net = again.Source.Network()
 		}
 		return again
@@ -195,6 +194,7 @@ func (t *trackedLoan) release() error {
 	return nil
 }
 
+// untrack closes a connection of DialContext; err is the cause if there is one.
 func (c *conn) untrack(err error) <-chan struct{} {
 	p := c.site.pool
 	p.mu.Lock()
@@ -203,32 +203,33 @@ func (c *conn) untrack(err error) <-chan struct{} {
 	return c.discard(ClosedByBorrower, err)
 }
 
-// ownPatience is how long a dial waits for a slot before it may take of the overflow.
+// ownPatience is how long a dial of DialOverflow waits for a slot before it may use the
+// overflow.
 const ownPatience = 250 * time.Millisecond
 
-// DialOverflow returns a DialContext that is not stalled by a pool full of the
-// caller's own connections. A library may need one more connection before it can
-// give one up: a PostgreSQL client cancels a query over a second connection, and
-// holds the first until that has come through. If all slots of MaxOpen are such
-// connections, it would wait for itself.
+// DialOverflow returns a DialContext that does not get stuck when the caller's own
+// connections fill the pool. A library may need one more connection before it can close
+// one: a PostgreSQL client cancels a query over a second connection, and keeps the first
+// until the cancel request has come through. If such connections take all slots of MaxOpen,
+// the library would wait for itself.
 //
-// A dial of the function that DialOverflow returns waits for a slot as others do.
-// After 250 milliseconds (under FullFail: at once) it opens its connection beyond
-// MaxOpen, as long as no more than n are open beyond it, whoever opened them. What is
-// open beyond MaxOpen counts in Stats as everything else does, and is gone when as
-// many connections are closed: until then nothing else is opened. So MaxOpen and n
-// together are what the process, or the server, must allow.
+// A dial of the returned function waits for a slot as others do. After 250 milliseconds
+// (under FullFail: at once) it opens its connection beyond MaxOpen, as long as no more than
+// n connections are open beyond MaxOpen, whoever opened them. Connections beyond MaxOpen
+// count in Stats as all others do. Until as many connections are closed, the pool opens no
+// other connection. So MaxOpen and n together are what the process, or the server, must
+// allow.
 //
-// n is as many as may be needed at the same time, for a PostgreSQL client the queries
-// that are cancelled at once; the others wait for these. More than 255 count as 255.
-// With n of 0 or less the function is DialContext.
+// n is how many such connections may be needed at the same time: for a PostgreSQL client,
+// the number of queries that are canceled at once. Further dials wait for these. More than
+// 255 count as 255. With n of 0 or less the function is DialContext.
 func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return p.dialCounted(ctx, network, address, n)
 	}
 }
 
-// noteStalled is told that w, of a DialOverflow, has waited for ownPatience.
+// noteStalled records that w, of a DialOverflow, has waited for ownPatience.
 func (w *waiter) noteStalled() {
 	p := w.site.pool
 	var todo agenda
@@ -241,18 +242,18 @@ func (w *waiter) noteStalled() {
 	todo.run(p)
 }
 
-// noteOverflowDialEnded is told that a call of DialOverflow's function has ended.
+// noteOverflowDialEnded records that a call of DialOverflow's function has ended.
 func (p *Pool) noteOverflowDialEnded() {
 	p.mu.Lock()
 	p.overflows--
 	p.mu.Unlock()
 }
 
-// family is what DialContext was asked for.
+// family is the family of addresses that DialContext was asked for.
 type family uint8
 
 const (
-	familyPooled family = iota // it was not DialContext
+	familyPooled family = iota // the site is not of DialContext
 	familyAny                  // "tcp" or "unix"
 	family4                    // "tcp4"
 	family6                    // "tcp6"
@@ -268,18 +269,17 @@ func familyOf(network string) family {
 	return familyAny
 }
 
-// tracked reports whether s is the books of a connection of DialContext's.
+// unpooled reports whether s is the site of a connection of DialContext.
 func (s *site) unpooled() bool { return s.family != familyPooled }
 
-// track gives c the methods of what it is.
+// track wraps c for the caller, with the methods of its kind of connection.
 //
-// What nobody can reach any more is closed, so what is reached must lead to the
-// object that the garbage collector watches, whichever way it is used. The books of
-// the pool refer to the connection that was dialled, which therefore is never
-// garbage. So the caller gets a copy of it, two words that share the socket, and the
-// copy is watched: every method of package net's has it in hand until it returns,
-// those that are not exported too (net.Buffers ends in one), and whoever gets at the
-// copy has the connection. A RawConn has the socket only, see heldRaw.
+// The pool closes a connection that nobody can reach any more. So everything in use must lead
+// to the object that the garbage collector watches. The books of the pool refer to the dialed
+// connection, which is therefore never garbage. So the caller gets a copy of it, two words
+// that share the socket, and the copy is watched. Every method of package net's connection has
+// the copy until it returns, also the unexported ones (net.Buffers calls one), so a caller that
+// has the copy keeps the connection open. A RawConn has only the socket, see heldRaw.
 func track(c *conn) net.Conn {
 	switch nc := c.nc.(type) {
 	case *net.TCPConn:
@@ -304,7 +304,7 @@ func track(c *conn) net.Conn {
 
 var errLost = errors.New("a connection of DialContext was dropped without being closed")
 
-// lost is called when nobody can reach a connection any more that was not closed.
+// lost runs when nobody can reach a connection any more that was not closed.
 func lost(c *conn) { go c.untrack(errLost) }
 
 type trackedTCP struct {
@@ -327,7 +327,7 @@ func (c *trackedUnix) Close() error { return c.t.release() }
 // SyscallConn gives access to the socket.
 func (c *trackedUnix) SyscallConn() (syscall.RawConn, error) { return holdRaw(c.UnixConn, c.UnixConn) }
 
-// heldRaw is a RawConn that holds what the garbage collector watches.
+// heldRaw is a RawConn that holds the object that the garbage collector watches.
 type heldRaw struct {
 	raw  syscall.RawConn
 	held any
@@ -356,8 +356,8 @@ func (r *heldRaw) Write(f func(uintptr) bool) error {
 	return r.raw.Write(f)
 }
 
-// trackedConn is what a dialer of the user's made. It cannot be copied, so it is
-// the wrapper that is watched, and each method has to hold it.
+// trackedConn is a connection that a dialer of the user made. It cannot be copied, so the
+// wrapper is watched, and each method has to hold the wrapper.
 type trackedConn struct {
 	net.Conn
 	t trackedLoan
@@ -390,8 +390,8 @@ func (c *trackedConn) SetWriteDeadline(t time.Time) error {
 	return c.Conn.SetWriteDeadline(t)
 }
 
-// NetConn is what the dialer returned. Who has that can do without the wrapper, so
-// from now on it is not closed before Close is called.
+// NetConn is the connection that the dialer returned. A caller that has it does not need the
+// wrapper, so from now on the connection is closed only when Close is called.
 func (c *trackedConn) NetConn() net.Conn {
 	defer runtime.KeepAlive(c)
 	c.t.cleanup.Stop()

@@ -2,12 +2,10 @@ package connpool
 
 import "context"
 
-// A borrower that waits: the side of the wait that blocks. The queue itself is in
-// books_queue.go.
+// The part of a borrower's wait that blocks. The queue itself is in books_queue.go.
 
-// await blocks until w is served or ctx is done. On return w is in no queue;
-// exactly one of the connection and the error is set, and with a connection
-// the caller has become its owner.
+// await blocks until w is served or ctx is done. On return w is in no queue; exactly one of the
+// connection and the error is set, and with a connection the caller owns the connection.
 func (w *waiter) await(ctx context.Context) (*conn, error) {
 	served, over := false, false
 	defer func() {
@@ -38,7 +36,7 @@ func (w *waiter) await(ctx context.Context) (*conn, error) {
 	}
 }
 
-// stageAndCause takes the error of a wait apart: a dial that failed brings its stage.
+// stageAndCause splits the error of a wait: a failed dial has its own stage.
 func stageAndCause(err error) (Stage, error) {
 	if de, ok := err.(*dialError); ok {
 		return de.stage, de.err
@@ -46,8 +44,8 @@ func stageAndCause(err error) (Stage, error) {
 	return StageWait, err
 }
 
-// leave takes w out of the queue. If it was served meanwhile, a connection goes
-// back, and an error is returned.
+// leave takes w out of the queue. If w was served meanwhile, leave gives a connection back and
+// returns an error.
 func (w *waiter) leave() error {
 	s, p := w.site, w.site.pool
 	var todo agenda
@@ -64,14 +62,14 @@ func (w *waiter) leave() error {
 		return nil
 	}
 	p.mu.Unlock()
-	<-w.ready // served before the lock was ours
+	<-w.ready // w was served before leave got the lock
 	if w.err == nil {
 		w.noteDeclined()
 	}
 	return w.err
 }
 
-// noteDeclined gives back what a waiter was served that had given up.
+// noteDeclined gives back the connection with which a waiter was served that had given up.
 func (w *waiter) noteDeclined() {
 	p := w.c.site.pool
 	p.mu.Lock()

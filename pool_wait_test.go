@@ -40,7 +40,7 @@ func TestWaitersAreServedInTheOrderTheyCame(t *testing.T) {
 	})
 }
 
-// APR-06, APR-08: a few connections, many borrowers, strictly by turns.
+// APR-06, APR-08: a few connections serve many borrowers, strictly in turn.
 func TestFewConnectionsServeMany(t *testing.T) {
 	for _, limit := range []int{1, 4} {
 		bubble(t, func(t *testing.T) {
@@ -132,7 +132,7 @@ func TestALimitNotSetNeverMeansFailNow(t *testing.T) {
 		require.NoError(t, waiter.giveBack())
 		require.Equal(t, "b#1", who(other.conn()))
 	})
-	bubble(t, func(t *testing.T) { // and the zero Config lets a dial and a hook take their time
+	bubble(t, func(t *testing.T) { // with the zero Config a dial and a hook may take long
 		n := open(t, Config{Setup: func(context.Context, Addr, net.Conn) (any, error) { time.Sleep(4 * time.Second); return nil, nil },
 			Reset: func(context.Context, Conn) error { time.Sleep(4 * time.Second); return nil }})
 		n.Host("a").SetLatency(4 * time.Second)
@@ -141,8 +141,8 @@ func TestALimitNotSetNeverMeansFailNow(t *testing.T) {
 	})
 }
 
-// APR-X06: a waiter is handed a connection that turns out to be unfit, has to
-// go on waiting, and its time goes on too. It also keeps its place.
+// APR-X06: a waiter is handed a connection that turns out to be unfit. The waiter has to go
+// on waiting, its time goes on, and it keeps its place.
 func TestAWaitIsTimedOnceAndKeepsItsPlace(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxPerAddr: 1, CheckAfterIdle: -1, Check: func(context.Context, Conn) error {
@@ -159,7 +159,7 @@ func TestAWaitIsTimedOnceAndKeepsItsPlace(t *testing.T) {
 		newcomer := n.queue(1, at("a"))[0]
 		time.Sleep(200 * time.Millisecond)
 		n.Host("a").SetLatency(10 * time.Second)
-		require.NoError(t, holder.giveBack()) // until 600 ms it is checked, in vain
+		require.NoError(t, holder.giveBack()) // it is checked until 600 ms, without success
 		time.Sleep(500 * time.Millisecond)
 		n.check()
 		require.Equal(t, 1, n.p.Stats().Dialing)
@@ -186,7 +186,7 @@ func TestAWaitIsTimedOnceAndKeepsItsPlace(t *testing.T) {
 	})
 }
 
-// On a real socket, whose close frees the slot at once.
+// A real socket, whose close frees the slot at once.
 // APR-X07
 func TestAWaiterHandedADirtyConnectionKeepsItsPlace(t *testing.T) {
 	srv, err := faultnet.Start(faultnet.Options{Handler: func(p *faultnet.Peer) {
@@ -198,7 +198,7 @@ func TestAWaiterHandedADirtyConnectionKeepsItsPlace(t *testing.T) {
 	dialed := make(chan struct{}, 10)
 	p, err := New(Config{MaxPerAddr: 1, Trace: &Trace{
 		DialDone: func(DialInfo) { dialed <- struct{}{} },
-		Closed: func(i CloseInfo) { // the place must be taken by now
+		Closed: func(i CloseInfo) { // the borrower must have its place in the queue by now
 			if i.Reason != ClosedDirty {
 				return
 			}
@@ -224,7 +224,7 @@ func TestAWaiterHandedADirtyConnectionKeepsItsPlace(t *testing.T) {
 		require.Eventually(t, func() bool { st := p.Stats(); return st.InUse == 1 && st.Waiting == i }, time.Minute, time.Millisecond)
 		return done
 	}
-	// Who reads one byte of two leaves the other to be found.
+	// A borrower that reads one byte of two leaves the other unread.
 	half := func(c Conn) error {
 		_, err := c.Read(make([]byte, 1))
 		return err
@@ -260,8 +260,8 @@ func TestDiscardWakesTheOldestWaiter(t *testing.T) {
 	})
 }
 
-// Lost slots are lost in corners: each event that can free one, with a waiter
-// of the same address and one of another.
+// A slot may get lost at each event that can free one. Each event is tested with a waiter
+// of the same address and with one of another.
 // APR-X09, APR-X10, BETA-22
 func TestEveryEventThatFreesASlotServesAWaiter(t *testing.T) {
 	type scene struct {
@@ -389,8 +389,7 @@ func TestACancelledWaiterIsNeverHandedAConnection(t *testing.T) {
 		}
 		require.Empty(t, n.p.Stats().Closed)
 	})
-	// The same between queueing and falling asleep: first the ctx ends, then
-	// the connection comes.
+	// The same between queueing and waiting: first the ctx ends, then the connection comes.
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxPerAddr: 1})
 		for range 100 {
@@ -461,7 +460,7 @@ func TestABusyAddressCannotStarveAnOlderWaiter(t *testing.T) {
 		n := open(t, Config{MaxOpen: limit})
 		stop := make(chan struct{})
 		var busy sync.WaitGroup
-		for range 10 * limit { // a is never without waiters
+		for range 10 * limit { // a always has waiters
 			busy.Go(func() {
 				for {
 					select {
@@ -510,7 +509,7 @@ func TestMaxWaitersRefusesOneMore(t *testing.T) {
 		waiters[0].conn()
 		third := n.queue(1, at("a"))[0]
 		require.ErrorIs(t, n.fail(bg, at("a")), ErrExhausted)
-		// Who has a dial coming does not count: both are served at once.
+		// A borrower whose dial is under way does not count: both are served at once.
 		require.Equal(t, errBoom, waiters[0].finish(discard))
 		waiters[1].conn()
 		require.NoError(t, waiters[1].giveBack())
@@ -519,10 +518,10 @@ func TestMaxWaitersRefusesOneMore(t *testing.T) {
 	})
 }
 
-// A borrower is served when it is handed a connection. If that turns out to be dead
-// it goes back to its old place; what became free while it looked has gone to the
-// next in line, for whom it would have been wrong to wait, but nothing after that
-// passes it by.
+// A borrower is served when it is handed a connection. If the connection turns out to be dead,
+// the borrower gets its old place back. A connection that became free during the borrower's
+// probe has gone to the next waiter, which would have waited for nothing otherwise. After
+// that nobody overtakes the borrower.
 //
 // TRY-54
 func TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly(t *testing.T) {
@@ -540,7 +539,7 @@ func TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly(t *test
 		first, second := n.borrow(bg, at("a")), n.borrow(bg, at("a"))
 		dies, lives := who(first.conn()), who(second.conn())
 		line := n.queue(4, at("a"))
-		made[dies].probe = func() error { // asked by the oldest that waits
+		made[dies].probe = func() error { // the probe of the oldest waiter's connection
 			require.NoError(t, second.giveBack())
 			require.Equal(t, lives, who(line[1].conn()), "the next does not wait for a look")
 			return io.EOF

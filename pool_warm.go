@@ -6,30 +6,30 @@ import (
 	"fmt"
 )
 
-// Connections that are opened before a borrower wants them: because Warm was
-// called, or because an address in use is short of its reserve (MinIdlePerAddr). They
-// are dials like all others, in the same books. No borrower waits for them, but
-// one who comes takes such a dial as if it had been started for it.
+// Connections that are opened before a borrower wants them: because Warm was called, or
+// because an address in use has fewer idle connections than its reserve needs
+// (MinIdlePerAddr). They are dials like all others, in the same books. No borrower waits for
+// them, but a borrower that comes uses such a dial as if it had been started for it.
 //
-// An address that wants such dials is on the list Pool.short. They start only
-// when nobody wants the slot: no waiter is without a dial, a slot is free, and
-// nothing has to be evicted for it.
+// An address that wants such dials is on the list books.deficit. They start only when nobody
+// else wants the slot: no waiter is without a dial, a slot is free, and nothing has to be
+// evicted for it.
 
-// Warm opens connections to addr, several at a time, until n are open, and
-// returns when they are. Those count that are idle, lent, or being opened for a
-// borrower; so before the first borrow n will be idle.
+// Warm opens connections to addr, several at a time, until n are open, and returns
+// when they are. Connections that are idle, lent, or being opened for a borrower count
+// too; so if there was no borrow before, n are idle then.
 //
-// It keeps to all limits and has less right to room than a borrower: it waits,
-// until ctx is done, while others need the slots, and evicts nothing. What it
-// opens expires like any other idle connection.
+// Warm keeps to all limits and has less right to room than a borrower: while others need
+// the slots, Warm waits, until ctx is done, and it evicts nothing. The connections that
+// it opens expire as any other idle connection does.
 //
-// If a dial fails, or three of the connections are lost before anybody has used
-// them, it starts no more, waits for the dials under way and returns an *[Error]
-// with the first failure or the last loss, in which errors.Is finds the cause. Those that
-// were opened stay, also when ctx ends the wait; the error says how many there
-// are. An n that no limit ever allows is an error that names the limit; so is a
-// connection that could not be kept because others fill MaxIdle, or because file
-// handles run low. With [FullFail] in force a full pool is ErrExhausted. n may be 0.
+// If a dial fails, or three of the connections are lost before anybody has used them,
+// Warm starts no more dials, waits for the dials under way and returns an *[Error] with
+// the first failure or the last loss, in which errors.Is finds the cause. Connections
+// that were opened stay, also when ctx ends the wait; the error says how many are open.
+// If no limit ever allows n connections, the error names the limit. It is also an
+// error if a connection could not be kept because others fill MaxIdle, or because file
+// handles run low. Under [FullFail] a full pool is ErrExhausted. n may be 0.
 func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	switch {
 	case p.stop == nil:
@@ -66,7 +66,7 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	s.prefillLocked().warm = append(s.prefill.warm, w)
 	p.refreshLocked(s)
 	p.admitLocked(&todo)
-	p.refreshLocked(s) // a full pool, under FullFail
+	p.refreshLocked(s) // the pool may be full under FullFail
 	p.dropIfEmptyLocked(s)
 	p.mu.Unlock()
 	todo.run(p)

@@ -9,49 +9,48 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// When a pool has a watcher: from its first connection with a descriptor to the
-// sweep that finds none any more, so that a pool which was used and forgotten leaves
-// nothing behind; and again from the next connection on. The system may refuse it a
-// handle, or a place for a connection. Until it has both, the sweep has to do, and
-// what was refused is tried again.
+// When a pool has a watcher: from its first connection with a descriptor to the sweep that
+// finds no such connection any more, so that a pool that was used and then forgotten leaves
+// nothing behind; and again from the next connection on. The system may refuse the watcher
+// a handle, or a place for a connection. Until it has both, only the sweep finds dead
+// connections, and the pool tries again what was refused.
 
 // A watcher that could not be made is tried again after a pause, which doubles from
-// rewatchSoon to rewatchAfter: a want of handles is short as a rule, and where watchers
+// rewatchSoon to rewatchAfter: usually handles are short only briefly, and where watchers
 // are forbidden one try a second costs nothing.
 const (
 	rewatchSoon  = 50 * time.Millisecond
 	rewatchAfter = time.Second
 )
 
-// watching is a pool's watcher, and how it stands with it.
+// watching is a pool's watcher and its state.
 type watching struct {
-	create func() (*sock.Watcher, error)                    // but for tests that of the system
+	create func() (*sock.Watcher, error)                    // sock.NewWatcher, but for tests
 	add    func(*sock.Watcher, syscall.RawConn, bool) error // Watcher.Add, but for tests
 
 	// Pool.mu guards these.
 	watcher  *sock.Watcher      // nil where there is none, and before the first connection
-	off      bool               // there shall be none
-	starting bool               // somebody is making it
-	failedAt clock.Instant      // when it could not be made; 0: it could, or was not tried
-	pause    time.Duration      // from then to the next try
-	retry    *time.Timer        // running while that shall be tried again
-	missed   map[*conn]struct{} // those that the watcher could not take; nil as a rule
-	running  int                // goroutines in watch
+	off      bool               // there shall be no watcher
+	starting bool               // a goroutine is making the watcher
+	failedAt clock.Instant      // when a watcher could not be made; 0: it was made, or was not tried
+	pause    time.Duration      // from failedAt to the next try
+	retry    *time.Timer        // fires at the next try; nil before the first
+	missed   map[*conn]struct{} // connections that the watcher could not take; nil if there are none
+	running  int                // goroutines that run Pool.watch
 }
 
-// mayStartLocked reports whether a watcher may be made now, as far as that is for the
-// watching to say.
+// mayStartLocked reports whether, by the state of watching alone, a watcher may be made now.
 func (ws *watching) mayStartLocked(now clock.Instant) bool {
 	pausing := ws.failedAt != 0 && now.Sub(ws.failedAt) < ws.pause
 	return sock.CanWatch && !ws.off && ws.watcher == nil && !ws.starting && !pausing
 }
 
-// noteFailedLocked books that no watcher could be made: the next try is after a pause.
+// noteFailedLocked records that no watcher could be made, and sets the pause before the next try.
 func (ws *watching) noteFailedLocked(now clock.Instant) {
 	ws.failedAt, ws.pause = now, min(max(rewatchSoon, 2*ws.pause), rewatchAfter)
 }
 
-// noteStartedLocked books that w is the watcher, of which watch will run.
+// noteStartedLocked records that w is the watcher, and that a goroutine will run watch.
 func (ws *watching) noteStartedLocked(w *sock.Watcher) {
 	ws.watcher = w
 	ws.failedAt, ws.pause = 0, 0
@@ -59,7 +58,7 @@ func (ws *watching) noteStartedLocked(w *sock.Watcher) {
 	ws.running++
 }
 
-// missLocked books that the watcher could not take c.
+// missLocked records that the watcher could not take c.
 func (ws *watching) missLocked(c *conn) {
 	if ws.missed == nil {
 		ws.missed = make(map[*conn]struct{})
@@ -67,7 +66,7 @@ func (ws *watching) missLocked(c *conn) {
 	ws.missed[c] = struct{}{}
 }
 
-// watch sees to it that c, which has just been filed in byFD, is watched.
+// watch makes the watcher watch c, which has just been stored in byFD.
 func (c *conn) watch() {
 	p := c.site.pool
 	p.mu.Lock()
@@ -98,8 +97,8 @@ func (c *conn) watchWith(w *sock.Watcher) {
 	}
 }
 
-// startWatcher makes the pool's watcher, if there is none and may be one, and has it
-// watch what there is.
+// startWatcher makes the pool's watcher, if there is none and one may be made, and has it watch
+// the connections with a descriptor.
 func (p *Pool) startWatcher() {
 	now, ws := p.clock.Exactly(), &p.watching
 	p.mu.Lock()
@@ -144,7 +143,8 @@ func (p *Pool) startWatcher() {
 	}
 }
 
-// rewatchLocked sees to it that the watcher is tried again, also if nobody dials.
+// rewatchLocked starts the timer for the next try to make the watcher, so that it also happens
+// if nobody dials.
 func (p *Pool) rewatchLocked() {
 	ws := &p.watching
 	if p.closed || len(p.byFD) == 0 {
@@ -157,8 +157,8 @@ func (p *Pool) rewatchLocked() {
 	}
 }
 
-// rewatch is the sweep's part: what could not be watched is tried again, and where
-// there is nothing to watch any more, the watcher ends.
+// rewatch is a part of the sweep. It tries again to watch what could not be watched, and ends the
+// watcher when there is nothing to watch any more.
 func (p *Pool) rewatch() {
 	var missed []*conn
 	p.mu.Lock()
@@ -183,12 +183,12 @@ func (p *Pool) rewatch() {
 	}
 }
 
-// hearsData reports whether the watcher is to hear of data on c as well. With a Push
-// it listens for data, and once: what arrives during a loan would wake it for nothing.
-// Every time c is parked it is armed anew.
+// hearsData reports whether the watcher listens for data on c, beside hang-ups. With a Push it
+// does, and once: data that arrives during a loan need not wake it. It is armed again
+// every time c is released.
 func (c *conn) hearsData() bool { return c.site.pool.cfg.Push != nil && !c.site.unpooled() }
 
-// watch passes on what the watcher hears, until it is closed.
+// watch passes the reports of the watcher on, until the watcher is closed.
 func (p *Pool) watch(w *sock.Watcher) {
 	w.Run(func(fd uintptr, hungUp bool) {
 		if hungUp {
@@ -200,7 +200,7 @@ func (p *Pool) watch(w *sock.Watcher) {
 	p.unwatched(w)
 }
 
-// unwatched is told that the goroutine of a watcher ends.
+// unwatched records that the goroutine of a watcher ends.
 func (p *Pool) unwatched(w *sock.Watcher) {
 	p.mu.Lock()
 	p.watching.running--
@@ -211,7 +211,7 @@ func (p *Pool) unwatched(w *sock.Watcher) {
 	p.mu.Unlock()
 }
 
-// unwatchLocked forgets c, which leaves the books.
+// unwatchLocked forgets c, which leaves the pool.
 func (p *Pool) unwatchLocked(c *conn, todo *agenda) {
 	delete(p.watching.missed, c)
 	if len(p.byFD) == 0 && p.watching.watcher != nil {

@@ -9,18 +9,18 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// crypto/x509 reads the system's certificates from files, once in the life of a
-// process, when the first certificate is verified; and if no file handle is free
-// in that moment, every verification fails from then on. In a dial that moment
-// comes after the socket has taken a handle, perhaps the last. So they are read
-// before the first TLS dial opens its socket.
+// crypto/x509 reads the system's certificates from files, once in the life of a process,
+// when the first certificate is verified. If no file handle is free in that moment, every
+// verification fails from then on. In a dial that moment comes after the socket has taken a
+// handle, perhaps the last. So the pool reads the certificates before the first TLS dial
+// opens its socket.
 var roots struct {
-	mu     sync.Mutex // held while they are read; only TLS dials wait for it
+	mu     sync.Mutex // held while the certificates are read; only TLS dials wait for it
 	loaded atomic.Bool
 }
 
-// loadRoots does that, if the dial may need them. Without a handle it says so, as a
-// dial would: what makes room for a dial makes room for this.
+// loadRoots reads the certificates if the dial may need them. If no handle is free it returns
+// the error that a dial would: then connect makes room for the certificates as for a dial.
 func (a *attempt) loadRoots() error {
 	p := a.c.site.pool
 	cfg := p.cfg.TLS
@@ -35,7 +35,7 @@ func (a *attempt) loadRoots() error {
 	if p.sys.noHandleFree() {
 		return os.NewSyscallError("open", sock.ErrProcessFiles)
 	}
-	_, _ = x509.SystemCertPool() // who verifies by them hears of an error
+	_, _ = x509.SystemCertPool() // a dial that verifies with them gets the error
 	roots.loaded.Store(true)
 	return nil
 }

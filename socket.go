@@ -16,10 +16,10 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// dialSocket opens the socket of a canonical TCP, TLS or Unix address, with
-// every field of its QoS set. Under TLS the handshake is still to come.
+// dialSocket opens the socket of a canonical TCP, TLS or Unix address and sets every field of
+// its QoS. Under TLS, the handshake follows.
 func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
-	// Both come before the dial, because not every port of package net calls
+	// Supported and target come before the dial, because not every port of package net calls
 	// Dialer.Control.
 	if err := sock.Options(addr.QoS).Supported(); err != nil {
 		return nil, err
@@ -30,7 +30,7 @@ func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
 	}
 	d := net.Dialer{Control: addr.QoS.Control}
 	if addr.QoS.KeepAlive != 0 {
-		d.KeepAlive = -1 // it is for AfterConnect, which looks at the error
+		d.KeepAlive = -1 // AfterConnect sets it and checks the error
 	}
 	nc, err := d.DialContext(ctx, network, address)
 	if network == "unix" && sock.FullBacklog(err) {
@@ -46,9 +46,9 @@ func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
 	return nc, nil
 }
 
-// awaitBacklog dials again until ctx is done. On Linux a Unix socket whose server
-// has not accepted for a moment refuses at once, with EAGAIN, what a TCP socket
-// would keep waiting; and a pool's own burst is enough for that.
+// awaitBacklog dials again until ctx is done. On Linux a Unix socket whose server has not
+// accepted for a moment refuses a dial at once, with EAGAIN, where a TCP socket would wait. A
+// burst of one pool is enough to cause this.
 func awaitBacklog(ctx context.Context, err error, dial func() (net.Conn, error)) (net.Conn, error) {
 	const longest = 50 * time.Millisecond
 	timer := time.NewTimer(time.Millisecond)
@@ -65,14 +65,14 @@ func awaitBacklog(ctx context.Context, err error, dial func() (net.Conn, error))
 		case again != nil && sock.FullBacklog(again):
 			err = again
 		case again != nil && (ctx.Err() != nil || errors.Is(again, context.DeadlineExceeded)):
-			return nil, &backlogFull{err} // what it waited for is worth more than that the time is up
+			return nil, &backlogFull{err} // the full backlog says more than the end of ctx
 		default:
 			return nc, again
 		}
 	}
 }
 
-// backlogFull is the end of a wait for a server that does not accept.
+// backlogFull is the error of a wait for a server that does not accept.
 type backlogFull struct{ err error }
 
 func (e *backlogFull) Error() string {
@@ -80,8 +80,8 @@ func (e *backlogFull) Error() string {
 }
 func (e *backlogFull) Unwrap() error { return e.err }
 
-// target translates addr for package net, or says why a system that has abstract
-// Unix sockets, or has none, cannot dial it.
+// target translates addr for package net. It returns an error if a system cannot dial addr;
+// abstract says whether the system has abstract Unix sockets.
 func target(addr Addr, abstract bool) (network, address string, err error) {
 	switch addr.Transport {
 	case TCP, TLS:
@@ -95,19 +95,17 @@ func target(addr Addr, abstract bool) (network, address string, err error) {
 	return "", "", fmt.Errorf("nobody dials transport %q: add it to Config.Dialers (%w)", addr.Transport, fs.ErrInvalid)
 }
 
-// Control sets, on a socket that is not connected yet, what must be there from
-// the first packet on: DSCP, SendBuffer, RecvBuffer and UserTimeout. It is made
-// for the Control field of [net.Dialer], for which a dialer in Config.Dialers
-// may use it:
+// Control sets, on a socket that is not connected yet, the fields that must be set from
+// the first packet on: DSCP, SendBuffer, RecvBuffer and UserTimeout. It fits the
+// Control field of [net.Dialer], so a dialer in Config.Dialers may use it:
 //
 //	d := net.Dialer{Control: addr.QoS.Control}
 //
-// Delay and KeepAlive come after connecting, as package net overwrites them
-// then; a dialer of your own sets them with [net.TCPConn.SetNoDelay] and
-// [net.TCPConn.SetKeepAliveConfig]. network is one that tells the family:
-// "tcp4", "tcp6", "unix" and their like. A field that cannot be set is an
-// error that names it, [errors.ErrUnsupported] if the system or the network
-// has no such thing.
+// Delay and KeepAlive have to be set after connecting, because package net overwrites
+// them then. A dialer of your own sets them with [net.TCPConn.SetNoDelay] and
+// [net.TCPConn.SetKeepAliveConfig]. network must tell the family: "tcp4", "tcp6", "unix"
+// and similar. If a field cannot be set, the error names it; the error is
+// [errors.ErrUnsupported] if the system or the network has no such option.
 func (q QoS) Control(network, address string, c syscall.RawConn) error {
 	early := sock.Options(q).Early()
 	if early == (sock.Options{}) {

@@ -7,16 +7,16 @@ import (
 	"time"
 )
 
-// Stats is a snapshot of a pool: first what is, then what was. In every
-// snapshot Open = Dialing + Idle + InUse + Closing.
+// Stats is a snapshot of a pool: gauges first, then counters. In every snapshot
+// Open = Dialing + Idle + InUse + Closing.
 //
-// The counters balance: each dial ends as one of DialErrors, of Detached, or of one
-// reason in Closed, so at rest
+// The counters balance: each dial ends in exactly one of DialErrors, Detached, or one
+// reason in Closed. So at rest
 //
 //	Dials - DialErrors - Detached - (the sum of Closed) = Open
 //
-// holds, also after a failed Setup: a connection whose Setup failed had been opened, so
-// it is one of Closed (ClosedSetupFailed as a rule), when its socket is closed, and not of
+// This also holds after a failed Setup. A connection whose Setup failed had been opened,
+// so it counts in Closed (usually ClosedSetupFailed) when its socket is closed, and not in
 // DialErrors.
 type Stats struct {
 	Open     int // sockets that exist or are being made; what MaxOpen limits
@@ -26,22 +26,22 @@ type Stats struct {
 	Tracked  int // made by DialContext, and not closed yet
 	Closing  int // given up, but not closed yet
 	Waiting  int // borrowers in a queue
-	Limit    int // MaxOpen in force; 0: none
+	Limit    int // MaxOpen in use; 0: none
 	PeakOpen int // the largest Open so far
 	Addrs    int // addresses the pool keeps books for
-	Unprobed int // open connections that cannot be asked whether they live, see Prober
+	Unprobed int // open connections whose liveness cannot be checked, see Prober
 
 	Loans          uint64        // loans that have ended
 	Reused         uint64        // those of a connection that had been lent before
 	Dials          uint64        // dials that were started
-	DialErrors     uint64        // dials (with handshake) that failed, or were given up as nobody needed them any more; those whose Setup failed are in Closed
+	DialErrors     uint64        // dials (with handshake) that failed or were given up because nobody needed them any more; failed Setups count in Closed
 	Detached       uint64        // connections that left by Conn.Detach
-	Leaked         uint64        // leases and sessions that nobody could reach any more, taken back
+	Leaked         uint64        // leases and sessions that became unreachable and were taken back
 	Pushes         uint64        // calls of Config.Push
-	AbandonedCalls uint64        // foreign code given up because it did not end in time: dials, hooks, closes, observers, what a connection's deadline or close did not bring back
+	AbandonedCalls uint64        // foreign code given up because it did not end in time: dials, hooks, closes, observers, calls on a connection that its deadline or close did not end
 	Waits          uint64        // borrowers that had to queue
 	WaitDuration   time.Duration // time spent in queues
-	WaitsFailed    uint64        // borrowers that left the queue with an error, their own ctx's included
+	WaitsFailed    uint64        // borrowers that left the queue with an error, including the error of their own ctx
 	Exhausted      uint64        // borrowers refused with ErrExhausted
 
 	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent
@@ -53,21 +53,21 @@ func (s Stats) String() string {
 		s.Open, s.InUse, s.Idle, s.Dialing, s.Closing, s.Waiting, s.Loans, s.Reused, s.Dials, s.DialErrors)
 }
 
-// AddrStats is the part of [Stats] that concerns one address. The counters
-// begin anew when the pool has had no connection, dial, waiter or failure for
-// the address for a while and forgets it.
+// AddrStats is the part of [Stats] that concerns one address. When the pool has had no
+// connection, dial, waiter or failure for the address for a while, it forgets the
+// address, and the counters start again from 0.
 type AddrStats struct {
 	Open, Dialing, Idle, InUse, Closing, Waiting int
 
 	Loans, Dials uint64
 	DialErrors   uint64 // with handshake and Setup
 
-	BackingOff bool  // repeated failures: the next dial waits
-	LastErr    error // of the last dial, nil after one that worked; in JSON its text, 400 bytes at most
+	BackingOff bool  // after repeated failures the next dial waits
+	LastErr    error // error of the last failed dial, or of a new connection that the peer gave up; nil when the address works again; in JSON its text, 400 bytes at most
 }
 
-// Stats returns a snapshot. It may be called at any time, also on a closed
-// pool; it allocates a map.
+// Stats returns a snapshot. It may be called at any time, also on a closed pool. It
+// allocates a map.
 func (p *Pool) Stats() Stats {
 	if p.stop == nil {
 		return Stats{Closed: make(map[CloseReason]uint64)}
@@ -93,11 +93,10 @@ func (p *Pool) Stats() Stats {
 	return st
 }
 
-// Addrs ranges over the addresses that the pool keeps books for, in no
-// particular order. The snapshot is taken when the loop begins, of some addresses
-// at a time, so that it holds up nobody: what is told of one address was true at one
-// moment, and the sum over all need not be. The body runs with no lock held and
-// may use the pool.
+// Addrs ranges over the addresses that the pool knows, in no particular order. The
+// snapshot is taken when the loop begins, of some addresses at a time, so that it does
+// not hold up the pool: the numbers of one address belong to one moment, but the sum over
+// all may not. The body runs with no lock held and may use the pool.
 func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 	return func(yield func(Addr, AddrStats) bool) {
 		p.mu.Lock()
