@@ -1060,7 +1060,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "hold-timer-rests",
-		old:   "if l.oldest == nil && l.timer != nil { // else the Profile has panicked, and h never came so far\n\t\tl.timer.Stop()\n\t}",
+		old:   "if l.oldest == nil && l.timer != nil { // there is no timer if Profile.Add panicked before add made one\n\t\tl.timer.Stop()\n\t}",
 		new:   "",
 		tests: `TestReportsComeInTimeForEach`,
 	},
