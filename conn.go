@@ -341,8 +341,8 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	}
 	var gen uint64
 	for {
-		// Other goroutines may set flags at any moment; the compare-and-swap loses
-		// none.
+		// Other goroutines may set flagHungUp, flagStolen or flagBroken at any moment:
+		// the new loan keeps these.
 		w := c.word.Load()
 		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
 			gen = 1 // 0 is the generation of the guard

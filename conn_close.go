@@ -156,8 +156,9 @@ const (
 	closePatience = 10 * time.Millisecond
 
 	// evictionPatience bounds the close of a connection that was evicted for a waiter.
-	// It counts from the eviction, and matters if the waiter still waits: where every
-	// close hangs, evicting all idle connections one after another would not help.
+	// It counts from the moment when closePatience is over and somebody still waits for
+	// a slot. Where every close hangs, evicting all idle connections one after another
+	// would not help.
 	evictionPatience = 500 * time.Millisecond
 )
 
