@@ -118,7 +118,8 @@ func (o *loansOut) remove(h *loanRecord) {
 	o.mu.Unlock()
 }
 
-// find returns the first loan for which which is true, among the first farEnough.
+// find returns the first loan that satisfies which, among the farEnough longest; nil if
+// none does.
 func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
 	o.mu.Lock()
 	defer o.mu.Unlock()
