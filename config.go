@@ -70,13 +70,13 @@ type Config struct {
 	// ErrExhausted at once. 0 or negative: no limit.
 	MaxWaiters int
 
-	// MinIdlePerAddr (min idle) is how many idle connections are kept in reserve for each address
-	// that is in use. When a loan leaves fewer idle, the pool opens the next connection
-	// in the background, so that the next borrower need not wait for it. The reserve
-	// outlives IdleTimeout, is checked like every idle connection, and is refilled when
-	// one of its connections dies. While dials to the address fail, or its new
-	// connections are hung up or send unrequested bytes at once, the pool tries to
-	// refill the reserve with one dial per SweepInterval, and one for each new
+	// MinIdlePerAddr (min idle) is how many idle connections are kept in reserve for
+	// each address that is in use. When a loan leaves fewer idle, the pool opens the
+	// next connection in the background, so that the next borrower need not wait for
+	// it. The reserve outlives IdleTimeout, is checked like every idle connection, and
+	// is refilled when one of its connections dies. While dials to the address fail, or
+	// the peer hangs up or sends unrequested bytes on new connections at once, the pool
+	// tries to refill the reserve with one dial per SweepInterval, and one for each new
 	// connection that proves good in a loan. The reserve never takes room from a
 	// borrower or from another address. When it was evicted, the next loan of its
 	// address restores it. An address that nobody has borrowed from for ten times

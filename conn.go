@@ -208,7 +208,7 @@ func (c *conn) trace() *Trace {
 //	With: end     generation 4, cut timedOut      the verdict finds cut: the pool closes the connection
 //
 // A new loan (begin) clears all flags but hungUp, stolen, broken, wrote and read: other
-// goroutines may set the first two between loans, and the last two count over all
+// goroutines may set the first three at any moment, and the last two count over all
 // loans.
 const (
 	flagLent       = 1 << iota // a loan is under way
@@ -318,6 +318,7 @@ func (c *conn) unlink() {
 	c.up, c.down = nil, nil
 }
 
+// generation returns the generation of the current loan, or of the last one.
 func (c *conn) generation() uint64 { return c.word.Load() >> genShift }
 
 // begin starts a loan under ctx and returns its handle. flags are set in the state
@@ -437,7 +438,7 @@ func (c *conn) stopWatch() bool {
 	if !l.unwatch() {
 		return false
 	}
-	c.dmu.Lock() // a guard that was detached may set deadlines already
+	c.dmu.Lock() // the guard of a detached connection may be setting deadlines already
 	l.unwatch, l.ctx, l.limit = nil, nil, time.Time{}
 	c.dmu.Unlock()
 	return true
@@ -583,7 +584,7 @@ func ioErrorOf(word uint64, err error) *ioError {
 
 // failure returns the first error of the loan, nil if there was none.
 func (c *conn) failure() error {
-	c.dmu.Lock() // the guard of a detached connection may be setting deadlines already
+	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	if l := c.loan.Load(); l != nil {
 		return l.firstErr

@@ -127,6 +127,7 @@ func (c *conn) awaitStrike() {
 // because the finalizer of package net would close the descriptor number.
 var quarantine quarantined
 
+// quarantined is a list of connections that is never emptied.
 type quarantined struct {
 	mu    sync.Mutex // guards conns
 	conns []net.Conn

@@ -59,13 +59,14 @@ type loanLog struct {
 	timer          *time.Timer
 }
 
+// init sets up the log from the pool's Config.
 func (l *loanLog) init(cfg *Config, k *clock.Clock, r *reporter) {
 	l.wanted = cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug
 	l.warn, l.profile, l.clock, l.report = cfg.HoldWarn, cfg.Profile, k, r
 }
 
-// recordLoan records that c is lent. skip is the number of stack frames to leave out
-// between the borrower and recordLoan's caller. Only the owner of c calls it.
+// recordLoan records that c is lent. The stack in the record begins skip frames above
+// recordLoan's caller. Only the owner of c calls it.
 func (c *conn) recordLoan(skip int) {
 	p := c.site.pool
 	var pcs [64]uintptr
@@ -110,6 +111,7 @@ func (c *conn) dropRecord() {
 	}
 }
 
+// remove removes a record.
 func (l *loanLog) remove(h *loanRecord) {
 	l.out.remove(h)
 	if l.profile != nil {

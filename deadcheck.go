@@ -161,6 +161,7 @@ func newFDVisit(p *socket, peek bool) *fdVisit {
 	return l
 }
 
+// done makes the visit available for another probe.
 func (l *fdVisit) done() {
 	l.sock, l.seen = nil, sock.Seen{}
 	fdVisits.Put(l)

@@ -292,6 +292,7 @@ type leavable struct {
 // asked for. A Write has to write everything, so it copies everything.
 const asideBuffer = 64 << 10
 
+// Read reads at most asideBuffer bytes, into a buffer of its own.
 func (l leavable) Read(b []byte) (int, error) {
 	if l.c.isOverdue() {
 		return 0, os.ErrDeadlineExceeded
@@ -304,6 +305,7 @@ func (l leavable) Read(b []byte) (int, error) {
 	return copy(b, own[:max(0, min(n, int64(len(own))))]), err
 }
 
+// Write writes a copy of b.
 func (l leavable) Write(b []byte) (int, error) {
 	if l.c.isOverdue() {
 		return 0, os.ErrDeadlineExceeded

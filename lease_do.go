@@ -77,7 +77,7 @@ func (l *Lease) pause() error {
 	case word&inFlight != 0:
 		return errLeaseRunning
 	}
-	return errLeaseLost // closed or detached through the guard, which the state may use
+	return errLeaseLost // closed or detached through the guard, the net.Conn that Setup got
 }
 
 // endIfQuiet ends the loan with generation gen, unless an operation is running or the

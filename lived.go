@@ -25,10 +25,10 @@ import (
 // A hollow connection counts as a failure of its address, like a dial that failed
 // (backoff, books_backoff.go). books_minidle.go says what a hollow connection means for
 // a reserve, pool_warm.go what it means for Warm.
-//
-// flagWrote and flagRead of the state word say how far a connection has come. They last
-// from the dial to the close. Both together mean that the connection has lived, or that
-// its end is recorded already.
+
+// flagsLived are the flags of the state word that say how far a connection has come. They
+// last from the dial to the close. Both together mean that the connection has lived, or
+// that its end is recorded already.
 const flagsLived = flagWrote | flagRead
 
 // youth is how long after its dial the loss of a connection counts against its address.

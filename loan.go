@@ -228,6 +228,8 @@ func (h Conn) LocalAddr() net.Addr { return h.endpoint(net.Conn.LocalAddr) }
 // RemoteAddr returns the address of the peer's end, nil after the loan.
 func (h Conn) RemoteAddr() net.Addr { return h.endpoint(net.Conn.RemoteAddr) }
 
+// endpoint returns an address of the connection. On a foreign connection the call may
+// block, see query.
 func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
 	if h.c.enter(h.gen) != nil {
 		return nil
@@ -288,6 +290,7 @@ func (h Conn) SyscallConn() (syscall.RawConn, error) {
 // rawLoan is a RawConn that is valid until its loan ends.
 type rawLoan struct{ h Conn }
 
+// during runs op as an operation of the loan.
 func (r rawLoan) during(op func(syscall.RawConn) error) error {
 	if err := r.h.c.enter(r.h.gen); err != nil {
 		return err

@@ -71,6 +71,7 @@ type ends struct {
 	tls           uint16
 }
 
+// endsOf calls the methods of nc, which may block if nc is foreign.
 func endsOf(nc net.Conn) (at ends) {
 	at.local, at.remote = nc.LocalAddr(), nc.RemoteAddr()
 	if t, ok := nc.(interface{ ConnectionState() tls.ConnectionState }); ok {

@@ -30,8 +30,8 @@ type sessionConns struct {
 // While the session connection is free, c belongs to the session, and endSession takes
 // it. While it is in use, the fields that sessionConns.mu does not guard belong to the
 // goroutine of that use. A session that has ended keeps no connection: endSession takes
-// those of the session connections that are free at that moment, and endUse hands out
-// the connection of one that becomes free later. For this reason a use stores its
+// those of the session connections that are free at that moment, and endUse returns the
+// connection of one that becomes free later. For this reason a use stores its
 // connection and ends in one critical section.
 type sessionConn struct {
 	addr  Addr
@@ -64,6 +64,8 @@ func (b *sessionConns) endSession() (held []*conn) {
 	return b.endSessionLocked()
 }
 
+// endSessionLocked is endSession for a caller that holds mu. A second call returns
+// nothing.
 func (b *sessionConns) endSessionLocked() (held []*conn) {
 	if b.ended {
 		return nil
@@ -221,6 +223,7 @@ func (b *sessionConns) endUse(st *sessionConn, c *conn) (left *conn) {
 	return b.endUseLocked(st, c)
 }
 
+// endUseLocked is endUse for a caller that holds mu.
 func (b *sessionConns) endUseLocked(st *sessionConn, c *conn) (left *conn) {
 	st.c = c
 	if len(st.queue) > 0 {

@@ -156,7 +156,7 @@ func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 	}
 	if t.Kind() == reflect.Interface {
 		for _, b := range buffers {
-			if b.Implements(t) { // what is in it is seen when it is looked at
+			if b.Implements(t) { // what is in it is known only when a state is searched
 				s.paths = append(s.paths, append(path{}, at...))
 				break
 			}
@@ -255,6 +255,7 @@ func countDecoder(d *json.Decoder, h *holdings) {
 	}
 }
 
+// countReader adds the bytes that r has read ahead, unless r was counted just before.
 func countReader(r *bufio.Reader, h *holdings) {
 	if r != nil && r != h.reader {
 		h.unread += r.Buffered()
@@ -262,6 +263,7 @@ func countReader(r *bufio.Reader, h *holdings) {
 	}
 }
 
+// countWriter adds the bytes that w has not flushed, unless w was counted just before.
 func countWriter(w *bufio.Writer, h *holdings) {
 	if w != nil && w != h.writer {
 		h.unflushed += w.Buffered()

@@ -47,7 +47,7 @@ func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) 
 		switch {
 		case early:
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
-		case !shown: // there is none, whatever SyscallConn says
+		case !shown: // SyscallConn promises a descriptor, but Control shows none
 			under.raw = nil
 		}
 	}
@@ -190,6 +190,7 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 // enter sets the mode, and the budget for tlsNoWait.
 func (s *tlsSocket) enter(m tlsMode) { s.mode, s.budget = m, tlsFlood }
 
+// Read is called by crypto/tls. It tells record which bytes crypto/tls has got.
 func (s *tlsSocket) Read(b []byte) (int, error) {
 	if s.mode != tlsNormal {
 		return s.readNoWait(b) // a method of its own, because its closure allocates
@@ -253,6 +254,8 @@ type tlsOfAddr struct {
 	from, config *tls.Config // from is what the user gave; config is a copy of it, made for the address
 }
 
+// newSessionCaches returns caches for 1024 addresses; the least recently dialled one
+// gives way.
 func newSessionCaches() *sessionCaches {
 	lru, err := simplelru.NewLRU[Addr, tlsOfAddr](1024, nil)
 	if err != nil {

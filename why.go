@@ -66,6 +66,7 @@ func (e *inVain) Unwrap() []error {
 	return []error{e.ctx, spent(e.last)}
 }
 
+// times returns n with the noun what, in the plural unless n is 1.
 func times(n int, what string) string {
 	if n == 1 {
 		return "1 " + what

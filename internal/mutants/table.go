@@ -1648,7 +1648,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "tls-over-a-raw-conn-without-a-descriptor-has-one",
-		old:   `case !shown: // there is none, whatever SyscallConn says`,
+		old:   `case !shown: // SyscallConn promises a descriptor, but Control shows none`,
 		new:   `case !shown && false:`,
 		tests: `TestARawConnWithoutADescriptorIsNoneUnderTLS`,
 	},
