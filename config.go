@@ -32,11 +32,11 @@ func (f FullPolicy) String() string { return nameOf([]string{"wait", "fail", "ov
 
 // Config configures a pool. The zero Config is a good choice. For every number and
 // duration, 0 means the default that is stated here, and a negative value switches the
-// feature off. New refuses a duration below a millisecond, since usually its unit was
-// forgotten. New copies the Config; later changes have no effect. The fields are in six
-// blocks: limits, time, opening a connection, keeping it clean, watching, and rare
-// ones. [Pool.SetLimits] changes the fields of the first block except MaxUses and
-// WhenFull.
+// feature off. New refuses a positive duration below a millisecond, since usually its
+// unit was forgotten. New copies the Config; later changes have no effect. The fields
+// are in six blocks: limits, time, opening a connection, keeping it clean, watching,
+// and rare ones. [Pool.SetLimits] changes the fields of the first block except MaxUses
+// and WhenFull.
 type Config struct {
 	// # Limits on connections: how many connections, dials, waiters and loans there may be
 	//
