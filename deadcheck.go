@@ -88,7 +88,7 @@ func (c *conn) ping(ctx context.Context) (CloseReason, error) {
 	return c.probe() // the answer may have been longer than Check read
 }
 
-// system holds the system calls of the pool. Tests replace them.
+// system is the seam at which tests replace system calls of the pool.
 type system struct {
 	dial         func(context.Context, Addr) (net.Conn, error)
 	identify     func(fd uintptr) (sock.ID, bool)
