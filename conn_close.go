@@ -9,20 +9,20 @@ import (
 	"time"
 )
 
-// How a connection ends: what speaks against keeping it, whether its descriptor
-// is still its own, and how it is closed.
+// How a connection ends: which findings forbid keeping it, whether its descriptor is
+// still its own, and how the pool closes it.
 
-// leftovers reports whether bytes are left that the borrower did not read, in
-// the state's buffer or in crypto/tls, or did not flush. Those in the kernel are
-// found by the look that precedes the next loan, together with those that come
-// later.
+// leftovers reports whether the borrower left bytes unread, in a buffer of the state or
+// in crypto/tls, or unflushed. Unread bytes in the kernel are found by the probe before
+// the next loan, together with bytes that arrive later.
 //
-// With a Push what is unread is for it, and no reason to give the connection up.
+// With Config.Push, unread bytes are for Push and no reason to close the connection.
 //
-// The state is asked in the caller's own time.
+// leftovers calls methods of the state on the caller's goroutine and without a bound.
 func (c *conn) leftovers(word uint64) bool { return c.leftoversBeside(word, c.held()) }
 
-// leftoversBeside is leftovers where it is known what the state holds.
+// leftoversBeside is leftovers for a caller that has already counted the bytes in the
+// state.
 func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 	if in.unflushed > 0 {
 		return true
@@ -41,12 +41,14 @@ func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 	return left
 }
 
+// unprobed reports whether the connection can only be judged by its age: it has no
+// descriptor to probe and is no Prober.
 func (c *conn) unprobed() bool {
 	return c.nc != nil && !c.sock.canPeek() && c.sock.prober(c.nc) == nil
 }
 
-// closesAtOnce reports whether closing for this reason cannot block and runs
-// no foreign code, so that it may happen in a borrower's path.
+// closesAtOnce reports whether a close for this reason cannot block and calls no
+// foreign code, so that it may run on a borrower's goroutine.
 func (c *conn) closesAtOnce(reason CloseReason) bool {
 	if _, ok := c.state.(io.Closer); ok {
 		return false
@@ -54,17 +56,17 @@ func (c *conn) closesAtOnce(reason CloseReason) bool {
 	return c.sock.plain && (c.sock.tls == nil || !reason.clean()) && !c.sock.lingers()
 }
 
-// seal is the last step before the socket is closed: it finds out whether the
-// descriptor is still the connection's own. If it is not, the connection goes
-// into quarantine, and must not be closed. The first who seals it closes the
-// socket, and nobody else.
+// seal is the last step before the socket is closed. It checks that the descriptor is
+// still the connection's own. If another socket has the descriptor (own is false), seal
+// puts the connection into quarantine, and nobody may close it. Only the first caller
+// (first is true) closes the socket.
 func (c *conn) seal() (first, own bool) {
 	for {
 		w := c.word.Load()
 		if w&flagStolen != 0 || c.sock.isStolen() {
 			break
 		}
-		if c.word.CompareAndSwap(w, w|flagShut) { // or it was marked stolen just now
+		if c.word.CompareAndSwap(w, w|flagShut) { // it fails if flagStolen was set in between
 			return w&flagShut == 0, true
 		}
 	}
@@ -72,8 +74,8 @@ func (c *conn) seal() (first, own bool) {
 	return false, false
 }
 
-// wake makes those return who are blocked in a connection that is not to be closed:
-// a deadline does not touch the descriptor.
+// wake makes operations return that are blocked in a connection that must not be
+// closed. It sets a deadline in the past, which does not touch the descriptor.
 func (c *conn) wake() {
 	if c.sock.foreign {
 		c.tellDeadline(c.loanState(), false, func() error { return c.nc.SetDeadline(aLongTimeAgo) })
@@ -84,7 +86,7 @@ func (c *conn) wake() {
 	c.nc.SetDeadline(aLongTimeAgo)
 }
 
-// strike closes the socket under a loan of a hook, whose caller remains the owner
+// strike closes the socket during a loan of a hook. The hook's caller remains the owner
 // and frees the slot.
 func (c *conn) strike() {
 	e := c.ensureCold()
@@ -105,8 +107,8 @@ func (c *conn) strike() {
 	}
 }
 
-// awaitStrike is for the owner who finds that the socket is somebody else's to
-// close: it waits until that has been done.
+// awaitStrike is called by an owner that was not the first to seal the connection. It
+// waits until strike, if it is running, has closed the socket.
 func (c *conn) awaitStrike() {
 	e := c.cold.Load()
 	if e == nil {
@@ -120,11 +122,12 @@ func (c *conn) awaitStrike() {
 	}
 }
 
-// quarantine holds the connections whose descriptor has become somebody
-// else's, for as long as the process lives. They are never touched again, and
-// never garbage either: the finalizer of package net would close the number.
+// quarantine holds the connections whose descriptor has become another socket's, for as
+// long as the process lives. They are never used again. They must not become garbage,
+// because the finalizer of package net would close the descriptor number.
 var quarantine quarantined
 
+// quarantined is a list of connections that is never emptied.
 type quarantined struct {
 	mu    sync.Mutex // guards conns
 	conns []net.Conn
@@ -136,32 +139,33 @@ func (s *quarantined) add(nc net.Conn) {
 	s.mu.Unlock()
 }
 
-// closeAbruptly closes the socket without a farewell.
+// closeAbruptly closes the socket without a close_notify of TLS.
 func (c *conn) closeAbruptly() {
 	if t := c.sock.tls; t != nil {
-		t.NetConn().Close() // crypto/tls would say goodbye
+		t.NetConn().Close() // Close of the tls.Conn would send close_notify
 		return
 	}
 	c.nc.Close()
 }
 
 const (
-	// closeTimeout bounds a close that runs foreign code or says goodbye.
+	// closeTimeout bounds a close that calls foreign code or sends close_notify.
 	closeTimeout = 5 * time.Second
 
-	// closePatience is how long a close is counted on to free its slot soon.
-	// After that an idle connection is evicted in its place.
+	// closePatience is how long the pool expects a close to free its slot soon. After
+	// that it evicts an idle connection for the waiter instead.
 	closePatience = 10 * time.Millisecond
 
-	// evictionPatience bounds the close of a connection that made room for a
-	// waiter, from then on, if the waiter is still there: where every close
-	// hangs, there is no use in evicting all that is idle, one after another.
+	// evictionPatience bounds the close of a connection that was evicted for a waiter.
+	// It counts from the moment when closePatience is over and somebody still waits for
+	// a slot. Where every close hangs, evicting all idle connections one after another
+	// would not help.
 	evictionPatience = 500 * time.Millisecond
 )
 
-// closeFully closes the connection, if that is the caller's to do, and what Setup
-// built on it. It may block; at says in what. Whatever the one does, the other is
-// closed too.
+// closeFully closes the connection, if first says that this is the caller's task, and
+// then the state that Setup returned, if it is an io.Closer. It may block; at names the
+// call it is in. Each is closed even if closing the other one panics.
 func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	if s, ok := c.state.(io.Closer); ok {
 		defer c.closeOne(at, "Close of the state", func() { s.Close() })
@@ -173,7 +177,7 @@ func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	}
 	closed := false
 	defer func() {
-		if !closed { // it panicked, or ended the goroutine
+		if !closed { // Close panicked, or ended the goroutine
 			go c.closeBelow()
 		}
 	}()
@@ -183,8 +187,8 @@ func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	})
 }
 
-// closeOne runs one part of a close. It stops a panic and tells of it, and of a
-// Goexit, which cannot be stopped.
+// closeOne runs one step of a close, which is foreign code. It recovers a panic of f
+// and reports it; it also reports a runtime.Goexit, which cannot be stopped.
 func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 	at.Store(what)
 	returned := false
@@ -198,8 +202,8 @@ func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 	returned = true
 }
 
-// closeSocket closes what carries the connection, after a farewell if the peer is
-// in step.
+// closeSocket closes the socket. Before that it sends close_notify if there is TLS and
+// the reason says that the peer is in step.
 func (c *conn) closeSocket(reason CloseReason) {
 	t := c.sock.tls
 	switch {
@@ -211,7 +215,7 @@ func (c *conn) closeSocket(reason CloseReason) {
 		c.sock.belowTLS().sayGoodbye()
 		c.nc.Close()
 	default:
-		// Whatever becomes of the goodbye, the socket is closed, and once.
+		// However the close_notify ends, the socket is closed, and only once.
 		err := briefly("the goodbye of TLS", tlsGoodbye, t.CloseWrite)
 		if pan, ok := err.(*PanicError); ok {
 			c.site.pool.report.outlived(pan, c.site.addr)
@@ -220,8 +224,8 @@ func (c *conn) closeSocket(reason CloseReason) {
 	}
 }
 
-// closeBelow closes the socket of a connection whose own Close did not get there,
-// if the connection says what its socket is.
+// closeBelow closes the innermost socket of a connection whose own Close failed to
+// reach it, as far as the connection's NetConn methods lead there.
 func (c *conn) closeBelow() {
 	defer func() { _ = recover() }()
 	nc := c.nc
@@ -238,7 +242,8 @@ func (c *conn) closeBelow() {
 	}
 }
 
-// clean reports whether the peer is in step, so that TLS may say goodbye.
+// clean reports whether a connection that is closed for this reason is in step with its
+// peer, so that TLS may send close_notify.
 func (r CloseReason) clean() bool {
 	switch r {
 	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus,

@@ -13,11 +13,11 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// A hold is the time a connection is out of the pool: a loan, a lease, or all
-// that a session has of it. Who holds what, and since when, is written down
-// only if somebody wants to know (HoldWarn, Profile, Debug), because it takes a
-// walk up the stack; but for leases always, since of a forgotten one the place
-// where it was borrowed is all there is to tell.
+// Leak detection and reports of long loans. A loan record says who has a connection
+// that is in use, and since when: for a single loan, for a lease, or for all the uses
+// of a session. A record takes a walk up the stack, so the pool makes records only if
+// HoldWarn, Profile or Debug is set. Leases are always recorded: when a lease leaks,
+// the stack of its borrow is the only thing that the pool can report.
 
 // HeldInfo is what [Trace.HeldLong] and [Trace.Leaked] get.
 type HeldInfo struct {
@@ -28,44 +28,45 @@ type HeldInfo struct {
 	Stack string        // the whole stack of the borrow, as in the text of a panic
 }
 
-// holding is one connection that is out.
+// loanRecord is the record of one connection that is in use.
 type loanRecord struct {
 	addr  Addr
 	id    uint64
 	since clock.Instant
 	stack []uintptr
-	trace *Trace // of the borrow, which has the pool's in it
+	trace *Trace // of the borrow, including the pool's
 
-	next, prev *loanRecord // in the list of the loanLog
-	listed     bool
+	next, prev *loanRecord   // in the list of the loanLog
+	listed     bool          // it is in that list
 	out        *list.Element // in loanLog.out
 }
 
-// loanLog knows what is out, as far as that is written down, and tells of what has
-// been out for long.
+// loanLog holds the loan records, and reports connections that have been in use for
+// long.
 type loanLog struct {
-	wanted  bool           // each loan is written down, not only the leases
-	warn    time.Duration  // Config.HoldWarn, 0 or less: nothing is told
+	wanted  bool           // every loan is recorded, not only leases
+	warn    time.Duration  // Config.HoldWarn; 0 or less: no reports
 	profile *pprof.Profile // nil: none
 	clock   *clock.Clock
 	report  *reporter
 
-	out loansOut // all that is written down
+	out loansOut // all records
 
-	// Those that have not been told of, longest held first. The timer runs while there
-	// are any.
+	// The records that have not been reported yet, oldest first. The timer runs while
+	// there are any.
 	mu             sync.Mutex // guards the list and the timer; no hook, log line or other lock under it
 	oldest, newest *loanRecord
 	timer          *time.Timer
 }
 
+// init sets up the log from the pool's Config.
 func (l *loanLog) init(cfg *Config, k *clock.Clock, r *reporter) {
 	l.wanted = cfg.HoldWarn > 0 || cfg.Profile != nil || cfg.Debug
 	l.warn, l.profile, l.clock, l.report = cfg.HoldWarn, cfg.Profile, k, r
 }
 
-// recordLoan writes down that c is lent to the caller's caller, skip frames further
-// up. Only the owner of c calls it.
+// recordLoan records that c is lent. The stack in the record begins skip frames above
+// recordLoan's caller. Only the owner of c calls it.
 func (c *conn) recordLoan(skip int) {
 	p := c.site.pool
 	var pcs [64]uintptr
@@ -75,7 +76,7 @@ func (c *conn) recordLoan(skip int) {
 	p.loanLog.add(h, skip+2)
 }
 
-// add begins the record of a loan to the caller, skip frames further up.
+// add adds a record. skip is the number of stack frames to leave out for the Profile.
 func (l *loanLog) add(h *loanRecord, skip int) {
 	l.out.add(h)
 	if l.profile != nil {
@@ -100,8 +101,8 @@ func (l *loanLog) add(h *loanRecord, skip int) {
 	}
 }
 
-// dropRecord ends the record of the loan of c, if there is one. Only the owner of c
-// calls it, and is about to give c up.
+// dropRecord removes the record of c, if c has one. Only the owner of c calls it, when
+// it is about to give c up.
 func (c *conn) dropRecord() {
 	if l := c.loan.Load(); l != nil && l.record != nil {
 		h := l.record
@@ -110,6 +111,7 @@ func (c *conn) dropRecord() {
 	}
 }
 
+// remove removes a record.
 func (l *loanLog) remove(h *loanRecord) {
 	l.out.remove(h)
 	if l.profile != nil {
@@ -123,12 +125,12 @@ func (l *loanLog) remove(h *loanRecord) {
 	if h.listed {
 		l.unlist(h)
 	}
-	if l.oldest == nil && l.timer != nil { // else the Profile has panicked, and h never came so far
+	if l.oldest == nil && l.timer != nil { // there is no timer if Profile.Add panicked before add made one
 		l.timer.Stop()
 	}
 }
 
-// unlist needs mu.
+// unlist takes h off the list of records not yet reported. The caller holds mu.
 func (l *loanLog) unlist(h *loanRecord) {
 	if h.prev == nil {
 		l.oldest = h.next
@@ -143,7 +145,8 @@ func (l *loanLog) unlist(h *loanRecord) {
 	h.prev, h.next, h.listed = nil, nil, false
 }
 
-// tell tells of each connection that has been out for HoldWarn, once.
+// tell reports each connection that has been in use for HoldWarn, once, and restarts
+// the timer for the next one.
 func (l *loanLog) tell() {
 	now := l.clock.Exactly()
 	var late []*loanRecord
@@ -168,6 +171,7 @@ func (l *loanLog) tell() {
 	}
 }
 
+// info returns h as a HeldInfo; the loan has lasted until now.
 func (h *loanRecord) info(now clock.Instant) HeldInfo {
 	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.Sub(h.since)}
 	var b strings.Builder
@@ -184,21 +188,21 @@ func (h *loanRecord) info(now clock.Instant) HeldInfo {
 	return info
 }
 
-// forgotten takes back the connection of a lease or session that nobody can
-// reach any more.
+// leakedLease takes back the connection of a lease that became unreachable.
 func leakedLease(c *conn) {
-	go func() { // the caller is the runtime, and its other clean-ups wait
+	go func() { // the caller is the runtime, whose other clean-ups wait
 		if c.abort() {
 			c.noteLeaked()
 		}
 	}()
 }
 
-// leaked closes a connection that the caller owns because nobody else can.
+// noteLeaked counts and reports the connection of a leaked lease or session, and closes
+// it. The caller owns c.
 func (c *conn) noteLeaked() {
 	p := c.site.pool
 	t, h := c.trace(), c.loanState().record
-	if h == nil { // nobody wanted to know; only leases are always written down
+	if h == nil { // the loan was not recorded; only leases always are
 		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}
 	}
 	info := h.info(p.clock.Exactly())

@@ -5,19 +5,22 @@ import (
 	"fmt"
 )
 
-// extras are the fields that only MinIdlePerAddr, Push, Conn.Context and slow closes need.
-// They are allocated on first use, so that a plain connection stays small.
+// coldFields are the fields of a conn that most connections never need: those of
+// MinIdlePerAddr, Push, Conn.Context, slow closes, a Close in a hook, and a peer that
+// hung up during Setup. They are allocated on first use, so that a plain connection
+// stays small.
 type coldFields struct {
-	checking    bool          // it is being looked at; Pool.mu
-	fromReserve bool          // it was lent from its address's reserve, however long it had been idle; the owner's
-	unread      bool          // the last loan left something for Push; the owner's
-	pushback    *pushback     // what a look took out, for the next loan to read; the owner's, see pool_push.go
+	checking    bool          // the connection is being probed; Pool.mu
+	fromReserve bool          // it was lent from the reserve of its address, so its idle time does not count; only the owner uses it
+	unread      bool          // the last loan left bytes for Push; only the owner uses it
+	pushback    *pushback     // bytes that a probe read, for the next loan to read first, see pool_push.go; only the owner uses it
 	ctx         connCtx       // dmu
-	struck      chan struct{} // the socket was closed under a hook's loan; closed when that is done; dmu
-	slow        bool          // it is being closed, and that takes its time; Pool.mu
-	end         error         // the end of the peer that the look after Setup has met; the owner's, see conn.ended
+	struck      chan struct{} // set when strike closes the socket during a hook's loan; closed when the socket is closed; dmu
+	slow        bool          // its close takes long; Pool.mu
+	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
 }
 
+// ensureCold returns the cold fields of c, and allocates them if there are none yet.
 func (c *conn) ensureCold() *coldFields {
 	for {
 		if e := c.cold.Load(); e != nil {
@@ -29,18 +32,18 @@ func (c *conn) ensureCold() *coldFields {
 	}
 }
 
-// life is the ctx of a connection's time in the pool, made when somebody asks
-// for it. Guarded by conn.dmu.
+// connCtx is the ctx of a connection's time in the pool. It is made on the first call
+// of Conn.Context. conn.dmu guards it.
 type connCtx struct {
 	ctx   context.Context
 	end   context.CancelCauseFunc
-	cause error // why the connection has left, nil while it has not
+	cause error // why the connection has left the pool; nil while it has not
 }
 
-// Context is done when the connection leaves the pool, whichever way: evicted,
-// expired, found dead, closed by its borrower or with the pool, or detached; the
-// cause says why. It is for what lives as long as the connection, and not only
-// for a loan: Setup may start a goroutine with it.
+// Context returns a ctx that is done when the connection leaves the pool: when it is
+// evicted, expires, is found dead, is closed by its borrower or with the pool, or is
+// detached. The cause of the ctx says why. The ctx is for what lives as long as the
+// connection and longer than a loan: Setup may start a goroutine with it.
 //
 //	Setup: func(ctx context.Context, addr connpool.Addr, nc net.Conn) (any, error) {
 //		a := newActor()
@@ -48,7 +51,8 @@ type connCtx struct {
 //		return a, nil
 //	}
 //
-// It carries no values. After the loan Context is a ctx that is done.
+// The ctx carries no values. After the loan, Context returns a ctx that is already
+// done.
 func (h Conn) Context() context.Context {
 	if err := h.c.enter(h.gen); err != nil {
 		ctx, cancel := context.WithCancelCause(context.Background())
@@ -61,7 +65,7 @@ func (h Conn) Context() context.Context {
 	defer c.dmu.Unlock()
 	if e.ctx.ctx == nil {
 		e.ctx.ctx, e.ctx.end = context.WithCancelCause(context.Background())
-		switch { // an operation may have outlived its loan
+		switch { // the connection may have left the pool: an operation may outlive its loan
 		case e.ctx.cause != nil:
 			e.ctx.end(e.ctx.cause)
 		case c.word.Load()&(flagShut|flagStolen|flagDetached) != 0:
@@ -75,7 +79,7 @@ func (h Conn) Context() context.Context {
 func (c *conn) endLife(reason CloseReason) {
 	e := c.cold.Load()
 	if e == nil {
-		return // nobody asked, and who asks now finds it shut
+		return // nobody has called Context; a later call finds flagShut, flagStolen or flagDetached
 	}
 	c.dmu.Lock()
 	e.ctx.cause = leftPool(reason)
@@ -86,7 +90,8 @@ func (c *conn) endLife(reason CloseReason) {
 	}
 }
 
-// leftPool is why a connection has left.
+// leftPool is the error that says why a connection has left the pool. ClosedUnknown
+// stands for Detach.
 type leftPool CloseReason
 
 func (r leftPool) Error() string {

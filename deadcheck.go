@@ -17,19 +17,20 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
-// Prober may be implemented by a net.Conn that has no descriptor, or knows
-// better than a look at its descriptor. Probe is asked before each loan and in
-// each sweep, by one goroutine at a time and never during a loan. nil means
-// that the peer is there and nothing waits to be read, an error that is ErrUnread
-// that something does; after any other the connection is closed. It must not block.
+// Prober may be implemented by a net.Conn that has no descriptor, or that knows better
+// than a look at its descriptor. The pool calls Probe before each loan and in each
+// sweep, from one goroutine at a time and never during a loan. Probe returns nil if the
+// peer is there and no bytes wait to be read, and an error that is ErrUnread if bytes
+// are waiting. After any other error the pool closes the connection. Probe must not
+// block.
 //
-// A connection that is neither a Prober nor has a descriptor is lent by the
-// rules of age alone; Stats.Unprobed counts them.
+// A connection that is no Prober and has no descriptor is judged by its age only;
+// Stats.Unprobed counts such connections.
 type Prober interface{ Probe() error }
 
-// unfit says why an idle connection may not be lent, ClosedUnknown if it may.
-// The caller owns it. Age comes first, because it is cheap; then one look into
-// the socket; then, for one that has long been idle, the protocol's own ping.
+// whyUnfit returns why an idle connection must not be lent, ClosedUnknown if it may be
+// lent. The caller owns it. The age comes first, because it is the cheapest test; then
+// the probe; then Config.Check, if the connection has been idle for long.
 func (c *conn) whyUnfit(ctx context.Context) (CloseReason, error) {
 	p := c.site.pool
 	unproven := p.clock.Age(c.since-clock.Instant(c.idleFor), c.since)
@@ -49,14 +50,16 @@ func (c *conn) whyUnfit(ctx context.Context) (CloseReason, error) {
 	if c.checked != 0 {
 		unproven = min(unproven, p.clock.Age(c.checked, c.since))
 	}
-	// c.since may be older than the latest answer of Check: the borrower's clock
-	// was read before the lock. That is no reason to trust a peer where nothing is.
+	// c.since may be earlier than the latest Check, because the borrower read its clock
+	// before it had the lock. If CheckAfterIdle is 0, which means no trust, a negative
+	// time must not pass for trust.
 	if max(0, unproven) < p.cfg.CheckAfterIdle {
 		return ClosedUnknown, nil
 	}
 	return c.ping(ctx)
 }
 
+// ping runs Config.Check on c, and probes c afterwards.
 func (c *conn) ping(ctx context.Context) (CloseReason, error) {
 	p := c.site.pool
 	asked := false
@@ -85,8 +88,7 @@ func (c *conn) ping(ctx context.Context) (CloseReason, error) {
 	return c.probe() // the answer may have been longer than Check read
 }
 
-// system is the seam through which every system call of the pool's own passes.
-// Tests put their own in its place.
+// system is the seam at which tests replace system calls of the pool.
 type system struct {
 	dial         func(context.Context, Addr) (net.Conn, error)
 	identify     func(fd uintptr) (sock.ID, bool)
@@ -99,44 +101,45 @@ type system struct {
 
 var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.ReadNow, sock.FileLimit, sock.NoFileFree}
 
-// probe is how a connection is asked whether it is still itself, lives and is
-// clean.
+// socket is the descriptor side of a connection: it answers whether the connection is
+// still the one that was dialled, is alive, and is clean.
 //
-// First, identity. The operating system gives the number of a closed descriptor
-// to the next socket, so a descriptor that was closed behind the pool's back may
-// have become somebody else's: reading from it, writing to it and closing it
-// would hit a stranger. What the socket was is recorded when it is dialled and
-// compared before anything touches the descriptor again. It is check, then act:
-// a theft between the two goes unnoticed until the next look.
+// First, identity. The operating system gives the number of a closed descriptor to the
+// next socket. If other code in the process closes a descriptor that the pool uses, the
+// number may belong to another socket, and the pool would read from it, write to it or
+// close it. So the pool records the identity of the socket when it is dialled, and
+// compares it before it touches the descriptor again. Between the comparison and the
+// use there is a gap: a descriptor that is stolen in the gap is noticed only at the
+// next probe.
 //
-// Then one peek. On a plain connection nothing there is good; bytes that nobody
-// asked for are as bad as an end of stream. Under TLS bytes prove nothing: they
-// may be session tickets, and an end may look like data. So if, and only if, the
-// peek shows bytes, crypto/tls reads once, over a socket that does not wait: it
-// eats tickets and finds nothing (alive), finds plaintext (dirty), or finds the
-// end (stale).
+// Then one peek, which reads without taking. On a plain connection both findings are
+// bad: unrequested bytes, and the end of the stream. Under TLS, bytes alone prove
+// nothing: they may be session tickets, or an alert that ends the connection. So if,
+// and only if, the peek shows bytes, crypto/tls reads once, over a socket that does not
+// wait. It consumes tickets and finds nothing more (alive), finds plaintext (dirty), or
+// finds the end (stale).
 type socket struct {
 	sys *system
 	raw syscall.RawConn // nil: no descriptor
 	tls *tls.Conn       // nil: no crypto/tls above
 
-	who     sock.ID // of the descriptor's socket, if raw is there
-	number  uint32  // of the descriptor; those of Windows too have 32 bits that count
-	known   bool    // who is
-	plain   bool    // a socket of package net: its close does not block, unless it lingers
-	foreign bool    // the connection is somebody else's code, which may do anything
-	keep    bool    // plaintext that a look takes out is for Config.Push
+	who     sock.ID // identity of the descriptor's socket, valid if known
+	number  uint32  // number of the descriptor; on Windows too 32 bits are enough
+	known   bool    // who is valid
+	plain   bool    // a socket of package net: its Close does not block, unless SO_LINGER is set
+	foreign bool    // the connection is foreign code, see foreign.go
+	keep    bool    // plaintext that a probe reads is kept for Config.Push
 }
 
-// look is one visit to a descriptor: what it is to find out, and what it found.
-// It is used again and again, because a closure allocates.
+// fdVisit is one visit to a descriptor: the question and the result. It is used again
+// and again, because a closure allocates.
 type fdVisit struct {
 	sock    *socket
-	peek    bool          // not only compare the identity
-	visit   func(uintptr) // made once
-	stolen  bool
-	seen    sock.Seen
-	scratch [1]byte // for readThrough
+	peek    bool          // peek, too; else only compare the identity
+	visit   func(uintptr) // the closure, made once
+	stolen  bool          // result: the descriptor has become another socket's
+	seen    sock.Seen     // result of the peek
+	scratch [1]byte       // for readThrough
 }
 
 var fdVisits = sync.Pool{New: func() any {
@@ -151,17 +154,21 @@ var fdVisits = sync.Pool{New: func() any {
 	return l
 }}
 
+// newFDVisit returns a visit to the descriptor of p; done gives it back.
 func newFDVisit(p *socket, peek bool) *fdVisit {
 	l := fdVisits.Get().(*fdVisit)
 	l.sock, l.peek = p, peek
 	return l
 }
 
+// done makes the visit available for another probe.
 func (l *fdVisit) done() {
 	l.sock, l.seen = nil, sock.Seen{}
 	fdVisits.Put(l)
 }
 
+// init finds the descriptor of nc, under TLS and under wrappers, and records its
+// identity.
 func (p *socket) init(nc net.Conn, sys *system, cfg *Config) {
 	p.sys, p.keep = sys, cfg.Push != nil
 	below := nc
@@ -196,15 +203,16 @@ func (p *socket) init(nc net.Conn, sys *system, cfg *Config) {
 		}
 	})
 	if !shown && p.foreign {
-		p.raw = nil // there is none, whatever SyscallConn says
+		p.raw = nil // SyscallConn promises a descriptor, but Control shows none
 	}
 }
 
-// wrappings is how many connections may be wrapped in each other before the pool
-// gives up looking for the innermost: one may say that it wraps itself.
+// wrappings bounds how many connections may wrap each other before the pool gives up
+// the search for the innermost: a connection may name itself as the one it wraps.
 const wrappings = 16
 
-// sock is what crypto/tls reads from; nil without TLS, or if a custom dialer made it.
+// belowTLS returns the socket that crypto/tls reads from; nil without TLS, or if a
+// custom dialer made the tls.Conn.
 func (p *socket) belowTLS() *tlsSocket {
 	if p.tls == nil {
 		return nil
@@ -213,10 +221,10 @@ func (p *socket) belowTLS() *tlsSocket {
 	return s
 }
 
-// can reports whether there is a descriptor to ask.
+// canPeek reports whether there is a descriptor to peek at.
 func (p *socket) canPeek() bool { return p.raw != nil && sock.CanPeek }
 
-// prober is nc as a Prober, nil if it is none. Only foreign connections are.
+// prober returns nc as a Prober, nil if it is none. Only foreign connections can be.
 func (p *socket) prober(nc net.Conn) Prober {
 	if !p.foreign {
 		return nil
@@ -225,7 +233,7 @@ func (p *socket) prober(nc net.Conn) Prober {
 	return pr
 }
 
-// fd is the number of the descriptor, if raw is there.
+// fd returns the number of the descriptor. It is valid if raw is not nil.
 func (p *socket) fd() uintptr { return uintptr(p.number) }
 
 // isStolen reports whether the descriptor has become another socket's.
@@ -237,8 +245,8 @@ func (p *socket) isStolen() (stolen bool) {
 	return stolen
 }
 
-// lingers reports whether the socket was told to wait in its close (SO_LINGER).
-// Whoever made it, or had it on loan, may have done that.
+// lingers reports whether SO_LINGER makes Close of the socket wait. The dialer or a
+// borrower may have set it.
 func (p *socket) lingers() (yes bool) {
 	if p.raw == nil {
 		return false
@@ -247,10 +255,10 @@ func (p *socket) lingers() (yes bool) {
 	return yes
 }
 
-// ask looks whether the connection may be lent. The caller owns it.
+// probe finds out whether the connection may be lent. The caller owns it.
 func (c *conn) probe() (CloseReason, error) {
 	if c.word.Load()&flagHungUp != 0 {
-		c.word.And(^uint64(flagHungUp)) // before the look, so that the next one is not missed
+		c.word.And(^uint64(flagHungUp)) // before the visit, so that a later hang-up is not missed
 		if e := c.cold.Load(); e != nil && e.end != nil {
 			return ClosedStale, e.end
 		}
@@ -266,6 +274,8 @@ func (c *conn) probe() (CloseReason, error) {
 	return reason, err
 }
 
+// probe is conn.probe without the flags of the state word: it visits the descriptor, or
+// calls Probe of nc.
 func (p *socket) probe(cfg *Config, nc net.Conn) (CloseReason, error) {
 	var seen sock.Seen
 	if p.raw != nil && (p.known || !cfg.NoProbe) {
@@ -305,15 +315,16 @@ func (p *socket) probe(cfg *Config, nc net.Conn) (CloseReason, error) {
 	return p.readThrough(tlsNoWait, probePatience)
 }
 
+// askProber calls pr.Probe, for foreignPatience at most.
 func askProber(pr Prober) error {
 	k := newCall("Probe")
 	k.prober = pr
 	return k.await(foreignPatience)
 }
 
-// probePatience bounds what a look may wait for where it cannot do without
-// waiting: for crypto/tls over a foreign connection, and for the answer that
-// TLS 1.3 owes to a key update.
+// probePatience bounds how long a probe waits where it has to wait: for crypto/tls over
+// a foreign connection, and for the write of the answer that TLS 1.3 requires to a key
+// update.
 const probePatience = time.Millisecond
 
 var (
@@ -322,11 +333,12 @@ var (
 	errStolen   = errors.New("the descriptor has become another socket's: something closed it behind the pool's back")
 )
 
-// leftovers reports whether crypto/tls holds plaintext that was not read, or a
-// part of a record, or has seen the end. A loan that moved nothing may have
-// made it read all the same: a read that timed out in the middle of a record, or
-// of a renegotiation, moves nothing. Over a socket of the pool's own its reads
-// are known; of a dialer's *tls.Conn only what the borrower did is.
+// leftovers reports whether crypto/tls holds plaintext that was not read, holds a part
+// of a record, or has seen the end. moved says that the loan has moved bytes. A loan
+// that has moved none may still have made crypto/tls read: a read that timed out in the
+// middle of a record, or of a renegotiation, returns no bytes. Over a tlsSocket the
+// pool knows what crypto/tls has read. With a dialer's own *tls.Conn it knows only what
+// the borrower did.
 func (p *socket) leftovers(moved bool) (bool, error) {
 	switch sock := p.belowTLS(); {
 	case p.tls == nil:
@@ -340,12 +352,13 @@ func (p *socket) leftovers(moved bool) (bool, error) {
 	return reason != ClosedUnknown, err
 }
 
-// readThrough reads one byte through crypto/tls without waiting for the peer.
-// Over a foreign connection, which cannot be told not to wait, a deadline has to
-// do: it waits for patience at most.
+// readThrough reads one byte through crypto/tls without waiting for the peer. A foreign
+// connection cannot be told not to wait, so there a deadline bounds the read: it waits
+// for patience at most.
 //
-// A foreign connection that takes no deadline is not read: what nobody can ask is
-// not proven clean. Of the pool's own TLS over it crypto/tls alone is asked.
+// A foreign connection that accepts no deadline is not read: the pool cannot find out
+// whether it is clean, so it closes the connection. If the pool's own TLS runs over
+// such a connection, readThrough asks crypto/tls alone, and does not read from below.
 func (p *socket) readThrough(mode tlsMode, patience time.Duration) (reason CloseReason, err error) {
 	if !p.foreign || mode == tlsSealed && p.belowTLS() != nil {
 		l := newFDVisit(p, false)
@@ -353,7 +366,8 @@ func (p *socket) readThrough(mode tlsMode, patience time.Duration) (reason Close
 		var step string
 		return p.readThroughNow(mode, patience, &l.scratch, &step)
 	}
-	// What is left behind keeps the byte that it reads into.
+	// A call that is given up goes on using the byte that it reads into, so it gets one
+	// of its own.
 	found, scratch := make(chan CloseReason, 1), new([1]byte)
 	k := newCall("the connection under TLS")
 	k.f = func() error {
@@ -370,8 +384,9 @@ func (p *socket) readThrough(mode tlsMode, patience time.Duration) (reason Close
 	return reason, err
 }
 
-// readThroughNow writes to step which method of the connection it is about to call:
-// code that is not the pool's may panic in it, or end the goroutine.
+// readThroughNow does the work of readThrough on the calling goroutine. It writes to
+// step which method of the connection it is about to call: foreign code may panic
+// there, or end the goroutine.
 func (p *socket) readThroughNow(mode tlsMode, patience time.Duration, scratch *[1]byte, step *string) (reason CloseReason, err error) {
 	defer func() {
 		if err != nil && reason == ClosedUnknown {
@@ -402,7 +417,7 @@ func (p *socket) readThroughNow(mode tlsMode, patience time.Duration, scratch *[
 			before := *step // a panic may be under way
 			*step = "SetDeadline of the connection under TLS"
 			if e := p.tls.SetDeadline(time.Time{}); e != nil && reason == ClosedUnknown {
-				reason, err = ClosedStale, e // it would strike the next borrower
+				reason, err = ClosedStale, e // the deadline would strike the next borrower
 			}
 			*step = before
 		}()
@@ -424,11 +439,11 @@ func (p *socket) readThroughNow(mode tlsMode, patience time.Duration, scratch *[
 	case sock != nil && sock.record.Partial():
 		return ClosedDirty, errPartial
 	case (sock == nil || sock.renegotiates) && !p.tls.ConnectionState().HandshakeComplete:
-		// This read, or the borrower's last, ran out of time in the middle of
-		// a renegotiation, which crypto/tls never takes up again.
+		// This read, or the borrower's last read, ran out of time in the middle of a
+		// renegotiation. crypto/tls cannot resume it.
 		return ClosedStale, errRenegotiating
 	case sock == nil || sock.raw == nil:
-		// A write of nothing shows whether an answer could not be written.
+		// An empty write returns the error of an answer that could not be written.
 		*step = "Write of the connection under TLS"
 		if _, err := p.tls.Write(nil); err != nil {
 			return ClosedStale, err

@@ -17,21 +17,24 @@ import (
 	"time"
 )
 
-// What the pool calls and has not written: a dialer's connections, observers, a
-// log. Such code may panic, end its goroutine, or never come back; a connection
-// may refuse deadlines, or take them and do nothing. None of it may cost more
-// than itself.
+// Foreign code is code that the pool calls and did not write: a dialer's connections,
+// observers, a log. Such code may panic, end its goroutine, or never return. A
+// connection may refuse deadlines, or accept them and ignore them. The damage must not
+// go beyond the call itself: the pool keeps its slots and its goroutines going.
 //
-// A call that must not block (SetDeadline, Probe, a Trace function, a log line)
-// runs briefly: on a goroutine of its own, for foreignPatience. What blocks by its
-// nature, reading and writing, runs aside while a ctx may end it: the loan goes on
-// without it if neither a deadline nor a close brings it back.
+// A call that must not block (SetDeadline, Probe, a Trace function, a log line) runs
+// through briefly: on a goroutine of its own, for foreignPatience at most. A call that
+// blocks by its nature (Read, Write) runs through aside, if the ctx of its loan may
+// end. If neither a deadline nor a close makes the call return, the loan goes on
+// without it.
 //
-// Package net and crypto/tls over it need none of that, and get none of it.
+// A socket of package net, and crypto/tls over one, need none of this, and the pool
+// calls them directly.
 
-// mannersOf is how much is known of a connection whose socket, if it is crypto/tls,
-// is below: that its close does not block, or that its deadlines work at least; else
-// it is foreign.
+// mannersOf says how far the pool can rely on the connection nc. below is nc, or the
+// socket below it if nc is crypto/tls; ownTLS says that the pool made that crypto/tls.
+// plain: Close does not block. foreign: the code is unknown and may do anything.
+// Neither: the deadlines work at least.
 func mannersOf(nc, below net.Conn, ownTLS bool) (plain, foreign bool) {
 	switch below.(type) {
 	case *net.TCPConn, *net.UnixConn:
@@ -42,28 +45,31 @@ func mannersOf(nc, below net.Conn, ownTLS bool) (plain, foreign bool) {
 	return false, true
 }
 
-// foreignPatience is what foreign code gets that must not block. It counts from
-// when the code has begun to run, so that a busy machine costs nobody anything.
+// foreignPatience bounds foreign code that must not block. The time counts from the
+// moment when the code has begun to run, so that a busy machine does not look like a
+// slow callee.
 const foreignPatience = 250 * time.Millisecond
 
-// lateError is foreign code that the pool goes on without.
+// lateError is the error for foreign code that has not returned in time. The pool goes
+// on without it.
 type lateError struct{ what string }
 
 func (e *lateError) Error() string { return e.what + " did not return" }
 func (e *lateError) Timeout() bool { return true }
 func (*lateError) Temporary() bool { return false }
 
+// isLate reports whether err is a lateError, or wraps one.
 func isLate(err error) bool {
 	var late *lateError
 	return errors.As(err, &late)
 }
 
-// tame is err as foreign code has returned it, less the marks of Keep that are in it.
-// The pool asks errors for more than their text, later, with its books locked and
-// on goroutines of its own, where a method that panics would end the process. So
-// each is asked here first, and one that cannot be asked is replaced.
+// tame makes the error of foreign code safe to use, and removes the marks of Keep from
+// it. Later the pool calls methods of the error with its books locked and on goroutines
+// of its own, where a panic of a method would end the process. So tame calls these
+// methods first, and replaces an error whose methods panic.
 //
-// A method that does not return holds up its caller, who has a bound for that.
+// If a method does not return, neither does tame; each caller has a bound for that.
 func tame(err error) (tamed error) {
 	if err == nil {
 		return nil
@@ -78,34 +84,37 @@ func tame(err error) (tamed error) {
 	return spent(err)
 }
 
-// briefly runs f, which is foreign code that must not block, for patience at most.
-// The error is f's, a *hookPanic if f panicked, a *PanicError if it ended its
-// goroutine, or a *lateError if f is still running: then what f refers to is f's for good.
+// briefly runs f, foreign code that must not block, for patience at most. It returns
+// f's error, a *hookPanic if f panicked, a *PanicError if f ended its goroutine, or a
+// *lateError if f is still running. After a *lateError the caller must not use again
+// what f refers to.
 func briefly(what string, patience time.Duration, f func() error) error {
 	k := newCall(what)
 	k.f = f
 	return k.await(patience)
 }
 
-// call is one call of briefly. It is used again unless it was left behind.
+// call is one call of briefly. Calls are used again, except those that needed a timer
+// or were given up.
 type call struct {
 	what   string
-	step   string // where f is, if it tells; only f's goroutine has it
+	step   string // what f is doing, for the text of a panic; only f's goroutine uses it
 	f      func() error
-	prober Prober // in the place of f: its method as a value would allocate
-	start  func() // k.run, made once
+	prober Prober // called instead of f if it is not nil: a method value would allocate
+	start  func() // k.run, made once: a method value allocates
 
 	mu    sync.Mutex // guards what follows
-	moved sync.Cond  // it changed
-	begun bool
-	ended bool
-	late  bool // await waits no longer
-	timed bool // there was a timer, which may still come
+	moved sync.Cond  // signals that a field below has changed
+	begun bool       // f has begun to run
+	ended bool       // f has ended
+	late  bool       // await has given up
+	timed bool       // a timer was made, and may still fire
 	err   error
 }
 
 var calls sync.Pool // of *call
 
+// newCall returns a call to be filled in; what names it in errors.
 func newCall(what string) *call {
 	k, _ := calls.Get().(*call)
 	if k == nil {
@@ -117,6 +126,7 @@ func newCall(what string) *call {
 	return k
 }
 
+// run runs f, or Probe of prober, on the call's own goroutine.
 func (k *call) run() {
 	whole := false
 	var err error
@@ -124,7 +134,7 @@ func (k *call) run() {
 		if !whole {
 			v := recover()
 			pan := panicOf(cmp.Or(k.step, k.what), v)
-			if err = pan; v != nil { // else a runtime.Goexit
+			if err = pan; v != nil { // v is nil after a runtime.Goexit
 				err = &hookPanic{pan}
 			}
 		}
@@ -145,10 +155,11 @@ func (k *call) run() {
 	whole = true
 }
 
+// await starts the call and waits for its end, for patience at most.
 func (k *call) await(patience time.Duration) error {
 	go k.start()
 	ended := false
-	for range 4 { // most are over before a timer would be made
+	for range 4 { // most calls end before a timer would be made
 		k.mu.Lock()
 		ended = k.ended
 		k.mu.Unlock()
@@ -169,7 +180,7 @@ func (k *call) await(patience time.Duration) error {
 	return err
 }
 
-// awaitLong reports whether f ended in time.
+// awaitLong waits for the end of f, with a timer. It reports whether f ended in time.
 func (k *call) awaitLong(patience time.Duration) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -192,8 +203,8 @@ func (k *call) awaitLong(patience time.Duration) bool {
 	return k.ended
 }
 
-// outlived books err if it says that foreign code was left behind or went wrong,
-// and reports whether it does.
+// outlived counts and reports err if it says that foreign code has not returned, has
+// panicked or has ended its goroutine. It reports whether err is of this kind.
 func (r *reporter) outlived(err error, addr Addr) bool {
 	switch err := err.(type) {
 	case *lateError:
@@ -208,7 +219,7 @@ func (r *reporter) outlived(err error, addr Addr) bool {
 	return true
 }
 
-// whose is what a log line says of an address, nothing if it is none's.
+// whose returns the attributes of a log line about addr; none for the zero Addr.
 func whose(addr Addr) []any {
 	if addr == (Addr{}) {
 		return nil
@@ -216,17 +227,17 @@ func whose(addr Addr) []any {
 	return []any{"addr", addr}
 }
 
-// outcome is how an operation ended that ran aside.
+// outcome is the result of an operation that ran through aside.
 type outcome struct {
 	n        int64
 	err      error
-	panicked any
-	exited   bool // runtime.Goexit
+	panicked any  // value of a panic, nil if there was none
+	exited   bool // runtime.Goexit was called
 }
 
-// aside runs op, which may block, on a goroutine of its own, and returns when it
-// does or when over is closed, or other, if there are two loans. A panic or Goexit of
-// op is the caller's.
+// aside runs op, which may block, on a goroutine of its own. It returns when op does,
+// or with a *lateError when over or other is closed: each is of one loan, and a copy
+// between two connections has two. A panic or Goexit of op happens to the caller.
 func aside(what string, over, other <-chan struct{}, op func() (int64, error)) (int64, error) {
 	done := make(chan outcome, 1)
 	go func() {
@@ -255,7 +266,7 @@ func aside(what string, over, other <-chan struct{}, op func() (int64, error)) (
 	}
 }
 
-// end ends the operation for its caller as it ended by itself.
+// end lets the caller return, panic or exit as the operation did.
 func (o outcome) end() (int64, error) {
 	switch {
 	case o.panicked != nil:
@@ -266,9 +277,10 @@ func (o outcome) end() (int64, error) {
 	return o.n, o.err
 }
 
-// leavable is a foreign connection as the operations of a loan see it. The bytes
-// go through a buffer of the operation's own: one that was left behind must not
-// touch the borrower's.
+// leavable is the reader and writer through which a loan uses a foreign connection, so
+// that it can leave a blocked call behind. The bytes go through a buffer of the
+// operation's own, because a call that was left behind must not touch the borrower's
+// buffer.
 type leavable struct {
 	c    *conn
 	r    io.Reader
@@ -276,10 +288,11 @@ type leavable struct {
 	over <-chan struct{}
 }
 
-// asideBuffer bounds the copy that a Read makes; it may read less than it is asked
-// for. A Write must write all, and keeps what it writes together.
+// asideBuffer bounds the buffer of a Read, which may return fewer bytes than it was
+// asked for. A Write has to write everything, so it copies everything.
 const asideBuffer = 64 << 10
 
+// Read reads at most asideBuffer bytes, into a buffer of its own.
 func (l leavable) Read(b []byte) (int, error) {
 	if l.c.isOverdue() {
 		return 0, os.ErrDeadlineExceeded
@@ -292,6 +305,7 @@ func (l leavable) Read(b []byte) (int, error) {
 	return copy(b, own[:max(0, min(n, int64(len(own))))]), err
 }
 
+// Write writes a copy of b.
 func (l leavable) Write(b []byte) (int, error) {
 	if l.c.isOverdue() {
 		return 0, os.ErrDeadlineExceeded
@@ -304,12 +318,14 @@ func (l leavable) Write(b []byte) (int, error) {
 	return int(n), err
 }
 
-// isOverdue reports whether the ctx of the loan is done. On a socket the past
-// deadline says so; a foreign connection may not have listened to it.
+// isOverdue reports whether the ctx of the loan is done. On a socket of package net the
+// deadline in the past has the same effect; a foreign connection may have ignored that
+// deadline.
 func (c *conn) isOverdue() bool { return c.word.Load()&(flagCut|flagDetached) == flagCut }
 
-// over is closed when the operations of the loan are left behind. nil: a loan
-// whose ctx can never be done waits for them.
+// over returns the channel that is closed when the operations of the loan are left
+// behind. nil: operations are never left behind, because the connection is not foreign
+// or the loan's ctx can never be done.
 func (c *conn) over() <-chan struct{} {
 	l := c.loan.Load()
 	if l == nil || !c.sock.foreign {
@@ -320,7 +336,8 @@ func (c *conn) over() <-chan struct{} {
 	return l.over
 }
 
-// source is where the bytes of a loan come from.
+// source returns the reader of a loan: pushback first, if there is any, then the
+// connection.
 func (c *conn) source() io.Reader {
 	e := c.cold.Load()
 	if e == nil || e.pushback == nil {
@@ -329,7 +346,8 @@ func (c *conn) source() io.Reader {
 	return readerFunc(func(p []byte) (int, error) { return e.pushback.read(c.nc, p) })
 }
 
-// reader is what a loan reads from, writer what it writes to.
+// reader returns what an operation of a loan reads from: source, through a leavable if
+// the loan may leave its operations behind. writer does the same for writes.
 func (c *conn) reader() io.Reader {
 	if over := c.over(); over != nil {
 		return leavable{c: c, r: c.source(), over: over}
@@ -344,9 +362,10 @@ func (c *conn) writer() io.Writer {
 	return c.nc
 }
 
-// copyIn and copyOut are ReadFrom and WriteTo of a loan. Where what is at the other
-// end is the kernel's, or another loan, the copy as a whole runs aside if either end
-// may be left, so that the kernel sees both; else a Write or Read at a time does.
+// copyIn is ReadFrom of a loan, copyOut is WriteTo. If neither end may be left behind,
+// they copy directly. If the other end is a file, a socket or another loan, the whole
+// copy runs through aside, so that the kernel sees both ends. Else each Read or Write
+// runs through aside.
 func (c *conn) copyIn(r io.Reader) (int64, error) {
 	over, other := c.over(), overOf(r)
 	switch {
@@ -373,14 +392,14 @@ func (c *conn) copyOut(w io.Writer) (int64, error) {
 	return aside("WriteTo of the connection", over, other, func() (int64, error) { return writeTo(c.source(), w) })
 }
 
-// overdueAt reports whether the ctx of the loan behind x, if there is one, is done: a
-// copy that begins after that meets no interrupt of that loan any more.
+// overdueAt reports whether x is a loan whose ctx is done. A copy that begins after
+// that must not start: the interrupt of that loan has already happened.
 func overdueAt(x any) bool {
 	h, ok := onLoan(x)
 	return ok && h.c.isOverdue()
 }
 
-// overOf is over of the loan behind x, if there is one.
+// overOf returns over of the loan behind x, nil if x is no loan.
 func overOf(x any) <-chan struct{} {
 	h, ok := onLoan(x)
 	if !ok || h.c == nil {
@@ -389,7 +408,8 @@ func overOf(x any) <-chan struct{} {
 	return h.c.over()
 }
 
-// kernels reports whether x is a connection on loan, or a file or socket.
+// kernels reports whether the kernel may copy from or to x: whether x is a connection
+// on loan, a socket or a file.
 func kernels(x any) bool {
 	switch x := x.(type) {
 	case Conn, *Lease, *net.TCPConn, *net.UnixConn, *os.File:
@@ -400,11 +420,11 @@ func kernels(x any) bool {
 	return false
 }
 
-// query runs a question to a foreign connection that has no bytes in it, such as
-// its address.
+// query calls a method of a foreign connection that transfers no bytes, such as
+// LocalAddr.
 //
-// A question that begins when the ctx of the loan is done already meets no interrupt
-// any more, so it has a bound of its own.
+// If the ctx of the loan is done before the call begins, the interrupt has already
+// happened, so query sets a bound of its own.
 func (c *conn) query(what string, ask func() error) error {
 	over := c.over()
 	if over == nil {
@@ -423,8 +443,8 @@ func (c *conn) query(what string, ask func() error) error {
 	return err
 }
 
-// startDeadline sets the deadline with which a loan begins. A connection that
-// refuses it is lent all the same, and closed when the ctx is done.
+// startDeadline sets the deadline with which a loan begins. A connection that refuses
+// the deadline is lent all the same, and the pool closes it when the ctx is done.
 func (c *conn) startDeadline(l *loanState, t time.Time) {
 	if !c.sock.foreign {
 		c.deadlineSet = true
@@ -434,19 +454,21 @@ func (c *conn) startDeadline(l *loanState, t time.Time) {
 	c.tellDeadline(l, true, func() error { return c.nc.SetDeadline(t) })
 }
 
-// clearHalves sees to it that a SetDeadline that failed has set nothing: a half of
-// it that worked can be cleared, one that does not work was not set.
+// clearHalves clears the read and the write deadline after a SetDeadline that failed,
+// which may have set one of the two. An error says that one could not be cleared.
 func (c *conn) clearHalves() error {
 	return errors.Join(c.nc.SetReadDeadline(time.Time{}), c.nc.SetWriteDeadline(time.Time{}))
 }
 
+// errMute is the error of a SetDeadline that was not called, see loanState.mute.
 var errMute = errors.New("SetDeadline of the connection has not returned, or panicked, before")
 
-// tellDeadline sets a deadline of a foreign connection by set, one at a time. After
-// the interrupt there is only the past one. A connection whose SetDeadline panicked,
-// or has not returned, is not asked again, and closed after the loan.
+// tellDeadline calls set, which sets a deadline of a foreign connection. Calls run one
+// at a time. After the interrupt only the deadline in the past is set, so with
+// unlessCut the call is left out. If SetDeadline has panicked or has not returned, it
+// is not called again, and the pool closes the connection after the loan.
 //
-// dmu is not held while set runs: who wants it would wait as long.
+// dmu is not held while set runs: other users of dmu would wait as long as set runs.
 func (c *conn) tellDeadline(l *loanState, unlessCut bool, set func() error) error {
 	c.dmu.Lock()
 	for l.setting != nil {
@@ -503,7 +525,8 @@ func (c *conn) setForeignDeadline(t time.Time, set func(net.Conn, time.Time) err
 	return c.tellDeadline(l, true, func() error { return set(c.nc, limited) })
 }
 
-// clearDeadline is for the owner, after a loan in which one was set.
+// clearDeadline clears the deadline after a loan that has set one. If that fails, the
+// connection is marked broken. Only the owner calls it.
 func (c *conn) clearDeadline() error {
 	var err error
 	if !c.sock.foreign {
@@ -531,10 +554,11 @@ func (c *conn) clearDeadline() error {
 	return err
 }
 
-// interruptForeign is the part of interrupt that deadlines may not bring about.
-// First the connection is asked to let go of what is blocked in it; then, at once if
-// it refuses, it is closed; then its operations are left behind. None begins any
-// more, see isOverdue. Nobody waits for that, so each step is a timer's.
+// interruptForeign is interrupt for a foreign connection, whose deadlines may not work.
+// It has three steps, each foreignPatience after the one before, as long as operations
+// are blocked: it sets a deadline in the past; it closes the connection (at once if the
+// deadline is refused); it leaves the operations behind. No operation begins any more,
+// see isOverdue. The steps run from timers, so that nobody waits for them.
 func (c *conn) interruptForeign(l *loanState) {
 	p := c.site.pool
 	err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(aLongTimeAgo) })
@@ -571,13 +595,13 @@ func (c *conn) interruptForeign(l *loanState) {
 	}
 }
 
-// blocked reports whether operations of the loan, or of one that has just ended,
-// are under way.
+// blocked reports whether operations of the loan, or of a loan that has just ended, are
+// still running.
 func (c *conn) blocked() bool { return c.word.Load()&inFlight != 0 }
 
-// revoke closes the connection under a loan whose ctx is done: the caller becomes
-// the owner in the place of the borrower, as with Conn.Close. If the loan has
-// ended, its owner closes the connection, because it is cut.
+// revoke closes the connection during a loan whose ctx is done: the caller becomes the
+// owner in the place of the borrower, as with Conn.Close. If the loan has ended, revoke
+// does nothing: flagCut makes the owner close the connection.
 func (c *conn) revoke() {
 	for {
 		w := c.word.Load()
@@ -595,7 +619,7 @@ func (c *conn) revoke() {
 	}
 }
 
-// trusted is raw, made safe to call if it is somebody else's.
+// trusted returns raw, wrapped in a carefulRaw unless it is of package net or os.
 func trusted(raw syscall.RawConn) syscall.RawConn {
 	if raw == nil {
 		return nil
@@ -607,12 +631,13 @@ func trusted(raw syscall.RawConn) syscall.RawConn {
 	return &carefulRaw{RawConn: raw}
 }
 
-// carefulRaw is a RawConn that is not package net's.
+// carefulRaw is a RawConn of foreign code. Its Control returns in time, and calls f
+// only before it has returned.
 type carefulRaw struct{ syscall.RawConn }
 
 func (r *carefulRaw) Control(f func(uintptr)) error {
 	var (
-		mu   sync.Mutex // guards over, and f against being called when Control has returned
+		mu   sync.Mutex // guards over; held while f runs, so that f does not run after Control has returned
 		over bool
 	)
 	err := briefly("Control of the connection's RawConn", foreignPatience, func() error {
@@ -630,30 +655,33 @@ func (r *carefulRaw) Control(f func(uintptr)) error {
 	return err
 }
 
-// reporter is how the pool tells others what happens: the functions of a Trace, and
-// the lines of Config.Logger. Both are foreign code. It also counts the foreign code
-// that the pool goes on without.
+// reporter tells others what the pool does: it calls the functions of a Trace and
+// writes to Config.Logger. Both are foreign code. It also counts the foreign code that
+// the pool gave up.
 type reporter struct {
 	logger                  *slog.Logger  // nil: none
 	stuckTraces, stuckLines atomic.Int32  // calls of Trace and Logger that have not returned, see notify
 	abandoned               atomic.Uint64 // Stats.AbandonedCalls
 }
 
-// observe runs a Trace function in the middle of the pool's own work, which goes
-// on whatever the function does. While one is stuck none is waited for.
+// observe calls a Trace function in the middle of the pool's own work, which goes on
+// whatever the function does. While a Trace function has not returned, observe waits
+// for none.
 func (r *reporter) observe(what string, f func()) {
 	notify(what, &r.stuckTraces, func(err error) {
 		r.outlived(err, Addr{})
 	}, f)
 }
 
-// notify runs f, waits for it as long as briefly does, and reports what went wrong.
+// notify runs f, waits for it like briefly, and reports what went wrong. stuck counts
+// the calls that were given up and have not returned: while there are any, notify does
+// not wait.
 func notify(what string, stuck *atomic.Int32, report func(error), f func()) {
 	patience := foreignPatience
 	if stuck.Load() > 0 {
 		patience = 0
 	}
-	var left atomic.Int32 // 1: over, 2: not waited for any longer
+	var left atomic.Int32 // 1: f has ended; 2: notify has given f up
 	err := briefly(what, patience, func() error {
 		defer func() {
 			if !left.CompareAndSwap(0, 1) {
@@ -669,17 +697,17 @@ func notify(what string, stuck *atomic.Int32, report func(error), f func()) {
 	if isLate(err) {
 		stuck.Add(1)
 		if !left.CompareAndSwap(0, 2) {
-			stuck.Add(-1) // it has come back meanwhile
+			stuck.Add(-1) // f has returned in the meantime
 		}
 		if patience == 0 {
-			return // it was not given time
+			return // f was given no time
 		}
 	}
 	report(err)
 }
 
-// named lets a panic or Goexit of a Trace function that runs in its borrower's own
-// time pass, and says in the log whose it was.
+// named runs f, a Trace function, on its borrower's goroutine. A panic or Goexit goes
+// on to the borrower; the log says which function it was.
 func (r *reporter) named(what string, f func()) {
 	returned := false
 	defer func() {
@@ -691,8 +719,9 @@ func (r *reporter) named(what string, f func()) {
 	returned = true
 }
 
-// log writes a line to Config.Logger, which must not cost a slot if it is broken.
-// Lines are dropped while an earlier one is stuck.
+// log writes a line to Config.Logger. A Logger that blocks or panics must not keep a
+// slot, so log waits as long as notify does, and drops lines while an earlier one has
+// not returned.
 func (r *reporter) log(level slog.Level, msg string, args ...any) {
 	if r.logger == nil || r.stuckLines.Load() > 0 {
 		return
@@ -704,7 +733,7 @@ func (r *reporter) log(level slog.Level, msg string, args ...any) {
 	}, func() { r.logger.Log(context.Background(), level, "connpool: "+msg, args...) })
 }
 
-// noteAbandoned counts and reports foreign code that the pool goes on without.
+// noteAbandoned counts and reports foreign code that did not end in time.
 func (r *reporter) noteAbandoned(what string, addr Addr) {
 	r.abandoned.Add(1)
 	r.log(slog.LevelError, what+" did not end in time; the pool goes on without it", whose(addr)...)

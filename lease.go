@@ -10,32 +10,32 @@ import (
 )
 
 // Lease is a connection that is held across calls, until [Lease.Return]. It is a
-// net.Conn whose Close gives it back, so that a layer which owns its connection
-// (a textproto.Conn, an rpc.Client) can be built on it and closed as usual.
-// Nothing of a lease works after its end: the answer is an error that is both
-// ErrReturned and net.ErrClosed. All methods may be called by several
-// goroutines at once.
+// net.Conn whose Close gives the connection back, so a layer that owns its connection
+// (a textproto.Conn, an rpc.Client) can be built on a lease and closed as usual. After
+// the end of the lease its methods fail with an error that is both ErrReturned and
+// net.ErrClosed. Several goroutines may call the methods at once.
 //
-// Prefer [Pool.With], which cannot be forgotten. A lease that was is found by the
-// garbage collector: once nobody can reach the *Lease any more, its connection
-// is closed (ClosedLeaked), its slot is free, and [Trace.Leaked], Stats.Leaked
-// and the log tell of it with the stack of the borrow. Whoever goes on with a
-// part of the lease only, say a codec from [State], must keep the lease too.
+// Prefer [Pool.With], which always gives the connection back. A lease that is never
+// returned is found by the garbage collector: once the *Lease is unreachable, the pool
+// closes the connection (ClosedLeaked), which frees its slot, and reports the leak with
+// the stack of the borrow to [Trace.Leaked], Stats.Leaked and the log. A program that
+// goes on using a part of the lease, such as a codec from [State], must keep the *Lease
+// reachable, too.
 type Lease struct {
 	c       *conn
-	ctx     context.Context // the values of Lease's ctx
+	ctx     context.Context // carries the values of the ctx given to Pool.Lease; never done
 	trace   *Trace
-	cleanup runtime.Cleanup // finds that the lease was forgotten; nothing of the pool refers to the lease itself
+	cleanup runtime.Cleanup // detects a leak; nothing in the pool refers to the Lease itself
 
 	mu      sync.Mutex // guards what follows; nothing that can block or is foreign, and no other lock, under it
 	state   leaseState
-	gen     uint64 // of the standing loan; in Do, of fn's, 0 before that begins
+	gen     uint64 // generation of the current loan; in Do that of fn's loan, and 0 before that loan begins
 	wanted  bool   // Return or Discard was called during Do
-	dropped bool   // it was Discard; who begins a loan next closes it, if Discard itself met none
+	dropped bool   // it was Discard; the next loan of the lease is closed as soon as it begins, if Discard itself found none
 }
 
-// leaseState is where a lease is in its life. Whoever moves it out of leaseHeld
-// or leaseDoing is the owner of the connection.
+// leaseState is the state of a lease. Whoever moves it out of leaseHeld or leaseDoing
+// is the owner of the connection.
 //
 //	held <-> doing
 //	 |  \      |  \
@@ -44,14 +44,14 @@ type Lease struct {
 type leaseState uint8
 
 const (
-	leaseHeld  leaseState = iota // a loan stands, and its generation is gen
+	leaseHeld  leaseState = iota // a loan is under way; its generation is gen
 	leaseDoing                   // Do has the connection
-	leaseLost                    // the connection is gone, Return has not been called
-	leaseOver
+	leaseLost                    // the connection has left the pool, but Return has not been called
+	leaseOver                    // Return, Close, Discard or Detach was called
 )
 
-// leaseError is the error of a lease that is over. Those who take the lease for
-// a plain net.Conn know it as net.ErrClosed.
+// leaseError is the error of a lease that is over. It is also net.ErrClosed, for code
+// that uses the lease as a plain net.Conn.
 type leaseError struct{}
 
 func (leaseError) Error() string   { return "connpool: the lease is over: its connection was given back" }
@@ -63,10 +63,10 @@ var (
 	errLeaseLost    = fmt.Errorf("connpool: the lease has lost its connection: %w", net.ErrClosed)
 )
 
-// Lease borrows a connection to addr until it is returned. ctx governs the wait
-// for it, and nothing after; its values are those of the whole lease. The error
-// is as that of [Pool.With]. A lease is no part of a [Pool.Session] that ctx may
-// have: its connection is its own.
+// Lease borrows a connection to addr, until the lease is returned. ctx bounds only the
+// wait for the connection; the values of ctx serve for the whole lease. The error is as
+// for [Pool.With]. A lease ignores a [Pool.Session] in ctx: it always has a connection
+// of its own.
 func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	switch {
 	case p.stop == nil:
@@ -89,17 +89,17 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	return l, nil
 }
 
-// checkout is that of the owner of the lease's connection.
+// checkout returns a checkout for the owner of the lease's connection.
 func (l *Lease) checkout() checkout {
 	return checkout{p: l.c.site.pool, c: l.c, trace: l.trace, owned: true}
 }
 
-// Return ends the lease. The connection goes back to the pool by the same
-// verdict as at the end of a [Pool.With] whose fn said nil: it is closed instead
-// if an operation is still running, failed or timed out, or if bytes are left
-// unread. Return reports no error for that. Called again it does nothing and returns
-// an error that is ErrReturned and net.ErrClosed. If a Do closed the connection,
-// Return returns nil. During Do it takes effect when Do returns.
+// Return ends the lease. The connection goes back to the pool under the same rules as
+// after a [Pool.With] whose fn returned nil: the pool closes it instead if an operation
+// is still running, failed or timed out, or if bytes are left unread. Return reports no
+// error for that. A second call does nothing and returns an error that is ErrReturned
+// and net.ErrClosed. If a Do closed the connection, Return returns nil. During Do,
+// Return takes effect when Do returns.
 func (l *Lease) Return() error {
 	defer runtime.KeepAlive(l)
 	l.mu.Lock()
@@ -120,7 +120,7 @@ func (l *Lease) Return() error {
 	return nil
 }
 
-// release is for the owner of a connection on which a loan stands.
+// release gives the connection back. The caller is the owner, and a loan is under way.
 func (l *Lease) release() {
 	l.cleanup.Stop()
 	k := l.checkout()
@@ -128,13 +128,13 @@ func (l *Lease) release() {
 	k.finish(l.ctx, nil)
 }
 
-// Close is Return, for those who take the lease for a net.Conn: operations that
-// are blocked are interrupted, at the cost of the connection.
+// Close is Return, for code that uses the lease as a net.Conn. If operations are
+// blocked, they return, and the pool closes the connection.
 func (l *Lease) Close() error { return l.Return() }
 
-// Discard ends the lease and closes the connection, now and also during Do. It
-// interrupts operations that are blocked. On a lease that is over it does
-// nothing and says so.
+// Discard ends the lease and closes the connection, at once and also during Do.
+// Operations that are blocked return. On a lease that is over it does nothing and
+// returns an error that is ErrReturned and net.ErrClosed.
 func (l *Lease) Discard() error {
 	defer runtime.KeepAlive(l)
 	l.mu.Lock()
@@ -156,12 +156,12 @@ func (l *Lease) Discard() error {
 		l.cleanup.Stop()
 	}
 	if h.gen != 0 {
-		h.Close() // fails if fn has closed or detached it: it is gone then, too
+		h.Close() // fails if fn has closed or detached the connection; then it has left the pool already
 	}
 	return nil
 }
 
-// loan is what stands between two Dos.
+// loan returns the current loan of a lease that is not in Do.
 func (l *Lease) loan() (Conn, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -171,6 +171,8 @@ func (l *Lease) loan() (Conn, error) {
 	return Conn{l.c, l.gen}, nil
 }
 
+// unusableLocked returns why the lease cannot be used now, nil if it can. The caller
+// holds mu.
 func (l *Lease) unusableLocked() error {
 	switch {
 	case l.state == leaseHeld:

@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// The face of a lease as a net.Conn. Each method is that of the [Conn] of the
-// standing loan. The lease must stay reachable to its end: a goroutine that is
-// blocked in a method, or about to call one, has not forgotten it.
+// The methods of a lease as a net.Conn. Each calls the same method of the [Conn] of the
+// current loan. The lease must stay reachable until its end: runtime.KeepAlive keeps a
+// lease from being reported as leaked while a goroutine is in one of its methods.
 
 var (
 	_ net.Conn      = (*Lease)(nil)
@@ -20,7 +20,7 @@ var (
 	_ io.WriterTo   = (*Lease)(nil)
 )
 
-// through calls a method of the standing loan.
+// through calls a method of the current loan.
 func through[T any](l *Lease, method func(Conn) (T, error)) (v T, err error) {
 	defer runtime.KeepAlive(l)
 	h, err := l.loan()
@@ -31,8 +31,8 @@ func through[T any](l *Lease, method func(Conn) (T, error)) (v T, err error) {
 	return v, l.own(err)
 }
 
-// own is err as the lease says it: if the lease ended, or Do began, after the
-// look at it, the loan says only that it is over.
+// own returns err as an error of the lease: if the lease ended, or Do began, after
+// l.loan was called, the loan's ErrReturned is replaced by the lease's error.
 func (l *Lease) own(err error) error {
 	if err != ErrReturned {
 		return err
@@ -43,7 +43,7 @@ func (l *Lease) own(err error) error {
 	return err
 }
 
-// Read reads as net.Conn does. io.EOF comes unwrapped.
+// Read reads as net.Conn does. io.EOF is returned unwrapped.
 func (l *Lease) Read(b []byte) (int, error) {
 	defer runtime.KeepAlive(l)
 	h, err := l.loan()
@@ -75,20 +75,19 @@ func (l *Lease) WriteTo(w io.Writer) (int64, error) {
 	return through(l, func(h Conn) (int64, error) { return h.WriteTo(w) })
 }
 
-// CloseWrite is [Conn.CloseWrite]: the connection is closed, not kept, when the
-// lease ends.
+// CloseWrite is [Conn.CloseWrite]: when the lease ends, the pool closes the connection.
 func (l *Lease) CloseWrite() error {
 	_, err := through(l, func(h Conn) (struct{}, error) { return struct{}{}, h.CloseWrite() })
 	return err
 }
 
-// SetDeadline sets a deadline as net.Conn does.
+// SetDeadline sets both deadlines, as net.Conn does.
 func (l *Lease) SetDeadline(t time.Time) error { return l.deadline(t, Conn.SetDeadline) }
 
-// SetReadDeadline sets the deadline of reads, as net.Conn does.
+// SetReadDeadline sets the read deadline, as net.Conn does.
 func (l *Lease) SetReadDeadline(t time.Time) error { return l.deadline(t, Conn.SetReadDeadline) }
 
-// SetWriteDeadline sets the deadline of writes, as net.Conn does.
+// SetWriteDeadline sets the write deadline, as net.Conn does.
 func (l *Lease) SetWriteDeadline(t time.Time) error { return l.deadline(t, Conn.SetWriteDeadline) }
 
 func (l *Lease) deadline(t time.Time, set func(Conn, time.Time) error) error {
@@ -110,8 +109,8 @@ func (l *Lease) Detach() (net.Conn, error) {
 	return nc, nil
 }
 
-// SyscallConn gives access to the socket, as [Conn.SyscallConn] does. What it
-// returns ends with the lease, or with the next Do.
+// SyscallConn gives access to the socket, as [Conn.SyscallConn] does. The result is
+// valid until the lease ends, or the next Do begins.
 func (l *Lease) SyscallConn() (syscall.RawConn, error) {
 	raw, err := through(l, Conn.SyscallConn)
 	if err != nil {
@@ -120,7 +119,7 @@ func (l *Lease) SyscallConn() (syscall.RawConn, error) {
 	return rawLease{raw, l}, nil
 }
 
-// rawLease is a RawConn that keeps its lease from being forgotten.
+// rawLease is a RawConn that keeps its lease reachable.
 type rawLease struct {
 	syscall.RawConn
 	l *Lease
@@ -141,18 +140,21 @@ func (r rawLease) Write(f func(uintptr) bool) error {
 	return r.RawConn.Write(f)
 }
 
-// Addr is the address that was borrowed, in its canonical form, also after the end.
+// Addr returns the address that was borrowed, in its canonical form, also after the
+// end.
 func (l *Lease) Addr() Addr { return l.c.site.addr }
 
-// LocalAddr is the local end, nil after the end and during Do.
+// LocalAddr returns the address of the local end, nil after the end and during Do.
 func (l *Lease) LocalAddr() net.Addr { return ofLease(l, Conn.LocalAddr) }
 
-// RemoteAddr is the peer's end, nil after the end and during Do.
+// RemoteAddr returns the address of the peer's end, nil after the end and during Do.
 func (l *Lease) RemoteAddr() net.Addr { return ofLease(l, Conn.RemoteAddr) }
 
-// ConnectionState is that of TLS, as with [Conn.ConnectionState].
+// ConnectionState returns the state of TLS, as [Conn.ConnectionState] does.
 func (l *Lease) ConnectionState() tls.ConnectionState { return ofLease(l, Conn.ConnectionState) }
 
+// ofLease returns what get finds in the current loan; the zero T if the lease cannot be
+// used now.
 func ofLease[T any](l *Lease, get func(Conn) T) (v T) {
 	defer runtime.KeepAlive(l)
 	if h, err := l.loan(); err == nil {

@@ -6,22 +6,22 @@ import (
 	"runtime"
 )
 
-// Do takes the standing loan of a lease away and puts another one in its place,
-// for as long as fn runs.
+// Do ends the current loan of the lease, starts a loan of its own for fn, and starts
+// another loan for the lease when fn has returned.
 
-// Do runs fn with the connection as a [Conn], for what takes one: [State], and
-// I/O under a ctx. ctx governs the I/O inside fn as in [Pool.With], and the
-// Conn is dead when Do returns. fn's error comes back as it is, without the
+// Do runs fn with the lease's connection as a [Conn], for functions that need one
+// ([State]), and for I/O under a ctx. ctx governs the I/O inside fn as in [Pool.With],
+// and the Conn is invalid when Do returns. Do returns fn's error unchanged, without the
 // marks of [Keep].
 //
-// The connection is closed, and the lease lost, by the same verdict as With's,
-// with two exceptions, which count at Return: bytes left unread or unflushed, and
-// CloseWrite.
-// On a lost lease everything fails but Return, Close and Discard.
+// The pool closes the connection, and the lease is lost, under the same rules as at the
+// end of a With, with two exceptions, which are judged at Return: bytes left unread or
+// unflushed, and CloseWrite. On a lost lease all methods but Return, Close and Discard
+// fail.
 //
-// fn has the connection alone: the other methods of the lease fail meanwhile,
-// and Do fails, as an *[Error], while one of them is running. A deadline set
-// with them does not outlive Do.
+// While fn runs, nothing else can use the connection: the other methods of the lease
+// fail, and Do fails, as an *[Error], if one of them is running. A deadline set with
+// them ends when Do begins.
 func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 	defer runtime.KeepAlive(l)
 	c, p := l.c, l.c.site.pool
@@ -36,7 +36,7 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 	if err := l.pause(); err != nil {
 		return usage(c.site.addr, err)
 	}
-	var again Conn // the loan that stands after Do; zero: the connection is lost
+	var again Conn // the lease's loan after Do; zero: the connection is lost
 	k := l.checkout()
 	defer func() { l.resume(again) }()
 	defer k.rescue()
@@ -58,12 +58,12 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 		k.close(reason, why)
 		return unkeep(err)
 	}
-	// The loan that stands from now on is judged by what was before, too.
+	// The flags of the lease's loan before Do count for its loan after Do, too.
 	again, k.owned = c.begin(l.ctx, before&(flagTimedOut|flagHalfClosed)|word&(flagMoved|flagHalfClosed)), false
 	return unkeep(err)
 }
 
-// pause ends the standing loan for Do, if that has the connection alone.
+// pause ends the current loan for Do, if no operation of it is running.
 func (l *Lease) pause() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -77,11 +77,11 @@ func (l *Lease) pause() error {
 	case word&inFlight != 0:
 		return errLeaseRunning
 	}
-	return errLeaseLost // closed or detached through what Setup built
+	return errLeaseLost // closed or detached through the guard, the net.Conn that Setup got
 }
 
-// hush ends the loan gen unless an operation is running or the connection is
-// gone, and returns the word as it was.
+// endIfQuiet ends the loan with generation gen, unless an operation is running or the
+// connection was closed or detached. It returns the state word as it was before.
 func (c *conn) endIfQuiet(gen uint64) (word uint64, ok bool) {
 	for {
 		w := c.word.Load()
@@ -94,8 +94,8 @@ func (c *conn) endIfQuiet(gen uint64) (word uint64, ok bool) {
 	}
 }
 
-// began reports whether fn may run: the lease was not discarded before the loan
-// of Do began. If it was, the connection is closed.
+// began records h as the loan of fn and reports whether fn may run. If Discard was
+// called before this loan began, began closes the connection, and fn must not run.
 func (l *Lease) began(h Conn) bool {
 	l.mu.Lock()
 	dropped := l.dropped
@@ -107,10 +107,10 @@ func (l *Lease) began(h Conn) bool {
 	return !dropped
 }
 
-// resume is the end of Do: again stands from now on, or, if it is the zero Conn,
-// the connection is lost. What was wished for meanwhile, and which loan a wish
-// from now on concerns, is one critical section: between the loan of fn and
-// again there is none that Discard could have closed.
+// resume ends Do. again is the lease's loan from now on; the zero Conn means that the
+// connection is lost. One critical section reads what Return and Discard asked for
+// during Do and sets the loan that a later Discard closes. So Discard cannot miss the
+// loan that is under way between fn's loan and again.
 func (l *Lease) resume(again Conn) {
 	kept := again.c != nil
 	l.mu.Lock()

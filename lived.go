@@ -9,52 +9,52 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// When a dial has worked. That a peer accepts a connection does not say that it
-// serves it: a server that is shutting down, a proxy without a back end, and a
-// TLS 1.3 server that refuses the client's certificate all accept first and hang
-// up then. So a dial has worked when its connection has lived:
+// When a dial has worked. A peer that accepts a connection may still not serve it: a
+// server that is shutting down, a proxy without a back end, and a TLS 1.3 server that
+// refuses the client's certificate all accept first and then hang up. So a dial has
+// worked only when its connection has lived:
 //
 //	dialled -> lived     a borrower has written to the peer and read from it; or
-//	                     the first loan ended in good order; or it stood idle,
-//	                     and fit to be lent, for a sweep's period
-//	dialled -> hollow    it was lost before that, while it was young, by the
-//	                     peer's doing
+//	                     the first loan ended in good order; or the connection
+//	                     was idle, and fit to be lent, for a sweep's period
+//	dialled -> hollow    it was lost before that, while it was young (see youth),
+//	                     by an act of the peer
 //	dialled -> neither   everything else: the borrower's error, panic or ctx, a
 //	                     limit, Retire, the end of the pool
 //
-// A hollow connection is a failure of the address, like a dial that failed
-// (trouble, books_backoff.go). What the reserves make of it is in books_minidle.go, what Warm
-// does in pool_warm.go.
-//
-// The flags told and heard of the state word say how far a connection has come.
-// They last from the dial to the close; both of them mean that it has lived, or
-// that its end is booked.
+// A hollow connection counts as a failure of its address, like a dial that failed
+// (backoff, books_backoff.go). books_minidle.go says what a hollow connection means for
+// a reserve, pool_warm.go what it means for Warm.
+
+// flagsLived are the flags of the state word that say how far a connection has come. They
+// last from the dial to the close. Both together mean that the connection has lived, or
+// that its end is recorded already.
 const flagsLived = flagWrote | flagRead
 
-// youth is for how long after its dial the loss of a connection speaks against
-// its address. A peer that hangs up on what nobody has used for longer does what
-// servers do.
+// youth is how long after its dial the loss of a connection counts against its address.
+// Servers commonly hang up on connections that nobody has used for longer.
 const youth = 2 * time.Second
 
-// maxHollow is how many connections one borrow may find hollow.
+// maxHollow is how many hollow connections one borrow may meet.
 const maxHollow = 3
 
-// moves books that a loan has moved bytes in one direction.
+// noteTraffic records that a loan has moved bytes in one direction: way is flagWrote or
+// flagRead.
 func (c *conn) noteTraffic(way uint64) {
 	if w := c.word.Load(); w&way != 0 || w&(flagHooked|flagDetached) != 0 {
-		return // Setup and the other hooks are part of what makes a connection fit
+		return // traffic of Setup and the other hooks proves nothing: it is part of preparing a connection
 	}
 	if (c.word.Or(way)|way)&flagsLived == flagsLived {
 		c.noteLived(true)
 	}
 }
 
-// lives books that c has lived: in a loan, or idle.
+// noteLived records that c has lived, in a loan or while it was idle.
 func (c *conn) noteLived(inLoan bool) {
 	p := c.site.pool
 	var todo agenda
 	p.mu.Lock()
-	// An operation may outlive its connection's time in the pool.
+	// An operation may end after its connection has left the pool.
 	if c.phase != phaseNone && p.noteLivedLocked(c, inLoan) {
 		p.admitLocked(&todo)
 	}
@@ -62,14 +62,16 @@ func (c *conn) noteLived(inLoan bool) {
 	todo.run(p)
 }
 
-// stood books that c was found fit in a sweep, if it has stood for long enough.
+// noteStood is called when a sweep has found c fit. It records that c has lived, if c
+// has been open for a sweep's period.
 func (c *conn) noteStood(now clock.Instant) {
 	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {
 		c.noteLived(false)
 	}
 }
 
-// judge is told that c leaves the pool. Only its owner calls it.
+// noteLoss is called when c leaves the pool, and records c as hollow if it was. Only
+// the owner of c calls it.
 func (c *conn) noteLoss(reason CloseReason, err error) {
 	if c.word.Load()&flagsLived == flagsLived {
 		return
@@ -79,9 +81,10 @@ func (c *conn) noteLoss(reason CloseReason, err error) {
 	}
 }
 
-// hollow books that c was, and reports whether its borrower has to be told: if
-// the address is backing off, and if others wait for it or dial, each of whom
-// would go on to the next one as well.
+// noteHollow records that c was hollow. It reports whether the borrower that met c must
+// get the error instead of another connection: if the address is in back-off, or if
+// other borrowers wait for the address or dials are in flight, since each of these
+// would go on to the next connection, too.
 func (c *conn) noteHollow(why error) bool {
 	p := c.site.pool
 	now := p.clock.Exactly()
@@ -99,7 +102,7 @@ func (c *conn) noteHollow(why error) bool {
 	return told
 }
 
-// hollowness is why the end of c speaks against its address, nil if it does not.
+// hollowness returns why the end of c counts against its address, nil if it does not.
 func (c *conn) hollowness(reason CloseReason, err error) error {
 	p, word := c.site.pool, c.word.Load()
 	if c.site.unpooled() || reason.innocent() || c.idleFor+p.clock.Exactly().Sub(c.since) >= youth {
@@ -108,14 +111,14 @@ func (c *conn) hollowness(reason CloseReason, err error) error {
 	if c.uses == 0 {
 		switch reason {
 		case ClosedDirty, ClosedLifetime:
-			// Most peers that speak first are well, and a Setup that takes
-			// longer than MaxLifetime is no fault of theirs.
+			// Most peers that speak first are healthy, and if Setup takes longer than
+			// MaxLifetime, the peer is not at fault.
 			return nil
 		}
 		return unborn(reason, err)
 	}
-	// The first loan has ended. Its borrower may be at fault, unless the peer
-	// was seen to go away before it had said anything.
+	// The first loan has ended. Its borrower may be at fault, unless the peer was seen
+	// to hang up before it had sent anything.
 	if reason != ClosedStale {
 		if err = c.failure(); word&flagBroken == 0 || err == nil {
 			return nil
@@ -131,7 +134,7 @@ func (c *conn) hollowness(reason CloseReason, err error) error {
 	return nil
 }
 
-// unborn is the error for a connection that was lost before its first loan.
+// unborn returns the error for a connection that was lost before its first loan.
 func unborn(reason CloseReason, err error) error {
 	switch {
 	case err == nil:
@@ -144,22 +147,22 @@ func unborn(reason CloseReason, err error) error {
 	return fmt.Errorf("a new connection was lost before its first loan: %v: %w", reason, err)
 }
 
-// innocent reports whether a close for this reason is the pool's or its user's
-// doing, and says nothing about the peer. It is a list of all that are, so that a
-// reason nobody thought of counts.
+// innocent reports whether a close for this reason was caused by the pool or its user,
+// and says nothing about the peer. The list names all such reasons, so a reason that is
+// missing from it counts against the peer.
 func (r CloseReason) innocent() bool {
 	switch r {
 	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
 		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
 		ClosedPanic, ClosedGoexit, ClosedLeaked,
-		ClosedSetupFailed: // is booked as the dial's failure
+		ClosedSetupFailed: // recorded as the dial's failure
 		return true
 	}
 	return false
 }
 
-// blame is told how an operation with two ends ended: of its error nobody knows
-// whose it is, so it speaks against no peer.
+// noteForeignError records that an operation with two ends (ReadFrom, WriteTo) failed.
+// The error may be of either end, so it counts against no peer.
 func (c *conn) noteForeignError(err error) {
 	if err == nil {
 		return
@@ -170,6 +173,7 @@ func (c *conn) noteForeignError(err error) {
 	c.dmu.Unlock()
 }
 
+// hasForeignError reports whether noteForeignError has recorded an error in this loan.
 func (c *conn) hasForeignError() bool {
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
@@ -177,8 +181,9 @@ func (c *conn) hasForeignError() bool {
 	return l != nil && l.foreignErr
 }
 
-// content is told that fn is content with a loan: an end of stream that it has
-// met was no surprise to it.
+// noteContent is called when fn has returned nil. If an operation of the loan failed,
+// as at the end of the stream, fn expected the failure, and it does not count against
+// the peer.
 func (c *conn) noteContent() {
 	if w := c.word.Load(); w&flagBroken != 0 && w&flagsLived != flagsLived {
 		c.word.Or(flagHalfClosed)

@@ -12,15 +12,15 @@ import (
 	"time"
 )
 
-// Conn is a connection on loan: a net.Conn, by value, that is valid until fn
-// returns. Kept longer, its methods fail with ErrReturned and touch nothing.
-// As for any net.Conn, its methods may be called by several goroutines at
-// once; but an operation that is still running when fn returns costs the
-// connection. The zero Conn is one that was returned.
+// Conn is a connection on loan: a net.Conn, by value, that is valid until fn returns.
+// After that its methods fail with ErrReturned and touch nothing. As for any net.Conn,
+// several goroutines may call its methods at once. If an operation is still running
+// when fn returns, the pool closes the connection. The zero Conn behaves like a Conn
+// that was returned.
 //
-// A deadline set here never exceeds the one of With's ctx, and is gone with
-// the loan. Errors are those of package net; a time-out is also the ctx's
-// error if it was the ctx whose time ran out.
+// A deadline set on a Conn never exceeds the deadline of With's ctx, and ends with the
+// loan. Errors are those of package net. A time-out is also the ctx's error if it was
+// the ctx whose time ran out.
 type Conn struct {
 	c   *conn
 	gen uint64
@@ -33,7 +33,7 @@ var (
 	_ io.WriterTo   = Conn{}
 )
 
-// Read reads as net.Conn does. io.EOF comes unwrapped.
+// Read reads as net.Conn does. io.EOF is returned unwrapped.
 func (h Conn) Read(b []byte) (int, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
@@ -59,9 +59,9 @@ func (h Conn) Write(b []byte) (int, error) {
 	return n, h.c.leaveWrite(int64(n), err)
 }
 
-// ReadFrom implements io.ReaderFrom by the kernel's zero-copy path where the
-// connection has one. An error of r counts as a failure of the connection,
-// since the peer has got half of something.
+// ReadFrom implements io.ReaderFrom, by the kernel's zero-copy path where the
+// connection has one. An error of r counts as a failure of the connection, since the
+// peer may have received only a part of the data.
 func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
@@ -71,8 +71,10 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 	return n, h.c.leaveWrite(n, err)
 }
 
+// readFrom copies from r to nc. If r is a Conn or a Lease, the copy is an operation of
+// that loan, too.
 func readFrom(nc io.Writer, r io.Reader) (int64, error) {
-	if src, ok := onLoan(r); ok { // the kernel must see both sockets
+	if src, ok := onLoan(r); ok { // nc needs the socket behind r: the kernel copies only between sockets
 		defer runtime.KeepAlive(r)
 		if err := src.c.enter(src.gen); err != nil {
 			return 0, err
@@ -87,7 +89,7 @@ func readFrom(nc io.Writer, r io.Reader) (int64, error) {
 	return io.Copy(struct{ io.Writer }{nc}, r)
 }
 
-// onLoan is the loan behind x, if x is a Conn or a Lease that can be used now.
+// onLoan returns the loan behind x, if x is a Conn or a Lease that can be used now.
 func onLoan(x any) (Conn, bool) {
 	switch x := x.(type) {
 	case Conn:
@@ -99,8 +101,8 @@ func onLoan(x any) (Conn, bool) {
 	return Conn{}, false
 }
 
-// WriteTo implements io.WriterTo in the same way. An error of w counts as a
-// failure of the connection, since bytes were read that nobody got.
+// WriteTo implements io.WriterTo in the same way. An error of w counts as a failure of
+// the connection, since bytes may have been read that nobody received.
 func (h Conn) WriteTo(w io.Writer) (int64, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return 0, err
@@ -110,6 +112,8 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 	return n, h.c.leaveRead(n, err)
 }
 
+// writeTo copies from nc to w. If w is a Conn or a Lease, the copy is an operation of
+// that loan, too.
 func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 	if dst, ok := onLoan(w); ok {
 		defer runtime.KeepAlive(w)
@@ -126,15 +130,15 @@ func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 	return io.Copy(w, struct{ io.Reader }{nc})
 }
 
-// Close discards the connection: it is closed now and never lent again, and
-// its slot is free for the next borrower. It interrupts operations that are
-// blocked. A second Close is net.ErrClosed.
+// Close discards the connection: it is closed now and never lent again, and its slot is
+// free for the next borrower. Operations that are blocked return. A second Close
+// returns net.ErrClosed.
 func (h Conn) Close() error {
 	word, err := h.leaveFor(flagGone)
 	if err != nil {
 		return err
 	}
-	if word&flagHooked != 0 { // the hook's caller finds it broken
+	if word&flagHooked != 0 { // the hook's caller remains the owner, and finds the socket closed
 		h.c.strike()
 		return nil
 	}
@@ -143,11 +147,11 @@ func (h Conn) Close() error {
 	return nil
 }
 
-// Detach takes the connection out of the pool for good: its slot is free, and
-// the caller owns the result, which is what the dialer or crypto/tls made, with
-// no deadline set. State and codecs built by Setup work on. It fails while an
-// operation is running, when ctx is done (or that of a use inside this one was),
-// in a hook, and if the descriptor has become another socket's.
+// Detach takes the connection out of the pool for good. Its slot is free, and the
+// caller owns the result: the net.Conn that the dialer or crypto/tls made, with no
+// deadline set. The state and the codecs that Setup built keep working. Detach fails
+// while an operation is running, when ctx is done (or the ctx of a use nested in this
+// one was), in a hook, and if the descriptor has become another socket's.
 func (h Conn) Detach() (net.Conn, error) {
 	word, err := h.leaveFor(flagGone | flagDetached)
 	if err != nil {
@@ -176,8 +180,9 @@ func (h Conn) Detach() (net.Conn, error) {
 	return c.nc, nil
 }
 
-// leaveFor makes the caller the owner of the connection in the place of the
-// borrower, by setting flags, and returns the word as it was.
+// leaveFor sets flags (flagGone, and flagDetached for Detach), which makes the caller
+// the owner of the connection in the place of the borrower. It returns the state word
+// as it was before.
 func (h Conn) leaveFor(flags uint64) (uint64, error) {
 	c := h.c
 	if c == nil {
@@ -201,9 +206,9 @@ func (h Conn) leaveFor(flags uint64) (uint64, error) {
 	}
 }
 
-// CloseWrite shuts down the sending side. The connection is closed, not kept,
-// when the loan ends. It fails with errors.ErrUnsupported on a connection that
-// has no such thing.
+// CloseWrite shuts down the sending side. When the loan ends, the pool closes the
+// connection. On a connection without a CloseWrite method it fails with
+// errors.ErrUnsupported.
 func (h Conn) CloseWrite() error {
 	if err := h.c.enter(h.gen); err != nil {
 		return err
@@ -217,12 +222,14 @@ func (h Conn) CloseWrite() error {
 	return h.c.leave(0, h.c.query("CloseWrite of the connection", cw.CloseWrite))
 }
 
-// LocalAddr is the local end, nil after the loan.
+// LocalAddr returns the address of the local end, nil after the loan.
 func (h Conn) LocalAddr() net.Addr { return h.endpoint(net.Conn.LocalAddr) }
 
-// RemoteAddr is the peer's end, nil after the loan.
+// RemoteAddr returns the address of the peer's end, nil after the loan.
 func (h Conn) RemoteAddr() net.Addr { return h.endpoint(net.Conn.RemoteAddr) }
 
+// endpoint returns an address of the connection. On a foreign connection the call may
+// block, see query.
 func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
 	if h.c.enter(h.gen) != nil {
 		return nil
@@ -234,10 +241,10 @@ func (h Conn) endpoint(of func(net.Conn) net.Addr) net.Addr {
 	return answer(h.c, "an address of the connection", func() net.Addr { return of(h.c.nc) })
 }
 
-// answer is what a question to the foreign connection of a loan brings, the zero T
-// if the loan's ctx ended and it went on.
+// answer asks the foreign connection of a loan and returns its answer. It returns the
+// zero T if the loan's ctx ended and the connection had not answered.
 func answer[T any](c *conn, what string, ask func() T) (v T) {
-	got := make(chan T, 1) // what comes late is not to be seen
+	got := make(chan T, 1) // an answer that comes too late must not be seen
 	c.query(what, func() error {
 		got <- ask()
 		return nil
@@ -252,10 +259,10 @@ func answer[T any](c *conn, what string, ask func() T) (v T) {
 // SetDeadline sets both deadlines, as net.Conn does.
 func (h Conn) SetDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetDeadline) }
 
-// SetReadDeadline sets the deadline of reads, as net.Conn does.
+// SetReadDeadline sets the read deadline, as net.Conn does.
 func (h Conn) SetReadDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetReadDeadline) }
 
-// SetWriteDeadline sets the deadline of writes, as net.Conn does.
+// SetWriteDeadline sets the write deadline, as net.Conn does.
 func (h Conn) SetWriteDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetWriteDeadline) }
 
 func (h Conn) deadline(t time.Time, set func(net.Conn, time.Time) error) error {
@@ -266,9 +273,9 @@ func (h Conn) deadline(t time.Time, set func(net.Conn, time.Time) error) error {
 	return h.c.setDeadline(t, set)
 }
 
-// SyscallConn gives access to the socket, also under TLS. What it returns is
-// as dead after the loan as the Conn. It fails with errors.ErrUnsupported on a
-// connection without a descriptor.
+// SyscallConn gives access to the socket, also under TLS. The result ends with the
+// loan, as the Conn does. On a connection without a descriptor it fails with
+// errors.ErrUnsupported.
 func (h Conn) SyscallConn() (syscall.RawConn, error) {
 	if err := h.c.enter(h.gen); err != nil {
 		return nil, err
@@ -280,9 +287,10 @@ func (h Conn) SyscallConn() (syscall.RawConn, error) {
 	return rawLoan{h}, nil
 }
 
-// rawLoan is a RawConn that ends with its loan.
+// rawLoan is a RawConn that is valid until its loan ends.
 type rawLoan struct{ h Conn }
 
+// during runs op as an operation of the loan.
 func (r rawLoan) during(op func(syscall.RawConn) error) error {
 	if err := r.h.c.enter(r.h.gen); err != nil {
 		return err
@@ -301,8 +309,8 @@ func (r rawLoan) Write(f func(uintptr) bool) error {
 	return r.during(func(rc syscall.RawConn) error { return rc.Write(f) })
 }
 
-// ConnectionState is that of TLS; on other connections and after the loan it is
-// the zero value, which says HandshakeComplete false.
+// ConnectionState returns the state of TLS. On other connections and after the loan it
+// returns the zero value, in which HandshakeComplete is false.
 func (h Conn) ConnectionState() tls.ConnectionState {
 	if h.c.enter(h.gen) != nil {
 		return tls.ConnectionState{}
@@ -317,8 +325,8 @@ func (h Conn) ConnectionState() tls.ConnectionState {
 	return tls.ConnectionState{}
 }
 
-// Addr is the address that was borrowed, in its canonical form; the zero Addr
-// on the zero Conn.
+// Addr returns the address that was borrowed, in its canonical form; the zero Addr on
+// the zero Conn.
 func (h Conn) Addr() Addr {
 	if h.c == nil {
 		return Addr{}
@@ -326,6 +334,7 @@ func (h Conn) Addr() Addr {
 	return h.c.site.addr
 }
 
+// about returns what get finds in the connection of h; the zero T after the loan.
 func about[T any](h Conn, get func(*conn) T) (v T) {
 	if h.c.enter(h.gen) == nil {
 		v = get(h.c)
@@ -334,10 +343,10 @@ func about[T any](h Conn, get func(*conn) T) (v T) {
 	return v
 }
 
-// State is what Config.Setup returned for the connection of h: its codec, its
-// session, its prepared statements. It is the zero T if there was no Setup, if
-// Setup returned nil, or after the loan. If Setup returned something that is not a
-// T, State panics, with the names of both types.
+// State returns what Config.Setup returned for the connection of h: its codec, its
+// session, its prepared statements. It returns the zero T if there was no Setup, if
+// Setup returned nil, or after the loan. If Setup returned a value that is not a T,
+// State panics with the names of both types.
 func State[T any](h Conn) T {
 	state := about(h, func(c *conn) any { return c.state })
 	v, ok := state.(T)

@@ -6,33 +6,33 @@ import (
 	"time"
 )
 
-// ConnInfo is what a borrower may want to know of its connection: what [Conn.Info] and
-// [Lease.Info] return. It is a copy, which stays as it is when the loan is over.
+// ConnInfo describes the connection of a borrower. [Conn.Info] and [Lease.Info] return
+// it. It is a copy, which does not change when the loan ends.
 type ConnInfo struct {
-	Addr       Addr          // what was borrowed, in its canonical form
-	ID         uint64        // number of the connection in its pool, from 1; no two have the same; 0 in Config.Setup, where it has none yet
-	Uses       int           // loans of the connection, this one included; a lease is one; 0 in Config.Setup
-	Reused     bool          // it was lent before: Uses is more than 1
+	Addr       Addr          // address that was borrowed, in its canonical form
+	ID         uint64        // number of the connection in its pool, from 1, unique in the pool; 0 in Config.Setup, where the connection has none yet
+	Uses       int           // loans of the connection, this one included; a lease counts as one; 0 in Config.Setup
+	Reused     bool          // the connection was lent before: Uses is more than 1
 	Age        time.Duration // since the connection was opened
-	IdleFor    time.Duration // how long the connection had been unused before this loan, to within 10 ms as a rule, more on a machine whose processors are all busy; above 0 if it is Reused, 0 if not
-	LocalAddr  net.Addr      // the local end
-	RemoteAddr net.Addr      // the peer's end
-	TLSVersion uint16        // as tls.VersionTLS13; 0 without TLS, or if a dialer's own *tls.Conn has not done its handshake
+	IdleFor    time.Duration // how long the connection had been unused before this loan, as a rule to within 10 ms, less exactly on a machine whose processors are all busy; above 0 if Reused, else 0
+	LocalAddr  net.Addr      // address of the local end
+	RemoteAddr net.Addr      // address of the peer's end
+	TLSVersion uint16        // such as tls.VersionTLS13; 0 without TLS, or if a dialer's own *tls.Conn has not done its handshake
 }
 
-// Info tells what the pool and the socket know of the connection. It may be called by
-// several goroutines at once, and in [Config.Setup], Reset, Check and Push too.
+// Info returns what the pool and the socket know about the connection. Several
+// goroutines may call it at once, also in [Config.Setup], Reset, Check and Push.
 //
 // After the loan, and after Close or Detach, every field but Addr has its zero value.
-// That of the zero Conn is the zero ConnInfo.
+// The zero Conn returns the zero ConnInfo.
 //
 // On a socket of package net Info allocates nothing and does no I/O. Under crypto/tls
 // it waits for a handshake that a Read or Write of another goroutine has under way (a
-// renegotiation, or the first one of a dialer's own *tls.Conn), and begins none. Any
-// other connection of a dialer is asked by its methods LocalAddr, RemoteAddr and, if it
-// has that, ConnectionState. They may block, and then Info does: for as long as they
-// do, but for a second at most after the ctx of the loan is done. If they have not
-// answered by then, these three fields have their zero values.
+// renegotiation, or the first handshake of a dialer's own *tls.Conn), and starts none.
+// On any other connection of a dialer, Info calls the connection's methods LocalAddr,
+// RemoteAddr and, if there is one, ConnectionState. If these methods block, Info blocks
+// as long as they do, but for a second at most after the ctx of the loan is done. If
+// they have not returned by then, these three fields have their zero values.
 func (h Conn) Info() ConnInfo {
 	info := ConnInfo{Addr: h.Addr()}
 	if h.c.enter(h.gen) != nil {
@@ -55,22 +55,23 @@ func (h Conn) Info() ConnInfo {
 	return info
 }
 
-// Info is [Conn.Info] of the standing loan: every field but Addr has its zero value
-// after the end of the lease, when its connection is lost, and during Do, whose fn has
-// a Conn of its own. A lease has no ctx whose end could cut the wait for a connection
-// short that does not answer.
+// Info is [Conn.Info] for the lease's connection. Every field but Addr has its zero
+// value after the end of the lease, when its connection is lost, and during Do, whose
+// fn has a Conn of its own. A lease has no ctx whose end would bound Info if the
+// methods of a dialer's connection block.
 func (l *Lease) Info() ConnInfo {
 	info := ofLease(l, Conn.Info)
 	info.Addr = l.Addr()
 	return info
 }
 
-// ends is what a connection says of itself.
+// ends holds the answers of the connection's own methods.
 type ends struct {
 	local, remote net.Addr
 	tls           uint16
 }
 
+// endsOf calls the methods of nc, which may block if nc is foreign.
 func endsOf(nc net.Conn) (at ends) {
 	at.local, at.remote = nc.LocalAddr(), nc.RemoteAddr()
 	if t, ok := nc.(interface{ ConnectionState() tls.ConnectionState }); ok {

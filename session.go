@@ -5,46 +5,45 @@ import (
 	"runtime"
 )
 
-// A session keeps the connections of one piece of work, such as a request. The
-// pool does not know it: for the books a connection of a session is borrowed,
-// from the session's first use of the address to its end.
+// A session keeps the connections of one piece of work, such as a request. In the books
+// a connection of a session is a borrowed one, from the session's first use of the
+// address to the end of the session.
 
-// session is what a ctx and the end function of Pool.Session refer to. When
-// nobody can reach it any more, its seats are given up.
+// session is what the ctx and the end function of Pool.Session refer to. When it
+// becomes unreachable, the connections of the session are closed as leaked.
 type session struct {
 	*sessionConns
-	stop func() bool // ends the watch on Session's ctx, which keeps the session reachable
+	stop func() bool // stops the watch on Session's ctx, which keeps the session reachable
 }
 
-// sessionKey is the key of a session in a ctx: one for each pool.
+// sessionKey is the key of a session in a ctx. Each pool has a key of its own.
 type sessionKey struct{ p *Pool }
 
-// Session returns a ctx under which every [Pool.With] for an address gets the
-// same connection: one after another, nested in each other, in contexts derived
-// from it. It is the pool's answer to a request whose parts all talk to one
-// peer, and to a transaction over several calls. end gives the connections
-// back, and must be called; a second call does nothing. The end of ctx does the
-// same. A With that is running then gives its connection back when it
-// returns. Afterwards uses of the ctx borrow as if there had been no session.
+// Session returns a ctx under which every [Pool.With] for an address gets the same
+// connection: Withs that run one after another, Withs nested in each other, and Withs
+// under contexts derived from it. Use it for a request whose parts all talk to one
+// peer, and for a transaction that spans several calls. end gives the connections back,
+// and must be called; a second call does nothing. The end of ctx has the same effect. A
+// With that is running at that moment gives its connection back when it returns.
+// Afterwards a With under the ctx borrows as if there had been no session.
 //
-// Between two uses the connection is in use, as far as limits and Stats are
-// concerned; Config.Reset runs at the end of the session. Each use is judged as
-// With says: one that fails costs the connection, and the next use gets another.
-// If the connection died, or the peer sent something, between two uses, the
-// next use fails with ErrSessionLost, once, because what was begun on the
-// connection is gone.
+// Between two uses the connection counts as in use for limits and Stats. Config.Reset
+// runs at the end of the session. Each use is judged as With says: if a use fails, the
+// pool closes the connection, and the next use gets another. If the connection died, or
+// the peer sent something, between two uses, the next use fails once with
+// ErrSessionLost, because what was begun on the connection is lost.
 //
-// Two goroutines never use the connection at the same time: the second waits
-// for the first, under its own ctx. A With inside the fn of another is part of
-// that: it gets the same Conn, its ctx governs the I/O while it lasts, its
-// error (without Keep) or panic costs the connection when the outer one ends,
-// and until then further Withs inside get ErrSessionLost. What counts as
-// "inside" is the goroutine. So fn must not start a goroutine that uses the
-// same session and address, and wait for it: that one waits for fn, until its
-// ctx is done. Let it use the ctx from before the session.
+// Two goroutines never use the connection at the same time: the second waits for the
+// first, under its own ctx. A With inside the fn of another With is part of the outer
+// one: it gets the same Conn, and its ctx governs the I/O while it lasts. If it returns
+// an error (without Keep) or panics, the pool closes the connection when the outer With
+// ends, and until then further nested Withs fail with ErrSessionLost. A With is nested
+// if it runs on the same goroutine. So fn must not start a goroutine that uses the same
+// session and address and then wait for it: that goroutine waits for fn until its ctx
+// is done. Give such a goroutine the ctx from before the session.
 //
-// A session inside a session of the same pool joins it, and its end does
-// nothing. Each pool has sessions of its own. Leases are no part of them.
+// A session inside a session of the same pool joins the outer session, and its end does
+// nothing. Each pool has sessions of its own. Leases take no part in sessions.
 func (p *Pool) Session(ctx context.Context) (_ context.Context, end func()) {
 	if outer, _ := ctx.Value(sessionKey{p}).(*session); outer != nil && outer.lives() {
 		return ctx, func() {}
@@ -58,26 +57,28 @@ func (p *Pool) Session(ctx context.Context) (_ context.Context, end func()) {
 	return context.WithValue(ctx, sessionKey{p}, s), s.end
 }
 
+// lives reports whether the session has not ended.
 func (s *session) lives() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return !s.ended
 }
 
-// end gives back what nobody uses at the moment.
+// end ends the session and gives back the connections that no use has at the moment.
 func (s *session) end() {
 	defer runtime.KeepAlive(s)
 	s.stop()
 	s.releaseAll(s.endSession())
 }
 
-// endQuietly is end on a goroutine of its own.
+// endQuietly is end for the watch on Session's ctx: a panic of Reset is logged.
 func (s *session) endQuietly() {
 	s.releaseQuietly(s.endSession()...)
 	runtime.KeepAlive(s)
 }
 
-// forgotten is the end of a session that nobody can reach.
+// leakedSession ends a session that became unreachable, and closes its connections as
+// leaked.
 func (b *sessionConns) leakedSession() {
 	for _, c := range b.endSession() {
 		if c.abort() {
@@ -86,7 +87,8 @@ func (b *sessionConns) leakedSession() {
 	}
 }
 
-// withinSession is With if ctx has a session of p's; else it says false.
+// withinSession is With for a ctx that has a session of p. It reports false if there is
+// none, or if the session has ended; then With borrows as usual.
 func (p *Pool) withinSession(ctx context.Context, addr Addr, fn func(Conn) error) (joined bool, _ error) {
 	s, _ := ctx.Value(sessionKey{p}).(*session)
 	if s == nil {

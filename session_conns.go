@@ -9,59 +9,63 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
-// seats are the connections of a session.
+// sessionConns are the connections of a session.
 type sessionConns struct {
 	p     *Pool
-	ctx   context.Context // the values of Session's ctx, for what happens between uses
-	trace *Trace
+	ctx   context.Context // carries the values of Session's ctx, for what happens between uses
+	trace *Trace          // of Session's ctx, including the pool's; it observes what happens between uses
 
-	mu     sync.Mutex // guards what follows, and the fields of seat that say so; nothing that can block or is foreign, and no other lock, under it
+	mu     sync.Mutex // guards what follows, and the fields of sessionConn that say so; nothing that can block or is foreign, and no other lock, under it
 	ended  bool
-	inUse  int // seats in use
+	inUse  int // session connections that a use has
 	byAddr map[Addr]*sessionConn
 }
 
-// seat is a session's place at one address. Whoever takes it has it alone until
-// the use ends; what a use leaves behind in good order stays on the seat.
+// sessionConn is the session connection of one address: the place of a session's
+// connection, with the use that has it and the uses that wait for it. One use has it at
+// a time. A use that ends in good order leaves its connection here for the next use.
 //
-//	free --take--> taken --rise--> free, or the next in line's
+//	free --acquire--> in use --endUse--> free, or in use by the oldest waiter
 //
-// While it is free, c belongs to the session, and vacate takes it. While it is
-// taken, what seats.mu does not guard belongs to the goroutine of the use that took it.
-// A session that has ended has no connection on a free seat: vacate takes those
-// of the seats that are free at that moment, rise that of a seat that becomes
-// free later. So what a use leaves and the end of the use are one critical
-// section.
+// While the session connection is free, c belongs to the session, and endSession takes
+// it. While it is in use, the fields that sessionConns.mu does not guard belong to the
+// goroutine of that use. A session that has ended keeps no connection: endSession takes
+// those of the session connections that are free at that moment, and endUse returns the
+// connection of one that becomes free later. For this reason a use stores its
+// connection and ends in one critical section.
 type sessionConn struct {
 	addr  Addr
-	owner uint64           // the use that has it, see newUse; 0 if it is free; seats.mu
-	queue []*sessionWaiter // those who wait for it, oldest first; seats.mu
-	c     *conn            // kept between two uses; nil if there is none
+	owner uint64           // number of the use that has it, see newUse; 0 if it is free; sessionConns.mu
+	queue []*sessionWaiter // uses that wait for it, oldest first; sessionConns.mu
+	c     *conn            // connection kept between two uses; nil if there is none
 
 	usedAt clock.Instant // when the last use of c ended
-	loan   Conn          // of the use under way
-	marks  int           // how many frames its number is, see underway
+	loan   Conn          // loan of the use under way
+	marks  int           // how many stack frames spell the number of the use, see underway
 
-	// What a use nested in the one under way did to the connection.
+	// Why the pool must close the connection after the use under way: a use nested in
+	// it failed. ClosedUnknown: none did.
 	spoiled CloseReason
 	why     error
 }
 
-// turn is a use that waits for a seat.
+// sessionWaiter is a use that waits for a session connection.
 type sessionWaiter struct {
-	owner  uint64
-	served bool          // ready is closed: the seat is its own, or the session has ended
+	owner  uint64        // number of the use
+	served bool          // ready is closed: the use has the session connection, or the session has ended
 	ready  chan struct{} // closed when served
 }
 
-// vacate ends the session: those who wait for a seat go on without it, and the
-// connections of free seats become the caller's.
+// endSession ends the session. Uses that wait for a session connection go on without
+// the session, and the caller becomes the owner of the connections that no use has.
 func (b *sessionConns) endSession() (held []*conn) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.endSessionLocked()
 }
 
+// endSessionLocked is endSession for a caller that holds mu. A second call returns
+// nothing.
 func (b *sessionConns) endSessionLocked() (held []*conn) {
 	if b.ended {
 		return nil
@@ -81,15 +85,16 @@ func (b *sessionConns) endSessionLocked() (held []*conn) {
 	return held
 }
 
-// uncountLocked takes the session off the pool's count when it has ended and none
-// of its uses is under way.
+// uncountLocked takes the session out of the pool's count of sessions once it has ended
+// and none of its uses is under way.
 func (b *sessionConns) uncountLocked() {
 	if b.ended && b.inUse == 0 {
 		b.p.inSession.Add(-1)
 	}
 }
 
-// release gives back connections, all of them even if Reset panics for one.
+// releaseAll gives back all the connections in held, even if Reset panics for one of
+// them.
 func (b *sessionConns) releaseAll(held []*conn) {
 	if len(held) == 0 {
 		return
@@ -98,15 +103,16 @@ func (b *sessionConns) releaseAll(held []*conn) {
 	b.releaseOne(held[0])
 }
 
-// releaseOne gives back a connection that was on a seat. The caller owns it.
+// releaseOne runs Reset on a connection of the session and gives it back. The caller
+// owns it. kept is false if the pool closed the connection instead.
 func (b *sessionConns) releaseOne(c *conn) (kept bool) {
 	k := checkout{p: b.p, c: c, owned: true}
 	defer k.rescue()
 	return k.reset(b.ctx) && k.release()
 }
 
-// releaseQuietly is release on a goroutine of its own, where a panic of Reset
-// would find nobody to reach.
+// releaseQuietly is releaseAll for a goroutine of the pool's own: it logs a panic of
+// Reset, since no caller could recover it.
 func (b *sessionConns) releaseQuietly(held ...*conn) {
 	defer func() {
 		if v := recover(); v != nil {
@@ -116,15 +122,16 @@ func (b *sessionConns) releaseQuietly(held ...*conn) {
 	b.releaseAll(held)
 }
 
-// take makes the use me the one that has the seat of addr, or finds that the caller is
-// inside the one that has it. A nil seat means that the session has ended.
+// acquire gives the session connection of addr to the use with the number me. If
+// another use has it, acquire waits, unless the caller runs inside that use: then
+// nested is true. A nil st without an error means that the session has ended.
 func (b *sessionConns) acquire(ctx context.Context, addr Addr, me uint64) (st *sessionConn, nested bool, _ error) {
 	b.mu.Lock()
 	st = b.byAddr[addr]
 	if st != nil && st.owner != 0 {
 		by := st.owner
 		b.mu.Unlock()
-		if underway(by) { // and nobody takes it from us; even if the session has ended: fn is still at it
+		if underway(by) { // the caller is inside fn, so that use stays the owner, even if the session has ended
 			return st, true, nil
 		}
 		b.mu.Lock()
@@ -174,23 +181,23 @@ func (b *sessionConns) acquire(ctx context.Context, addr Addr, me uint64) (st *s
 	return st, false, nil
 }
 
-// withdraw is for a use that waits no longer.
+// giveUp ends the wait of a use whose ctx is done, or whose pool is closed.
 func (b *sessionConns) giveUp(st *sessionConn, w *sessionWaiter) {
 	var left *conn
 	b.mu.Lock()
 	switch {
-	case st.owner == w.owner: // served at the last moment
+	case st.owner == w.owner: // the use was served at the last moment
 		left = b.endUseLocked(st, st.c)
 	case !w.served:
 		st.leaveQueue(w)
 	}
 	b.mu.Unlock()
 	if left != nil {
-		go b.releaseQuietly(left) // the caller's ctx is done: it does not wait for Reset
+		go b.releaseQuietly(left) // the caller's ctx is done, so the caller must not wait for Reset
 	}
 }
 
-// leave needs seats.mu.
+// leaveQueue takes w out of the queue. The caller holds sessionConns.mu.
 func (st *sessionConn) leaveQueue(w *sessionWaiter) {
 	for i, o := range st.queue {
 		if o == w {
@@ -200,20 +207,23 @@ func (st *sessionConn) leaveQueue(w *sessionWaiter) {
 	}
 }
 
+// serve wakes the waiter. The caller holds sessionConns.mu.
 func (w *sessionWaiter) serve() {
 	w.served = true
 	close(w.ready)
 }
 
-// rise ends a use of st, on which it leaves c, nil for nothing: the seat is free, or
-// that of the next in line. It returns c if the session has ended and the seat
-// with it; the caller owns c then, and must give it back.
+// endUse ends a use of st, which leaves the connection c behind; nil if it leaves none.
+// The session connection goes to the oldest waiter, or becomes free. If the session has
+// ended and no use waits, endUse returns c: the caller owns c then, and must give it
+// back.
 func (b *sessionConns) endUse(st *sessionConn, c *conn) (left *conn) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.endUseLocked(st, c)
 }
 
+// endUseLocked is endUse for a caller that holds mu.
 func (b *sessionConns) endUseLocked(st *sessionConn, c *conn) (left *conn) {
 	st.c = c
 	if len(st.queue) > 0 {

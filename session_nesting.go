@@ -9,22 +9,23 @@ import (
 	"sync/atomic"
 )
 
-// A use inside a use of the same session and address must not wait for it, and one
-// beside it must: they differ in the goroutine, and fn is given no ctx that could say
-// so. The runtime tells the number of a goroutine only in the text of its
-// stack, which takes longer than anything else in a loan. But it tells quickly by
-// which calls a goroutine has come to where it is. So each use has a number, and
-// its fn runs below calls that spell this number, a digit each:
+// A use nested in a use of the same session and address must not wait for the outer
+// use. A use on another goroutine must wait. fn gets no ctx that could tell the two
+// apart; only the goroutine differs. The runtime gives the number of a goroutine only
+// in the text of its stack, and reading that text takes longer than everything else in
+// a loan. But the runtime quickly gives the return addresses on a goroutine's stack. So
+// each use has a number, and its fn runs below a chain of calls that spells this
+// number, one call for each hexadecimal digit:
 //
 //	useMarked, markBegin, markUp, mark5, markUp, mark12, markUp, use, fn, ...
 //
-// A use that finds the seat taken, and no other, looks whether the number of the one
-// that has it is spelled on its own stack.
+// If a use finds that another use has the session connection, it looks for that use's
+// number on its own stack. A use that finds the session connection free does not look.
 //
 // No two uses under way have the same number, in the whole process, and most numbers
-// have one digit. A number is free again when its use has returned. One that ended
-// by a panic, or by runtime.Goexit, never gives it back: deferred calls further up
-// run on top of a stack that spells it still.
+// have one digit. A number is free again when its use has returned. A use that ends by
+// a panic, or by runtime.Goexit, never gives its number back: deferred calls further up
+// run on top of a stack that still spells the number.
 
 var (
 	numbers = sync.Pool{New: func() any {
@@ -34,11 +35,13 @@ var (
 	lastNumber atomic.Uint64
 )
 
+// newUse returns a number that no other use under way has.
 func newUse() *uint64 { return numbers.Get().(*uint64) }
 
+// freeUse takes the number back when its use has returned.
 func freeUse(num *uint64) { numbers.Put(num) }
 
-// marked is a use on its way down.
+// marked is a use that is about to run, while its number is put on the stack.
 type marked struct {
 	b    *sessionConns
 	st   *sessionConn
@@ -46,16 +49,17 @@ type marked struct {
 	num  uint64
 	left int // digits of num that are not on the stack yet
 
-	learn func() // instead of the use; see learnMarks
+	learn func() // called instead of the use; see learnMarks
 }
 
-// useMarked is use, under its number.
+// useMarked is use, below calls that spell its number num.
 func (b *sessionConns) useMarked(ctx context.Context, st *sessionConn, fn func(Conn) error, num uint64) error {
 	left := digits(num)
-	st.marks = 3 + 2*left // with this one, markBegin and the first markUp
+	st.marks = 3 + 2*left // two for each digit, and useMarked, markBegin and the first markUp
 	return markBegin(ctx, &marked{b: b, st: st, fn: fn, num: num, left: left})
 }
 
+// digits returns the number of hexadecimal digits of num.
 func digits(num uint64) (n int) {
 	for ; num > 0; num >>= 4 {
 		n++
@@ -63,7 +67,8 @@ func digits(num uint64) (n int) {
 	return n
 }
 
-// Each of these has one call in it, so that there is one address to which it returns.
+// Each of markBegin and mark0 to mark15 contains one call, so that each has one return
+// address.
 
 //go:noinline
 func markBegin(ctx context.Context, m *marked) error { return markUp(ctx, m) }
@@ -162,13 +167,14 @@ func mark14(ctx context.Context, m *marked) error { return markUp(ctx, m) }
 //go:noinline
 func mark15(ctx context.Context, m *marked) error { return markUp(ctx, m) }
 
-// marks are the addresses to which markBegin and mark0 to mark15 return.
+// marks holds the return addresses in markBegin and in mark0 to mark15.
 type marks struct {
-	at          [17]uintptr // of the digits, and of markBegin
+	at          [17]uintptr // of the digits 0 to 15, then of markBegin
 	first, last uintptr
 }
 
-// learnMarks has the calls show them.
+// learnMarks finds the addresses: it runs each of the functions once and reads the
+// stack from inside.
 var learnMarks = sync.OnceValue(func() *marks {
 	entries := [17]any{mark0, mark1, mark2, mark3, mark4, mark5, mark6, mark7, mark8, mark9, mark10, mark11, mark12, mark13, mark14, mark15, markBegin}
 	l := new(marks)
@@ -194,21 +200,22 @@ var learnMarks = sync.OnceValue(func() *marks {
 	return l
 })
 
-// underway reports whether the caller is inside the use of that number.
+// underway reports whether the caller runs inside the use with the number num.
 func underway(num uint64) bool {
-	var few [12]uintptr // as a rule fn does not go deep before it borrows again
+	var few [12]uintptr // enough as a rule: fn seldom goes deep before it borrows again
 	pcs := few[:]
 	for {
 		n := runtime.Callers(2, pcs)
 		if inside := learnMarks().spell(pcs[:n], num); inside || n < len(pcs) {
 			return inside
 		}
-		pcs = make([]uintptr, 8*len(pcs)) // once more, and deeper
+		pcs = make([]uintptr, 8*len(pcs)) // read again, with more frames
 	}
 }
 
-// spell reads the calls, the innermost first, so the last digit of a number comes
-// before the others. It reports whether there is the one of num.
+// spell reports whether pcs spell the number num. The innermost call comes first in
+// pcs, so the last digit of a number comes before the others, and markBegin ends the
+// number.
 func (l *marks) spell(pcs []uintptr, num uint64) bool {
 	var read uint64
 	var shift uint

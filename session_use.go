@@ -7,17 +7,21 @@ import (
 	"net"
 )
 
-// What happens on a seat: a use, and the uses nested in it.
+// What happens on a session connection: a use, and the uses nested in it.
 
-// use is the outermost use of a seat, which the caller has taken.
+// use runs fn on the session connection st, which the caller has acquired. It is With
+// for a session, and differs in three points: the connection of an earlier use is lent
+// again, after a probe, without a new borrow; after a use in good order the connection
+// stays with the session; and Reset runs only at the end of the session. Nested uses run
+// inside fn, see nested.
 func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) error) error {
 	p := b.p
-	risen := false
+	risen := false // endUse was called
 	defer func() {
 		if risen {
 			return
 		}
-		// st.c is there only if a Trace function ended this before c was taken.
+		// st.c is set only if a Trace function ended this use before c was taken.
 		if left := b.endUse(st, st.c); left != nil {
 			go b.releaseQuietly(left)
 		}
@@ -26,7 +30,7 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 	k := checkout{p: p, trace: p.cfg.trace(ctx)}
 	defer k.rescue()
 	k.get(&st.addr)
-	if st.c == nil {
+	if st.c == nil { // the first use of the address, or the last use lost its connection
 		if err := k.borrow(ctx, &st.addr); err != nil {
 			return err
 		}
@@ -40,6 +44,7 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 		}
 		k.c.idleFor = p.clock.Exactly().Sub(st.usedAt)
 	}
+	// Nested uses get st.loan from here on.
 	c, began := k.c, p.clock.Exactly()
 	st.loan = k.start(ctx)
 	k.got()
@@ -51,6 +56,8 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 	if !mine {
 		return unkeep(err)
 	}
+	// The pool closes the connection if this use failed, if a nested use failed, or if
+	// bytes are left. The next use borrows another one.
 	reason, why := c.verdict(ctx, word, err)
 	if reason == ClosedUnknown {
 		reason, why = st.spoiled, st.why
@@ -62,22 +69,26 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 		k.close(reason, why)
 		return unkeep(err)
 	}
+	// The connection stays with the session. The loan is counted now, and the Trace of
+	// this use gives way to that of the session.
 	id := c.id
 	p.mu.Lock()
 	p.countLoanLocked(c)
 	p.mu.Unlock()
 	c.observedBy(b.trace)
 	st.usedAt = p.clock.Exactly()
-	k.owned, risen = false, true // from here on c is the next one's in line, or the session's
+	k.owned, risen = false, true // endUse gives c to the next use in the queue, or to the session
 	left := b.endUse(st, c)
-	if left == nil || b.releaseOne(left) {
+	if left == nil || b.releaseOne(left) { // left is c if the session has ended
 		k.put(st.addr, id, began)
 	}
 	return unkeep(err)
 }
 
-// refuse says why a connection that a session kept cannot be used again, and
-// closes it.
+// checkKept probes a connection that the session kept from an earlier use. If it is
+// unfit, checkKept closes it and returns the error of the use, ErrSessionLost: a new
+// connection could not go on with what was begun on this one. With Config.Push,
+// messages that came between the two uses go to Push first.
 func (k *checkout) checkKept() error {
 	p, c, addr := k.p, k.c, k.c.site.addr
 	if p.ctx.Err() != nil {
@@ -106,7 +117,7 @@ func (k *checkout) checkKept() error {
 	return p.lost(addr, reason, why)
 }
 
-// lost is the error of a use whose session has no connection to go on with.
+// lost returns the error of a use whose session has lost its connection.
 func (p *Pool) lost(addr Addr, reason CloseReason, why error) *Error {
 	e := p.failed(addr, StageSession, ErrSessionLost, 0)
 	if why == nil {
@@ -120,7 +131,9 @@ func (p *Pool) lost(addr Addr, reason CloseReason, why error) *Error {
 	return e
 }
 
-// again is a use nested in the one under way: it has the same loan.
+// nested runs fn inside the use under way, on the same goroutine and with the same
+// loan. If fn fails without Keep, or panics, st.spoiled makes the outer use close the
+// connection, and later nested uses fail with ErrSessionLost.
 func (st *sessionConn) nested(ctx context.Context, fn func(Conn) error) error {
 	c := st.loan.c
 	if c == nil {
@@ -144,17 +157,20 @@ func (st *sessionConn) nested(ctx context.Context, fn func(Conn) error) error {
 	defer c.underCtx(ctx)()
 	err := fn(st.loan)
 	returned = true
+	// After a failure the connection may be in the middle of an exchange.
 	switch {
 	case err == nil:
 	case !isKept(err):
 		st.spoiled, st.why = ClosedFnError, err
-	case before&flagTimedOut == 0:
+	case before&flagTimedOut == 0: // fn kept the connection, so a time-out inside fn does not count
 		c.word.And(^uint64(flagTimedOut))
 	}
 	return unkeep(err)
 }
 
-// nest puts the loan under ctx as well, until the function it returns is called.
+// underCtx puts the loan under ctx as well, the ctx of a nested use, until undo is
+// called. If ctx was done by then, the loan is cut short, and the outer use cannot keep
+// the connection.
 func (c *conn) underCtx(ctx context.Context) (undo func()) {
 	if ctx.Done() == nil {
 		return func() {}
@@ -170,8 +186,9 @@ func (c *conn) underCtx(ctx context.Context) (undo func()) {
 	stop := context.AfterFunc(ctx, l.interrupt)
 	return func() {
 		if !stop() {
-			// It runs now, or has not begun yet, and must not meet another loan.
-			// What was detached has no other, and its deadlines are the caller's.
+			// The interrupt runs now, or has not begun yet, and must not strike a later
+			// loan: flagCut makes the owner close the connection. A connection that was
+			// detached has no later loan, and its deadlines are set by its new owner.
 			c.cutShort()
 		}
 		c.dmu.Lock()

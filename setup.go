@@ -5,25 +5,27 @@ import (
 	"fmt"
 )
 
-// The end of Setup. A connection on which something waits to be read when Setup is
-// done is not in step: the next thing that is read would be taken for the reply to
-// the first request. It is no matter for the first borrower, who cannot know, nor
-// for luck: the dial fails, whoever it was for. With a Push, what waits may be a
-// message, and Push gets it before the connection is lent to anybody.
+// The checks at the end of Setup. If bytes are waiting on a connection when Setup is
+// done, the connection is not in step: a borrower would take these bytes for the reply
+// to its first request. The first borrower cannot know about them, so the pool checks
+// before any loan: such a dial fails, for whichever borrower it was started. With
+// Config.Push the bytes may be a message, and Push gets them before the connection is
+// lent.
 //
-// A server that speaks first needs a Setup, which reads what it says. Without one
-// nobody has claimed to know the protocol, and the greeting is left to whoever
-// dialled.
+// A server that speaks first needs a Setup that reads its greeting. Without a Setup no
+// code of the user has claimed to know the protocol, and the greeting is left to the
+// borrower.
 
-// handState makes the state the connection's. From then on it is closed with it.
-// The caller has settled the dial, or holds a.mu.
+// handState makes the state that Setup returned the connection's. From then on the
+// state is closed with the connection. The caller has claimed the dial, or holds a.mu.
 func (a *attempt) handState() {
 	if a.state != nil {
 		a.c.state, a.state = a.state, nil
 	}
 }
 
-// setUp judges what Setup, which said that all was well, has left behind.
+// setUp checks what Setup has left behind, after Setup has returned without an error. A
+// non-nil error fails the dial.
 func (a *attempt) setUp() error {
 	p := a.c.site.pool
 	c := a.c
@@ -33,7 +35,7 @@ func (a *attempt) setUp() error {
 		a.handState()
 	}
 	a.mu.Unlock()
-	if late { // and closed by whoever finds that out, see dial
+	if late { // the dial was given up; whoever finds that out closes the connection, see dial
 		return nil
 	}
 	in, err := c.heldSoon()
@@ -53,7 +55,7 @@ func (a *attempt) setUp() error {
 	case reason == ClosedUnknown:
 		return nil
 	case reason == ClosedStale && (kind == KindEOF || kind == KindBroken):
-		c.ended(err) // with a Push as without
+		c.ended(err) // as without a Push
 		return nil
 	case reason == ClosedStale:
 		return fmt.Errorf("after Config.Setup: %w", err)
@@ -61,13 +63,14 @@ func (a *attempt) setUp() error {
 	return err
 }
 
-// speaksUnasked says what waits to be read on a connection that was just set up. A
-// peer that has hung up is found when the connection is about to be lent, and a
-// part of a TLS record is nothing yet, since most are tickets.
+// speaksUnasked returns an error if bytes wait to be read on a connection that was just
+// set up. A peer that has hung up is no error here: the probe before the first loan
+// finds that. A part of a TLS record is no error either, since it usually belongs to a
+// session ticket.
 func (c *conn) speaksUnasked() error {
 	pr := &c.sock
 	keep := pr.keep
-	pr.keep = true // so that a look tells how much there is
+	pr.keep = true // so that readThrough returns the bytes, which can be counted
 	defer func() { pr.keep = keep }()
 	_, err := pr.leftovers(true)
 	if c.site.pool.report.outlived(err, c.site.addr) {
@@ -76,10 +79,10 @@ func (c *conn) speaksUnasked() error {
 	if text, ok := err.(*plaintext); ok {
 		return &leftUnread{&brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in crypto/tls", len(text.bytes))}}
 	}
-	// Not c.ask, which would forget that the peer was seen to hang up.
+	// Not c.probe, which clears flagHungUp.
 	reason, err := pr.probe(&c.site.pool.cfg, c.nc)
 	if c.site.pool.report.outlived(err, c.site.addr) {
-		return err // what still looks at it has it
+		return err // the call that was given up still uses the connection
 	}
 	if reason == ClosedStale {
 		c.ended(err)
@@ -99,16 +102,16 @@ func (c *conn) speaksUnasked() error {
 	return &leftUnread{&brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in the connection", n)}}
 }
 
-// ended leaves it to whoever is about to lend c to find that its peer has ended the
-// connection. The look that found the end may have read it: an alert of TLS is read
-// once, and the socket may be open for a while after it.
+// ended records that the peer has ended the connection, so that the probe before the
+// first loan finds it. The probe that found the end may have consumed it: a TLS alert
+// is read only once, and the socket may stay open for a while after it.
 func (c *conn) ended(err error) {
 	c.ensureCold().end = err
 	c.word.Or(flagHungUp)
 }
 
-// drain counts what waits in a socket that is about to be closed for it, by reading
-// it: up to 4 KiB.
+// drain returns how many bytes wait in a socket that is about to be closed because of
+// them, 4 KiB at most. It reads them.
 func (p *socket) drain() (n int) {
 	b := make([]byte, 4<<10)
 	p.raw.Control(func(fd uintptr) { n, _ = p.sys.readNow(fd, b) })

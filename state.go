@@ -10,30 +10,31 @@ import (
 	"unsafe"
 )
 
-// What Setup returned may hold bytes: some that came and nobody has read, some
-// that a borrower wrote and did not flush. Neither may meet the next borrower.
+// The state that Setup returned may hold bytes: bytes that arrived and nobody has read,
+// or bytes that a borrower wrote and did not flush. Neither may reach the next
+// borrower.
 //
-// A state tells of them by a method Buffered() int. But that of a *bufio.Reader
-// which is embedded knows nothing of the bufio.Writer beside it, and a struct that
-// embeds a *bufio.ReadWriter has none at all, since there are two. So the buffers
-// of package bufio that are plainly the state's own are looked at as well: the
-// state itself, its fields, exported or not, those of a struct inside it or
-// embedded by a pointer, and those of what packages bufio and net/textproto make. So is
-// a *json.Decoder, which reads ahead.
-// Other pointers are not followed: behind them may be what many connections share.
+// A state counts them in a method Buffered() int. But the method of an embedded
+// *bufio.Reader does not count the bufio.Writer beside it, and a struct that embeds a
+// *bufio.ReadWriter has no such method, since there are two candidates. So the pool
+// also looks at buffers of package bufio that clearly belong to the state: the state
+// itself, its fields, exported or not, the fields of a struct inside it or embedded by
+// a pointer, and the buffers in types of packages bufio and net/textproto. A
+// *json.Decoder in the same places counts too, because it reads ahead. The pool does
+// not follow other pointers: many connections may share what they point to.
 
-// holdings counts bytes that are in a state.
+// holdings counts the bytes in a state.
 type holdings struct {
-	unread    int // received, and read by nobody
-	unflushed int // written by a borrower, and sent to nobody
+	unread    int // received, and not read yet
+	unflushed int // written by a borrower, and not sent yet
 
-	reader  *bufio.Reader // the last that was counted; a state may have two names for one
+	reader  *bufio.Reader // the last one counted; a state may refer to the same one twice
 	writer  *bufio.Writer
 	decoder *json.Decoder
 }
 
-// clean says what is wrong with a state that holds something, with the name of
-// whoever left it; nil if it holds nothing.
+// clean returns an error that says what a state holds, with the name of whoever left it
+// there; nil if it holds nothing.
 func (h holdings) clean(who string) error {
 	switch {
 	case h.unflushed > 0:
@@ -44,13 +45,14 @@ func (h holdings) clean(who string) error {
 	return nil
 }
 
-// held looks into the state of c. It runs in the borrower's own time, as fn does;
-// whoever else wants to know calls heldSoon. The caller owns c.
+// held counts the bytes in the state of c. It calls methods of the state on the
+// borrower's goroutine and without a bound, like fn; the pool's own goroutines call
+// heldSoon. The caller owns c.
 func (c *conn) held() (h holdings) {
 	if c.state == nil {
 		return h
 	}
-	if r, ok := c.state.(*bufio.Reader); ok { // as most have
+	if r, ok := c.state.(*bufio.Reader); ok { // the most frequent kind of state
 		countReader(r, &h)
 		return h
 	}
@@ -61,7 +63,7 @@ func (c *conn) held() (h holdings) {
 		}
 		v := recover()
 		pan := panicOf("Buffered of the state", v)
-		if v != nil { // it goes on to the borrower, who is told whose it is
+		if v != nil { // the panic goes on to the borrower, with the name of the method
 			panic(pan)
 		}
 		c.site.pool.report.outlived(pan, c.site.addr)
@@ -71,15 +73,15 @@ func (c *conn) held() (h holdings) {
 	return h
 }
 
-// heldSoon is held on a goroutine of the pool's. A state that does not answer is one
-// that nobody can be given.
+// heldSoon is held with a bound, for goroutines of the pool. If the state does not
+// answer in foreignPatience, the error says so, and the connection cannot be lent.
 func (c *conn) heldSoon() (h holdings, _ error) {
 	if c.state == nil {
 		return h, nil
 	}
 	shape := shapeOf(reflect.TypeOf(c.state))
 	if !shape.asks {
-		return c.search(shape), nil // no foreign code
+		return c.search(shape), nil // no foreign code runs
 	}
 	got := make(chan holdings, 1)
 	err := briefly("Buffered of the state", foreignPatience, func() error {
@@ -93,6 +95,7 @@ func (c *conn) heldSoon() (h holdings, _ error) {
 	return <-got, nil
 }
 
+// search counts the bytes in the state of c, whose type has the given shape.
 func (c *conn) search(shape *shape) (h holdings) {
 	if shape.paths != nil {
 		v := reflect.ValueOf(c.state)
@@ -101,23 +104,26 @@ func (c *conn) search(shape *shape) (h holdings) {
 		}
 	}
 	if shape.asks {
-		// Its own count may have both halves in it, or know of more than is seen.
+		// The method's count may include bytes of both kinds, and bytes in buffers that
+		// the pool does not see.
 		h.unread = max(h.unread, c.state.(interface{ Buffered() int }).Buffered()-h.unflushed)
 	}
 	return h
 }
 
-// shape is where a type of states has its buffers.
+// shape says where a type of states has its buffers.
 type shape struct {
-	asks  bool // it has a method Buffered() int
+	asks  bool // it has a method Buffered() int that the pool calls
 	paths []path
 }
 
-// path leads to a buffer: through pointers, to the fields of these numbers.
+// path leads from a state to a buffer: the numbers of the fields to follow, through
+// pointers.
 type path []int
 
 var shapes sync.Map // of *shape, by reflect.Type
 
+// shapeOf returns the shape of t, which it computes once.
 func shapeOf(t reflect.Type) *shape {
 	if s, ok := shapes.Load(t); ok {
 		return s.(*shape)
@@ -125,20 +131,20 @@ func shapeOf(t reflect.Type) *shape {
 	s := new(shape)
 	s.explore(t, nil, nil)
 	if s.asks = t.Implements(reflect.TypeFor[interface{ Buffered() int }]()); t == reflect.TypeFor[*bufio.Writer]() {
-		s.asks = false // what it counts is unflushed
+		s.asks = false // its Buffered counts unflushed bytes
 	}
 	known, _ := shapes.LoadOrStore(t, s)
 	return known.(*shape)
 }
 
-// buffers are what an interface of a state may hold, be it an io.Reader, one of the
-// state's own making, or any.
+// buffers are the types that the pool recognises inside an interface of a state, be it
+// an io.Reader, an interface type of the state's own package, or any.
 var buffers = [...]reflect.Type{
 	reflect.TypeFor[*bufio.Reader](), reflect.TypeFor[*bufio.Writer](), reflect.TypeFor[*bufio.ReadWriter](),
 }
 
-// explore finds the buffers in a value of type t, to which at leads. outer are the
-// structs that t is inside.
+// explore finds the buffers in a value of type t. at is the path to the value. outer
+// are the struct types that the value is nested in.
 func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 	switch t {
 	case reflect.TypeFor[*bufio.Reader](), reflect.TypeFor[*bufio.Writer](),
@@ -146,11 +152,11 @@ func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 		s.paths = append(s.paths, append(path{}, at...))
 		return
 	case reflect.TypeFor[*json.Decoder](), reflect.TypeFor[json.Decoder]():
-		s.paths = append(s.paths, append(path{}, at...)) // and what it reads from may be a buffer, too
+		s.paths = append(s.paths, append(path{}, at...)) // what the decoder reads from may be a buffer, too
 	}
 	if t.Kind() == reflect.Interface {
 		for _, b := range buffers {
-			if b.Implements(t) { // what is in it is seen when it is looked at
+			if b.Implements(t) { // what is in it is known only when a state is searched
 				s.paths = append(s.paths, append(path{}, at...))
 				break
 			}
@@ -165,7 +171,7 @@ func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 	}
 	for _, o := range outer {
 		if o == t {
-			return // a list, or a tree
+			return // a type that contains itself: a list, or a tree
 		}
 	}
 	outer = append(outer[:len(outer):len(outer)], t)
@@ -178,14 +184,14 @@ func (s *shape) explore(t reflect.Type, at path, outer []reflect.Type) {
 	}
 }
 
-// ownBuffers reports whether a pointer to t in a state is a pointer to a codec of
-// this connection's.
+// ownBuffers reports whether a pointer to t in a state points to a codec that belongs
+// to this connection alone.
 func ownBuffers(t reflect.Type) bool {
 	return t.PkgPath() == "bufio" || t.PkgPath() == "net/textproto" || t == reflect.TypeFor[json.Decoder]()
 }
 
-// look follows p into v, and counts what is there. Unexported fields are only
-// read, and nothing of theirs is called but Buffered.
+// look follows p from v and counts the bytes in the buffer there. It reads unexported
+// fields, and calls no method of theirs but Buffered.
 func (p path) look(v reflect.Value, h *holdings) {
 	for _, i := range p {
 		if v.Kind() == reflect.Pointer {
@@ -215,7 +221,7 @@ func (p path) look(v reflect.Value, h *holdings) {
 	case v.CanAddr():
 		at = v.Addr().UnsafePointer()
 	default:
-		return // a copy, which nobody else has
+		return // a copy inside an interface, which nobody else uses
 	}
 	switch t {
 	case reflect.TypeFor[bufio.Reader]():
@@ -227,7 +233,8 @@ func (p path) look(v reflect.Value, h *holdings) {
 	}
 }
 
-// countDecoder leaves out the space after a value, which comes with it as a rule.
+// countDecoder leaves out white space after a value: peers usually send a newline
+// there.
 func countDecoder(d *json.Decoder, h *holdings) {
 	if d == nil || d == h.decoder {
 		return
@@ -248,6 +255,7 @@ func countDecoder(d *json.Decoder, h *holdings) {
 	}
 }
 
+// countReader adds the bytes that r has read ahead, unless r was counted just before.
 func countReader(r *bufio.Reader, h *holdings) {
 	if r != nil && r != h.reader {
 		h.unread += r.Buffered()
@@ -255,6 +263,7 @@ func countReader(r *bufio.Reader, h *holdings) {
 	}
 }
 
+// countWriter adds the bytes that w has not flushed, unless w was counted just before.
 func countWriter(w *bufio.Writer, h *holdings) {
 	if w != nil && w != h.writer {
 		h.unflushed += w.Buffered()

@@ -20,8 +20,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/tlsrecord"
 )
 
-// handshake makes a TLS connection of nc, under the identity and trust that
-// belong to the address. nc is a's to close, whatever happens here.
+// handshake makes a TLS connection over nc, with the identity and the trust that belong
+// to the address. In any case a remains the one to close nc.
 func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) {
 	p := a.c.site.pool
 	a.where = "Config.TLSFor"
@@ -39,15 +39,15 @@ func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) 
 		under.raw = trusted(raw)
 	}
 	if under.raw != nil {
-		// A TLS server does not speak first. What is there before the
-		// handshake would be taken as if it had come inside.
+		// A TLS server does not speak first. Bytes that arrive before the handshake
+		// were not encrypted, but would be read as if they were a part of it.
 		early := false
 		shown := false
 		under.raw.Control(func(fd uintptr) { early, shown = p.sys.peek(fd).Bytes, true })
 		switch {
 		case early:
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
-		case !shown: // there is none, whatever SyscallConn says
+		case !shown: // SyscallConn promises a descriptor, but Control shows none
 			under.raw = nil
 		}
 	}
@@ -56,8 +56,9 @@ func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) 
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
-	// Of what came with the handshake it is not known what is left, so the
-	// first loan is followed by a question.
+	// The pool does not know how much of the handshake's bytes crypto/tls still holds.
+	// So the record tracking starts as lost, and the end of the first loan asks
+	// crypto/tls.
 	state := tc.ConnectionState()
 	under.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
 	if under.record.Lost(); !under.renegotiates {
@@ -66,27 +67,28 @@ func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) 
 	return tc, nil
 }
 
-var zeroTLS tls.Config // only copied
+var zeroTLS tls.Config // never changed, only cloned
 
-// serverName is what TLS asks for and verifies at addr under cfg.
+// serverName returns the name that TLS requests and verifies at addr under cfg.
 func serverName(addr Addr, cfg *tls.Config) string {
 	if addr.ServerName != "" {
 		return addr.ServerName
 	}
-	host, _, _ := strings.Cut(addr.Host, "%") // no certificate names a zone
+	host, _, _ := strings.Cut(addr.Host, "%") // certificates name no IPv6 zone
 	if ip, err := netip.ParseAddr(host); err == nil && ip.IsLoopback() && isLocalhost(cfg.ServerName) {
 		return "localhost"
 	}
 	return host
 }
 
-// isLocalhost reports whether name is the one that a tls.Config may give for many
-// addresses at once: all those of the loopback interface.
+// isLocalhost reports whether name is localhost: the one name that a tls.Config may
+// give to many addresses at once, those of the loopback interface.
 func isLocalhost(name string) bool {
 	return strings.EqualFold(strings.TrimSuffix(name, "."), "localhost")
 }
 
-// tlsConfig is what the handshake goes by: the identity and trust of the address.
+// tlsConfig returns the tls.Config of the handshake, with the identity and the trust of
+// the address.
 func (a *attempt) tlsConfig() (*tls.Config, error) {
 	p, addr := a.c.site.pool, a.c.site.addr
 	cfg, before := p.cfg.TLS, p.sessions.age()
@@ -108,17 +110,17 @@ func (a *attempt) tlsConfig() (*tls.Config, error) {
 	return p.sessions.configFor(addr, cfg, before), nil
 }
 
-// tlsMode says what a tlsSocket does when crypto/tls reads.
+// tlsMode says how Read of a tlsSocket works. crypto/tls calls it.
 type tlsMode uint8
 
 const (
-	tlsNormal tlsMode = iota
-	tlsNoWait         // hand over what has arrived, do not wait for more
-	tlsSealed         // hand over nothing
+	tlsNormal tlsMode = iota // wait for the peer
+	tlsNoWait                // return the bytes that have arrived, and do not wait for more
+	tlsSealed                // return no bytes
 )
 
-// tlsFlood bounds what one look may take out of the socket: far more than any
-// number of session tickets that makes sense.
+// tlsFlood bounds, in bytes, how much one probe reads from the socket: far more than
+// any reasonable number of session tickets.
 const tlsFlood = 64 << 10
 
 var errRenegotiating = errors.New("a renegotiation of TLS was cut short")
@@ -130,24 +132,24 @@ var errFlood = errors.New("the peer sends without end while the connection is id
 // tlsGoodbye bounds the write of close_notify.
 const tlsGoodbye = 250 * time.Millisecond
 
-// tlsSocket is the socket under a tls.Conn. It can be told not to wait, so that
-// crypto/tls can be asked what it holds without a deadline being set, and to
-// bound the goodbye, for which crypto/tls would wait 5 seconds.
+// tlsSocket is the socket under a tls.Conn of the pool's own. Its mode lets a probe ask
+// crypto/tls for the bytes it holds without setting a deadline. It also bounds the
+// write of close_notify, for which crypto/tls alone would wait 5 seconds.
 type tlsSocket struct {
 	net.Conn
-	raw          syscall.RawConn // nil: a foreign connection, on which tlsNoWait is not to be used
+	raw          syscall.RawConn // nil: a connection without a usable descriptor, which has no tlsNoWait
 	readNow      func(fd uintptr, b []byte) (int, error)
-	record       tlsrecord.Tracker // how far crypto/tls has read
+	record       tlsrecord.Tracker // which bytes crypto/tls has read, and which it has returned
 	budget       int               // bytes that tlsNoWait may still read
-	mode         tlsMode           // the owner's, and only between loans
-	stuck        bool              // an answer to a key update could not be written
-	renegotiates bool              // the peer may ask for another handshake, and so for another cipher
-	leaving      atomic.Bool
+	mode         tlsMode           // only the owner uses it, between loans
+	stuck        bool              // the answer to a key update could not be written
+	renegotiates bool              // the peer may ask for another handshake, which may choose another cipher
+	leaving      atomic.Bool       // sayGoodbye was called: bound the write of close_notify
 	closed       atomic.Bool
 }
 
-// Close closes the socket below, once: crypto/tls does so behind a handshake that
-// failed or a goodbye, and the pool, whatever crypto/tls does.
+// Close closes the socket below, only once. Both crypto/tls (after a failed handshake
+// or a close_notify) and the pool close it.
 func (s *tlsSocket) Close() error {
 	if s.closed.Swap(true) {
 		return net.ErrClosed
@@ -157,7 +159,7 @@ func (s *tlsSocket) Close() error {
 
 func (s *tlsSocket) NetConn() net.Conn { return s.Conn }
 
-// SyscallConn is for whoever detached the connection.
+// SyscallConn serves a borrower that has detached the connection.
 func (s *tlsSocket) SyscallConn() (syscall.RawConn, error) {
 	if s.raw == nil {
 		return nil, errors.ErrUnsupported
@@ -165,14 +167,14 @@ func (s *tlsSocket) SyscallConn() (syscall.RawConn, error) {
 	return s.raw, nil
 }
 
-// Write does not wait for the peer while crypto/tls is only asked what it holds:
-// a key update makes it write from within a read. It keeps the error to itself,
-// so it is remembered here.
+// Write waits for the peer, except during a probe, when it waits for probePatience at
+// most: on a key update crypto/tls writes from within a Read. crypto/tls does not
+// return the error of that write, so stuck records it.
 func (s *tlsSocket) Write(b []byte) (int, error) {
 	if s.mode == tlsNormal {
 		return s.Conn.Write(b)
 	}
-	if _, foreign := mannersOf(s.Conn, s.Conn, false); foreign { // which may not listen to a deadline
+	if _, foreign := mannersOf(s.Conn, s.Conn, false); foreign { // a foreign connection may ignore deadlines
 		s.stuck = true
 		return 0, errStuck
 	}
@@ -185,11 +187,13 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// enter sets the mode, and the budget for tlsNoWait.
 func (s *tlsSocket) enter(m tlsMode) { s.mode, s.budget = m, tlsFlood }
 
+// Read is called by crypto/tls. It tells record which bytes crypto/tls has got.
 func (s *tlsSocket) Read(b []byte) (int, error) {
 	if s.mode != tlsNormal {
-		return s.readNoWait(b) // whose closure allocates
+		return s.readNoWait(b) // a method of its own, because its closure allocates
 	}
 	n, err := s.Conn.Read(b)
 	s.record.Saw(b[:n])
@@ -199,6 +203,7 @@ func (s *tlsSocket) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// readNoWait is Read in the modes tlsNoWait and tlsSealed.
 func (s *tlsSocket) readNoWait(b []byte) (n int, err error) {
 	switch {
 	case s.mode == tlsSealed || s.raw == nil:
@@ -214,9 +219,12 @@ func (s *tlsSocket) readNoWait(b []byte) (n int, err error) {
 	return n, err
 }
 
+// sayGoodbye bounds the write of close_notify by tlsGoodbye. It is called before the
+// tls.Conn is closed.
 func (s *tlsSocket) sayGoodbye() { s.leaving.Store(true) }
 
-// SetWriteDeadline is what tls.Conn.Close calls before it writes close_notify.
+// SetWriteDeadline replaces the deadline that tls.Conn.Close sets before it writes
+// close_notify.
 func (s *tlsSocket) SetWriteDeadline(t time.Time) error {
 	if s.leaving.Load() {
 		t = time.Now().Add(tlsGoodbye)
@@ -224,26 +232,30 @@ func (s *tlsSocket) SetWriteDeadline(t time.Time) error {
 	return s.Conn.SetWriteDeadline(t)
 }
 
-// sessionCaches holds a session cache for each of the addresses that were
-// dialled last, in the tls.Config of the address. One for all would let a
-// session be resumed under another name, scope or client certificate than it was
-// made with; a tls.Config for each connection would be the largest part of it.
+// sessionCaches holds a TLS session cache for each of the addresses that were dialled
+// most recently, in a tls.Config made for the address. With one cache for all
+// addresses, a session could be resumed under another name, scope or client certificate
+// than the one it was made with. A tls.Config for each connection would be the largest
+// part of the connection's memory.
 //
-// A cache belongs to one identity: an address and the tls.Config that was given
-// for it, known by its pointer. Another pointer is another identity with a cache
-// of its own, and Retire makes another identity of the same pointer. The cache
-// of an identity that is over is out of reach here, so what its connections
-// still put into it (a ticket may come at any time) meets nobody.
+// A cache belongs to one identity: an address, and the tls.Config that was given for
+// it, compared by pointer. Another pointer is another identity with a cache of its own.
+// After Retire the same pointer counts as a new identity. The cache of an old identity
+// is no longer in here, so a ticket that one of its connections still receives is never
+// used.
 type sessionCaches struct {
 	mu      sync.Mutex // guards what follows; nothing else happens under it
 	lru     *simplelru.LRU[Addr, tlsOfAddr]
-	dropped uint64 // how often Retire was called
+	dropped uint64 // number of calls of Retire
 }
 
+// tlsOfAddr is the tls.Config of one identity.
 type tlsOfAddr struct {
-	from, config *tls.Config // config is a copy of from, made for the address
+	from, config *tls.Config // from is what the user gave; config is a copy of it, made for the address
 }
 
+// newSessionCaches returns caches for 1024 addresses; the least recently dialled one
+// gives way.
 func newSessionCaches() *sessionCaches {
 	lru, err := simplelru.NewLRU[Addr, tlsOfAddr](1024, nil)
 	if err != nil {
@@ -252,16 +264,17 @@ func newSessionCaches() *sessionCaches {
 	return &sessionCaches{lru: lru}
 }
 
-// age is for a dial that is about to ask what its tls.Config is.
+// age returns the number of Retires so far. A dial reads it before it asks for its
+// tls.Config, see configFor.
 func (s *sessionCaches) age() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.dropped
 }
 
-// configFor is from with what belongs to addr. before is the age from before
-// from was asked for: if there was a Retire meanwhile, from may be of the
-// identity that is over, and what is made of it is for one dial only.
+// configFor returns a copy of from with the name and the session cache of addr. before
+// is the age that was read before from was asked for. If Retire was called in the
+// meantime, from may belong to the old identity, so the copy serves one dial only.
 func (s *sessionCaches) configFor(addr Addr, from *tls.Config, before uint64) *tls.Config {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -280,13 +293,15 @@ func (s *sessionCaches) configFor(addr Addr, from *tls.Config, before uint64) *t
 	return cfg
 }
 
-// resumes reports whether sessions made with cfg may be resumed. Who asks for a
-// say in each handshake gets it: a resumed session would pass over these
-// functions. A cache of the caller's own says that this is meant.
+// resumes reports whether sessions made with cfg may be resumed. A resumed session
+// skips VerifyPeerCertificate and GetClientCertificate. So if one of these functions is
+// set, sessions are resumed only if the caller has also set a cache, which says that
+// skipping is intended.
 func resumes(cfg *tls.Config) bool {
 	return cfg.ClientSessionCache != nil || cfg.VerifyPeerCertificate == nil && cfg.GetClientCertificate == nil
 }
 
+// drop ends the identity of addr: Retire was called.
 func (s *sessionCaches) drop(addr Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -124,8 +124,10 @@ type CloseInfo struct {
 	Err    error         // the error that made the pool close it, if there was one
 }
 
+// traceKey is the key of a Trace in a ctx.
 type traceKey struct{}
 
+// noneRemovableKey is the key of a NoneRemovable function in a ctx.
 type noneRemovableKey struct{}
 
 // WithNoneRemovable returns a ctx whose dials call decide instead of
@@ -177,6 +179,7 @@ func chain(first, second *Trace) *Trace {
 	}
 }
 
+// both returns a function that calls f, then g; either may be nil.
 func both[T any](f, g func(T)) func(T) {
 	if f == nil {
 		return g

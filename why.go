@@ -66,6 +66,7 @@ func (e *inVain) Unwrap() []error {
 	return []error{e.ctx, spent(e.last)}
 }
 
+// times returns n with the noun what, in the plural unless n is 1.
 func times(n int, what string) string {
 	if n == 1 {
 		return "1 " + what
@@ -118,7 +119,8 @@ func (o *loansOut) remove(h *loanRecord) {
 	o.mu.Unlock()
 }
 
-// find returns the first loan for which which is true, among the first farEnough.
+// find returns the first loan that satisfies which, among the farEnough longest; nil if
+// none does.
 func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -1066,7 +1066,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "hold-timer-rests",
-		old:   "if l.oldest == nil && l.timer != nil { // else the Profile has panicked, and h never came so far\n\t\tl.timer.Stop()\n\t}",
+		old:   "if l.oldest == nil && l.timer != nil { // there is no timer if Profile.Add panicked before add made one\n\t\tl.timer.Stop()\n\t}",
 		new:   "",
 		tests: `TestReportsComeInTimeForEach`,
 	},
@@ -1681,7 +1681,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "tls-over-a-raw-conn-without-a-descriptor-has-one",
-		old:   `case !shown: // there is none, whatever SyscallConn says`,
+		old:   `case !shown: // SyscallConn promises a descriptor, but Control shows none`,
 		new:   `case !shown && false:`,
 		tests: `TestARawConnWithoutADescriptorIsNoneUnderTLS`,
 	},
