@@ -12,6 +12,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // TRY-26
@@ -214,7 +215,7 @@ func TestAServerThatStopsReadingIsNotWaitedForInAPinEither(t *testing.T) {
 				<-stop
 				return ""
 			})
-			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, RequestTimeout: 4 * time.Second})
+			g := begin(t, Config{Framing: "resp", To: to, MaxOpen: 2, RequestTimeout: short.Of(12*time.Second, 4*time.Second)})
 			c := g.call()
 			require.Equal(t, "+OK\r\n", c.do("WATCH", "k"))
 			go c.Write(appendCommand(nil, []byte("SET"), []byte("k"), make([]byte, 15<<20)))
