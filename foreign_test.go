@@ -663,6 +663,9 @@ func TestTheLookThroughTLSNeverWaitsForADeafConnection(t *testing.T) {
 						time.Sleep(time.Minute)
 						st := p.Stats()
 						require.Zero(t, st.InUse+st.Closing, "%v", st)
+						if how.name == "refuses" { // that it was refused is known before anything could block
+							require.Zero(t, st.AbandonedCalls, "%v", st)
+						}
 						close(thaw)
 						require.NoError(t, p.Close())
 						synctest.Wait()
