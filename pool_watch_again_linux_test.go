@@ -56,6 +56,9 @@ func TestAWatcherThatCouldNotBeMadeIsTriedAgain(t *testing.T) {
 	require.False(t, p.isWatching())
 	require.EqualValues(t, 1, logged.Load())
 	require.EqualValues(t, 4, p.Stats().Idle)
+	p.mu.Lock()
+	p.sweeper.Stop() // which would try again, too, once a minute
+	p.mu.Unlock()
 	refused.Store(false)
 	soon(t, "a watcher", p.isWatching)
 	require.Equal(t, 4, n.srv.CutIdle(-1, faultnet.FIN))

@@ -413,3 +413,15 @@ func TestATLSConfigIsCopiedOncePerAddress(t *testing.T) {
 	}
 	require.Equal(t, 2, caches.lru.Len())
 }
+
+// crypto/tls closes the socket after a failed handshake, and the pool closes it too. By
+// then the descriptor may be another socket's.
+func TestTheSocketUnderTLSIsClosedOnce(t *testing.T) {
+	client, server := net.Pipe()
+	defer server.Close()
+	below := &deaf{Conn: client}
+	s := &tlsSocket{Conn: below}
+	require.NoError(t, s.Close())
+	require.ErrorIs(t, s.Close(), net.ErrClosed)
+	require.EqualValues(t, 1, below.closes.Load())
+}

@@ -1500,7 +1500,7 @@ var mutants = []mutant{
 		name:  "tls-socket-closed-once",
 		old:   "if s.closed.Swap(true) {",
 		new:   "if false {",
-		tests: `TestNothingIsLostWhicheverForeignCallFails/error`,
+		tests: `TestTheSocketUnderTLSIsClosedOnce`,
 	},
 	{
 		name:  "cut-refuses-foreign-operations",
