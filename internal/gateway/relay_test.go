@@ -205,7 +205,7 @@ func TestMemoryIsBoundedForAllClientsTogether(t *testing.T) {
 			}
 		}
 	}})
-	g := begin(t, Config{Framing: "line", To: to, MaxOpen: 1, MaxMemory: 20 << 20, ErrorReply: "ERR\n", WriteTimeout: 500 * time.Millisecond})
+	g := begin(t, Config{Framing: "line", To: to, MaxOpen: 1, MaxMemory: 20 << 20, ErrorReply: "ERR\n", WriteTimeout: time.Minute})
 	var deaf []*caller
 	for range 6 {
 		c := g.call()
