@@ -352,3 +352,39 @@ func TestTheNamesOfTheDocsAreTheCodes(t *testing.T) {
 	}
 	require.Greater(t, found, 200, "the search finds names")
 }
+
+// The page for who changes the code sends nobody to a name that is gone.
+func TestTheArchitecturePageNamesWhatThereIs(t *testing.T) {
+	var code strings.Builder
+	files := make(map[string]bool)
+	require.NoError(t, fs.WalkDir(os.DirFS("."), ".", func(name string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.IsDir() && name != "." && strings.HasPrefix(entry.Name(), ".") {
+			return fs.SkipDir
+		}
+		if err == nil && !entry.IsDir() && strings.HasSuffix(name, ".go") {
+			files[entry.Name()], files[name] = true, true
+			code.WriteString(read(t, name))
+		}
+		return err
+	}))
+	page := read(t, "ARCHITECTURE.md")
+	known := make(map[string]bool)
+	for _, word := range regexp.MustCompile(`\w+`).FindAllString(code.String(), -1) {
+		known[word] = true
+	}
+	names := regexp.MustCompile("`[A-Za-z][\\w.]*`").FindAllString(page, -1)
+	require.Greater(t, len(names), 50)
+	for _, name := range names {
+		for _, part := range strings.Split(strings.Trim(name, "`."), ".") {
+			require.True(t, known[part], "ARCHITECTURE.md names %s, which is nothing in the code", name)
+		}
+	}
+	for _, name := range regexp.MustCompile(`[\w/*]+\.go\b`).FindAllString(page, -1) {
+		there := files[name]
+		for file := range files {
+			ok, _ := path.Match(name, file)
+			there = there || ok
+		}
+		require.True(t, there, "ARCHITECTURE.md names %s, which is no file", name)
+	}
+}

@@ -44,8 +44,8 @@ func stageAndCause(err error) (Stage, error) {
 	return StageWait, err
 }
 
-// leave takes w out of the queue. If w was served meanwhile, leave gives a connection back and
-// returns an error.
+// leave takes w out of the queue. If w was served a connection meanwhile, leave gives the
+// connection back and returns nil; if w was served an error, leave returns the error.
 func (w *waiter) leave() error {
 	s, p := w.site, w.site.pool
 	var todo agenda

@@ -21,7 +21,7 @@ import (
 )
 
 // handshake makes a TLS connection over nc, with the identity and the trust that belong
-// to the address. In any case a remains the one to close nc.
+// to the address. The attempt still closes nc if handshake fails.
 func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) {
 	p := a.c.site.pool
 	a.where = "Config.TLSFor"

@@ -12,7 +12,8 @@ import (
 	"sync/atomic"
 )
 
-// What clients say to the servers of this package, and what those of a Mem may serve.
+// How test clients ask the servers of this package and read the replies, and handlers for
+// the hosts of a Mem.
 
 // Reply is what Tokens answers.
 type Reply struct {
