@@ -137,6 +137,9 @@ func (b *books) displaceLocked(a *attempt, todo *agenda) {
 	s := a.c.site
 	s.dropLocked(a)
 	s.queue.dialEnded()
+	if s.queue.dials == 0 {
+		s.queue.silent = false // as when the last dial ends by itself
+	}
 	a.surplus, a.displaced = true, true
 	b.displaced++
 	if a.prefill {

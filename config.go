@@ -242,7 +242,8 @@ type Config struct {
 	// Debug keeps the stack of each borrow, and reports the use of a Conn after its
 	// loan to Logger, with both stacks. The pool also audits its books, after each
 	// change and whenever Stats is called, and panics if the books contradict
-	// themselves. It costs some microseconds per loan.
+	// themselves. It costs some microseconds per loan; Stats looks at all books, which
+	// takes 0.1 s with 20,000 addresses.
 	Debug bool
 
 	// # Rare: what nearly every program leaves alone

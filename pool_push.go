@@ -146,6 +146,7 @@ func (c *conn) push() {
 	p.mu.Lock()
 	if p.limits.MinIdlePerAddr > 0 {
 		p.setCheckingLocked(c, true) // a connection in Push counts for the reserve
+		p.refreshLocked(c.site)
 	}
 	p.mu.Unlock()
 	go func() {

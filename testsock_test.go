@@ -28,12 +28,11 @@ const (
 )
 
 var (
-	soon            = patience.Soon
-	quickOnce       = patience.QuickOnce
-	nothingLeaks    = patience.NothingLeaks
-	openDescriptors = patience.OpenDescriptors
-	warmNet         = patience.WarmNet
-	stress          = patience.Stress
+	soon         = patience.Soon
+	quickOnce    = patience.QuickOnce
+	nothingLeaks = patience.NothingLeaks
+	warmNet      = patience.WarmNet
+	stress       = patience.Stress
 )
 
 func inTime[T any](t *testing.T, from <-chan T) T {
@@ -150,8 +149,7 @@ func replied(r faultnet.Reply, err error) (reply, error) {
 }
 
 var (
-	newToken   = faultnet.NewToken
-	errForeign = faultnet.ErrForeign
+	newToken = faultnet.NewToken
 )
 
 // loan is one complete exchange on a connection to addr.

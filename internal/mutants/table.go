@@ -669,6 +669,18 @@ var mutants = []mutant{
 		tests: `TestModelHoldsOverLongHistories`,
 	},
 	{
+		name:  "what-push-has-is-counted-later",
+		old:   "p.setCheckingLocked(c, true) // a connection in Push counts for the reserve\n\t\tp.refreshLocked(c.site)\n",
+		new:   "p.setCheckingLocked(c, true) // a connection in Push counts for the reserve\n",
+		tests: `TestAConnectionInPushCountsForItsReserveAtOnce`,
+	},
+	{
+		name:  "silent-without-a-dial",
+		old:   `s.queue.silent = false // as when the last dial ends by itself`,
+		new:   `_ = s`,
+		tests: `TestAnAddressWithoutADialIsNotSilent`,
+	},
+	{
 		name:  "spares-storm-a-dead-server",
 		old:   `(!x.unstable && !s.failing() || x.retryOnce)`,
 		new:   `(!x.unstable || x.retryOnce)`,
