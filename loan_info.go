@@ -23,7 +23,8 @@ type ConnInfo struct {
 // Info returns what the pool and the socket know about the connection. Several
 // goroutines may call it at once, also in [Config.Setup], Reset, Check and Push.
 //
-// After the loan, and after Close or Detach, every field but Addr has its zero value.
+// After the loan, and after Close or Detach, every field but Addr has its zero value. Only
+// the Conn that Setup got goes on telling of a connection that was detached.
 // The zero Conn returns the zero ConnInfo.
 //
 // On a socket of package net Info allocates nothing and does no I/O. Under crypto/tls
