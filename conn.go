@@ -151,7 +151,7 @@ func (c *conn) dropLoanState() {
 
 // observedBy makes t the Trace of the loan. t includes the pool's Trace.
 func (c *conn) observedBy(t *Trace) {
-	if c.loan.Load() != nil || t != c.site.pool.cfg.Trace {
+	if c.loan.Load() != nil || t != c.site.env.cfg.Trace {
 		c.loanState().trace = t
 	}
 }
@@ -162,7 +162,7 @@ func (c *conn) trace() *Trace {
 	if l := c.loan.Load(); l != nil && l.trace != nil {
 		return l.trace
 	}
-	return c.site.pool.cfg.Trace
+	return c.site.env.cfg.Trace
 }
 
 // The state word:
@@ -237,14 +237,14 @@ var aLongTimeAgo = time.Unix(1, 0)
 
 // adopt makes nc the socket of c.
 func (c *conn) adopt(nc net.Conn) {
-	p := c.site.pool
+	env := c.site.env
 	c.nc = nc
-	c.born = p.clock.Exactly()
+	c.born = env.clock.Exactly()
 	c.since = c.born
-	if m := p.cfg.MaxLifetime; m > 0 {
+	if m := env.cfg.MaxLifetime; m > 0 {
 		c.maxAge = m - rand.N(m/10+1)
 	}
-	c.sock.init(nc, p.sys, &p.cfg)
+	c.sock.init(nc, env.sys, &env.cfg)
 }
 
 // link puts c on the idle stack of its site: on top, or, if inOrder, at the place that
@@ -355,7 +355,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	if watch {
 		l.unwatch = context.AfterFunc(ctx, l.interrupt)
 	}
-	if c.site.pool.cfg.Debug {
+	if c.site.env.cfg.Debug {
 		c.recordBorrower(gen)
 	}
 	return Conn{c, gen}
@@ -367,7 +367,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 func (c *conn) interrupt(l *loanState) {
 	defer func() {
 		if v := recover(); v != nil { // from a ctx of the caller's making
-			c.site.pool.report.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
+			c.site.env.report.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
 	if !c.cutShort() {
@@ -560,7 +560,7 @@ func (c *conn) note(err error) error {
 			if l.ctx.Err() == context.Canceled { // whatever type the cause has
 				ioe.kind = KindCanceled
 			}
-		case !l.limit.IsZero() && !c.site.pool.clock.Read().Before(l.limit):
+		case !l.limit.IsZero() && !c.site.env.clock.Read().Before(l.limit):
 			// The deadline of the socket fired a moment before the ctx was done.
 			ioe.cause = context.DeadlineExceeded
 			c.word.Or(flagCut)

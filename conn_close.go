@@ -32,7 +32,7 @@ func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 	if !left {
 		left, err = c.sock.leftovers(word&flagMoved != 0)
 		c.keepPushback(err)
-		c.site.pool.report.outlived(err, c.site.addr)
+		c.site.env.report.outlived(err, c.site.addr)
 	}
 	if left && c.sock.keep && !isLate(err) && !errors.Is(err, errUnproven) {
 		c.ensureCold().unread = true
@@ -196,7 +196,7 @@ func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 		if returned {
 			return
 		}
-		c.site.pool.report.outlived(panicOf(what, recover()), c.site.addr)
+		c.site.env.report.outlived(panicOf(what, recover()), c.site.addr)
 	}()
 	f()
 	returned = true
@@ -218,7 +218,7 @@ func (c *conn) closeSocket(reason CloseReason) {
 		// However the close_notify ends, the socket is closed, and only once.
 		err := briefly("the goodbye of TLS", tlsGoodbye, t.CloseWrite)
 		if pan, ok := err.(*PanicError); ok {
-			c.site.pool.report.outlived(pan, c.site.addr)
+			c.site.env.report.outlived(pan, c.site.addr)
 		}
 		t.NetConn().Close()
 	}

@@ -68,12 +68,12 @@ func (l *loanLog) init(cfg *Config, k *clock.Clock, r *reporter) {
 // recordLoan records that c is lent. The stack in the record begins skip frames above
 // recordLoan's caller. Only the owner of c calls it.
 func (c *conn) recordLoan(skip int) {
-	p := c.site.pool
+	env := c.site.env
 	var pcs [64]uintptr
 	n := runtime.Callers(skip+2, pcs[:])
-	h := &loanRecord{addr: c.site.addr, id: c.id, since: p.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
+	h := &loanRecord{addr: c.site.addr, id: c.id, since: env.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
 	c.loanState().record = h
-	p.loanLog.add(h, skip+2)
+	env.loanLog.add(h, skip+2)
 }
 
 // add adds a record. skip is the number of stack frames to leave out for the Profile.
@@ -107,7 +107,7 @@ func (c *conn) dropRecord() {
 	if l := c.loan.Load(); l != nil && l.record != nil {
 		h := l.record
 		l.record = nil
-		c.site.pool.loanLog.remove(h)
+		c.site.env.loanLog.remove(h)
 	}
 }
 
@@ -200,7 +200,7 @@ func leakedLease(c *conn) {
 // noteLeaked counts and reports the connection of a leaked lease or session, and closes
 // it. The caller owns c.
 func (c *conn) noteLeaked() {
-	p := c.site.pool
+	p := c.site.env.pool
 	t, h := c.trace(), c.loanState().record
 	if h == nil { // the loan was not recorded; only leases always are
 		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}

@@ -32,7 +32,7 @@ type Prober interface{ Probe() error }
 // lent. The caller owns it. The age comes first, because it is the cheapest test; then
 // the probe; then Config.Check, if the connection has been idle for long.
 func (c *conn) whyUnfit(ctx context.Context) (CloseReason, error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	unproven := p.clock.Age(c.since-clock.Instant(c.idleFor), c.since)
 	idleFor := unproven
 	if e := c.cold.Load(); e != nil && e.fromReserve {
@@ -61,7 +61,7 @@ func (c *conn) whyUnfit(ctx context.Context) (CloseReason, error) {
 
 // ping runs Config.Check on c, and probes c afterwards.
 func (c *conn) ping(ctx context.Context) (CloseReason, error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	asked := false
 	defer func() {
 		if !asked { // a ctx of the borrower's making panicked
@@ -266,8 +266,8 @@ func (c *conn) probe() (CloseReason, error) {
 	if reason, err := c.condemned(); reason != ClosedUnknown {
 		return reason, err
 	}
-	reason, err := c.sock.probe(&c.site.pool.cfg, c.nc)
-	c.site.pool.report.outlived(err, c.site.addr)
+	reason, err := c.sock.probe(&c.site.env.cfg, c.nc)
+	c.site.env.report.outlived(err, c.site.addr)
 	if reason == ClosedDirty && c.sock.keep {
 		c.keepPushback(err)
 	}

@@ -438,7 +438,7 @@ func (c *conn) query(what string, ask func() error) error {
 	}
 	_, err := aside(what, over, nil, func() (int64, error) { return 0, ask() })
 	if overdue {
-		c.site.pool.report.outlived(err, c.site.addr)
+		c.site.env.report.outlived(err, c.site.addr)
 	}
 	return err
 }
@@ -509,7 +509,7 @@ func (c *conn) tellDeadline(l *loanState, unlessCut bool, set func() error) erro
 		c.word.Or(flagBroken)
 	}
 	c.dmu.Unlock()
-	c.site.pool.report.outlived(err, c.site.addr)
+	c.site.env.report.outlived(err, c.site.addr)
 	return err
 }
 
@@ -560,14 +560,14 @@ func (c *conn) clearDeadline() error {
 // deadline is refused); it leaves the operations behind. No operation begins any more,
 // see isOverdue. The steps run from timers, so that nobody waits for them.
 func (c *conn) interruptForeign(l *loanState) {
-	p := c.site.pool
+	env := c.site.env
 	err := c.tellDeadline(l, false, func() error { return c.nc.SetDeadline(aLongTimeAgo) })
 	leave := func() {
 		if !c.blocked() {
 			return
 		}
 		if err != nil {
-			p.report.noteAbandoned("an operation of a connection that was closed", c.site.addr)
+			env.report.noteAbandoned("an operation of a connection that was closed", c.site.addr)
 		}
 		c.dmu.Lock()
 		defer c.dmu.Unlock()
@@ -588,7 +588,7 @@ func (c *conn) interruptForeign(l *loanState) {
 		err = nil
 		time.AfterFunc(foreignPatience, func() {
 			if c.blocked() {
-				p.report.noteAbandoned("an operation that takes no notice of its deadline", c.site.addr)
+				env.report.noteAbandoned("an operation that takes no notice of its deadline", c.site.addr)
 				refuse()
 			}
 		})

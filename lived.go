@@ -51,7 +51,7 @@ func (c *conn) noteTraffic(way uint64) {
 
 // noteLived records that c has lived, in a loan or while it was idle.
 func (c *conn) noteLived(inLoan bool) {
-	p := c.site.pool
+	p := c.site.env.pool
 	var todo agenda
 	p.mu.Lock()
 	// An operation may end after its connection has left the pool.
@@ -65,7 +65,7 @@ func (c *conn) noteLived(inLoan bool) {
 // noteStood is called when a sweep has found c fit. It records that c has lived, if c
 // has been open for a sweep's period.
 func (c *conn) noteStood(now clock.Instant) {
-	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {
+	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.env.pool.sweepPeriod() {
 		c.noteLived(false)
 	}
 }
@@ -86,7 +86,7 @@ func (c *conn) noteLoss(reason CloseReason, err error) {
 // other borrowers wait for the address or dials are in flight, since each of these
 // would go on to the next connection, too.
 func (c *conn) noteHollow(why error) bool {
-	p := c.site.pool
+	p := c.site.env.pool
 	now := p.clock.Exactly()
 	var todo agenda
 	p.mu.Lock()
@@ -104,7 +104,7 @@ func (c *conn) noteHollow(why error) bool {
 
 // hollowness returns why the end of c counts against its address, nil if it does not.
 func (c *conn) hollowness(reason CloseReason, err error) error {
-	p, word := c.site.pool, c.word.Load()
+	p, word := c.site.env.pool, c.word.Load()
 	if c.site.unpooled() || reason.innocent() || c.idleFor+p.clock.Exactly().Sub(c.since) >= youth {
 		return nil
 	}

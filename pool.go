@@ -39,18 +39,12 @@ import (
 //     never changes its site.
 //  8. Nothing of one loan is visible in the next; see conn.
 type Pool struct {
-	cfg   Config          // never changes; the limits in use are in the books
-	ctx   context.Context // the parent of the ctx of every hook and dial; Close ends it
-	stop  context.CancelFunc
-	clock clock.Clock
+	env // what connections and dials use of the pool; it never changes
 
-	sys    *system
-	report reporter
+	ctx  context.Context // the parent of the ctx of every hook and dial; Close ends it
+	stop context.CancelFunc
 
 	inSession atomic.Int64 // sessions that have not ended; With looks for a session in its ctx only if there are any
-	loanLog   loanLog      // the loans and who has them
-
-	sessions *sessionCaches // TLS sessions to resume
 
 	handles handleBudget
 
@@ -68,10 +62,23 @@ type Pool struct {
 	sweeper       *time.Timer    // the timer of the next sweep; nil until there is something to sweep
 }
 
+// env is what the code of connections and dials uses of the pool beside the books. No field is
+// ever replaced, and each can be used without Pool.mu.
+type env struct {
+	cfg      Config // the limits in use are in the books
+	clock    clock.Clock
+	sys      *system
+	report   reporter
+	loanLog  loanLog        // the loans and who has them
+	sessions *sessionCaches // TLS sessions to resume
+
+	pool *Pool // for the flows, which change the books and do what these decide
+}
+
 // site is the state of one address. A site exists while there is a connection, a
 // dial, a waiter, a reserve, a call of Warm, or a recent failure. Its fields need Pool.mu.
 type site struct {
-	pool      *Pool // for functions outside the books: no method of books uses it
+	env       *env  // for functions outside the books: no method of books uses it
 	addr      Addr  // canonical
 	top       *conn // top of the idle stack: the idle connection given back last
 	n         tally
@@ -93,7 +100,7 @@ type site struct {
 
 // newSite makes the state of an address, without any connection.
 func (p *Pool) newSite(addr Addr) *site {
-	return &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1}
+	return &site{env: &p.env, addr: addr, queue: &noQueue, heapIndex: -1}
 }
 
 // tally counts connections by phase.
@@ -119,13 +126,12 @@ func New(cfg Config) (*Pool, error) {
 		return nil, &configError{err}
 	}
 	p := &Pool{
-		cfg:      cfg,
-		sys:      &realSystem,
-		sessions: newSessionCaches(),
+		env:      env{cfg: cfg, sys: &realSystem, sessions: newSessionCaches()},
 		checkers: make(chan struct{}, maxCheckers),
 
 		watching: watching{create: sock.NewWatcher, add: (*sock.Watcher).Add},
 	}
+	p.pool = p
 	p.report.logger = cfg.Logger
 	p.loanLog.init(&p.cfg, &p.clock, &p.report)
 	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())
@@ -358,7 +364,7 @@ func (c *conn) isDone(ctx context.Context, reason CloseReason, err error) bool {
 // announce runs the agenda of a borrower that was queued, and calls Trace.Wait. If foreign
 // code ends the borrower's goroutine there, the borrower leaves the queue.
 func (w *waiter) announce(t *Trace, todo *agenda) {
-	p := w.site.pool
+	p := w.site.env.pool
 	told := false
 	defer func() {
 		if !told { // a Trace function called runtime.Goexit

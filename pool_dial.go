@@ -151,7 +151,7 @@ func (a *attempt) isClaimed() bool {
 // dial opens c for the pool and records the outcome, whatever the dialer and the hooks do:
 // return, panic, end their goroutine, or never return.
 func (a *attempt) dial() {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	p.handles.refresh(p.sys)
 	t := p.cfg.Trace
 	cancel := context.CancelFunc(func() {})
@@ -252,7 +252,7 @@ func (a *attempt) abandon(adopted bool, start clock.Instant, t *Trace) {
 
 // open dials, does the handshake and runs Setup.
 func (a *attempt) open(ctx context.Context) error {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	c := a.c
 	nc, err := a.connect(ctx)
 	if err != nil {
@@ -311,7 +311,7 @@ func (a *attempt) open(ctx context.Context) error {
 // hides its errno in another error, always; an error that a foreign dialer returns as if it
 // came from the system, from the second try on. The pool's own dialer keeps no errors.
 func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	asked, patience := false, handlePatience
 	for tries := 0; ; tries++ {
 		nc, err := a.connectOnce(ctx)
@@ -343,7 +343,7 @@ func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
 // connectOnce dials once and does the TLS handshake, if there is one. On success the attempt
 // holds the socket.
 func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	addr := a.c.site.addr
 	if a.c.site.absolute {
 		addr.Host += "."
@@ -394,7 +394,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 // connection may take long.
 func (a *attempt) closeUnowned(nc net.Conn) {
 	s := a.c.site
-	s.pool.report.outlived(briefly("Close of the connection", closeTimeout, nc.Close), s.addr)
+	s.env.report.outlived(briefly("Close of the connection", closeTimeout, nc.Close), s.addr)
 }
 
 // brokenContract is an error for foreign code that did what its contract forbids.
@@ -426,7 +426,7 @@ func (cfg *Config) canonical(addr Addr) (Addr, error) {
 
 // noteDialed records the outcome of a dial; failure is nil if the dial succeeded.
 func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	now := p.clock.Exactly()
 	var todo agenda
 	c, s := a.c, a.c.site

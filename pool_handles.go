@@ -71,7 +71,7 @@ func (h *handleBudget) refresh(sys *system) {
 // If there is an older entry with that number, other code has closed that entry's
 // descriptor. The number also says how many handles are taken.
 func (c *conn) registerFD() {
-	p := c.site.pool
+	p := c.site.env.pool
 	if c.sock.raw == nil {
 		return
 	}
@@ -286,7 +286,7 @@ func SameConn(a, b syscall.Conn) (bool, error) {
 // patience; that allows about six more tries. awaitHandle gives up at once if the pool has
 // no connection that could be given back.
 func (a *attempt) awaitHandle(ctx context.Context, patience *time.Duration) bool {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	if *patience <= 0 {
 		return false
 	}

@@ -11,7 +11,7 @@ import (
 // hook's answer, HookTimeout at most. The caller owns c before and after. After an error the
 // caller must discard c, because the hook may still be running.
 func (c *conn) runHook(ctx context.Context, where string, hook func(context.Context, Conn) error) (err error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
 	defer cancel()
 	defer recoverInto(&err, where) // a panic from the borrower's ctx
@@ -147,8 +147,8 @@ func passOn(err error) {
 
 // reportUseAfterReturn reports, in debug mode, the use of a handle whose loan has ended.
 func (c *conn) reportUseAfterReturn(gen uint64) {
-	p := c.site.pool
-	if !p.cfg.Debug {
+	env := c.site.env
+	if !env.cfg.Debug {
 		return
 	}
 	loan := "not known any more"
@@ -161,7 +161,7 @@ func (c *conn) reportUseAfterReturn(gen uint64) {
 		}
 	}
 	c.dmu.Unlock()
-	p.report.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
+	env.report.log(slog.LevelError, "a Conn was used after it was given back", "addr", c.site.addr,
 		"borrowed by", loan, "used by", string(debug.Stack()))
 }
 
@@ -194,5 +194,5 @@ func (c *conn) logClosed(reason CloseReason, err error) {
 	case ClosedStale:
 		level = slog.LevelInfo
 	}
-	c.site.pool.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
+	c.site.env.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
 }

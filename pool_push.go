@@ -142,7 +142,7 @@ func (cfg *Config) isForPush(reason CloseReason) bool {
 // push gives c, on which unread bytes wait, to Config.Push until none are left. The caller
 // owned c and gives up c.
 func (c *conn) push() {
-	p := c.site.pool
+	p := c.site.env.pool
 	p.mu.Lock()
 	if p.limits.MinIdlePerAddr > 0 {
 		p.setCheckingLocked(c, true) // a connection in Push counts for the reserve
@@ -161,7 +161,7 @@ func (c *conn) push() {
 // pushAll calls Push as long as there is something for it. It returns why c has to be closed
 // after that; ClosedUnknown if c may stay.
 func (c *conn) pushAll() (CloseReason, error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	for {
 		e := c.ensureCold()
 		if reason, err := c.awaitMessage(); !p.cfg.isForPush(reason) {
@@ -201,7 +201,7 @@ var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 // a TLS record has arrived in part, awaitMessage waits for the rest, because only the whole
 // record shows whether it is a message or a ticket.
 func (c *conn) awaitMessage() (CloseReason, error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	end := p.clock.Exactly() + clock.Instant(defaultHookTimeout)
 	for {
 		if reason, err := c.condemned(); reason != ClosedUnknown {
@@ -237,7 +237,7 @@ func (c *conn) awaitMessage() (CloseReason, error) {
 // rearmWatch makes the watcher listen to c again, after c was released. The watcher reports
 // at once what arrived before, and later data when it arrives.
 func (c *conn) rearmWatch() {
-	p := c.site.pool
+	p := c.site.env.pool
 	p.mu.Lock()
 	watcher := p.watching.watcher
 	p.mu.Unlock()

@@ -27,7 +27,7 @@ import (
 // release gives back a connection whose loan ended in good order. If the loan left bytes to
 // read and there is a Push, Push gets the connection first.
 func (c *conn) release() bool {
-	p := c.site.pool
+	p := c.site.env.pool
 	if p.cfg.Push == nil {
 		return c.releaseFrom(fromLoan)
 	}
@@ -54,7 +54,7 @@ func (c *conn) release() bool {
 // oldest waiter, onto the idle stack, or, if it may not be lent again, it is closed.
 // releaseFrom reports whether the connection was kept.
 func (c *conn) releaseFrom(u origin) bool {
-	p := c.site.pool
+	p := c.site.env.pool
 	c.dropRecord()
 	now := p.clock.Now()
 	var todo agenda
@@ -73,7 +73,7 @@ func (c *conn) releaseFrom(u origin) bool {
 // discard closes a connection that its owner gives up, and frees the slot. The returned
 // channel is closed when the socket is closed; it is nil if that has happened already.
 func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
-	p := c.site.pool
+	p := c.site.env.pool
 	c.noteLoss(reason, err)
 	c.dropRecord()
 	first, own := c.seal()
@@ -137,7 +137,7 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 // idle connection can make room, waiters need not wait for the slot of c. closesSlowly reports
 // whether a waiter wanted a slot.
 func (c *conn) closesSlowly() (wanted bool) {
-	p := c.site.pool
+	p := c.site.env.pool
 	var todo agenda
 	e := c.ensureCold()
 	p.mu.Lock()
@@ -156,7 +156,7 @@ func (c *conn) closesSlowly() (wanted bool) {
 // closed, or it is no longer the pool's (ClosedQuarantined, or ClosedUnknown for a
 // detached connection). No other function frees such a slot.
 func (c *conn) noteRemoved(reason CloseReason, err error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	var todo agenda
 	var lost error
 	if c.uses == 0 && !reason.innocent() {
@@ -206,7 +206,7 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 
 // noteDetached records that a borrower took c out of the pool.
 func (c *conn) noteDetached() {
-	p := c.site.pool
+	p := c.site.env.pool
 	c.dropRecord()
 	p.mu.Lock()
 	p.counts.Detached++

@@ -196,7 +196,7 @@ func (t *trackedLoan) release() error {
 
 // untrack closes a connection of DialContext; err is the cause if there is one.
 func (c *conn) untrack(err error) <-chan struct{} {
-	p := c.site.pool
+	p := c.site.env.pool
 	p.mu.Lock()
 	p.counts.Tracked--
 	p.mu.Unlock()
@@ -231,7 +231,7 @@ func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address st
 
 // noteStalled records that w, of a DialOverflow, has waited for ownPatience.
 func (w *waiter) noteStalled() {
-	p := w.site.pool
+	p := w.site.env.pool
 	var todo agenda
 	p.mu.Lock()
 	w.stalled = true

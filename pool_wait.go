@@ -47,7 +47,7 @@ func stageAndCause(err error) (Stage, error) {
 // leave takes w out of the queue. If w was served meanwhile, leave gives a connection back and
 // returns an error.
 func (w *waiter) leave() error {
-	s, p := w.site, w.site.pool
+	s, p := w.site, w.site.env.pool
 	var todo agenda
 	p.mu.Lock()
 	if w.queued {
@@ -71,7 +71,7 @@ func (w *waiter) leave() error {
 
 // noteDeclined gives back the connection with which a waiter was served that had given up.
 func (w *waiter) noteDeclined() {
-	p := w.c.site.pool
+	p := w.c.site.env.pool
 	p.mu.Lock()
 	p.counts.WaitsFailed++
 	p.mu.Unlock()

@@ -22,9 +22,9 @@ var roots struct {
 // loadRoots reads the certificates if the dial may need them. If no handle is free it returns
 // the error that a dial would: then connect makes room for the certificates as for a dial.
 func (a *attempt) loadRoots() error {
-	p := a.c.site.pool
-	cfg := p.cfg.TLS
-	if roots.loaded.Load() || p.cfg.TLSFor == nil && cfg != nil && (cfg.RootCAs != nil || cfg.InsecureSkipVerify) {
+	env := a.c.site.env
+	cfg := env.cfg.TLS
+	if roots.loaded.Load() || env.cfg.TLSFor == nil && cfg != nil && (cfg.RootCAs != nil || cfg.InsecureSkipVerify) {
 		return nil
 	}
 	roots.mu.Lock()
@@ -32,7 +32,7 @@ func (a *attempt) loadRoots() error {
 	if roots.loaded.Load() {
 		return nil
 	}
-	if p.sys.noHandleFree() {
+	if env.sys.noHandleFree() {
 		return os.NewSyscallError("open", sock.ErrProcessFiles)
 	}
 	_, _ = x509.SystemCertPool() // a dial that verifies with them gets the error

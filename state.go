@@ -66,7 +66,7 @@ func (c *conn) held() (h holdings) {
 		if v != nil { // the panic goes on to the borrower, with the name of the method
 			panic(pan)
 		}
-		c.site.pool.report.outlived(pan, c.site.addr)
+		c.site.env.report.outlived(pan, c.site.addr)
 	}()
 	h = c.search(shape)
 	looked = true
@@ -89,7 +89,7 @@ func (c *conn) heldSoon() (h holdings, _ error) {
 		return nil
 	})
 	if err != nil {
-		c.site.pool.report.outlived(err, c.site.addr)
+		c.site.env.report.outlived(err, c.site.addr)
 		return h, err
 	}
 	return <-got, nil

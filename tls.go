@@ -23,14 +23,14 @@ import (
 // handshake makes a TLS connection over nc, with the identity and the trust that belong
 // to the address. In any case a remains the one to close nc.
 func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) {
-	p := a.c.site.pool
+	env := a.c.site.env
 	a.where = "Config.TLSFor"
 	cfg, err := a.tlsConfig()
 	if err != nil {
 		return nil, err
 	}
 	a.where = "SyscallConn of the connection"
-	under := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
+	under := &tlsSocket{Conn: nc, readNow: env.sys.readNow}
 	if !a.wrap(under) {
 		return nil, context.DeadlineExceeded
 	}
@@ -43,7 +43,7 @@ func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) 
 		// were not encrypted, but would be read as if they were a part of it.
 		early := false
 		shown := false
-		under.raw.Control(func(fd uintptr) { early, shown = p.sys.peek(fd).Bytes, true })
+		under.raw.Control(func(fd uintptr) { early, shown = env.sys.peek(fd).Bytes, true })
 		switch {
 		case early:
 			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
@@ -90,10 +90,10 @@ func isLocalhost(name string) bool {
 // tlsConfig returns the tls.Config of the handshake, with the identity and the trust of
 // the address.
 func (a *attempt) tlsConfig() (*tls.Config, error) {
-	p, addr := a.c.site.pool, a.c.site.addr
-	cfg, before := p.cfg.TLS, p.sessions.age()
-	if p.cfg.TLSFor != nil {
-		own, err := p.cfg.TLSFor(addr)
+	env, addr := a.c.site.env, a.c.site.addr
+	cfg, before := env.cfg.TLS, env.sessions.age()
+	if env.cfg.TLSFor != nil {
+		own, err := env.cfg.TLSFor(addr)
 		if err != nil {
 			return nil, err
 		}
@@ -107,7 +107,7 @@ func (a *attempt) tlsConfig() (*tls.Config, error) {
 	if cfg == nil {
 		cfg = &zeroTLS
 	}
-	return p.sessions.configFor(addr, cfg, before), nil
+	return env.sessions.configFor(addr, cfg, before), nil
 }
 
 // tlsMode says how Read of a tlsSocket works. crypto/tls calls it.

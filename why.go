@@ -84,7 +84,7 @@ func (e *inVain) counts(addr, mine Addr) bool { return e.full != "MaxPerAddr" ||
 
 // gaveUp completes w.why and returns the error of the wait. mu is not held.
 func (w *waiter) gaveUp(ctx error) error {
-	p := w.site.pool
+	p := w.site.env.pool
 	e := w.why
 	if e == nil { // the waiter was served at the last moment
 		return ctx

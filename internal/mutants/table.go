@@ -393,7 +393,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "stood-for-a-sweep",
-		old:   `if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {`,
+		old:   `if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.env.pool.sweepPeriod() {`,
 		new:   `if false {`,
 		tests: `TestAConnectionThatStoodForASweepHasLived`,
 	},
@@ -595,7 +595,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-is-not-told-of-what-came-during-the-loan",
-		old:   "if at.c.site.pool.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
+		old:   "if at.c.site.env.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
 		new:   "if false {\n\t\tat.c.rearmWatch()",
 		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
@@ -1480,7 +1480,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "ignored-deadline-closes",
-		old:   "p.report.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
+		old:   "env.report.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
 		new:   "_ = refuse",
 		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/does_nothing/read`,
 	},
