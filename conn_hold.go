@@ -2,11 +2,9 @@ package connpool
 
 import (
 	"container/list"
-	"fmt"
 	"log/slog"
 	"runtime"
 	"runtime/pprof"
-	"strings"
 	"sync"
 	"time"
 
@@ -33,7 +31,7 @@ type loanRecord struct {
 	addr  Addr
 	id    uint64
 	since clock.Instant
-	stack []uintptr
+	stack callers
 	trace *Trace // of the borrow, including the pool's
 
 	next, prev *loanRecord   // in the list of the loanLog
@@ -174,17 +172,7 @@ func (l *loanLog) tell() {
 // info returns h as a HeldInfo; the loan has lasted until now.
 func (h *loanRecord) info(now clock.Instant) HeldInfo {
 	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.Sub(h.since)}
-	var b strings.Builder
-	frames := runtime.CallersFrames(h.stack)
-	for more := len(h.stack) > 0; more; {
-		var f runtime.Frame
-		f, more = frames.Next()
-		if info.Place == "" {
-			info.Place = fmt.Sprintf("%s (%s:%d)", f.Function, f.File, f.Line)
-		}
-		fmt.Fprintf(&b, "%s\n\t%s:%d\n", f.Function, f.File, f.Line)
-	}
-	info.Stack = b.String()
+	info.Place, info.Stack = h.stack.text()
 	return info
 }
 

@@ -362,7 +362,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 		}
 	}
 	if addr.Transport == TLS && own == nil {
-		if err := a.loadRoots(); err != nil {
+		if err := p.sys.loadRoots(&p.cfg); err != nil {
 			return nil, err
 		}
 	}

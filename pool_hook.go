@@ -77,7 +77,7 @@ const hookGrace = 100 * time.Millisecond
 // has the session connection and waits for them.
 func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	if p.inSession.Load() != 0 {
-		ctx = context.WithValue(ctx, sessionKey{p}, (*session)(nil))
+		ctx = context.WithValue(ctx, sessionKey{p}, nil)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(p.ctx, func() { cancel(ErrClosed) })

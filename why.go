@@ -29,7 +29,7 @@ type inVain struct {
 
 	full   string        // the limit that was in the way
 	held   time.Duration // how long the longest loan under that limit has lasted; 0: unknown
-	holder *loanRecord   // the longest loan; nil: unknown
+	holder callers       // who has the longest loan; nil: unknown
 	here   bool          // a loan under that limit is of the same address
 	nested bool          // here, and this goroutine is inside the fn of another With
 }
@@ -84,7 +84,7 @@ func (e *inVain) counts(addr, mine Addr) bool { return e.full != "MaxPerAddr" ||
 
 // gaveUp completes w.why and returns the error of the wait. mu is not held.
 func (w *waiter) gaveUp(ctx error) error {
-	p := w.site.env.pool
+	env := w.site.env
 	e := w.why
 	if e == nil { // the waiter was served at the last moment
 		return ctx
@@ -93,9 +93,9 @@ func (w *waiter) gaveUp(ctx error) error {
 	if e.held == 0 && !e.here {
 		return e
 	}
-	e.holder = p.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) })
-	if e.holder != nil {
-		e.held = max(e.held, p.clock.Exactly().Sub(e.holder.since))
+	if h := env.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) }); h != nil {
+		e.holder = h.stack
+		e.held = max(e.held, env.clock.Exactly().Sub(h.since))
 	}
 	e.nested = e.here && insideWith()
 	return e
@@ -150,8 +150,29 @@ func (o *loansOut) at(addr Addr, n int) (hs []*loanRecord, more int) {
 	return hs, more
 }
 
-// place returns where h was borrowed.
-func (h *loanRecord) place() string { return h.info(h.since).Place }
+// callers are the calls on the stack of a goroutine, the innermost first.
+type callers []uintptr
+
+// place returns the innermost call: a function, its file and line.
+func (s callers) place() string {
+	place, _ := s.text()
+	return place
+}
+
+// text returns the innermost call, and all of them as in the text of a panic.
+func (s callers) text() (place, all string) {
+	var b strings.Builder
+	frames := runtime.CallersFrames(s)
+	for more := len(s) > 0; more; {
+		var f runtime.Frame
+		f, more = frames.Next()
+		if place == "" {
+			place = fmt.Sprintf("%s (%s:%d)", f.Function, f.File, f.Line)
+		}
+		fmt.Fprintf(&b, "%s\n\t%s:%d\n", f.Function, f.File, f.Line)
+	}
+	return place, b.String()
+}
 
 // insideWith reports whether the calling goroutine, which is in a With, is also inside
 // the fn of another With. Only the goroutine's stack can tell. It is read only after a

@@ -423,7 +423,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "roots-before-the-socket",
-		old:   `if err := a.loadRoots(); err != nil {`,
+		old:   `if err := p.sys.loadRoots(&p.cfg); err != nil {`,
 		new:   `if err := error(nil); err != nil {`,
 		tests: `TestATLSDialWithoutAHandleSpoilsNoLaterOne`,
 	},
