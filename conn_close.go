@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -251,4 +252,30 @@ func (r CloseReason) clean() bool {
 		return true
 	}
 	return false
+}
+
+// endLife ends the ctx of a connection that has left the pool.
+func (c *conn) endLife(reason CloseReason) {
+	e := c.cold.Load()
+	if e == nil {
+		return // nobody has called Context; a later call finds flagShut, flagStolen or flagDetached
+	}
+	c.dmu.Lock()
+	e.ctx.cause = leftPool(reason)
+	end := e.ctx.end
+	c.dmu.Unlock()
+	if end != nil {
+		end(leftPool(reason))
+	}
+}
+
+// leftPool is the error that says why a connection has left the pool. ClosedUnknown
+// stands for Detach.
+type leftPool CloseReason
+
+func (r leftPool) Error() string {
+	if CloseReason(r) == ClosedUnknown {
+		return "connpool: the connection was detached"
+	}
+	return fmt.Sprintf("connpool: the connection was closed: %v", CloseReason(r))
 }

@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -253,4 +254,46 @@ func (a *agenda) runAll(p *Pool) {
 		a.closes = a.closes[1:]
 		o.c.discard(o.reason, o.err)
 	}
+}
+
+func (c *conn) logClosed(reason CloseReason, err error) {
+	level := slog.LevelDebug
+	switch reason {
+	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:
+		level = slog.LevelWarn
+	case ClosedQuarantined, ClosedLeaked:
+		level = slog.LevelError
+	case ClosedStale:
+		level = slog.LevelInfo
+	}
+	c.site.env.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
+}
+
+// leakedLease takes back the connection of a lease that became unreachable.
+func leakedLease(c *conn) {
+	go func() { // the caller is the runtime, whose other clean-ups wait
+		if c.abort() {
+			c.noteLeaked()
+		}
+	}()
+}
+
+// noteLeaked counts and reports the connection of a leaked lease or session, and closes
+// it. The caller owns c.
+func (c *conn) noteLeaked() {
+	p := c.site.env.pool
+	t, h := c.trace(), c.loanState().record
+	if h == nil { // the loan was not recorded; only leases always are
+		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}
+	}
+	info := h.info(p.clock.Exactly())
+	p.mu.Lock()
+	p.counts.Leaked++
+	p.mu.Unlock()
+	c.discard(ClosedLeaked, nil)
+	if t != nil && t.Leaked != nil {
+		p.report.observe("Trace.Leaked", func() { t.Leaked(info) })
+	}
+	p.report.log(slog.LevelError, "a lease or session was forgotten; its connection is closed", "addr", info.Addr, "id", info.ID,
+		"held", info.Held, "borrowed by", info.Stack)
 }

@@ -49,12 +49,6 @@ func (p *Pool) eachSiteLocked(visit func(*site)) {
 	}
 }
 
-// idleRef is a connection that was idle, with the generation it had then.
-type idleRef struct {
-	c   *conn
-	gen uint64
-}
-
 // sweep is one sweep, from the forgetting of old failures to the start of the next timer.
 func (p *Pool) sweep() {
 	now := p.clock.Exactly()

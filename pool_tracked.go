@@ -249,29 +249,6 @@ func (p *Pool) noteOverflowDialEnded() {
 	p.mu.Unlock()
 }
 
-// family is the family of addresses that DialContext was asked for.
-type family uint8
-
-const (
-	familyPooled family = iota // the site is not of DialContext
-	familyAny                  // "tcp" or "unix"
-	family4                    // "tcp4"
-	family6                    // "tcp6"
-)
-
-func familyOf(network string) family {
-	switch network {
-	case "tcp4":
-		return family4
-	case "tcp6":
-		return family6
-	}
-	return familyAny
-}
-
-// unpooled reports whether s is the site of a connection of DialContext.
-func (s *site) unpooled() bool { return s.family != familyPooled }
-
 // track wraps c for the caller, with the methods of its kind of connection.
 //
 // The pool closes a connection that nobody can reach any more. So everything in use must lead

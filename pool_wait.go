@@ -1,6 +1,10 @@
 package connpool
 
-import "context"
+import (
+	"context"
+	"reflect"
+	"runtime"
+)
 
 // The part of a borrower's wait that blocks. The queue itself is in books_queue.go.
 
@@ -77,3 +81,43 @@ func (w *waiter) noteDeclined() {
 	p.mu.Unlock()
 	w.c.releaseFrom(fromCheck)
 }
+
+// gaveUp completes w.why and returns the error of the wait. mu is not held.
+func (w *waiter) gaveUp(ctx error) error {
+	env := w.site.env
+	e := w.why
+	if e == nil { // the waiter was served at the last moment
+		return ctx
+	}
+	e.ctx = ctx
+	if e.held == 0 && !e.here {
+		return e
+	}
+	if h := env.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) }); h != nil {
+		e.holder = h.stack
+		e.held = max(e.held, env.clock.Exactly().Sub(h.since))
+	}
+	e.nested = e.here && insideWith()
+	return e
+}
+
+// insideWith reports whether the calling goroutine, which is in a With, is also inside
+// the fn of another With. Only the goroutine's stack can tell. It is read only after a
+// wait has failed.
+func insideWith() bool {
+	var pcs [128]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])
+	for n := 0; ; {
+		f, more := frames.Next()
+		if f.Function == nameOfWith {
+			if n++; n == 2 {
+				return true
+			}
+		}
+		if !more {
+			return false
+		}
+	}
+}
+
+var nameOfWith = reflect.TypeFor[Pool]().PkgPath() + ".(*Pool).With"

@@ -196,3 +196,12 @@ func (cfg *Config) trace(ctx context.Context) *Trace {
 	one, _ := ctx.Value(traceKey{}).(*Trace)
 	return chain(cfg.Trace, one)
 }
+
+// HeldInfo is what [Trace.HeldLong] and [Trace.Leaked] get.
+type HeldInfo struct {
+	Addr  Addr
+	ID    uint64        // of the connection in its pool
+	Held  time.Duration // so far
+	Place string        // where it was borrowed: a function, its file and line
+	Stack string        // the whole stack of the borrow, as in the text of a panic
+}

@@ -90,7 +90,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-in-setup",
-		file:  "pool_handles.go",
+		file:  "markdead.go",
 		old:   `for _, c := range p.byFD {`,
 		new:   `for _, c := range p.recency.all() {`,
 		tests: `TestMarkDeadOfAConnectionInSetupFailsItsDial`,
@@ -1030,7 +1030,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-not-in-hooks",
-		old:   `ctx = context.WithValue(ctx, sessionKey{p}, (*session)(nil))`,
+		old:   `ctx = context.WithValue(ctx, sessionKey{p}, nil)`,
 		new:   `ctx = context.WithValue(ctx, sessionKey{nil}, (*session)(nil))`,
 		tests: `TestHooksOfASessionsUseBorrowForThemselves`,
 	},
@@ -1174,14 +1174,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setup-leaves-a-message",
-		file:  "setup.go",
+		file:  "pool_setup.go",
 		old:   "reason, err := c.pushAll()\n\tswitch kind",
 		new:   "reason, err := ClosedUnknown, error(nil)\n\tswitch kind",
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	},
 	{
 		name:  "the-end-that-setup-met-is-kept",
-		file:  "setup.go",
+		file:  "pool_setup.go",
 		old:   "if reason == ClosedStale {\n\t\tc.ended(err)\n\t}",
 		new:   "",
 		tests: `TestAnAlertThatAnEarlierLookHasReadIsToldOf`,

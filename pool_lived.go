@@ -26,28 +26,9 @@ import (
 // (backoff, books_backoff.go). books_minidle.go says what a hollow connection means for
 // a reserve, pool_warm.go what it means for Warm.
 
-// flagsLived are the flags of the state word that say how far a connection has come. They
-// last from the dial to the close. Both together mean that the connection has lived, or
-// that its end is recorded already.
-const flagsLived = flagWrote | flagRead
-
 // youth is how long after its dial the loss of a connection counts against its address.
 // Servers commonly hang up on connections that nobody has used for longer.
 const youth = 2 * time.Second
-
-// maxHollow is how many hollow connections one borrow may meet.
-const maxHollow = 3
-
-// noteTraffic records that a loan has moved bytes in one direction: way is flagWrote or
-// flagRead.
-func (c *conn) noteTraffic(way uint64) {
-	if w := c.word.Load(); w&way != 0 || w&(flagHooked|flagDetached) != 0 {
-		return // traffic of Setup and the other hooks proves nothing: it is part of preparing a connection
-	}
-	if (c.word.Or(way)|way)&flagsLived == flagsLived {
-		c.noteLived(true)
-	}
-}
 
 // noteLived records that c has lived, in a loan or while it was idle.
 func (c *conn) noteLived(inLoan bool) {
@@ -159,33 +140,4 @@ func (r CloseReason) innocent() bool {
 		return true
 	}
 	return false
-}
-
-// noteForeignError records that an operation with two ends (ReadFrom, WriteTo) failed.
-// The error may be of either end, so it counts against no peer.
-func (c *conn) noteForeignError(err error) {
-	if err == nil {
-		return
-	}
-	l := c.loanState()
-	c.dmu.Lock()
-	l.foreignErr = true
-	c.dmu.Unlock()
-}
-
-// hasForeignError reports whether noteForeignError has recorded an error in this loan.
-func (c *conn) hasForeignError() bool {
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	l := c.loan.Load()
-	return l != nil && l.foreignErr
-}
-
-// noteContent is called when fn has returned nil. If an operation of the loan failed,
-// as at the end of the stream, fn expected the failure, and it does not count against
-// the peer.
-func (c *conn) noteContent() {
-	if w := c.word.Load(); w&flagBroken != 0 && w&flagsLived != flagsLived {
-		c.word.Or(flagHalfClosed)
-	}
 }
