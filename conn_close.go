@@ -243,17 +243,6 @@ func (c *conn) closeBelow() {
 	}
 }
 
-// clean reports whether a connection that is closed for this reason is in step with its
-// peer, so that TLS may send close_notify.
-func (r CloseReason) clean() bool {
-	switch r {
-	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus,
-		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool:
-		return true
-	}
-	return false
-}
-
 // endLife ends the ctx of a connection that has left the pool.
 func (c *conn) endLife(reason CloseReason) {
 	e := c.cold.Load()

@@ -66,6 +66,9 @@ func (p *Pool) newSite(addr Addr) *site {
 	return &site{env: &p.env, addr: addr, queue: &noQueue, heapIndex: -1}
 }
 
+// realSystem is the operating system.
+var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.ReadNow, sock.FileLimit, sock.NoFileFree}
+
 // New makes a pool. It starts no goroutine and opens nothing. If two fields of
 // cfg contradict each other, the error names both and is fs.ErrInvalid.
 func New(cfg Config) (*Pool, error) {
@@ -226,25 +229,7 @@ func (c *conn) isDone(ctx context.Context, reason CloseReason, err error) bool {
 	return done
 }
 
-// announce runs the agenda of a borrower that was queued, and calls Trace.Wait. If foreign
-// code ends the borrower's goroutine there, the borrower leaves the queue.
-func (w *waiter) announce(t *Trace, todo *agenda) {
-	p := w.site.env.pool
-	told := false
-	defer func() {
-		if !told { // a Trace function called runtime.Goexit
-			w.leave()
-		}
-	}()
-	todo.run(p)
-	if t != nil && t.Wait != nil {
-		p.report.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
-	}
-	told = true
-}
-
-var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.ReadNow, sock.FileLimit, sock.NoFileFree}
-
+// failed is the error of a borrow that failed at stage for err; it began at start.
 func (p *Pool) failed(addr Addr, stage Stage, err error, start clock.Instant) *Error {
 	p.mu.Lock()
 	e := p.failedLocked(addr, stage, err, start)

@@ -127,17 +127,3 @@ func unborn(reason CloseReason, err error) error {
 	}
 	return fmt.Errorf("a new connection was lost before its first loan: %v: %w", reason, err)
 }
-
-// innocent reports whether a close for this reason was caused by the pool or its user,
-// and says nothing about the peer. The list names all such reasons, so a reason that is
-// missing from it counts against the peer.
-func (r CloseReason) innocent() bool {
-	switch r {
-	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
-		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
-		ClosedPanic, ClosedGoexit, ClosedLeaked,
-		ClosedSetupFailed: // recorded as the dial's failure
-		return true
-	}
-	return false
-}

@@ -8,6 +8,23 @@ import (
 
 // The part of a borrower's wait that blocks. The queue itself is in books_queue.go.
 
+// announce runs the agenda of a borrower that was queued, and calls Trace.Wait. If foreign
+// code ends the borrower's goroutine there, the borrower leaves the queue.
+func (w *waiter) announce(t *Trace, todo *agenda) {
+	p := w.site.env.pool
+	told := false
+	defer func() {
+		if !told { // a Trace function called runtime.Goexit
+			w.leave()
+		}
+	}()
+	todo.run(p)
+	if t != nil && t.Wait != nil {
+		p.report.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
+	}
+	told = true
+}
+
 // await blocks until w is served or ctx is done. On return w is in no queue; exactly one of the
 // connection and the error is set, and with a connection the caller owns the connection.
 func (w *waiter) await(ctx context.Context) (*conn, error) {
