@@ -32,7 +32,7 @@ const (
 
 // backoff is the memory of an address for failures: dials that failed, and hollow
 // connections (connections that the peer accepted and gave up before they were of use,
-// see lived.go).
+// see pool_lived.go).
 type backoff struct {
 	failures int           // failures in a row
 	hollow   bool          // hollow connections were among the failures: a dial that succeeds does not end the back-off
@@ -160,7 +160,7 @@ func (b *books) stopRetryLocked(s *site) {
 	s.backoff.pause = nil
 }
 
-// noteLivedLocked records that c has lived (see lived.go), and reports whether something
+// noteLivedLocked records that c has lived (see pool_lived.go), and reports whether something
 // changed. If it did, the caller has to call admitLocked. Nothing changes if c is older
 // than all remembered failures.
 func (b *books) noteLivedLocked(c *conn, inLoan bool) (news bool) {

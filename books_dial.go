@@ -1,6 +1,10 @@
 package connpool
 
 import (
+	"context"
+	"net"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
@@ -13,6 +17,40 @@ import (
 // surplus is 3. After surplusPatience the pool breaks off as many of the youngest dials as
 // there are in surplus at that time. If all five waiters had been served, the surplus
 // would be 4: one dial goes on for the next borrower.
+
+// attempt is one dial under way. What it does is in pool_dial.go.
+type attempt struct {
+	c   *conn
+	ctx context.Context // ctx of the borrower for whom the dial was started: the dial uses its values
+
+	waiter *waiter // the waiter for whom the dial was started; nil if nobody waited
+
+	// Pool.mu guards these.
+	newer, older *attempt           // neighbors in the site's list of dials that waiters count on
+	surplus      bool               // the dial is no longer in that list: the pool breaks it off
+	displaced    bool               // the pool breaks it off for another address
+	quiet        bool               // the dial has been without an answer for `silence`, see books_silence.go
+	brokenOff    bool               // when the dial ended, the pool was the cause, whatever its error says
+	prefill      bool               // the dial was started for no waiter, and is never surplus
+	warm         *warming           // the call of Warm for which the dial was started; nil if there is none
+	giveUp       context.CancelFunc // breaks the dial off; nil before the dial runs and after its end
+
+	since clock.Instant // when the dial began; 0 before
+
+	reached atomic.Uint32 // a copy of stage that other goroutines may read
+
+	where string // the foreign code that runs now
+	ours  bool   // the pool itself dials the socket
+	stage Stage
+	err   error
+	ended bool // open has returned (rather than panicked)
+	state any  // what Setup returned
+
+	mu      sync.Mutex // guards the fields below; no I/O and no other lock under it
+	socket  net.Conn   // what was dialed and c has not adopted: whoever records a failure closes it
+	adopted bool       // c has its socket, and Setup may use c
+	claimed bool       // somebody has recorded the outcome of the dial, or is recording it
+}
 
 // surplusPatience is how long a dial that no waiter needs any more goes on: most dials end
 // sooner, and the next borrowers may want their connections.

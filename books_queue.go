@@ -181,6 +181,27 @@ func (b *books) noteWaitedLocked(w *waiter, failed bool) {
 	}
 }
 
+// request is a borrow under way. A request stays on the borrower's stack, and so does the
+// address. A ctx in the request, which goes into the waiter, would move both to the heap.
+type request struct {
+	addr  *Addr
+	hash  uint64        // hash of addr
+	known bool          // addr is canonical
+	start clock.Instant // when the wait began; 0 for a borrow that need not wait
+	seq   uint64        // the borrower's place in the queue; 0 until it has one
+}
+
+// claim is what a borrower got in its critical section: a connection, which the borrower
+// owns now; or a place in the queue; or an error, which still has to be classified. It is
+// none of these if the pool is closed, or if the address is not known and has to be checked
+// first.
+type claim struct {
+	c       *conn
+	w       *waiter
+	refused *Error
+	closed  bool
+}
+
 // claimLocked gives a borrower an idle connection of s or a place in the queue of s, or
 // refuses the borrower. s is nil if the address is not known.
 func (b *books) claimLocked(ctx context.Context, s *site, r *request, now clock.Instant, todo *agenda) claim {

@@ -5,6 +5,63 @@ import (
 	"iter"
 )
 
+// site is the state of one address. A site exists while there is a connection, a
+// dial, a waiter, a reserve, a call of Warm, or a recent failure. Its fields need Pool.mu.
+type site struct {
+	env       *env  // for functions outside the books: no method of books uses it
+	addr      Addr  // canonical
+	top       *conn // top of the idle stack: the idle connection given back last
+	n         tally
+	want      int32    // dials for waiters that this site's own limits would let start
+	waiting   int32    // how many waiters of the queue Stats.Waiting has counted
+	heapIndex int32    // index in books.ready or readyOwn; -1 if the site is in neither
+	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
+	family    family   // address family that DialContext asked for; familyPooled for any other site; never changes
+	absolute  bool     // for DialContext: the host had a final dot
+	overflow  uint8    // for DialContext: how many connections may be open beyond MaxOpen for it, see DialOverflow
+	rank      int8     // as of the last refreshLocked, see books_silence.go
+	queue     *queue   // never nil, see noQueue
+	dial      *attempt // the youngest dial under way that waiters count on
+	backoff   *backoff // nil after a dial that succeeded
+	prefill   *prefill // nil unless Warm, MinIdlePerAddr or DialContext is used
+
+	loans, dials, dialErrors uint64
+}
+
+// tally counts connections by phase.
+type tally [numPhases]int32
+
+// open is the number of connections that have a slot.
+func (n *tally) open() int {
+	return int(n[phaseDialing] + n[phaseIdle] + n[phaseBorrowed] + n[phaseClosing])
+}
+
+// kept is the number of these connections without those being closed.
+func (n *tally) kept() int { return int(n[phaseDialing] + n[phaseIdle] + n[phaseBorrowed]) }
+
+// family is the family of addresses that DialContext was asked for.
+type family uint8
+
+const (
+	familyPooled family = iota // the site is not of DialContext
+	familyAny                  // "tcp" or "unix"
+	family4                    // "tcp4"
+	family6                    // "tcp6"
+)
+
+func familyOf(network string) family {
+	switch network {
+	case "tcp4":
+		return family4
+	case "tcp6":
+		return family6
+	}
+	return familyAny
+}
+
+// unpooled reports whether s is the site of a connection of DialContext.
+func (s *site) unpooled() bool { return s.family != familyPooled }
+
 // siteTable finds the state of an address. The hash of the address is computed once per
 // borrow, before the borrower takes Pool.mu. The hash only selects a candidate; ==
 // decides. All methods but hash need Pool.mu.
@@ -78,8 +135,7 @@ func (t *siteTable) remove(s *site) {
 
 // renew gives back the memory of an empty table. Go's maps never shrink, so ten thousand
 // addresses that were visited once would leave megabytes behind.
-func (t *siteTable) renew() { t.by, t.rest, t.last = make(map[uint64]*site), nil, nil }
-
+func (t *siteTable) renew()   { t.by, t.rest, t.last = make(map[uint64]*site), nil, nil }
 func (t *siteTable) len() int { return len(t.by) + len(t.rest) }
 
 // all ranges over the sites in no particular order. The loop body may remove the site that

@@ -107,7 +107,7 @@ func (r *reach) visit(obj types.Object) {
 			case *types.Func:
 				r.visit(obj) // called, or passed on
 			case *types.Var:
-				if obj.IsField() && slices.Contains([]string{"pool", "nc", "raw", "trace", "watcher", "socket"}, obj.Name()) {
+				if obj.IsField() && slices.Contains([]string{"env", "pool", "nc", "raw", "trace", "watcher", "socket"}, obj.Name()) {
 					fault("looks at the field %s", obj.Name())
 				}
 			}
@@ -213,7 +213,7 @@ func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
 		// A method of a connection, dial or waiter outside the books gets the pool by this field.
 		ast.Inspect(f, func(n ast.Node) bool {
 			if sel, ok := n.(*ast.SelectorExpr); ok {
-				require.NotEqual(t, "pool", sel.Sel.Name, "%s comes to the pool", name)
+				require.NotContains(t, []string{"env", "pool"}, sel.Sel.Name, "%s comes to the pool", name)
 			}
 			return true
 		})
@@ -223,27 +223,27 @@ func TestTheBooksHaveFilesOfTheirOwn(t *testing.T) {
 
 func TestTheSearchForWhatActsSeesEachKind(t *testing.T) {
 	faults := map[string]string{
-		`c.site.pool.report.log(0, "x")`:      "looks at the field pool",
-		`var p *Pool; p.Stats()`:              "names Pool",
-		`c.nc.Close()`:                        "looks at the field nc",
-		`c.probe.raw.Control(nil)`:            "looks at the field raw",
-		`time.AfterFunc(1, nil)`:              "calls time.AfterFunc",
-		`time.Sleep(1)`:                       "calls time.Sleep",
-		`slog.Info("x")`:                      "calls slog.Info",
-		`<-b.left`:                            "receives",
-		`b.left <- struct{}{}`:                "sends",
-		`select {}`:                           "selects",
-		`go func() {}()`:                      "starts a goroutine",
-		`c.wake()`:                            "looks at the field nc",
-		`a.giveUp()`:                          "calls what is in the field giveUp",
-		`err.Error()`:                         "calls Error of an interface",
-		`errors.Is(err, nil)`:                 "calls errors.Is",
-		`c.dmu.Lock()`:                        "calls Lock of something imported",
-		`f := func() {}; f()`:                 "calls the value f",
-		`c.trace()`:                           "names Trace",
-		`a.ctx.Err()`:                         "calls Err of something imported",
-		`(func(d *attempt) { d.claim() })(a)`: "calls Lock of something imported",
-		`x := c; y := x.site; y.pool.inSession.Add(1)`:      "looks at the field pool",
+		`c.site.env.report.log(0, "x")`:          "looks at the field env",
+		`var p *Pool; p.Stats()`:                 "names Pool",
+		`c.nc.Close()`:                           "looks at the field nc",
+		`c.probe.raw.Control(nil)`:               "looks at the field raw",
+		`time.AfterFunc(1, nil)`:                 "calls time.AfterFunc",
+		`time.Sleep(1)`:                          "calls time.Sleep",
+		`slog.Info("x")`:                         "calls slog.Info",
+		`<-b.left`:                               "receives",
+		`b.left <- struct{}{}`:                   "sends",
+		`select {}`:                              "selects",
+		`go func() {}()`:                         "starts a goroutine",
+		`c.wake()`:                               "looks at the field nc",
+		`a.giveUp()`:                             "calls what is in the field giveUp",
+		`err.Error()`:                            "calls Error of an interface",
+		`errors.Is(err, nil)`:                    "calls errors.Is",
+		`c.dmu.Lock()`:                           "calls Lock of something imported",
+		`f := func() {}; f()`:                    "calls the value f",
+		`c.trace()`:                              "names Trace",
+		`a.ctx.Err()`:                            "calls Err of something imported",
+		`(func(d *attempt) { d.claim() })(a)`:    "calls Lock of something imported",
+		`x := c; y := x.site; y.env.clock.Now()`: "looks at the field env",
 		`todo := new(agenda); todo.run(nil); _ = c.uses`:    "names Pool",
 		`for range b.sites.all() { c.interrupt(nil) }; _=a`: "looks at the field nc",
 	}

@@ -29,8 +29,7 @@ type prefill struct {
 
 // keeps reports whether the state of an address without connections and waiters must be
 // kept.
-func (x *prefill) keeps() bool { return x != nil && (x.reserve || x.warm != nil) }
-
+func (x *prefill) keeps() bool    { return x != nil && (x.reserve || x.warm != nil) }
 func (x *prefill) reserved() bool { return x != nil && x.reserve }
 
 // prefillLocked is the prefill of s, made at the first call.
@@ -166,8 +165,7 @@ func (b *books) warmableLocked(n int) error {
 
 // openHere is the number of open connections of s, idle or lent; openOrDialing adds the
 // dials under way.
-func (s *site) openHere() int { return int(s.n[phaseIdle] + s.n[phaseBorrowed]) }
-
+func (s *site) openHere() int      { return int(s.n[phaseIdle] + s.n[phaseBorrowed]) }
 func (s *site) openOrDialing() int { return s.openHere() + int(s.n[phaseDialing]) }
 
 // warming is the oldest Warm of s for which another dial may start; nil if there is none.
@@ -179,3 +177,8 @@ func (s *site) warming() *warming {
 	}
 	return nil
 }
+
+var errLowHandles = fmt.Errorf("%w: file handles run low, and what nobody uses is not kept", ErrNoneRemovable)
+
+// maxHollow is how many hollow connections one borrow may meet.
+const maxHollow = 3

@@ -2,18 +2,12 @@ package connpool
 
 import (
 	"context"
-	"errors"
-	"io"
-	"log/slog"
-	"math/rand/v2"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
-	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // phase is the phase in a connection's life. Only books.moveLocked changes it, and only
@@ -120,22 +114,53 @@ type loanState struct {
 
 var loanStates sync.Pool // of *loanState
 
-// loanState returns the state of the loan of c, and makes one if there is none yet.
-func (c *conn) loanState() *loanState {
-	for {
-		if l := c.loan.Load(); l != nil {
-			return l
-		}
-		l, _ := loanStates.Get().(*loanState)
-		if l == nil {
-			l = new(loanState)
-			l.interrupt = func() { l.c.interrupt(l) }
-		}
-		l.c = c
-		if c.loan.CompareAndSwap(nil, l) {
-			return l
-		}
-	}
+// coldFields are the fields of a conn that most connections never need: those of
+// MinIdlePerAddr, Push, Conn.Context, slow closes, a Close in a hook, and a peer that
+// hung up during Setup. They are allocated on first use, so that a plain connection
+// stays small.
+type coldFields struct {
+	checking    bool          // the connection is being probed; Pool.mu
+	fromReserve bool          // it was lent from the reserve of its address, so its idle time does not count; only the owner uses it
+	unread      bool          // the last loan left bytes for Push; only the owner uses it
+	pushback    *pushback     // bytes that a probe read, for the next loan to read first, see pushback.go; only the owner uses it
+	ctx         connCtx       // dmu
+	struck      chan struct{} // set when strike closes the socket during a hook's loan; closed when the socket is closed; dmu
+	slow        bool          // its close takes long; Pool.mu
+	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
+}
+
+// connCtx is the ctx of a connection's time in the pool. It is made on the first call
+// of Conn.Context. conn.dmu guards it.
+type connCtx struct {
+	ctx   context.Context
+	end   context.CancelCauseFunc
+	cause error // why the connection has left the pool; nil while it has not
+}
+
+// pastLoan is one of the latest loans, see recordBorrower.
+type pastLoan struct {
+	gen   uint64
+	stack []byte
+}
+
+// Conn is a connection on loan: a net.Conn, by value, that is valid until fn returns.
+// After that its methods fail with ErrReturned and touch nothing. As for any net.Conn,
+// several goroutines may call its methods at once. If an operation is still running
+// when fn returns, the pool closes the connection. The zero Conn behaves like a Conn
+// that was returned.
+//
+// A deadline set on a Conn never exceeds the deadline of With's ctx, and ends with the
+// loan. Errors are those of package net. A time-out is also the ctx's error if it was
+// the ctx whose time ran out.
+type Conn struct {
+	c   *conn
+	gen uint64
+}
+
+// idleRef is a connection that was idle, with the generation it had then.
+type idleRef struct {
+	c   *conn
+	gen uint64
 }
 
 // dropLoanState puts the loanState of c back into the pool of used ones. Only the owner
@@ -147,22 +172,6 @@ func (c *conn) dropLoanState() {
 		*l = loanState{interrupt: l.interrupt}
 		loanStates.Put(l)
 	}
-}
-
-// observedBy makes t the Trace of the loan. t includes the pool's Trace.
-func (c *conn) observedBy(t *Trace) {
-	if c.loan.Load() != nil || t != c.site.pool.cfg.Trace {
-		c.loanState().trace = t
-	}
-}
-
-// trace returns the Trace of the loan if the loan has one, else the pool's; nil if
-// there is neither.
-func (c *conn) trace() *Trace {
-	if l := c.loan.Load(); l != nil && l.trace != nil {
-		return l.trace
-	}
-	return c.site.pool.cfg.Trace
 }
 
 // The state word:
@@ -223,7 +232,7 @@ const (
 	flagHungUp                 // the peer was seen to hang up; the next probe must look
 	flagStolen                 // the descriptor is proven to be another socket's
 	flagShut                   // the pool closes the socket, or has closed it
-	flagWrote                  // a borrower has written, in this loan or an earlier one; see lived.go
+	flagWrote                  // a borrower has written, in this loan or an earlier one; see pool_lived.go
 	flagRead                   // a borrower has read, likewise
 
 	oneOp    = 1 << 14
@@ -232,20 +241,10 @@ const (
 	lastGen  = 1<<(64-genShift) - 1 // the generation after it is 1
 )
 
-// aLongTimeAgo is a deadline that makes blocked operations return at once.
-var aLongTimeAgo = time.Unix(1, 0)
-
-// adopt makes nc the socket of c.
-func (c *conn) adopt(nc net.Conn) {
-	p := c.site.pool
-	c.nc = nc
-	c.born = p.clock.Exactly()
-	c.since = c.born
-	if m := p.cfg.MaxLifetime; m > 0 {
-		c.maxAge = m - rand.N(m/10+1)
-	}
-	c.sock.init(nc, p.sys, &p.cfg)
-}
+// flagsLived are the flags of the state word that say how far a connection has come. They
+// last from the dial to the close. Both together mean that the connection has lived, or
+// that its end is recorded already.
+const flagsLived = flagWrote | flagRead
 
 // link puts c on the idle stack of its site: on top, or, if inOrder, at the place that
 // fits the time of its last use.
@@ -321,308 +320,47 @@ func (c *conn) unlink() {
 // generation returns the generation of the current loan, or of the last one.
 func (c *conn) generation() uint64 { return c.word.Load() >> genShift }
 
-// begin starts a loan under ctx and returns its handle. flags are set in the state
-// word. Only the owner calls it.
-func (c *conn) begin(ctx context.Context, flags uint64) Conn {
-	l := c.loan.Load()
-	if l != nil { // left over from the loan that this one, a hook's, is part of
-		l.ctx, l.limit, l.firstErr, l.foreignErr, l.over = nil, time.Time{}, nil, false, nil
-	}
-	watch := ctx.Done() != nil
-	if watch {
-		l = c.loanState()
-		l.ctx = ctx
-		if c.sock.foreign {
-			l.over, l.left = make(chan struct{}), false
-		}
-		if t, ok := ctx.Deadline(); ok {
-			l.limit = t
-			c.startDeadline(l, t)
-		}
-	}
-	var gen uint64
+// ensureCold returns the cold fields of c, and allocates them if there are none yet.
+func (c *conn) ensureCold() *coldFields {
 	for {
-		// Other goroutines may set flagHungUp, flagStolen or flagBroken at any moment:
-		// the new loan keeps these.
-		w := c.word.Load()
-		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
-			gen = 1 // 0 is the generation of the guard
+		if e := c.cold.Load(); e != nil {
+			return e
 		}
-		if c.word.CompareAndSwap(w, gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead)|flagLent|flags) {
-			break
+		if e := new(coldFields); c.cold.CompareAndSwap(nil, e) {
+			return e
 		}
-	}
-	if watch {
-		l.unwatch = context.AfterFunc(ctx, l.interrupt)
-	}
-	if c.site.pool.cfg.Debug {
-		c.recordBorrower(gen)
-	}
-	return Conn{c, gen}
-}
-
-// interrupt makes blocked operations of the loan return. It runs when the loan's ctx is
-// done. If the loan has ended in the meantime, stopping the watch has failed, and the
-// owner discards the connection.
-func (c *conn) interrupt(l *loanState) {
-	defer func() {
-		if v := recover(); v != nil { // from a ctx of the caller's making
-			c.site.pool.report.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
-		}
-	}()
-	if !c.cutShort() {
-		return
-	}
-	if c.sock.foreign {
-		c.interruptForeign(l)
-		return
-	}
-	c.dmu.Lock()
-	c.deadlineSet = true
-	err := c.nc.SetDeadline(aLongTimeAgo)
-	c.dmu.Unlock()
-	if err != nil && !errors.Is(err, net.ErrClosed) {
-		c.revoke()
 	}
 }
 
-// cutShort sets flagCut: the loan's ctx was done. It reports false if the connection
-// was detached (also by a use nested in this one, see underCtx): the pool must not
-// interrupt a detached connection.
-func (c *conn) cutShort() bool {
+// mark sets flag: flagStolen, or flagBroken for a connection whose socket other code uses
+// too. It sets nothing if the connection is known to be stolen or is no longer the pool's:
+// it is being closed (seal), or its borrower has detached it. Each of these is one step on
+// the state word, so there is always a first and a second.
+//
+// The mark is found by the owner of a loan at its end (verdict), and between loans, through
+// condemned, by the function that probes the connection (probe) and by the one that releases
+// it (whyUnwantedLocked).
+func (c *conn) mark(flag uint64) bool {
 	for {
 		w := c.word.Load()
-		if w&flagDetached != 0 {
+		if w&(flagStolen|flagShut|flagDetached) != 0 {
 			return false
 		}
-		if c.word.CompareAndSwap(w, w|flagCut) {
+		if c.word.CompareAndSwap(w, w|flag) {
 			return true
 		}
 	}
 }
 
-// end ends the loan and returns the state word as it was before. Unless that has
-// flagGone, the caller is the owner again. A second call does nothing.
-func (c *conn) end() uint64 {
-	word := c.word.And(^uint64(flagLent))
-	if word&flagGone == 0 || word&flagHooked != 0 {
-		if !c.stopWatch() {
-			word |= flagCut
-		}
-		if word&(inFlight|flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
-			if c.clearDeadline() != nil {
-				word |= flagBroken // a deadline that cannot be cleared would strike the next borrower
-			}
-		}
+// condemned says why c, which has no loan now, may not be lent again, whatever a probe
+// would find: ClosedUnknown, or what mark has left. A failed operation sets the same flag as
+// a mark, but a connection with that flag is not kept at the end of its loan.
+func (c *conn) condemned() (CloseReason, error) {
+	switch w := c.word.Load(); {
+	case w&flagStolen != 0:
+		return ClosedQuarantined, errStolen
+	case w&flagBroken != 0:
+		return ClosedMarkedDead, nil
 	}
-	return word
-}
-
-// abort ends a loan whose connection the caller will discard, without calling foreign
-// code. It reports whether the caller is the owner.
-func (c *conn) abort() bool {
-	if c.word.And(^uint64(flagLent))&flagGone != 0 {
-		return false
-	}
-	c.stopWatch()
-	return true
-}
-
-// stopWatch stops the watch on the loan's ctx. It reports false if the interrupt has
-// begun already. Only the owner calls it.
-func (c *conn) stopWatch() bool {
-	l := c.loan.Load()
-	if l == nil || l.unwatch == nil {
-		return true
-	}
-	if !l.unwatch() {
-		return false
-	}
-	c.dmu.Lock() // the guard of a detached connection may be setting deadlines already
-	l.unwatch, l.ctx, l.limit = nil, nil, time.Time{}
-	c.dmu.Unlock()
-	return true
-}
-
-// enter begins an operation of the loan with generation gen; 0 is the guard. After a
-// nil error the caller must call leave, leaveRead or leaveWrite.
-func (c *conn) enter(gen uint64) error {
-	if c == nil {
-		return ErrReturned
-	}
-	for {
-		w := c.word.Load()
-		switch {
-		case gen == 0 && w&flagDetached != 0:
-		case w&flagLent == 0, gen != 0 && w>>genShift != gen, w&flagDetached != 0:
-			c.reportUseAfterReturn(gen)
-			return ErrReturned
-		case w&(flagGone|flagCut) == flagGone|flagCut: // the pool has closed the connection, because a deadline had no effect
-			return c.note(os.ErrDeadlineExceeded)
-		case w&flagGone != 0:
-			return net.ErrClosed
-		case w&inFlight == inFlight:
-			return errors.New("connpool: too many operations at once on one connection")
-		case w&flagStolen != 0:
-			return errStolen
-		}
-		if c.word.CompareAndSwap(w, w+oneOp) {
-			return nil
-		}
-	}
-}
-
-// leave ends an operation that moved n bytes and returned err. It returns the error to
-// report.
-func (c *conn) leave(n int64, err error) error {
-	if n > 0 && c.word.Load()&flagMoved == 0 {
-		c.word.Or(flagMoved)
-	}
-	if err != nil {
-		err = c.note(err)
-	}
-	c.word.Add(^uint64(oneOp - 1))
-	return err
-}
-
-// leaveRead is leave for an operation that read.
-func (c *conn) leaveRead(n int64, err error) error {
-	if sock := c.sock.belowTLS(); sock != nil {
-		sock.record.Delivered(n)
-	} else if err != nil && c.sock.tls != nil {
-		// The crypto/tls of a dialer's own *tls.Conn may have read more than it
-		// returned. flagMoved makes leftovers ask it. note runs first, because the kind
-		// of its error depends on flagMoved.
-		err = c.note(err)
-		c.word.Or(flagMoved)
-		c.word.Add(^uint64(oneOp - 1))
-		return err
-	}
-	if n > 0 {
-		c.noteTraffic(flagRead)
-	}
-	return c.leave(n, err)
-}
-
-// leaveWrite is leave for an operation that wrote. A write that timed out is as bad as
-// a write that failed: a part of the bytes may have been sent, and crypto/tls refuses
-// every later write.
-func (c *conn) leaveWrite(n int64, err error) error {
-	if err != nil {
-		c.word.Or(flagBroken)
-	}
-	if n > 0 {
-		c.noteTraffic(flagWrote)
-	}
-	return c.leave(n, err)
-}
-
-// note records that an operation failed, and returns the error to report. If time ran
-// out, that error says whether it was the time of the loan's ctx.
-func (c *conn) note(err error) error {
-	if _, known := err.(*net.OpError); !known && err != io.EOF {
-		err = tame(err) // the error of a foreign connection, or of the other end of a copy
-	}
-	if errors.Is(err, net.ErrClosed) && c.word.Load()&(flagGone|flagCut) == flagGone {
-		return err
-	}
-	// ETIMEDOUT of the system also has Timeout() true, but no deadline has passed: the
-	// peer has answered neither data nor keep-alive probes, and the connection is dead.
-	// A time-out of a nested borrow (*Error) is not a deadline of this connection
-	// either.
-	ne, ok := err.(net.Error)
-	if _, borrow := err.(*Error); borrow {
-		ok = false
-	}
-	late := ok && ne.Timeout() && !errors.Is(err, sock.ErrTimedOut)
-	_, left := err.(*lateError) // the operation still runs, and may read bytes that belong to others
-	if late && !left {
-		c.word.Or(flagTimedOut)
-	} else {
-		c.word.Or(flagBroken)
-	}
-	word := c.word.Load()
-	if word&flagDetached != 0 {
-		if late {
-			err = ioErrorOf(word, err)
-		}
-		return err
-	}
-	l := c.loanState()
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	if late || word&flagCut != 0 {
-		ioe := ioErrorOf(word, err)
-		switch {
-		case l.ctx == nil:
-		case l.ctx.Err() != nil:
-			ioe.cause = causeOf(l.ctx)
-			if l.ctx.Err() == context.Canceled { // whatever type the cause has
-				ioe.kind = KindCanceled
-			}
-		case !l.limit.IsZero() && !c.site.pool.clock.Read().Before(l.limit):
-			// The deadline of the socket fired a moment before the ctx was done.
-			ioe.cause = context.DeadlineExceeded
-			c.word.Or(flagCut)
-		}
-		err = ioe
-	}
-	if l.firstErr == nil {
-		l.firstErr = err
-	}
-	return err
-}
-
-// ioErrorOf returns err as a time-out. Its kind says whether the loan has moved bytes.
-func ioErrorOf(word uint64, err error) *ioError {
-	ioe := &ioError{kind: KindTimeout, err: spent(err)}
-	if word&flagMoved != 0 {
-		ioe.kind = KindTimeoutInTransfer
-	}
-	return ioe
-}
-
-// failure returns the first error of the loan, nil if there was none.
-func (c *conn) failure() error {
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	if l := c.loan.Load(); l != nil {
-		return l.firstErr
-	}
-	return nil
-}
-
-// interruption returns why the loan was interrupted: the cause of its ctx. If the ctx
-// of a nested use was done, that ctx is no longer known, and the error is
-// context.Canceled.
-func (c *conn) interruption() error {
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	if l := c.loan.Load(); l != nil && l.ctx != nil && l.ctx.Err() != nil {
-		return causeOf(l.ctx)
-	}
-	return context.Canceled
-}
-
-// setDeadline sets a deadline for fn, at most the deadline of the loan's ctx.
-func (c *conn) setDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
-	if c.sock.foreign {
-		return c.setForeignDeadline(t, set)
-	}
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	if c.word.Load()&flagCut != 0 {
-		return nil // interrupted: the deadline in the past stays
-	}
-	c.deadlineSet = true
-	return set(c.nc, c.limited(t))
-}
-
-// limited returns t, or the deadline of the loan's ctx if that is earlier. The caller
-// holds dmu.
-func (c *conn) limited(t time.Time) time.Time {
-	if l := c.loan.Load(); l != nil && !l.limit.IsZero() && (t.IsZero() || t.After(l.limit)) {
-		return l.limit
-	}
-	return t
+	return ClosedUnknown, nil
 }

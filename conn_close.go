@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -32,7 +33,7 @@ func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 	if !left {
 		left, err = c.sock.leftovers(word&flagMoved != 0)
 		c.keepPushback(err)
-		c.site.pool.report.outlived(err, c.site.addr)
+		c.site.env.report.outlived(err, c.site.addr)
 	}
 	if left && c.sock.keep && !isLate(err) && !errors.Is(err, errUnproven) {
 		c.ensureCold().unread = true
@@ -196,7 +197,7 @@ func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 		if returned {
 			return
 		}
-		c.site.pool.report.outlived(panicOf(what, recover()), c.site.addr)
+		c.site.env.report.outlived(panicOf(what, recover()), c.site.addr)
 	}()
 	f()
 	returned = true
@@ -218,7 +219,7 @@ func (c *conn) closeSocket(reason CloseReason) {
 		// However the close_notify ends, the socket is closed, and only once.
 		err := briefly("the goodbye of TLS", tlsGoodbye, t.CloseWrite)
 		if pan, ok := err.(*PanicError); ok {
-			c.site.pool.report.outlived(pan, c.site.addr)
+			c.site.env.report.outlived(pan, c.site.addr)
 		}
 		t.NetConn().Close()
 	}
@@ -242,13 +243,28 @@ func (c *conn) closeBelow() {
 	}
 }
 
-// clean reports whether a connection that is closed for this reason is in step with its
-// peer, so that TLS may send close_notify.
-func (r CloseReason) clean() bool {
-	switch r {
-	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus,
-		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool:
-		return true
+// endLife ends the ctx of a connection that has left the pool.
+func (c *conn) endLife(reason CloseReason) {
+	e := c.cold.Load()
+	if e == nil {
+		return // nobody has called Context; a later call finds flagShut, flagStolen or flagDetached
 	}
-	return false
+	c.dmu.Lock()
+	e.ctx.cause = leftPool(reason)
+	end := e.ctx.end
+	c.dmu.Unlock()
+	if end != nil {
+		end(leftPool(reason))
+	}
+}
+
+// leftPool is the error that says why a connection has left the pool. ClosedUnknown
+// stands for Detach.
+type leftPool CloseReason
+
+func (r leftPool) Error() string {
+	if CloseReason(r) == ClosedUnknown {
+		return "connpool: the connection was detached"
+	}
+	return fmt.Sprintf("connpool: the connection was closed: %v", CloseReason(r))
 }

@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/seed-ecb488c9/connpool/internal/clock"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -28,66 +27,6 @@ import (
 // Stats.Unprobed counts such connections.
 type Prober interface{ Probe() error }
 
-// whyUnfit returns why an idle connection must not be lent, ClosedUnknown if it may be
-// lent. The caller owns it. The age comes first, because it is the cheapest test; then
-// the probe; then Config.Check, if the connection has been idle for long.
-func (c *conn) whyUnfit(ctx context.Context) (CloseReason, error) {
-	p := c.site.pool
-	unproven := p.clock.Age(c.since-clock.Instant(c.idleFor), c.since)
-	idleFor := unproven
-	if e := c.cold.Load(); e != nil && e.fromReserve {
-		idleFor = 0
-	}
-	if reason := p.aged(c, idleFor, c.since); reason != ClosedUnknown {
-		return reason, nil
-	}
-	if reason, err := c.probe(); reason != ClosedUnknown {
-		return reason, err
-	}
-	if p.cfg.Check == nil {
-		return ClosedUnknown, nil
-	}
-	if c.checked != 0 {
-		unproven = min(unproven, p.clock.Age(c.checked, c.since))
-	}
-	// c.since may be earlier than the latest Check, because the borrower read its clock
-	// before it had the lock. If CheckAfterIdle is 0, which means no trust, a negative
-	// time must not pass for trust.
-	if max(0, unproven) < p.cfg.CheckAfterIdle {
-		return ClosedUnknown, nil
-	}
-	return c.ping(ctx)
-}
-
-// ping runs Config.Check on c, and probes c afterwards.
-func (c *conn) ping(ctx context.Context) (CloseReason, error) {
-	p := c.site.pool
-	asked := false
-	defer func() {
-		if !asked { // a ctx of the borrower's making panicked
-			c.discard(ClosedCheckFailed, nil)
-		}
-	}()
-	err := c.runHook(ctx, "Config.Check", p.cfg.Check)
-	canceled := ctx.Err() != nil
-	asked = true
-	if err != nil {
-		if canceled {
-			return ClosedCanceled, err
-		}
-		return ClosedCheckFailed, err
-	}
-	c.checked = p.clock.Exactly()
-	if p.cfg.Push != nil {
-		if unread, err := c.unread(); err != nil {
-			return ClosedCheckFailed, err
-		} else if unread {
-			return ClosedDirty, ErrUnread
-		}
-	}
-	return c.probe() // the answer may have been longer than Check read
-}
-
 // system is the seam at which tests replace system calls of the pool.
 type system struct {
 	dial         func(context.Context, Addr) (net.Conn, error)
@@ -98,8 +37,6 @@ type system struct {
 	handleLimit  func() (int, bool)
 	noHandleFree func() bool
 }
-
-var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.ReadNow, sock.FileLimit, sock.NoFileFree}
 
 // socket is the descriptor side of a connection: it answers whether the connection is
 // still the one that was dialled, is alive, and is clean.
@@ -253,25 +190,6 @@ func (p *socket) lingers() (yes bool) {
 	}
 	p.raw.Control(func(fd uintptr) { yes = sock.Lingers(fd) })
 	return yes
-}
-
-// probe finds out whether the connection may be lent. The caller owns it.
-func (c *conn) probe() (CloseReason, error) {
-	if c.word.Load()&flagHungUp != 0 {
-		c.word.And(^uint64(flagHungUp)) // before the visit, so that a later hang-up is not missed
-		if e := c.cold.Load(); e != nil && e.end != nil {
-			return ClosedStale, e.end
-		}
-	}
-	if reason, err := c.condemned(); reason != ClosedUnknown {
-		return reason, err
-	}
-	reason, err := c.sock.probe(&c.site.pool.cfg, c.nc)
-	c.site.pool.report.outlived(err, c.site.addr)
-	if reason == ClosedDirty && c.sock.keep {
-		c.keepPushback(err)
-	}
-	return reason, err
 }
 
 // probe is conn.probe without the flags of the state word: it visits the descriptor, or
@@ -463,3 +381,6 @@ func isNil(nc any) bool {
 	v := reflect.ValueOf(nc)
 	return v.Kind() == reflect.Pointer && v.IsNil()
 }
+
+// aLongTimeAgo is a deadline that makes blocked operations return at once.
+var aLongTimeAgo = time.Unix(1, 0)

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/seed-ecb488c9/connpool/internal/clock"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
@@ -406,13 +405,6 @@ func usage(addr Addr, err error) *Error {
 	return &Error{Addr: addr, Stage: StageUsage, Kind: KindUsage, Err: err}
 }
 
-func (p *Pool) failed(addr Addr, stage Stage, err error, start clock.Instant) *Error {
-	p.mu.Lock()
-	e := p.failedLocked(addr, stage, err, start)
-	p.mu.Unlock()
-	return e.classify()
-}
-
 // classify completes an error that was made under Pool.mu. The methods of the wrapped
 // error are foreign code that may use the pool, so classify calls them with no lock held.
 func (e *Error) classify() *Error {
@@ -424,10 +416,58 @@ func (e *Error) classify() *Error {
 	return e
 }
 
-// tooLate returns the error of a borrow whose ctx was done before the borrow began. Its
-// Waited is 0.
-func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
-	e := p.failed(addr, StageWait, causeOf(ctx), 0)
-	e.Limit, e.LimitName = 0, ""
+// ctxError is the error of a ctx that has a cause.
+type ctxError struct{ err, cause error }
+
+func (e *ctxError) Error() string   { return oneLine(e.err.Error() + ": " + e.cause.Error()) }
+func (e *ctxError) Unwrap() []error { return []error{e.err, spent(e.cause)} }
+
+// causeOf is why ctx is done: its error, with the cause if the cause says more.
+func causeOf(ctx context.Context) error {
+	err := ctx.Err()
+	if cause := tame(context.Cause(ctx)); cause != nil && !errors.Is(cause, err) {
+		return &ctxError{err, cause}
+	}
+	return err
+}
+
+// dialError is the failure of a dial with its stage, for a waiter.
+type dialError struct {
+	stage Stage
+	err   error
+
+	local    bool // see isLocal
+	noHandle bool // the failure is ErrNoneRemovable
+}
+
+// failedDial makes a dialError. It asks err everything that the pool needs to know of it
+// under Pool.mu, where the methods of err, which is foreign code, must not be called.
+func failedDial(stage Stage, err error) *dialError {
+	e := &dialError{stage: stage, err: err, noHandle: errors.Is(err, ErrNoneRemovable)}
+	e.local = e.isLocal()
 	return e
 }
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+// isLocal reports whether the dial failed for want of something local, which says nothing
+// about the peer. An error from Setup, or of another pool, is never local: it may report
+// what another pool, or a server that Setup has asked, lacked.
+func (e *dialError) isLocal() bool {
+	var other *Error
+	if e.stage == StageSetup || errors.As(e.err, &other) {
+		return false
+	}
+	kind := KindOf(e.err)
+	return kind == KindResource || kind == KindUsage
+}
+
+// backlogFull is the error of a wait for a server that does not accept.
+type backlogFull struct{ err error }
+
+func (e *backlogFull) Error() string {
+	return "the server's backlog is full, it does not accept fast enough: " + e.err.Error()
+}
+
+func (e *backlogFull) Unwrap() error { return e.err }

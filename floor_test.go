@@ -3,8 +3,14 @@ package connpool
 import (
 	"go/ast"
 	"go/build"
+	"go/importer"
+	"go/types"
+	"io"
+	"maps"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -45,6 +51,118 @@ func TestOnlyTheGroundFloorKnowsTheSystem(t *testing.T) {
 			}
 		}
 	}
+}
+
+// floors are the floors of the pool, from the top down, as the headings of the code map in
+// ARCHITECTURE.md name them, each with the prefix that only its files have.
+var floors = []struct{ name, prefix string }{
+	{"faces", ""}, {"flows", "pool_"}, {"connections", "conn_"}, {"books", "books_"}, {"parts", ""}, {"words", ""},
+}
+
+// arrowsUp are what a file names although it stands on a higher floor, by file and name, with
+// the reason. Whoever wants to add one looks first whether the declaration can move.
+var arrowsUp = map[string]string{
+	"config.go Conn":          "Reset, Check and Push get one: the types of public fields",
+	"env.go Pool":             "the way of the flows, whose methods are those of connections and dials, to the books",
+	"conn_foreign.go discard": "an interrupt closes a connection whose deadline has no effect, and its slot becomes free",
+	"conn_loan.go noteLived":  "the first answer of a peer ends the doubt about its address",
+}
+
+// floorsOf is the floor of each file: the greater, the higher.
+func floorsOf(t *testing.T) map[string]int {
+	doc, err := os.ReadFile("ARCHITECTURE.md")
+	require.NoError(t, err)
+	_, table, found := strings.Cut(string(doc), "| **"+floors[0].name+"** |")
+	require.True(t, found)
+	on := map[string]int{}
+	for i, f := range floors {
+		rows, below, found := strings.Cut(table, "\n| **")
+		require.True(t, found)
+		for _, row := range strings.Split(rows, "\n") {
+			cells := strings.Split(row, "|")
+			if len(cells) < 3 {
+				continue
+			}
+			for _, name := range regexp.MustCompile(`\w+\.go`).FindAllString(cells[1], -1) {
+				require.NotContains(t, on, name, "it stands on one floor")
+				require.FileExists(t, name)
+				on[name] = len(floors) - i
+				for _, o := range floors {
+					if o.prefix != "" && strings.HasPrefix(name, o.prefix) {
+						require.Equal(t, o.name, f.name, "the prefix of %s names the floor", name)
+					}
+				}
+			}
+		}
+		if i+1 < len(floors) {
+			name, rest, _ := strings.Cut(below, "** |")
+			require.Equal(t, floors[i+1].name, name)
+			table = rest
+		}
+	}
+	return on
+}
+
+// namesAbove is what the files name that is declared on a floor above their own: a function, a
+// method, a type, a field, a variable or a constant, each as "file name".
+func namesAbove(t *testing.T, on map[string]int, extra string) (arrows []string) {
+	goTool, err := exec.LookPath("go")
+	if err != nil {
+		t.Skip("the go command, which knows the types of imported packages, is not here")
+	}
+	list := exec.CommandContext(t.Context(), goTool, "list", "-deps", "-export", "-f", "{{.ImportPath}} {{.Export}}", ".")
+	list.Stderr = os.Stderr
+	out, err := list.Output()
+	require.NoError(t, err)
+	exported := map[string]string{}
+	for line := range strings.Lines(string(out)) {
+		path, file, _ := strings.Cut(strings.TrimSpace(line), " ")
+		exported[path] = file
+	}
+	files, fset := parsed(t, extra)
+	info := types.Info{Uses: map[*ast.Ident]types.Object{}}
+	conf := types.Config{Importer: importer.ForCompiler(fset, "gc", func(path string) (io.ReadCloser, error) {
+		return os.Open(exported[path])
+	})}
+	pkg, err := conf.Check("connpool", fset, files, &info)
+	require.NoError(t, err)
+	seen := map[string]bool{}
+	for id, obj := range info.Uses {
+		if obj.Pkg() != pkg {
+			continue
+		}
+		from, to := fset.Position(id.Pos()).Filename, fset.Position(obj.Pos()).Filename
+		require.Contains(t, on, from, "it stands on no floor of ARCHITECTURE.md")
+		require.Contains(t, on, to, "it stands on no floor of ARCHITECTURE.md")
+		if on[to] > on[from] {
+			seen[from+" "+obj.Name()] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(seen))
+}
+
+// A file can be read without those that stand above it.
+func TestNoFileNamesWhatStandsAboveIt(t *testing.T) {
+	on := floorsOf(t)
+	on["extra.go"] = on["addr.go"]
+	extra := `package connpool
+		func extra(l *Lease, x *call) {
+			const phases = numPhases
+			var b books
+			briefly("", 0, nil)
+			l.Discard()
+			_, _, _ = noQueue, x.step, b.sites.last.top
+		}`
+	var found, ofExtra []string
+	for _, arrow := range namesAbove(t, on, extra) {
+		if name, ok := strings.CutPrefix(arrow, "extra.go "); ok {
+			ofExtra = append(ofExtra, name)
+		} else {
+			found = append(found, arrow)
+		}
+	}
+	require.Equal(t, slices.Sorted(maps.Keys(arrowsUp)), found)
+	require.ElementsMatch(t, strings.Fields("Lease call numPhases books briefly Discard noQueue step sites last top"), ofExtra, "the search sees each kind of name")
 }
 
 // The methods of an error are foreign code, which may use the pool. So no function

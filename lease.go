@@ -91,7 +91,7 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 
 // checkout returns a checkout for the owner of the lease's connection.
 func (l *Lease) checkout() checkout {
-	return checkout{p: l.c.site.pool, c: l.c, trace: l.trace, owned: true}
+	return checkout{p: l.c.site.env.pool, c: l.c, trace: l.trace, owned: true}
 }
 
 // Return ends the lease. The connection goes back to the pool under the same rules as

@@ -24,7 +24,7 @@ import (
 // them ends when Do begins.
 func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 	defer runtime.KeepAlive(l)
-	c, p := l.c, l.c.site.pool
+	c, p := l.c, l.c.site.env.pool
 	switch {
 	case ctx == nil:
 		return usage(c.site.addr, errors.New("ctx is nil: pass context.Background()"))

@@ -1,30 +1,16 @@
 package connpool
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"reflect"
-	"runtime"
 	"syscall"
 	"time"
 )
-
-// Conn is a connection on loan: a net.Conn, by value, that is valid until fn returns.
-// After that its methods fail with ErrReturned and touch nothing. As for any net.Conn,
-// several goroutines may call its methods at once. If an operation is still running
-// when fn returns, the pool closes the connection. The zero Conn behaves like a Conn
-// that was returned.
-//
-// A deadline set on a Conn never exceeds the deadline of With's ctx, and ends with the
-// loan. Errors are those of package net. A time-out is also the ctx's error if it was
-// the ctx whose time ran out.
-type Conn struct {
-	c   *conn
-	gen uint64
-}
 
 var (
 	_ net.Conn      = Conn{}
@@ -71,36 +57,6 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 	return n, h.c.leaveWrite(n, err)
 }
 
-// readFrom copies from r to nc. If r is a Conn or a Lease, the copy is an operation of
-// that loan, too.
-func readFrom(nc io.Writer, r io.Reader) (int64, error) {
-	if src, ok := onLoan(r); ok { // nc needs the socket behind r: the kernel copies only between sockets
-		defer runtime.KeepAlive(r)
-		if err := src.c.enter(src.gen); err != nil {
-			return 0, err
-		}
-		n, err := readFrom(nc, src.c.source())
-		src.c.noteForeignError(err)
-		return n, src.c.leaveRead(n, err)
-	}
-	if rf, ok := nc.(io.ReaderFrom); ok {
-		return rf.ReadFrom(r)
-	}
-	return io.Copy(struct{ io.Writer }{nc}, r)
-}
-
-// onLoan returns the loan behind x, if x is a Conn or a Lease that can be used now.
-func onLoan(x any) (Conn, bool) {
-	switch x := x.(type) {
-	case Conn:
-		return x, true
-	case *Lease:
-		h, err := x.loan()
-		return h, err == nil
-	}
-	return Conn{}, false
-}
-
 // WriteTo implements io.WriterTo in the same way. An error of w counts as a failure of
 // the connection, since bytes may have been read that nobody received.
 func (h Conn) WriteTo(w io.Writer) (int64, error) {
@@ -110,24 +66,6 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 	n, err := h.c.copyOut(w)
 	h.c.noteForeignError(err)
 	return n, h.c.leaveRead(n, err)
-}
-
-// writeTo copies from nc to w. If w is a Conn or a Lease, the copy is an operation of
-// that loan, too.
-func writeTo(nc io.Reader, w io.Writer) (int64, error) {
-	if dst, ok := onLoan(w); ok {
-		defer runtime.KeepAlive(w)
-		if err := dst.c.enter(dst.gen); err != nil {
-			return 0, err
-		}
-		n, err := writeTo(nc, dst.c.nc)
-		dst.c.noteForeignError(err)
-		return n, dst.c.leaveWrite(n, err)
-	}
-	if wt, ok := nc.(io.WriterTo); ok {
-		return wt.WriteTo(w)
-	}
-	return io.Copy(w, struct{ io.Reader }{nc})
 }
 
 // Close discards the connection: it is closed now and never lent again, and its slot is
@@ -354,4 +292,39 @@ func State[T any](h Conn) T {
 		panic(fmt.Sprintf("connpool: State[%v]: Config.Setup returned a %T", reflect.TypeFor[T](), state))
 	}
 	return v
+}
+
+// Context returns a ctx that is done when the connection leaves the pool: when it is
+// evicted, expires, is found dead, is closed by its borrower or with the pool, or is
+// detached. The cause of the ctx says why. The ctx is for what lives as long as the
+// connection and longer than a loan: Setup may start a goroutine with it.
+//
+//	Setup: func(ctx context.Context, addr connpool.Addr, nc net.Conn) (any, error) {
+//		a := newActor()
+//		go a.run(nc.(connpool.Conn).Context())
+//		return a, nil
+//	}
+//
+// The ctx carries no values. After the loan, Context returns a ctx that is already
+// done.
+func (h Conn) Context() context.Context {
+	if err := h.c.enter(h.gen); err != nil {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		cancel(err)
+		return ctx
+	}
+	defer h.c.leave(0, nil)
+	c, e := h.c, h.c.ensureCold()
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	if e.ctx.ctx == nil {
+		e.ctx.ctx, e.ctx.end = context.WithCancelCause(context.Background())
+		switch { // the connection may have left the pool: an operation may outlive its loan
+		case e.ctx.cause != nil:
+			e.ctx.end(e.ctx.cause)
+		case c.word.Load()&(flagShut|flagStolen|flagDetached) != 0:
+			e.ctx.end(ErrReturned)
+		}
+	}
+	return e.ctx.ctx
 }

@@ -42,7 +42,7 @@ func (h Conn) Info() ConnInfo {
 	defer h.c.leave(0, nil)
 	c := h.c
 	info.ID, info.Uses, info.Reused = c.id, c.uses, c.uses > 1
-	info.Age = c.site.pool.clock.Exactly().Sub(c.born)
+	info.Age = c.site.env.clock.Exactly().Sub(c.born)
 	if info.Reused {
 		info.IdleFor = max(c.idleFor, 1) // the clock of a loan is coarse
 	}

@@ -2,7 +2,6 @@ package connpool
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,18 +38,12 @@ import (
 //     never changes its site.
 //  8. Nothing of one loan is visible in the next; see conn.
 type Pool struct {
-	cfg   Config          // never changes; the limits in use are in the books
-	ctx   context.Context // the parent of the ctx of every hook and dial; Close ends it
-	stop  context.CancelFunc
-	clock clock.Clock
+	env // what connections and dials use of the pool; it never changes
 
-	sys    *system
-	report reporter
+	ctx  context.Context // the parent of the ctx of every hook and dial; Close ends it
+	stop context.CancelFunc
 
 	inSession atomic.Int64 // sessions that have not ended; With looks for a session in its ctx only if there are any
-	loanLog   loanLog      // the loans and who has them
-
-	sessions *sessionCaches // TLS sessions to resume
 
 	handles handleBudget
 
@@ -68,44 +61,13 @@ type Pool struct {
 	sweeper       *time.Timer    // the timer of the next sweep; nil until there is something to sweep
 }
 
-// site is the state of one address. A site exists while there is a connection, a
-// dial, a waiter, a reserve, a call of Warm, or a recent failure. Its fields need Pool.mu.
-type site struct {
-	pool      *Pool // for functions outside the books: no method of books uses it
-	addr      Addr  // canonical
-	top       *conn // top of the idle stack: the idle connection given back last
-	n         tally
-	want      int32    // dials for waiters that this site's own limits would let start
-	waiting   int32    // how many waiters of the queue Stats.Waiting has counted
-	heapIndex int32    // index in books.ready or readyOwn; -1 if the site is in neither
-	epoch     uint32   // raised by Retire; a connection of an older epoch is not lent again
-	family    family   // address family that DialContext asked for; familyPooled for any other site; never changes
-	absolute  bool     // for DialContext: the host had a final dot
-	overflow  uint8    // for DialContext: how many connections may be open beyond MaxOpen for it, see DialOverflow
-	rank      int8     // as of the last refreshLocked, see books_silence.go
-	queue     *queue   // never nil, see noQueue
-	dial      *attempt // the youngest dial under way that waiters count on
-	backoff   *backoff // nil after a dial that succeeded
-	prefill   *prefill // nil unless Warm, MinIdlePerAddr or DialContext is used
-
-	loans, dials, dialErrors uint64
-}
-
 // newSite makes the state of an address, without any connection.
 func (p *Pool) newSite(addr Addr) *site {
-	return &site{pool: p, addr: addr, queue: &noQueue, heapIndex: -1}
+	return &site{env: &p.env, addr: addr, queue: &noQueue, heapIndex: -1}
 }
 
-// tally counts connections by phase.
-type tally [numPhases]int32
-
-// open is the number of connections that have a slot.
-func (n *tally) open() int {
-	return int(n[phaseDialing] + n[phaseIdle] + n[phaseBorrowed] + n[phaseClosing])
-}
-
-// kept is the number of these connections without those being closed.
-func (n *tally) kept() int { return int(n[phaseDialing] + n[phaseIdle] + n[phaseBorrowed]) }
+// realSystem is the operating system.
+var realSystem = system{dialSocket, sock.Identify, sock.Still, sock.Peek, sock.ReadNow, sock.FileLimit, sock.NoFileFree}
 
 // New makes a pool. It starts no goroutine and opens nothing. If two fields of
 // cfg contradict each other, the error names both and is fs.ErrInvalid.
@@ -119,13 +81,12 @@ func New(cfg Config) (*Pool, error) {
 		return nil, &configError{err}
 	}
 	p := &Pool{
-		cfg:      cfg,
-		sys:      &realSystem,
-		sessions: newSessionCaches(),
+		env:      env{cfg: cfg, sys: &realSystem, sessions: newSessionCaches()},
 		checkers: make(chan struct{}, maxCheckers),
 
 		watching: watching{create: sock.NewWatcher, add: (*sock.Watcher).Add},
 	}
+	p.pool = p
 	p.report.logger = cfg.Logger
 	p.loanLog.init(&p.cfg, &p.clock, &p.report)
 	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())
@@ -140,93 +101,6 @@ func New(cfg Config) (*Pool, error) {
 		return nil, &configError{err}
 	}
 	return p, nil
-}
-
-// With borrows a connection to addr, runs fn with it, and gives it back.
-//
-// fn has the connection alone until fn returns. A [Conn] that is kept longer
-// answers ErrReturned. ctx governs the wait for the connection and the I/O inside
-// fn: the pool sets the deadline of ctx on the socket, and the end of ctx
-// interrupts a blocked call. ctx does not govern the dial, because another borrower
-// may get the connection (the dial does get the values of ctx). With itself returns
-// when ctx is done, even during a dial.
-//
-// With returns the error of fn unchanged, but without the marks of Keep (if one is
-// inside the error, in a wrapper that errors.Is and errors.As see through). nil or
-// Keep(err) gives the connection back to the pool. The pool closes the connection
-// and does not lend it again if fn returned any other error, panicked (With passes
-// the panic on), called runtime.Goexit, or called Conn.Close; if ctx is done; if an
-// operation on the connection is still running, failed, or timed out (only Keep
-// forgives a time-out); if it was closed for writing; if bytes are left unread in
-// the connection, in crypto/tls or in the state's buffer, or unflushed in that buffer;
-// or if Config.Reset fails. Conn.Detach takes the connection out of the pool for
-// good. A panic of Reset, Check or a Prober that runs on the borrower's time reaches
-// the borrower, as a *PanicError.
-//
-// An *[Error] means that fn never ran, and says at which stage the borrow failed
-// and why: errors.Is finds ErrClosed, ErrExhausted, ErrNoneRemovable, the error of
-// ctx or the error of the dial in it. fn is never run twice. A connection that died
-// while it was idle never reaches the caller: the pool takes the next one or opens
-// one. If the peer gives up new connections before fn has them, the pool opens three
-// at most for one borrow.
-//
-// Under the ctx of a [Pool.Session], fn gets the connection of the session. The
-// session keeps the connection between two uses, and the rules above about giving
-// back apply at the session's end.
-//
-// A ctx that can never be done costs nothing; one that can costs a
-// context.AfterFunc. A nil ctx or fn is an error.
-func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
-	switch {
-	case p.stop == nil:
-		return usage(addr, ErrClosed)
-	case ctx == nil:
-		return usage(addr, errors.New("ctx is nil: pass context.Background()"))
-	case fn == nil:
-		return usage(addr, errors.New("fn is nil"))
-	}
-	if p.inSession.Load() != 0 {
-		if joined, err := p.withinSession(ctx, addr, fn); joined {
-			return err
-		}
-	}
-	k := checkout{p: p, trace: p.cfg.trace(ctx)}
-	k.get(&addr)
-	if err := k.borrow(ctx, &addr); err != nil {
-		return err
-	}
-	defer k.rescue()
-	if p.loanLog.wanted {
-		k.record(1)
-	}
-	loan := k.start(ctx)
-	k.got()
-	err := fn(loan)
-	if err == nil {
-		k.c.noteContent()
-	}
-	return k.finish(ctx, err)
-}
-
-// request is a borrow under way. A request stays on the borrower's stack, and so does the
-// address. A ctx in the request, which goes into the waiter, would move both to the heap.
-type request struct {
-	addr  *Addr
-	hash  uint64        // hash of addr
-	known bool          // addr is canonical
-	start clock.Instant // when the wait began; 0 for a borrow that need not wait
-	seq   uint64        // the borrower's place in the queue; 0 until it has one
-}
-
-// claim is what a borrower got in its critical section: a connection, which the borrower
-// owns now; or a place in the queue; or an error, which still has to be classified. It is
-// none of these if the pool is closed, or if the address is not known and has to be checked
-// first.
-type claim struct {
-	c       *conn
-	w       *waiter
-	refused *Error
-	closed  bool
 }
 
 // claim is the critical section of a borrow. Looking for an idle connection, looking for
@@ -253,7 +127,7 @@ func (p *Pool) claim(ctx context.Context, r *request, now clock.Instant, todo *a
 func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waited time.Duration, _ error) {
 	var (
 		todo   agenda // begins with the connection that was found unfit in the last round
-		hollow int    // new connections that the peer gave up before they were of use, see lived.go
+		hollow int    // new connections that the peer gave up before they were of use, see pool_lived.go
 	)
 	if ctx.Err() != nil {
 		return nil, 0, p.tooLate(ctx, *addr)
@@ -355,34 +229,18 @@ func (c *conn) isDone(ctx context.Context, reason CloseReason, err error) bool {
 	return done
 }
 
-// announce runs the agenda of a borrower that was queued, and calls Trace.Wait. If foreign
-// code ends the borrower's goroutine there, the borrower leaves the queue.
-func (w *waiter) announce(t *Trace, todo *agenda) {
-	p := w.site.pool
-	told := false
-	defer func() {
-		if !told { // a Trace function called runtime.Goexit
-			w.leave()
-		}
-	}()
-	todo.run(p)
-	if t != nil && t.Wait != nil {
-		p.report.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
-	}
-	told = true
+// failed is the error of a borrow that failed at stage for err; it began at start.
+func (p *Pool) failed(addr Addr, stage Stage, err error, start clock.Instant) *Error {
+	p.mu.Lock()
+	e := p.failedLocked(addr, stage, err, start)
+	p.mu.Unlock()
+	return e.classify()
 }
 
-// ctxError is the error of a ctx that has a cause.
-type ctxError struct{ err, cause error }
-
-func (e *ctxError) Error() string   { return oneLine(e.err.Error() + ": " + e.cause.Error()) }
-func (e *ctxError) Unwrap() []error { return []error{e.err, spent(e.cause)} }
-
-// causeOf is why ctx is done: its error, with the cause if the cause says more.
-func causeOf(ctx context.Context) error {
-	err := ctx.Err()
-	if cause := tame(context.Cause(ctx)); cause != nil && !errors.Is(cause, err) {
-		return &ctxError{err, cause}
-	}
-	return err
+// tooLate returns the error of a borrow whose ctx was done before the borrow began. Its
+// Waited is 0.
+func (p *Pool) tooLate(ctx context.Context, addr Addr) *Error {
+	e := p.failed(addr, StageWait, causeOf(ctx), 0)
+	e.Limit, e.LimitName = 0, ""
+	return e
 }

@@ -161,7 +161,7 @@ func (o *loansOut) borrowedBy(a Addr, now clock.Instant) string {
 	var b strings.Builder
 	for i, h := range known {
 		b.WriteString([]string{" borrowed", ", and"}[min(i, 1)])
-		fmt.Fprintf(&b, " %v ago by %s", now.Sub(h.since).Round(time.Millisecond), h.place())
+		fmt.Fprintf(&b, " %v ago by %s", now.Sub(h.since).Round(time.Millisecond), h.stack.place())
 	}
 	if more > 0 {
 		fmt.Fprintf(&b, ", and %d more", more)

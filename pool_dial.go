@@ -2,12 +2,10 @@ package connpool
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -28,72 +26,6 @@ import (
 // Each dial has exactly one outcome, and the first caller of claim records it: dialEnded
 // when the dial has ended in any way, or the timer of dial when the dialer or Setup ignores
 // its ctx for longer than DialTimeout plus hookGrace.
-
-// dialError is the failure of a dial with its stage, for a waiter.
-type dialError struct {
-	stage Stage
-	err   error
-
-	local    bool // see isLocal
-	noHandle bool // the failure is ErrNoneRemovable
-}
-
-// failedDial makes a dialError. It asks err everything that the pool needs to know of it
-// under Pool.mu, where the methods of err, which is foreign code, must not be called.
-func failedDial(stage Stage, err error) *dialError {
-	e := &dialError{stage: stage, err: err, noHandle: errors.Is(err, ErrNoneRemovable)}
-	e.local = e.isLocal()
-	return e
-}
-
-func (e *dialError) Error() string { return e.err.Error() }
-func (e *dialError) Unwrap() error { return e.err }
-
-// isLocal reports whether the dial failed for want of something local, which says nothing
-// about the peer. An error from Setup, or of another pool, is never local: it may report
-// what another pool, or a server that Setup has asked, lacked.
-func (e *dialError) isLocal() bool {
-	var other *Error
-	if e.stage == StageSetup || errors.As(e.err, &other) {
-		return false
-	}
-	kind := KindOf(e.err)
-	return kind == KindResource || kind == KindUsage
-}
-
-// attempt is one dial under way.
-type attempt struct {
-	c   *conn
-	ctx context.Context // ctx of the borrower for whom the dial was started: the dial uses its values
-
-	waiter *waiter // the waiter for whom the dial was started; nil if nobody waited
-
-	// Pool.mu guards these.
-	newer, older *attempt           // neighbors in the site's list of dials that waiters count on
-	surplus      bool               // the dial is no longer in that list: the pool breaks it off
-	displaced    bool               // the pool breaks it off for another address
-	quiet        bool               // the dial has been without an answer for `silence`, see books_silence.go
-	brokenOff    bool               // when the dial ended, the pool was the cause, whatever its error says
-	prefill      bool               // the dial was started for no waiter, and is never surplus
-	warm         *warming           // the call of Warm for which the dial was started; nil if there is none
-	giveUp       context.CancelFunc // breaks the dial off; nil before the dial runs and after its end
-
-	since clock.Instant // when the dial began; 0 before
-
-	reached atomic.Uint32 // a copy of stage that other goroutines may read
-
-	where string // the foreign code that runs now
-	ours  bool   // the pool itself dials the socket
-	stage Stage
-	err   error
-	ended bool // open has returned (rather than panicked)
-	state any  // what Setup returned
-
-	mu      sync.Mutex // guards the fields below; no I/O and no other lock under it
-	socket  net.Conn   // what was dialed and c has not adopted: whoever records a failure closes it
-	adopted bool       // c has its socket, and Setup may use c
-	claimed bool       // somebody has recorded the outcome of the dial, or is recording it
-}
 
 // enter records the stage of the dial.
 func (a *attempt) enter(s Stage) {
@@ -151,7 +83,7 @@ func (a *attempt) isClaimed() bool {
 // dial opens c for the pool and records the outcome, whatever the dialer and the hooks do:
 // return, panic, end their goroutine, or never return.
 func (a *attempt) dial() {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	p.handles.refresh(p.sys)
 	t := p.cfg.Trace
 	cancel := context.CancelFunc(func() {})
@@ -252,7 +184,7 @@ func (a *attempt) abandon(adopted bool, start clock.Instant, t *Trace) {
 
 // open dials, does the handshake and runs Setup.
 func (a *attempt) open(ctx context.Context) error {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	c := a.c
 	nc, err := a.connect(ctx)
 	if err != nil {
@@ -311,7 +243,7 @@ func (a *attempt) open(ctx context.Context) error {
 // hides its errno in another error, always; an error that a foreign dialer returns as if it
 // came from the system, from the second try on. The pool's own dialer keeps no errors.
 func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	asked, patience := false, handlePatience
 	for tries := 0; ; tries++ {
 		nc, err := a.connectOnce(ctx)
@@ -343,7 +275,7 @@ func (a *attempt) connect(ctx context.Context) (net.Conn, error) {
 // connectOnce dials once and does the TLS handshake, if there is one. On success the attempt
 // holds the socket.
 func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	addr := a.c.site.addr
 	if a.c.site.absolute {
 		addr.Host += "."
@@ -362,7 +294,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 		}
 	}
 	if addr.Transport == TLS && own == nil {
-		if err := a.loadRoots(); err != nil {
+		if err := p.sys.loadRoots(&p.cfg); err != nil {
 			return nil, err
 		}
 	}
@@ -394,39 +326,12 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 // connection may take long.
 func (a *attempt) closeUnowned(nc net.Conn) {
 	s := a.c.site
-	s.pool.report.outlived(briefly("Close of the connection", closeTimeout, nc.Close), s.addr)
-}
-
-// brokenContract is an error for foreign code that did what its contract forbids.
-type brokenContract struct{ what string }
-
-func (e *brokenContract) Error() string { return e.what }
-
-// leftUnread is an error for foreign code that left bytes unread; it wraps ErrUnread.
-type leftUnread struct{ broken *brokenContract }
-
-func (e *leftUnread) Error() string   { return e.broken.what }
-func (e *leftUnread) Unwrap() []error { return []error{e.broken, ErrUnread} }
-
-// canonical is the canonical form of addr. It is an error if no dialer dials addr.
-func (cfg *Config) canonical(addr Addr) (Addr, error) {
-	addr, err := addr.canonical()
-	if err != nil {
-		return addr, err
-	}
-	switch addr.Transport {
-	case TCP, TLS, Unix:
-	default:
-		if cfg.Dialers[addr.Transport] == nil {
-			return addr, fmt.Errorf("no dialer for transport %q: set Config.Dialers[%q]", addr.Transport, addr.Transport)
-		}
-	}
-	return addr, nil
+	s.env.report.outlived(briefly("Close of the connection", closeTimeout, nc.Close), s.addr)
 }
 
 // noteDialed records the outcome of a dial; failure is nil if the dial succeeded.
 func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	now := p.clock.Exactly()
 	var todo agenda
 	c, s := a.c, a.c.site

@@ -3,8 +3,6 @@ package connpool
 import (
 	"context"
 	"errors"
-	"net"
-	"sync"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
@@ -29,93 +27,6 @@ import (
 // consumes them and the probe gets nothing. If they are plaintext, the probe has taken them
 // out. The pool puts them back in front of what the next loan, which is Push's, reads.
 
-// pushback is what a probe took out of crypto/tls, for the loan that follows. It exists
-// until the pool has found it empty.
-type pushback struct {
-	mu    sync.Mutex // guards the fields below; no I/O happens under it
-	bytes []byte
-	moved bool // a read has returned bytes, from here or from the connection
-}
-
-// read reads what was put back, and then from the connection.
-func (b *pushback) read(nc net.Conn, p []byte) (n int, err error) {
-	if n, ok := b.take(p); ok {
-		return n, nil
-	}
-	n, err = nc.Read(p)
-	if n > 0 {
-		b.mu.Lock()
-		b.moved = true
-		b.mu.Unlock()
-	}
-	return n, err
-}
-
-func (b *pushback) take(p []byte) (n int, ok bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if len(b.bytes) == 0 {
-		return 0, false
-	}
-	n = copy(p, b.bytes)
-	b.bytes = b.bytes[n:]
-	b.moved = b.moved || n > 0
-	return n, true
-}
-
-// restart resets moved and returns its old value.
-func (b *pushback) restart() (moved bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	moved, b.moved = b.moved, false
-	return moved
-}
-
-func (b *pushback) len() int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return len(b.bytes)
-}
-
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-// plaintext is the error of a probe that took plaintext out of crypto/tls, for Push.
-type plaintext struct{ bytes []byte }
-
-func (*plaintext) Error() string { return ErrUnread.Error() }
-func (*plaintext) Unwrap() error { return ErrUnread }
-
-// wholeRecord takes the rest of a TLS record out of crypto/tls, after a probe has read the
-// first byte of it there.
-func (p *socket) wholeRecord(first byte) *plaintext {
-	rest := make([]byte, 16<<10) // no record is longer than this
-	if sock := p.belowTLS(); sock != nil {
-		sock.enter(tlsSealed)
-	} else if p.tls.SetDeadline(aLongTimeAgo) != nil {
-		return &plaintext{[]byte{first}} // the rest stays in order behind the first byte
-	}
-	n, _ := p.tls.Read(rest)
-	return &plaintext{append([]byte{first}, rest[:n]...)}
-}
-
-// keepPushback puts back what a probe has taken out, if err is a plaintext. The caller owns
-// c.
-func (c *conn) keepPushback(err error) {
-	text, ok := err.(*plaintext)
-	if !ok {
-		return
-	}
-	e := c.ensureCold()
-	if e.pushback == nil {
-		e.pushback = new(pushback)
-	}
-	e.pushback.mu.Lock()
-	e.pushback.bytes = append(e.pushback.bytes, text.bytes...)
-	e.pushback.mu.Unlock()
-}
-
 // hasBuffered reports whether unread bytes are above the socket: in the state, or put back.
 // The caller owns c.
 func (c *conn) hasBuffered() (bool, error) {
@@ -134,15 +45,10 @@ func (c *conn) unread() (bool, error) {
 	return c.hasBuffered()
 }
 
-// isForPush reports whether Push gets a connection that would be closed for this reason.
-func (cfg *Config) isForPush(reason CloseReason) bool {
-	return reason == ClosedDirty && cfg.Push != nil
-}
-
 // push gives c, on which unread bytes wait, to Config.Push until none are left. The caller
 // owned c and gives up c.
 func (c *conn) push() {
-	p := c.site.pool
+	p := c.site.env.pool
 	p.mu.Lock()
 	if p.limits.MinIdlePerAddr > 0 {
 		p.setCheckingLocked(c, true) // a connection in Push counts for the reserve
@@ -162,7 +68,7 @@ func (c *conn) push() {
 // pushAll calls Push as long as there is something for it. It returns why c has to be closed
 // after that; ClosedUnknown if c may stay.
 func (c *conn) pushAll() (CloseReason, error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	for {
 		e := c.ensureCold()
 		if reason, err := c.awaitMessage(); !p.cfg.isForPush(reason) {
@@ -202,7 +108,7 @@ var errUnpushed = &brokenContract{"Config.Push returned nil and read nothing"}
 // a TLS record has arrived in part, awaitMessage waits for the rest, because only the whole
 // record shows whether it is a message or a ticket.
 func (c *conn) awaitMessage() (CloseReason, error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	end := p.clock.Exactly() + clock.Instant(defaultHookTimeout)
 	for {
 		if reason, err := c.condemned(); reason != ClosedUnknown {
@@ -238,7 +144,7 @@ func (c *conn) awaitMessage() (CloseReason, error) {
 // rearmWatch makes the watcher listen to c again, after c was released. The watcher reports
 // at once what arrived before, and later data when it arrives.
 func (c *conn) rearmWatch() {
-	p := c.site.pool
+	p := c.site.env.pool
 	p.mu.Lock()
 	watcher := p.watching.watcher
 	p.mu.Unlock()

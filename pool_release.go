@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,7 +28,7 @@ import (
 // release gives back a connection whose loan ended in good order. If the loan left bytes to
 // read and there is a Push, Push gets the connection first.
 func (c *conn) release() bool {
-	p := c.site.pool
+	p := c.site.env.pool
 	if p.cfg.Push == nil {
 		return c.releaseFrom(fromLoan)
 	}
@@ -54,7 +55,7 @@ func (c *conn) release() bool {
 // oldest waiter, onto the idle stack, or, if it may not be lent again, it is closed.
 // releaseFrom reports whether the connection was kept.
 func (c *conn) releaseFrom(u origin) bool {
-	p := c.site.pool
+	p := c.site.env.pool
 	c.dropRecord()
 	now := p.clock.Now()
 	var todo agenda
@@ -73,7 +74,7 @@ func (c *conn) releaseFrom(u origin) bool {
 // discard closes a connection that its owner gives up, and frees the slot. The returned
 // channel is closed when the socket is closed; it is nil if that has happened already.
 func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
-	p := c.site.pool
+	p := c.site.env.pool
 	c.noteLoss(reason, err)
 	c.dropRecord()
 	first, own := c.seal()
@@ -137,7 +138,7 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 // idle connection can make room, waiters need not wait for the slot of c. closesSlowly reports
 // whether a waiter wanted a slot.
 func (c *conn) closesSlowly() (wanted bool) {
-	p := c.site.pool
+	p := c.site.env.pool
 	var todo agenda
 	e := c.ensureCold()
 	p.mu.Lock()
@@ -156,7 +157,7 @@ func (c *conn) closesSlowly() (wanted bool) {
 // closed, or it is no longer the pool's (ClosedQuarantined, or ClosedUnknown for a
 // detached connection). No other function frees such a slot.
 func (c *conn) noteRemoved(reason CloseReason, err error) {
-	p := c.site.pool
+	p := c.site.env.pool
 	var todo agenda
 	var lost error
 	if c.uses == 0 && !reason.innocent() {
@@ -206,7 +207,7 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 
 // noteDetached records that a borrower took c out of the pool.
 func (c *conn) noteDetached() {
-	p := c.site.pool
+	p := c.site.env.pool
 	c.dropRecord()
 	p.mu.Lock()
 	p.counts.Detached++
@@ -253,4 +254,46 @@ func (a *agenda) runAll(p *Pool) {
 		a.closes = a.closes[1:]
 		o.c.discard(o.reason, o.err)
 	}
+}
+
+func (c *conn) logClosed(reason CloseReason, err error) {
+	level := slog.LevelDebug
+	switch reason {
+	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:
+		level = slog.LevelWarn
+	case ClosedQuarantined, ClosedLeaked:
+		level = slog.LevelError
+	case ClosedStale:
+		level = slog.LevelInfo
+	}
+	c.site.env.report.log(level, "connection closed", "addr", c.site.addr, "id", c.id, "reason", reason.String(), "uses", c.uses, "err", err)
+}
+
+// leakedLease takes back the connection of a lease that became unreachable.
+func leakedLease(c *conn) {
+	go func() { // the caller is the runtime, whose other clean-ups wait
+		if c.abort() {
+			c.noteLeaked()
+		}
+	}()
+}
+
+// noteLeaked counts and reports the connection of a leaked lease or session, and closes
+// it. The caller owns c.
+func (c *conn) noteLeaked() {
+	p := c.site.env.pool
+	t, h := c.trace(), c.loanState().record
+	if h == nil { // the loan was not recorded; only leases always are
+		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}
+	}
+	info := h.info(p.clock.Exactly())
+	p.mu.Lock()
+	p.counts.Leaked++
+	p.mu.Unlock()
+	c.discard(ClosedLeaked, nil)
+	if t != nil && t.Leaked != nil {
+		p.report.observe("Trace.Leaked", func() { t.Leaked(info) })
+	}
+	p.report.log(slog.LevelError, "a lease or session was forgotten; its connection is closed", "addr", info.Addr, "id", info.ID,
+		"held", info.Held, "borrowed by", info.Stack)
 }

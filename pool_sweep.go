@@ -49,12 +49,6 @@ func (p *Pool) eachSiteLocked(visit func(*site)) {
 	}
 }
 
-// idleRef is a connection that was idle, with the generation it had then.
-type idleRef struct {
-	c   *conn
-	gen uint64
-}
-
 // sweep is one sweep, from the forgetting of old failures to the start of the next timer.
 func (p *Pool) sweep() {
 	now := p.clock.Exactly()
@@ -151,7 +145,7 @@ func (p *Pool) examineAll(pings map[*site][]idleRef) {
 
 // examineIdle examines idle connections of s, one after another.
 func (s *site) examineIdle(here []idleRef) {
-	p := s.pool
+	p := s.env.pool
 	defer func() {
 		p.mu.Lock()
 		delete(p.checkingSites, s)
@@ -171,7 +165,7 @@ func (s *site) examineIdle(here []idleRef) {
 // connections of the address would get no answer either, so they wait for the next sweep or
 // loan.
 func (at idleRef) examineInTurn() bool {
-	p := at.c.site.pool
+	p := at.c.site.env.pool
 	select {
 	case p.checkers <- struct{}{}:
 	case <-p.ctx.Done():
@@ -197,7 +191,7 @@ const (
 
 // peek examines the connection without owning it.
 func (at idleRef) peek() peekVerdict {
-	p := at.c.site.pool
+	p := at.c.site.env.pool
 	pr := &at.c.sock
 	if pr.raw != nil {
 		l := newFDVisit(pr, !p.cfg.NoProbe)
@@ -221,7 +215,7 @@ func (at idleRef) peek() peekVerdict {
 // examine takes a connection, unless it was lent since at was made, and examines it fully. The
 // error is the cause if the connection was closed for an error.
 func (at idleRef) examine(ping bool) error {
-	p := at.c.site.pool
+	p := at.c.site.env.pool
 	c := at.c
 	p.mu.Lock()
 	if c.phase != phaseIdle || c.generation() != at.gen {
@@ -254,7 +248,7 @@ func (at idleRef) examine(ping bool) error {
 // examineAsideLocked is examine on a goroutine of its own, for the watcher, which must not
 // wait for the foreign code that an examination, or the close after it, runs.
 func (at idleRef) examineAsideLocked() {
-	p := at.c.site.pool
+	p := at.c.site.env.pool
 	p.examiners++
 	go func() {
 		at.examine(false)
@@ -289,7 +283,7 @@ func (at idleRef) recheckHangUp() {
 	if at.c.word.Load()&flagHungUp != 0 {
 		at.examine(false)
 	}
-	if at.c.site.pool.cfg.Push != nil {
+	if at.c.site.env.cfg.Push != nil {
 		at.c.rearmWatch()
 	}
 }

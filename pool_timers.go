@@ -19,7 +19,7 @@ func (t timerOrder) start(p *Pool) {
 
 // startPause starts the timer of a pause, unless the pause has ended meanwhile.
 func (s *site) startPause(running *pause, after time.Duration) {
-	p := s.pool
+	p := s.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if s.backoff != nil && s.backoff.pause == running {
@@ -29,7 +29,7 @@ func (s *site) startPause(running *pause, after time.Duration) {
 
 // retry ends a pause of back-off: the next dial of the address may start.
 func (s *site) retry(over *pause) {
-	p := s.pool
+	p := s.env.pool
 	var todo agenda
 	p.mu.Lock()
 	p.pauseOverLocked(s, over, &todo)
@@ -50,7 +50,7 @@ func (p *Pool) startSweeper(after time.Duration) {
 
 // doubtDials ends surplusPatience: it breaks off the dials that are still in surplus.
 func (s *site) doubtDials(q *queue) {
-	p := s.pool
+	p := s.env.pool
 	var todo agenda
 	p.mu.Lock()
 	p.dropDialsLocked(s, q, &todo)
@@ -61,7 +61,7 @@ func (s *site) doubtDials(q *queue) {
 // hush records that a dial has been without an answer for the duration `silence`. answers is how
 // many dials of its address had succeeded when this dial began.
 func (a *attempt) hush(answers int) {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	var todo agenda
 	p.mu.Lock()
 	if s := a.c.site; a.giveUp != nil && !a.surplus {

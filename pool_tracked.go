@@ -196,7 +196,7 @@ func (t *trackedLoan) release() error {
 
 // untrack closes a connection of DialContext; err is the cause if there is one.
 func (c *conn) untrack(err error) <-chan struct{} {
-	p := c.site.pool
+	p := c.site.env.pool
 	p.mu.Lock()
 	p.counts.Tracked--
 	p.mu.Unlock()
@@ -231,7 +231,7 @@ func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address st
 
 // noteStalled records that w, of a DialOverflow, has waited for ownPatience.
 func (w *waiter) noteStalled() {
-	p := w.site.pool
+	p := w.site.env.pool
 	var todo agenda
 	p.mu.Lock()
 	w.stalled = true
@@ -248,29 +248,6 @@ func (p *Pool) noteOverflowDialEnded() {
 	p.overflows--
 	p.mu.Unlock()
 }
-
-// family is the family of addresses that DialContext was asked for.
-type family uint8
-
-const (
-	familyPooled family = iota // the site is not of DialContext
-	familyAny                  // "tcp" or "unix"
-	family4                    // "tcp4"
-	family6                    // "tcp6"
-)
-
-func familyOf(network string) family {
-	switch network {
-	case "tcp4":
-		return family4
-	case "tcp6":
-		return family6
-	}
-	return familyAny
-}
-
-// unpooled reports whether s is the site of a connection of DialContext.
-func (s *site) unpooled() bool { return s.family != familyPooled }
 
 // track wraps c for the caller, with the methods of its kind of connection.
 //

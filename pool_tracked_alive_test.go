@@ -334,7 +334,7 @@ func TestDialContextDialsTheNameAsGiven(t *testing.T) {
 	// Those that ask for a family dial by themselves.
 	n := startSock(t, "tcp", faultnet.Options{})
 	p := n.pool(t, nil)
-	s := &site{pool: p, addr: n.addr, family: family4, absolute: true}
+	s := &site{env: &p.env, addr: n.addr, family: family4, absolute: true}
 	s.addr.Host = "no-such-host.invalid"
 	_, err := (&attempt{c: &conn{site: s}}).connectOnce(t.Context())
 	require.ErrorContains(t, err, "no-such-host.invalid.")

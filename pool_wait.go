@@ -1,8 +1,29 @@
 package connpool
 
-import "context"
+import (
+	"context"
+	"reflect"
+	"runtime"
+)
 
 // The part of a borrower's wait that blocks. The queue itself is in books_queue.go.
+
+// announce runs the agenda of a borrower that was queued, and calls Trace.Wait. If foreign
+// code ends the borrower's goroutine there, the borrower leaves the queue.
+func (w *waiter) announce(t *Trace, todo *agenda) {
+	p := w.site.env.pool
+	told := false
+	defer func() {
+		if !told { // a Trace function called runtime.Goexit
+			w.leave()
+		}
+	}()
+	todo.run(p)
+	if t != nil && t.Wait != nil {
+		p.report.observe("Trace.Wait", func() { t.Wait(WaitInfo{Addr: w.site.addr, Waiting: w.met}) })
+	}
+	told = true
+}
 
 // await blocks until w is served or ctx is done. On return w is in no queue; exactly one of the
 // connection and the error is set, and with a connection the caller owns the connection.
@@ -47,7 +68,7 @@ func stageAndCause(err error) (Stage, error) {
 // leave takes w out of the queue. If w was served a connection meanwhile, leave gives the
 // connection back and returns nil; if w was served an error, leave returns the error.
 func (w *waiter) leave() error {
-	s, p := w.site, w.site.pool
+	s, p := w.site, w.site.env.pool
 	var todo agenda
 	p.mu.Lock()
 	if w.queued {
@@ -71,9 +92,49 @@ func (w *waiter) leave() error {
 
 // noteDeclined gives back the connection with which a waiter was served that had given up.
 func (w *waiter) noteDeclined() {
-	p := w.c.site.pool
+	p := w.c.site.env.pool
 	p.mu.Lock()
 	p.counts.WaitsFailed++
 	p.mu.Unlock()
 	w.c.releaseFrom(fromCheck)
 }
+
+// gaveUp completes w.why and returns the error of the wait. mu is not held.
+func (w *waiter) gaveUp(ctx error) error {
+	env := w.site.env
+	e := w.why
+	if e == nil { // the waiter was served at the last moment
+		return ctx
+	}
+	e.ctx = ctx
+	if e.held == 0 && !e.here {
+		return e
+	}
+	if h := env.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) }); h != nil {
+		e.holder = h.stack
+		e.held = max(e.held, env.clock.Exactly().Sub(h.since))
+	}
+	e.nested = e.here && insideWith()
+	return e
+}
+
+// insideWith reports whether the calling goroutine, which is in a With, is also inside
+// the fn of another With. Only the goroutine's stack can tell. It is read only after a
+// wait has failed.
+func insideWith() bool {
+	var pcs [128]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])
+	for n := 0; ; {
+		f, more := frames.Next()
+		if f.Function == nameOfWith {
+			if n++; n == 2 {
+				return true
+			}
+		}
+		if !more {
+			return false
+		}
+	}
+}
+
+var nameOfWith = reflect.TypeFor[Pool]().PkgPath() + ".(*Pool).With"

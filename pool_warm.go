@@ -94,5 +94,3 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 	w.err.Err = fmt.Errorf("%d of %d are open: %w", w.open, w.n, w.err.Err)
 	return w.err
 }
-
-var errLowHandles = fmt.Errorf("%w: file handles run low, and what nobody uses is not kept", ErrNoneRemovable)

@@ -68,7 +68,7 @@ func (ws *watching) missLocked(c *conn) {
 
 // watch makes the watcher watch c, which has just been stored in byFD.
 func (c *conn) watch() {
-	p := c.site.pool
+	p := c.site.env.pool
 	p.mu.Lock()
 	w := p.watching.watcher
 	p.mu.Unlock()
@@ -81,7 +81,7 @@ func (c *conn) watch() {
 
 // watchWith has w watch c. If w cannot, the sweep tries it again.
 func (c *conn) watchWith(w *sock.Watcher) {
-	p := c.site.pool
+	p := c.site.env.pool
 	err := p.watching.add(w, c.sock.raw, c.hearsData())
 	if err == nil {
 		return
@@ -186,7 +186,7 @@ func (p *Pool) rewatch() {
 // hearsData reports whether the watcher listens for data on c, beside hang-ups. With a Push it
 // does, and once: data that arrives during a loan need not wake it. It is armed again
 // every time c is released.
-func (c *conn) hearsData() bool { return c.site.pool.cfg.Push != nil && !c.site.unpooled() }
+func (c *conn) hearsData() bool { return c.site.env.cfg.Push != nil && !c.site.unpooled() }
 
 // watch passes the reports of the watcher on, until the watcher is closed.
 func (p *Pool) watch(w *sock.Watcher) {

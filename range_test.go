@@ -98,7 +98,7 @@ func TestNoDurationOfAConfigOverflows(t *testing.T) {
 		}
 	}
 	require.Zero(t, names)
-	p := &Pool{cfg: got}
+	p := &Pool{env: env{cfg: got}}
 	p.rules = rulesOf(&got, &p.clock, &p.handles)
 	require.Positive(t, p.reserveMemory())
 	require.Positive(t, p.cfg.DialTimeout+hookGrace)

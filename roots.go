@@ -21,10 +21,9 @@ var roots struct {
 
 // loadRoots reads the certificates if the dial may need them. If no handle is free it returns
 // the error that a dial would: then connect makes room for the certificates as for a dial.
-func (a *attempt) loadRoots() error {
-	p := a.c.site.pool
-	cfg := p.cfg.TLS
-	if roots.loaded.Load() || p.cfg.TLSFor == nil && cfg != nil && (cfg.RootCAs != nil || cfg.InsecureSkipVerify) {
+func (sys *system) loadRoots(cfg *Config) error {
+	given := cfg.TLS
+	if roots.loaded.Load() || cfg.TLSFor == nil && given != nil && (given.RootCAs != nil || given.InsecureSkipVerify) {
 		return nil
 	}
 	roots.mu.Lock()
@@ -32,7 +31,7 @@ func (a *attempt) loadRoots() error {
 	if roots.loaded.Load() {
 		return nil
 	}
-	if p.sys.noHandleFree() {
+	if sys.noHandleFree() {
 		return os.NewSyscallError("open", sock.ErrProcessFiles)
 	}
 	_, _ = x509.SystemCertPool() // a dial that verifies with them gets the error

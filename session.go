@@ -16,9 +16,6 @@ type session struct {
 	stop func() bool // stops the watch on Session's ctx, which keeps the session reachable
 }
 
-// sessionKey is the key of a session in a ctx. Each pool has a key of its own.
-type sessionKey struct{ p *Pool }
-
 // Session returns a ctx under which every [Pool.With] for an address gets the same
 // connection: Withs that run one after another, Withs nested in each other, and Withs
 // under contexts derived from it. Use it for a request whose parts all talk to one

@@ -142,11 +142,11 @@ func (st *sessionConn) nested(ctx context.Context, fn func(Conn) error) error {
 	before := c.word.Load()
 	switch {
 	case st.spoiled != ClosedUnknown:
-		return c.site.pool.lost(st.addr, st.spoiled, st.why)
+		return c.site.env.pool.lost(st.addr, st.spoiled, st.why)
 	case before&(flagGone|flagCut) == flagGone:
-		return c.site.pool.lost(st.addr, ClosedByBorrower, net.ErrClosed)
+		return c.site.env.pool.lost(st.addr, ClosedByBorrower, net.ErrClosed)
 	case before&(flagCut|flagStolen|flagBroken) != 0:
-		return c.site.pool.lost(st.addr, ClosedBroken, c.failure())
+		return c.site.env.pool.lost(st.addr, ClosedBroken, c.failure())
 	}
 	returned := false
 	defer func() {

@@ -72,14 +72,6 @@ func awaitBacklog(ctx context.Context, err error, dial func() (net.Conn, error))
 	}
 }
 
-// backlogFull is the error of a wait for a server that does not accept.
-type backlogFull struct{ err error }
-
-func (e *backlogFull) Error() string {
-	return "the server's backlog is full, it does not accept fast enough: " + e.err.Error()
-}
-func (e *backlogFull) Unwrap() error { return e.err }
-
 // target translates addr for package net. It returns an error if a system cannot dial addr;
 // abstract says whether the system has abstract Unix sockets.
 func target(addr Addr, abstract bool) (network, address string, err error) {

@@ -2,8 +2,6 @@ package connpool
 
 import (
 	"fmt"
-	"iter"
-	"math"
 	"time"
 )
 
@@ -64,57 +62,4 @@ type AddrStats struct {
 
 	BackingOff bool  // after repeated failures the next dial waits
 	LastErr    error // error of the last failed dial, or of a new connection that the peer gave up; nil when the address works again; in JSON its text, 400 bytes at most
-}
-
-// Stats returns a snapshot. It may be called at any time, also on a closed pool. It
-// allocates a map.
-func (p *Pool) Stats() Stats {
-	if p.stop == nil {
-		return Stats{Closed: make(map[CloseReason]uint64)}
-	}
-	if p.debug {
-		p.audit(0)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	st := p.counts
-	st.Open, st.Dialing, st.Idle, st.InUse, st.Closing = p.n.open(), int(p.n[phaseDialing]), int(p.n[phaseIdle]), int(p.n[phaseBorrowed]), int(p.n[phaseClosing])
-	st.Closed = make(map[CloseReason]uint64)
-	for r, n := range p.closedBy {
-		if n > 0 {
-			st.Closed[CloseReason(r)] = n
-		}
-	}
-	if st.Limit = p.limitLocked(); st.Limit == math.MaxInt {
-		st.Limit = 0
-	}
-	st.Addrs = p.sites.len()
-	st.AbandonedCalls = p.report.abandoned.Load()
-	return st
-}
-
-// Addrs ranges over the addresses that the pool knows, in no particular order. The
-// snapshot is taken when the loop begins, of some addresses at a time, so that it does
-// not hold up the pool: the numbers of one address belong to one moment, but the sum over
-// all may not. The body runs with no lock held and may use the pool.
-func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
-	return func(yield func(Addr, AddrStats) bool) {
-		p.mu.Lock()
-		all := make([]AddrStats, 0, p.sites.len())
-		addrs := make([]Addr, 0, p.sites.len())
-		p.eachSiteLocked(func(s *site) {
-			addrs = append(addrs, s.addr)
-			all = append(all, AddrStats{
-				Open: s.n.open(), Dialing: int(s.n[phaseDialing]), Idle: int(s.n[phaseIdle]), InUse: int(s.n[phaseBorrowed]), Closing: int(s.n[phaseClosing]),
-				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
-				BackingOff: s.backingOff(), LastErr: inStats(s.lastErr()),
-			})
-		})
-		p.mu.Unlock()
-		for i, a := range addrs {
-			if !yield(a, all[i]) {
-				return
-			}
-		}
-	}
 }

@@ -1,10 +1,8 @@
 package connpool
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -16,58 +14,8 @@ import (
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
-	"github.com/seed-ecb488c9/connpool/internal/sock"
 	"github.com/seed-ecb488c9/connpool/internal/tlsrecord"
 )
-
-// handshake makes a TLS connection over nc, with the identity and the trust that belong
-// to the address. The attempt still closes nc if handshake fails.
-func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) {
-	p := a.c.site.pool
-	a.where = "Config.TLSFor"
-	cfg, err := a.tlsConfig()
-	if err != nil {
-		return nil, err
-	}
-	a.where = "SyscallConn of the connection"
-	under := &tlsSocket{Conn: nc, readNow: p.sys.readNow}
-	if !a.wrap(under) {
-		return nil, context.DeadlineExceeded
-	}
-	if sc, ok := nc.(syscall.Conn); ok && sock.CanPeek {
-		raw, _ := sc.SyscallConn()
-		under.raw = trusted(raw)
-	}
-	if under.raw != nil {
-		// A TLS server does not speak first. Bytes that arrive before the handshake
-		// were not encrypted, but would be read as if they were a part of it.
-		early := false
-		shown := false
-		under.raw.Control(func(fd uintptr) { early, shown = p.sys.peek(fd).Bytes, true })
-		switch {
-		case early:
-			return nil, tls.RecordHeaderError{Msg: "the peer sent bytes before the handshake", Conn: nc}
-		case !shown: // SyscallConn promises a descriptor, but Control shows none
-			under.raw = nil
-		}
-	}
-	a.where = "a callback of tls.Config or the connection below"
-	tc := tls.Client(under, cfg)
-	if err := tc.HandshakeContext(ctx); err != nil {
-		return nil, err
-	}
-	// The pool does not know how much of the handshake's bytes crypto/tls still holds.
-	// So the record tracking starts as lost, and the end of the first loan asks
-	// crypto/tls.
-	state := tc.ConnectionState()
-	under.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
-	if under.record.Lost(); !under.renegotiates {
-		under.record.Start(state)
-	}
-	return tc, nil
-}
-
-var zeroTLS tls.Config // never changed, only cloned
 
 // serverName returns the name that TLS requests and verifies at addr under cfg.
 func serverName(addr Addr, cfg *tls.Config) string {
@@ -79,35 +27,6 @@ func serverName(addr Addr, cfg *tls.Config) string {
 		return "localhost"
 	}
 	return host
-}
-
-// isLocalhost reports whether name is localhost: the one name that a tls.Config may
-// give to many addresses at once, those of the loopback interface.
-func isLocalhost(name string) bool {
-	return strings.EqualFold(strings.TrimSuffix(name, "."), "localhost")
-}
-
-// tlsConfig returns the tls.Config of the handshake, with the identity and the trust of
-// the address.
-func (a *attempt) tlsConfig() (*tls.Config, error) {
-	p, addr := a.c.site.pool, a.c.site.addr
-	cfg, before := p.cfg.TLS, p.sessions.age()
-	if p.cfg.TLSFor != nil {
-		own, err := p.cfg.TLSFor(addr)
-		if err != nil {
-			return nil, err
-		}
-		if own != nil {
-			cfg = own
-			if name := own.ServerName; name != "" && !strings.EqualFold(strings.TrimSuffix(name, "."), serverName(addr, own)) {
-				return nil, fmt.Errorf("Config.TLSFor returned a ServerName, %q, that is not the address's: write it into Addr.ServerName (%w)", name, os.ErrInvalid)
-			}
-		}
-	}
-	if cfg == nil {
-		cfg = &zeroTLS
-	}
-	return p.sessions.configFor(addr, cfg, before), nil
 }
 
 // tlsMode says how Read of a tlsSocket works. crypto/tls calls it.

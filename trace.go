@@ -52,6 +52,31 @@ func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 // object.
 func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
+// clean reports whether a connection that is closed for this reason is in step with its
+// peer, so that TLS may send close_notify.
+func (r CloseReason) clean() bool {
+	switch r {
+	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus,
+		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool:
+		return true
+	}
+	return false
+}
+
+// innocent reports whether a close for this reason was caused by the pool or its user,
+// and says nothing about the peer. The list names all such reasons, so a reason that is
+// missing from it counts against the peer.
+func (r CloseReason) innocent() bool {
+	switch r {
+	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
+		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
+		ClosedPanic, ClosedGoexit, ClosedLeaked,
+		ClosedSetupFailed: // recorded as the dial's failure
+		return true
+	}
+	return false
+}
+
 // Trace observes a pool ([Config.Trace]) or one use of it ([WithTrace]). Any field may be
 // nil. The functions are called with no lock held, concurrently for concurrent uses; they
 // may use the pool. They should be quick.
@@ -122,6 +147,15 @@ type CloseInfo struct {
 	Uses   int           // loans
 	Age    time.Duration // since it was opened
 	Err    error         // the error that made the pool close it, if there was one
+}
+
+// HeldInfo is what [Trace.HeldLong] and [Trace.Leaked] get.
+type HeldInfo struct {
+	Addr  Addr
+	ID    uint64        // of the connection in its pool
+	Held  time.Duration // so far
+	Place string        // where it was borrowed: a function, its file and line
+	Stack string        // the whole stack of the borrow, as in the text of a panic
 }
 
 // traceKey is the key of a Trace in a ctx.

@@ -1,12 +1,9 @@
 package connpool
 
 import (
-	"container/list"
 	"fmt"
-	"reflect"
 	"runtime"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -29,7 +26,7 @@ type inVain struct {
 
 	full   string        // the limit that was in the way
 	held   time.Duration // how long the longest loan under that limit has lasted; 0: unknown
-	holder *loanRecord   // the longest loan; nil: unknown
+	holder callers       // who has the longest loan; nil: unknown
 	here   bool          // a loan under that limit is of the same address
 	nested bool          // here, and this goroutine is inside the fn of another With
 }
@@ -74,102 +71,30 @@ func times(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// farEnough bounds the search for the longest loan: making an error must not walk over a
-// hundred thousand connections.
-const farEnough = 256
-
 // counts reports whether a connection to addr counts against the limit that a borrower of
 // address mine has met.
 func (e *inVain) counts(addr, mine Addr) bool { return e.full != "MaxPerAddr" || addr == mine }
 
-// gaveUp completes w.why and returns the error of the wait. mu is not held.
-func (w *waiter) gaveUp(ctx error) error {
-	p := w.site.pool
-	e := w.why
-	if e == nil { // the waiter was served at the last moment
-		return ctx
-	}
-	e.ctx = ctx
-	if e.held == 0 && !e.here {
-		return e
-	}
-	e.holder = p.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) })
-	if e.holder != nil {
-		e.held = max(e.held, p.clock.Exactly().Sub(e.holder.since))
-	}
-	e.nested = e.here && insideWith()
-	return e
+// callers are the calls on the stack of a goroutine, the innermost first.
+type callers []uintptr
+
+// place returns the innermost call: a function, its file and line.
+func (s callers) place() string {
+	place, _ := s.text()
+	return place
 }
 
-// loansOut lists the recorded loans (see recordLoan), longest first.
-type loansOut struct {
-	mu  sync.Mutex // guards all; nothing else happens under it
-	all list.List  // of *loanRecord
-}
-
-func (o *loansOut) add(h *loanRecord) {
-	o.mu.Lock()
-	h.out = o.all.PushBack(h)
-	o.mu.Unlock()
-}
-
-func (o *loansOut) remove(h *loanRecord) {
-	o.mu.Lock()
-	o.all.Remove(h.out)
-	o.mu.Unlock()
-}
-
-// find returns the first loan that satisfies which, among the farEnough longest; nil if
-// none does.
-func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	el := o.all.Front()
-	for n := 0; el != nil && n < farEnough; n++ {
-		if h := el.Value.(*loanRecord); which(h) {
-			return h
+// text returns the innermost call, and all of them as in the text of a panic.
+func (s callers) text() (place, all string) {
+	var b strings.Builder
+	frames := runtime.CallersFrames(s)
+	for more := len(s) > 0; more; {
+		var f runtime.Frame
+		f, more = frames.Next()
+		if place == "" {
+			place = fmt.Sprintf("%s (%s:%d)", f.Function, f.File, f.Line)
 		}
-		el = el.Next()
+		fmt.Fprintf(&b, "%s\n\t%s:%d\n", f.Function, f.File, f.Line)
 	}
-	return nil
+	return place, b.String()
 }
-
-// at lists up to n loans at addr, and counts the others.
-func (o *loansOut) at(addr Addr, n int) (hs []*loanRecord, more int) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for el := o.all.Front(); el != nil; el = el.Next() {
-		if h := el.Value.(*loanRecord); h.addr != addr {
-			continue
-		} else if len(hs) < n {
-			hs = append(hs, h)
-		} else {
-			more++
-		}
-	}
-	return hs, more
-}
-
-// place returns where h was borrowed.
-func (h *loanRecord) place() string { return h.info(h.since).Place }
-
-// insideWith reports whether the calling goroutine, which is in a With, is also inside
-// the fn of another With. Only the goroutine's stack can tell. It is read only after a
-// wait has failed.
-func insideWith() bool {
-	var pcs [128]uintptr
-	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])
-	for n := 0; ; {
-		f, more := frames.Next()
-		if f.Function == nameOfWith {
-			if n++; n == 2 {
-				return true
-			}
-		}
-		if !more {
-			return false
-		}
-	}
-}
-
-var nameOfWith = reflect.TypeFor[Pool]().PkgPath() + ".(*Pool).With"

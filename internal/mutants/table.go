@@ -90,7 +90,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-in-setup",
-		file:  "pool_handles.go",
+		file:  "markdead.go",
 		old:   `for _, c := range p.byFD {`,
 		new:   `for _, c := range p.recency.all() {`,
 		tests: `TestMarkDeadOfAConnectionInSetupFailsItsDial`,
@@ -393,7 +393,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "stood-for-a-sweep",
-		old:   `if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {`,
+		old:   `if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.env.pool.sweepPeriod() {`,
 		new:   `if false {`,
 		tests: `TestAConnectionThatStoodForASweepHasLived`,
 	},
@@ -423,7 +423,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "roots-before-the-socket",
-		old:   `if err := a.loadRoots(); err != nil {`,
+		old:   `if err := p.sys.loadRoots(&p.cfg); err != nil {`,
 		new:   `if err := error(nil); err != nil {`,
 		tests: `TestATLSDialWithoutAHandleSpoilsNoLaterOne`,
 	},
@@ -595,7 +595,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-is-not-told-of-what-came-during-the-loan",
-		old:   "if at.c.site.pool.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
+		old:   "if at.c.site.env.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
 		new:   "if false {\n\t\tat.c.rearmWatch()",
 		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
@@ -1042,7 +1042,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-not-in-hooks",
-		old:   `ctx = context.WithValue(ctx, sessionKey{p}, (*session)(nil))`,
+		old:   `ctx = context.WithValue(ctx, sessionKey{p}, nil)`,
 		new:   `ctx = context.WithValue(ctx, sessionKey{nil}, (*session)(nil))`,
 		tests: `TestHooksOfASessionsUseBorrowForThemselves`,
 	},
@@ -1186,14 +1186,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setup-leaves-a-message",
-		file:  "setup.go",
+		file:  "pool_setup.go",
 		old:   "reason, err := c.pushAll()\n\tswitch kind",
 		new:   "reason, err := ClosedUnknown, error(nil)\n\tswitch kind",
 		tests: `TestWhatWaitsAfterSetupIsPushedBeforeTheFirstLoan`,
 	},
 	{
 		name:  "the-end-that-setup-met-is-kept",
-		file:  "setup.go",
+		file:  "pool_setup.go",
 		old:   "if reason == ClosedStale {\n\t\tc.ended(err)\n\t}",
 		new:   "",
 		tests: `TestAnAlertThatAnEarlierLookHasReadIsToldOf`,
@@ -1492,7 +1492,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "ignored-deadline-closes",
-		old:   "p.report.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
+		old:   "env.report.noteAbandoned(\"an operation that takes no notice of its deadline\", c.site.addr)\n\t\t\t\trefuse()",
 		new:   "_ = refuse",
 		tests: `TestADeafConnectionCostsItsBorrowerCtxAndABound/does_nothing/read`,
 	},

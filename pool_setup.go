@@ -27,7 +27,7 @@ func (a *attempt) handState() {
 // setUp checks what Setup has left behind, after Setup has returned without an error. A
 // non-nil error fails the dial.
 func (a *attempt) setUp() error {
-	p := a.c.site.pool
+	p := a.c.site.env.pool
 	c := a.c
 	a.mu.Lock()
 	late := a.claimed
@@ -73,15 +73,15 @@ func (c *conn) speaksUnasked() error {
 	pr.keep = true // so that readThrough returns the bytes, which can be counted
 	defer func() { pr.keep = keep }()
 	_, err := pr.leftovers(true)
-	if c.site.pool.report.outlived(err, c.site.addr) {
+	if c.site.env.report.outlived(err, c.site.addr) {
 		return err
 	}
 	if text, ok := err.(*plaintext); ok {
 		return &leftUnread{&brokenContract{fmt.Sprintf("Config.Setup left %d bytes unread in crypto/tls", len(text.bytes))}}
 	}
 	// Not c.probe, which clears flagHungUp.
-	reason, err := pr.probe(&c.site.pool.cfg, c.nc)
-	if c.site.pool.report.outlived(err, c.site.addr) {
+	reason, err := pr.probe(&c.site.env.cfg, c.nc)
+	if c.site.env.report.outlived(err, c.site.addr) {
 		return err // the call that was given up still uses the connection
 	}
 	if reason == ClosedStale {

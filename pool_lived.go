@@ -26,32 +26,13 @@ import (
 // (backoff, books_backoff.go). books_minidle.go says what a hollow connection means for
 // a reserve, pool_warm.go what it means for Warm.
 
-// flagsLived are the flags of the state word that say how far a connection has come. They
-// last from the dial to the close. Both together mean that the connection has lived, or
-// that its end is recorded already.
-const flagsLived = flagWrote | flagRead
-
 // youth is how long after its dial the loss of a connection counts against its address.
 // Servers commonly hang up on connections that nobody has used for longer.
 const youth = 2 * time.Second
 
-// maxHollow is how many hollow connections one borrow may meet.
-const maxHollow = 3
-
-// noteTraffic records that a loan has moved bytes in one direction: way is flagWrote or
-// flagRead.
-func (c *conn) noteTraffic(way uint64) {
-	if w := c.word.Load(); w&way != 0 || w&(flagHooked|flagDetached) != 0 {
-		return // traffic of Setup and the other hooks proves nothing: it is part of preparing a connection
-	}
-	if (c.word.Or(way)|way)&flagsLived == flagsLived {
-		c.noteLived(true)
-	}
-}
-
 // noteLived records that c has lived, in a loan or while it was idle.
 func (c *conn) noteLived(inLoan bool) {
-	p := c.site.pool
+	p := c.site.env.pool
 	var todo agenda
 	p.mu.Lock()
 	// An operation may end after its connection has left the pool.
@@ -65,7 +46,7 @@ func (c *conn) noteLived(inLoan bool) {
 // noteStood is called when a sweep has found c fit. It records that c has lived, if c
 // has been open for a sweep's period.
 func (c *conn) noteStood(now clock.Instant) {
-	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.pool.sweepPeriod() {
+	if c.word.Load()&flagsLived != flagsLived && now.Sub(c.born) >= c.site.env.pool.sweepPeriod() {
 		c.noteLived(false)
 	}
 }
@@ -86,7 +67,7 @@ func (c *conn) noteLoss(reason CloseReason, err error) {
 // other borrowers wait for the address or dials are in flight, since each of these
 // would go on to the next connection, too.
 func (c *conn) noteHollow(why error) bool {
-	p := c.site.pool
+	p := c.site.env.pool
 	now := p.clock.Exactly()
 	var todo agenda
 	p.mu.Lock()
@@ -104,7 +85,7 @@ func (c *conn) noteHollow(why error) bool {
 
 // hollowness returns why the end of c counts against its address, nil if it does not.
 func (c *conn) hollowness(reason CloseReason, err error) error {
-	p, word := c.site.pool, c.word.Load()
+	p, word := c.site.env.pool, c.word.Load()
 	if c.site.unpooled() || reason.innocent() || c.idleFor+p.clock.Exactly().Sub(c.since) >= youth {
 		return nil
 	}
@@ -145,47 +126,4 @@ func unborn(reason CloseReason, err error) error {
 		return fmt.Errorf("the peer accepted the connection, sent something unasked and hung up: %w", io.EOF)
 	}
 	return fmt.Errorf("a new connection was lost before its first loan: %v: %w", reason, err)
-}
-
-// innocent reports whether a close for this reason was caused by the pool or its user,
-// and says nothing about the peer. The list names all such reasons, so a reason that is
-// missing from it counts against the peer.
-func (r CloseReason) innocent() bool {
-	switch r {
-	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
-		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
-		ClosedPanic, ClosedGoexit, ClosedLeaked,
-		ClosedSetupFailed: // recorded as the dial's failure
-		return true
-	}
-	return false
-}
-
-// noteForeignError records that an operation with two ends (ReadFrom, WriteTo) failed.
-// The error may be of either end, so it counts against no peer.
-func (c *conn) noteForeignError(err error) {
-	if err == nil {
-		return
-	}
-	l := c.loanState()
-	c.dmu.Lock()
-	l.foreignErr = true
-	c.dmu.Unlock()
-}
-
-// hasForeignError reports whether noteForeignError has recorded an error in this loan.
-func (c *conn) hasForeignError() bool {
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	l := c.loan.Load()
-	return l != nil && l.foreignErr
-}
-
-// noteContent is called when fn has returned nil. If an operation of the loan failed,
-// as at the end of the stream, fn expected the failure, and it does not count against
-// the peer.
-func (c *conn) noteContent() {
-	if w := c.word.Load(); w&flagBroken != 0 && w&flagsLived != flagsLived {
-		c.word.Or(flagHalfClosed)
-	}
 }

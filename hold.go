@@ -2,11 +2,8 @@ package connpool
 
 import (
 	"container/list"
-	"fmt"
 	"log/slog"
-	"runtime"
 	"runtime/pprof"
-	"strings"
 	"sync"
 	"time"
 
@@ -19,21 +16,12 @@ import (
 // HoldWarn, Profile or Debug is set. Leases are always recorded: when a lease leaks,
 // the stack of its borrow is the only thing that the pool can report.
 
-// HeldInfo is what [Trace.HeldLong] and [Trace.Leaked] get.
-type HeldInfo struct {
-	Addr  Addr
-	ID    uint64        // of the connection in its pool
-	Held  time.Duration // so far
-	Place string        // where it was borrowed: a function, its file and line
-	Stack string        // the whole stack of the borrow, as in the text of a panic
-}
-
 // loanRecord is the record of one connection that is in use.
 type loanRecord struct {
 	addr  Addr
 	id    uint64
 	since clock.Instant
-	stack []uintptr
+	stack callers
 	trace *Trace // of the borrow, including the pool's
 
 	next, prev *loanRecord   // in the list of the loanLog
@@ -65,17 +53,6 @@ func (l *loanLog) init(cfg *Config, k *clock.Clock, r *reporter) {
 	l.warn, l.profile, l.clock, l.report = cfg.HoldWarn, cfg.Profile, k, r
 }
 
-// recordLoan records that c is lent. The stack in the record begins skip frames above
-// recordLoan's caller. Only the owner of c calls it.
-func (c *conn) recordLoan(skip int) {
-	p := c.site.pool
-	var pcs [64]uintptr
-	n := runtime.Callers(skip+2, pcs[:])
-	h := &loanRecord{addr: c.site.addr, id: c.id, since: p.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
-	c.loanState().record = h
-	p.loanLog.add(h, skip+2)
-}
-
 // add adds a record. skip is the number of stack frames to leave out for the Profile.
 func (l *loanLog) add(h *loanRecord, skip int) {
 	l.out.add(h)
@@ -98,16 +75,6 @@ func (l *loanLog) add(h *loanRecord, skip int) {
 		l.timer = time.AfterFunc(l.warn, l.tell)
 	} else {
 		l.timer.Reset(l.warn)
-	}
-}
-
-// dropRecord removes the record of c, if c has one. Only the owner of c calls it, when
-// it is about to give c up.
-func (c *conn) dropRecord() {
-	if l := c.loan.Load(); l != nil && l.record != nil {
-		h := l.record
-		l.record = nil
-		c.site.pool.loanLog.remove(h)
 	}
 }
 
@@ -174,45 +141,59 @@ func (l *loanLog) tell() {
 // info returns h as a HeldInfo; the loan has lasted until now.
 func (h *loanRecord) info(now clock.Instant) HeldInfo {
 	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.Sub(h.since)}
-	var b strings.Builder
-	frames := runtime.CallersFrames(h.stack)
-	for more := len(h.stack) > 0; more; {
-		var f runtime.Frame
-		f, more = frames.Next()
-		if info.Place == "" {
-			info.Place = fmt.Sprintf("%s (%s:%d)", f.Function, f.File, f.Line)
-		}
-		fmt.Fprintf(&b, "%s\n\t%s:%d\n", f.Function, f.File, f.Line)
-	}
-	info.Stack = b.String()
+	info.Place, info.Stack = h.stack.text()
 	return info
 }
 
-// leakedLease takes back the connection of a lease that became unreachable.
-func leakedLease(c *conn) {
-	go func() { // the caller is the runtime, whose other clean-ups wait
-		if c.abort() {
-			c.noteLeaked()
-		}
-	}()
+// farEnough bounds the search for the longest loan: making an error must not walk over a
+// hundred thousand connections.
+const farEnough = 256
+
+// loansOut lists the recorded loans (see recordLoan), longest first.
+type loansOut struct {
+	mu  sync.Mutex // guards all; nothing else happens under it
+	all list.List  // of *loanRecord
 }
 
-// noteLeaked counts and reports the connection of a leaked lease or session, and closes
-// it. The caller owns c.
-func (c *conn) noteLeaked() {
-	p := c.site.pool
-	t, h := c.trace(), c.loanState().record
-	if h == nil { // the loan was not recorded; only leases always are
-		h = &loanRecord{addr: c.site.addr, id: c.id, since: c.since}
+func (o *loansOut) add(h *loanRecord) {
+	o.mu.Lock()
+	h.out = o.all.PushBack(h)
+	o.mu.Unlock()
+}
+
+func (o *loansOut) remove(h *loanRecord) {
+	o.mu.Lock()
+	o.all.Remove(h.out)
+	o.mu.Unlock()
+}
+
+// find returns the first loan that satisfies which, among the farEnough longest; nil if
+// none does.
+func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	el := o.all.Front()
+	for n := 0; el != nil && n < farEnough; n++ {
+		if h := el.Value.(*loanRecord); which(h) {
+			return h
+		}
+		el = el.Next()
 	}
-	info := h.info(p.clock.Exactly())
-	p.mu.Lock()
-	p.counts.Leaked++
-	p.mu.Unlock()
-	c.discard(ClosedLeaked, nil)
-	if t != nil && t.Leaked != nil {
-		p.report.observe("Trace.Leaked", func() { t.Leaked(info) })
+	return nil
+}
+
+// at lists up to n loans at addr, and counts the others.
+func (o *loansOut) at(addr Addr, n int) (hs []*loanRecord, more int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for el := o.all.Front(); el != nil; el = el.Next() {
+		if h := el.Value.(*loanRecord); h.addr != addr {
+			continue
+		} else if len(hs) < n {
+			hs = append(hs, h)
+		} else {
+			more++
+		}
 	}
-	p.report.log(slog.LevelError, "a lease or session was forgotten; its connection is closed", "addr", info.Addr, "id", info.ID,
-		"held", info.Held, "borrowed by", info.Stack)
+	return hs, more
 }

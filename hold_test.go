@@ -77,13 +77,13 @@ func TestAConnectionHeldForLongIsReportedOnceWithThePlace(t *testing.T) {
 					what = "connpool.holdLease ("
 				}
 				require.Contains(t, told[0].Place, what)
-				require.Contains(t, told[0].Place, "conn_hold_test.go:")
+				require.Contains(t, told[0].Place, "hold_test.go:")
 				require.True(t, strings.HasPrefix(told[0].Stack, "github.com/seed-ecb488c9/connpool.hold"), told[0].Stack)
 				mu.Lock()
 				require.Equal(t, 1, strings.Count(out.String(), "has been in use for long"))
 				require.Contains(t, out.String(), "level=WARN")
 				require.Contains(t, out.String(), "held=5s")
-				require.Contains(t, out.String(), "conn_hold_test.go:")
+				require.Contains(t, out.String(), "hold_test.go:")
 				mu.Unlock()
 				// Nothing was taken from anybody.
 				n.closed(reasons{})

@@ -1,0 +1,16 @@
+package connpool
+
+import "github.com/seed-ecb488c9/connpool/internal/clock"
+
+// env is what the code of connections and dials uses of the pool beside the books. No field is
+// ever replaced, and each can be used without Pool.mu.
+type env struct {
+	cfg      Config // the limits in use are in the books
+	clock    clock.Clock
+	sys      *system
+	report   reporter
+	loanLog  loanLog        // the loans and who has them
+	sessions *sessionCaches // TLS sessions to resume
+
+	pool *Pool // for the flows, which change the books and do what these decide
+}
