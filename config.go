@@ -243,8 +243,8 @@ type Config struct {
 	// Debug keeps the stack of each borrow, and reports the use of a Conn after its
 	// loan to Logger, with both stacks. The pool also audits its books, after each
 	// change and whenever Stats is called, and panics if the books contradict
-	// themselves. It costs some microseconds per loan; Stats looks at all books, which
-	// takes 0.1 s with 20,000 addresses.
+	// themselves. It costs some microseconds per loan. Stats audits all books at once, and
+	// borrowers wait meanwhile: the time grows with the connections and addresses.
 	Debug bool
 
 	// # Rare: what nearly every program leaves alone
@@ -411,124 +411,6 @@ func (cfg *Config) canonical(addr Addr) (Addr, error) {
 		}
 	}
 	return addr, nil
-}
-
-// Limits are the fields of [Config] that may be changed while the pool works. 0 and
-// negative values have the same meaning as in Config. See [Pool.SetLimits].
-type Limits struct {
-	MaxOpen, MaxPerAddr           int
-	MaxIdle, MaxIdlePerAddr       int
-	MaxDialing, MaxDialingPerAddr int
-	MaxWaiters                    int
-	MinIdlePerAddr                int
-}
-
-// limits is the limits of cfg, unchanged.
-func (cfg *Config) limits() Limits {
-	return Limits{
-		MaxOpen: cfg.MaxOpen, MaxPerAddr: cfg.MaxPerAddr,
-		MaxIdle: cfg.MaxIdle, MaxIdlePerAddr: cfg.MaxIdlePerAddr,
-		MaxDialing: cfg.MaxDialing, MaxDialingPerAddr: cfg.MaxDialingPerAddr,
-		MaxWaiters: cfg.MaxWaiters, MinIdlePerAddr: cfg.MinIdlePerAddr,
-	}
-}
-
-func (cfg *Config) setLimits(l Limits) {
-	cfg.MaxOpen, cfg.MaxPerAddr = l.MaxOpen, l.MaxPerAddr
-	cfg.MaxIdle, cfg.MaxIdlePerAddr = l.MaxIdle, l.MaxIdlePerAddr
-	cfg.MaxDialing, cfg.MaxDialingPerAddr = l.MaxDialing, l.MaxDialingPerAddr
-	cfg.MaxWaiters, cfg.MinIdlePerAddr = l.MaxWaiters, l.MinIdlePerAddr
-}
-
-// resolved is l with every default filled in, as [Config.resolved] does it. If two fields
-// contradict each other, the error names both and the struct that they are in.
-func (l Limits) resolved(in string, full FullPolicy) (Limits, error) {
-	a, b, why := l.contradiction(full)
-	if why != "" {
-		where := in
-		if b == "WhenFull" {
-			where = "Config"
-		}
-		return Limits{}, fmt.Errorf("connpool: %s.%s and %s.%s contradict each other: %s", in, a, where, b, why)
-	}
-	limit := func(n *int, zero, negative int) {
-		switch {
-		case *n == 0:
-			*n = zero
-		case *n < 0:
-			*n = negative
-		}
-	}
-	const none = math.MaxInt
-	limit(&l.MaxOpen, 0, none)
-	limit(&l.MaxPerAddr, none, none)
-	limit(&l.MaxIdle, none, 0)
-	limit(&l.MaxIdlePerAddr, none, 0)
-	limit(&l.MaxDialing, defaultMaxDialing, none)
-	limit(&l.MaxDialingPerAddr, l.MaxDialing/2+l.MaxDialing%2, none)
-	limit(&l.MaxWaiters, none, none)
-	limit(&l.MinIdlePerAddr, 0, 0)
-	return l, nil
-}
-
-// contradiction names two fields that contradict each other; why is "" if none do.
-func (l Limits) contradiction(full FullPolicy) (a, b, why string) {
-	over := func(n int, of string, limit int, by string) (string, string, string) {
-		return of, by, fmt.Sprintf("%d can never be reached under %d", n, limit)
-	}
-	above := func(n, limit int) bool { return limit > 0 && n > limit }
-	reaches := func(n, limit int) bool { return limit > 0 && n >= limit }
-	switch {
-	case above(l.MaxPerAddr, l.MaxOpen):
-		return over(l.MaxPerAddr, "MaxPerAddr", l.MaxOpen, "MaxOpen")
-	case above(l.MaxIdle, l.MaxOpen):
-		return over(l.MaxIdle, "MaxIdle", l.MaxOpen, "MaxOpen")
-	case above(l.MaxIdlePerAddr, l.MaxOpen):
-		return over(l.MaxIdlePerAddr, "MaxIdlePerAddr", l.MaxOpen, "MaxOpen")
-	case l.MaxIdle < 0 && l.MaxIdlePerAddr > 0, l.MaxIdle > 0 && l.MaxIdlePerAddr < 0:
-		return "MaxIdle", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none"
-	case above(l.MaxIdlePerAddr, l.MaxPerAddr):
-		return over(l.MaxIdlePerAddr, "MaxIdlePerAddr", l.MaxPerAddr, "MaxPerAddr")
-	case above(l.MaxIdlePerAddr, l.MaxIdle):
-		return over(l.MaxIdlePerAddr, "MaxIdlePerAddr", l.MaxIdle, "MaxIdle")
-	case above(l.MaxDialingPerAddr, l.MaxDialing):
-		return over(l.MaxDialingPerAddr, "MaxDialingPerAddr", l.MaxDialing, "MaxDialing")
-	case l.MaxWaiters > 0 && full == FullFail:
-		return "MaxWaiters", "WhenFull", "FullFail lets nobody wait for a limit"
-	case full == FullOverflow && l.MaxPerAddr <= 0 && l.MaxOpen <= 0:
-		return "MaxPerAddr", "WhenFull", "FullOverflow needs a MaxPerAddr or a MaxOpen to exceed"
-	case l.MinIdlePerAddr > 0 && l.MaxIdlePerAddr < 0:
-		return "MinIdlePerAddr", "MaxIdlePerAddr", "one keeps idle connections, the other keeps none"
-	case l.MinIdlePerAddr > 0 && l.MaxIdle < 0:
-		return "MinIdlePerAddr", "MaxIdle", "one keeps idle connections, the other keeps none"
-	// The idle connections of MinIdlePerAddr are kept beside at least one in use.
-	case reaches(l.MinIdlePerAddr, l.MaxOpen):
-		return "MinIdlePerAddr", "MaxOpen", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinIdlePerAddr, l.MaxOpen)
-	case reaches(l.MinIdlePerAddr, l.MaxPerAddr):
-		return "MinIdlePerAddr", "MaxPerAddr", fmt.Sprintf("%d beside one in use can never be reached under %d", l.MinIdlePerAddr, l.MaxPerAddr)
-	case above(l.MinIdlePerAddr, l.MaxIdle):
-		return over(l.MinIdlePerAddr, "MinIdlePerAddr", l.MaxIdle, "MaxIdle")
-	case above(l.MinIdlePerAddr, l.MaxIdlePerAddr):
-		return over(l.MinIdlePerAddr, "MinIdlePerAddr", l.MaxIdlePerAddr, "MaxIdlePerAddr")
-	}
-	return "", "", ""
-}
-
-// maxMinIdle is more than any address can have: a system has no more local ports for one
-// peer.
-const maxMinIdle = 1<<16 - 1
-
-// reachable says why MinIdlePerAddr can never be reached, even for one address; nil if it
-// can. handles is how many connections the process's handle limit allows.
-func (l Limits) reachable(in string, handles int) error {
-	switch {
-	case l.MinIdlePerAddr > maxMinIdle:
-		return fmt.Errorf("connpool: %s.MinIdlePerAddr is %d for each address: use %d at most, far fewer as a rule", in, l.MinIdlePerAddr, maxMinIdle)
-	case l.MinIdlePerAddr >= handles:
-		return fmt.Errorf("connpool: %s.MinIdlePerAddr is %d, but the process's limit on open files has room for %d connections in all: lower MinIdlePerAddr, or raise the limit",
-			in, l.MinIdlePerAddr, handles)
-	}
-	return nil
 }
 
 // isForPush reports whether Push gets a connection that would be closed for this reason.

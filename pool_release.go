@@ -63,11 +63,11 @@ func (c *conn) releaseFrom(u origin) bool {
 	kept := p.releaseLocked(c, u, now, &todo)
 	at := idleRef{c, c.generation()}
 	p.mu.Unlock()
+	todo.run(p)
+	at.recheckHangUp()
 	if p.debug {
 		p.audit(1)
 	}
-	todo.run(p)
-	at.recheckHangUp()
 	return kept
 }
 
@@ -232,7 +232,7 @@ func (a *agenda) run(p *Pool) {
 // its Trace function may not return.
 func (a *agenda) runAll(p *Pool) {
 	if p.debug {
-		p.audit(1)
+		defer p.audit(1) // a panic of the audit loses nothing that was on the agenda
 	}
 	for _, d := range a.dials {
 		go d.dial()

@@ -1467,8 +1467,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-give-back-is-not-audited",
-		old:   "\tp.mu.Unlock()\n\tif p.debug {\n\t\tp.audit(1)\n\t}\n",
-		new:   "\tp.mu.Unlock()\n",
+		old:   "\tat.recheckHangUp()\n\tif p.debug {\n\t\tp.audit(1)\n\t}\n",
+		new:   "\tat.recheckHangUp()\n",
 		tests: `TestInDebugModeThePoolAuditsItsBooks`,
 	},
 	{
