@@ -376,6 +376,40 @@ func TestWantOfHandlesIsNoReasonToBackOff(t *testing.T) {
 	})
 }
 
+// Each connection that is given back may free the handle, although another may take that
+// handle first. Only a time without any return ends the wait.
+func TestADialWithoutAHandleBeginsItsWaitAnewWithEachReturn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newTestnet(t)
+		var free atomic.Bool
+		n.open(Config{Dialers: map[Transport]DialFunc{memory: func(ctx context.Context, addr Addr) (net.Conn, error) {
+			if addr.Host == "late" && !free.Load() {
+				return nil, syscall.EMFILE
+			}
+			return n.dial(ctx, addr)
+		}}})
+		n.p.sys.noHandleFree = func() bool { return !free.Load() }
+		var busy []*scripted
+		for _, host := range []string{"a", "b", "c", "d"} {
+			busy = append(busy, n.borrow(bg, at(host)))
+			busy[len(busy)-1].conn()
+		}
+		late := n.borrow(bg, at("late"))
+		for _, b := range busy[:3] {
+			time.Sleep(handlePatience * 19 / 20)
+			require.True(t, late.waits())
+			require.NoError(t, b.giveBack()) // its handle goes elsewhere
+		}
+		time.Sleep(handlePatience * 19 / 20)
+		require.True(t, late.waits())
+		free.Store(true)
+		require.NoError(t, busy[3].giveBack())
+		late.conn()
+		n.check()
+		require.NoError(t, late.giveBack())
+	})
+}
+
 func TestDialersThatBreakTheirContractAreContained(t *testing.T) {
 	for name, tc := range map[string]struct {
 		dial func(n *testnet, ctx context.Context) (net.Conn, error)

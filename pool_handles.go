@@ -110,11 +110,11 @@ func (sys *system) socketOf(nc syscall.Conn) (fd uintptr, who sock.ID, known boo
 }
 
 // awaitHandle waits until something happens that may have freed a handle. The pool notices
-// at once when it frees a handle itself, and such a wait does not reduce patience: as long
-// as connections are given back there is hope, until the dial's time is up. The pool does
-// not notice handles that other code frees, so the wait also ends after half of the rest of
-// patience; that allows about six more tries. awaitHandle gives up at once if the pool has
-// no connection that could be given back.
+// at once when it frees a handle itself, and then patience begins anew: as long as
+// connections are given back there is hope, until the dial's time is up. The pool does not
+// notice handles that other code frees, so the wait also ends after half of the rest of
+// patience; that allows about six tries while nothing is given back. awaitHandle gives up
+// at once if the pool has no connection that could be given back.
 func (a *attempt) awaitHandle(ctx context.Context, patience *time.Duration) bool {
 	p := a.c.site.env.pool
 	if *patience <= 0 {
@@ -137,6 +137,7 @@ func (a *attempt) awaitHandle(ctx context.Context, patience *time.Duration) bool
 	defer timer.Stop()
 	select {
 	case <-freed:
+		*patience = handlePatience
 	case <-timer.C:
 		*patience -= pause
 	case <-ctx.Done():

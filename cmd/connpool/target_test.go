@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // ORA-77: the same over TLS; the peer is trusted only if its certificate verifies or the
@@ -81,7 +82,7 @@ func TestInterruptEndsEveryCommandAndLeavesNothing(t *testing.T) {
 		"simulation": {[]string{"size", "-users", "10000", "-think", "10s", "-simulate", "-requests", "1000000000"}, exitBroken},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), short.Of(500*time.Millisecond, 250*time.Millisecond))
 			defer cancel()
 			var out, errs bytes.Buffer
 			before, began := footprintNow(), time.Now()

@@ -61,6 +61,7 @@ func smallServer(t *testing.T, receive, send, reply int) string {
 
 // TRY-33
 func TestBatchesPassWhateverTheBuffers(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		receive, send int
 		options       string

@@ -228,6 +228,7 @@ func TestTheLogTellsThatPinsAreFullByTheirFlag(t *testing.T) {
 // TRY-38: under TLS 1.3 a server refuses a certificate after the handshake, so that the
 // first request fails.
 func TestTheLogTellsThatTheServerRefusesOurCertificate(t *testing.T) {
+	t.Parallel()
 	ca, k, to := demanding(t)
 	g, log := atDefault(t, Config{Framing: "line", To: to, ErrorReply: "ERR\n", Upstream: UpstreamFiles{CA: k.ca}})
 	_ = ca

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -47,20 +48,34 @@ func startRedis(t testing.TB, more ...string) *redis {
 		t.Skip("there is no redis-server on this machine: install the package redis-server")
 	}
 	r := &redis{dir: shortDir(t), more: more}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	r.port = l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	r.start(t)
 	t.Cleanup(func() { r.kill(t) })
-	return r
+	// Another test may take a port that is free now before the server binds it.
+	for range 5 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		require.NoError(t, err)
+		r.port = l.Addr().(*net.TCPAddr).Port
+		l.Close()
+		if r.begin(t) {
+			return r
+		}
+	}
+	log, _ := os.ReadFile(filepath.Join(r.dir, "log"))
+	require.FailNow(t, "redis-server ends at once", "%s", log)
+	return nil
 }
 
 func (r *redis) addr() string   { return "tcp://" + r.host() }
 func (r *redis) host() string   { return "127.0.0.1:" + strconv.Itoa(r.port) }
 func (r *redis) socket() string { return filepath.Join(r.dir, "s") }
 
+// start starts the server again, on the port that it had.
 func (r *redis) start(t testing.TB) {
+	t.Helper()
+	soon(t, "redis-server begins on its port", func() bool { return r.begin(t) })
+}
+
+// begin reports whether the server answers. If not, its process is gone.
+func (r *redis) begin(t testing.TB) bool {
 	t.Helper()
 	r.cmd = exec.Command("redis-server", append([]string{"--bind", "127.0.0.1", "--port", strconv.Itoa(r.port), "--unixsocket", r.socket(),
 		"--dir", r.dir, "--save", "", "--appendonly", "no", "--loglevel", "warning", "--enable-debug-command", "yes"}, r.more...)...)
@@ -84,20 +99,39 @@ func (r *redis) start(t testing.TB) {
 		close(left)
 	}()
 	require.NoError(t, <-started)
+	// The server listens on its socket after it has bound its port. Another server may
+	// answer on the port, none on the socket.
+	up, gone := false, false
 	soon(t, "redis-server answers", func() bool {
-		nc, err := r.dial()
-		if err != nil {
-			return false
+		select {
+		case <-left:
+			gone = true
+		default:
+			up = r.answers()
 		}
-		defer nc.Close()
-		io.WriteString(nc, "PING\r\n")
-		line, _ := bufio.NewReader(nc).ReadString('\n')
-		return strings.HasPrefix(line, "+PONG") || strings.HasPrefix(line, "-NOAUTH")
+		return up || gone
 	})
+	return up
+}
+
+func (r *redis) answers() bool {
+	nc, err := net.Dial("unix", r.socket())
+	if err != nil {
+		return false
+	}
+	defer nc.Close()
+	r.asked.Add(1)
+	nc.SetDeadline(time.Now().Add(forever))
+	io.WriteString(nc, "PING\r\n")
+	line, _ := bufio.NewReader(nc).ReadString('\n')
+	return strings.HasPrefix(line, "+PONG") || strings.HasPrefix(line, "-NOAUTH")
 }
 
 func (r *redis) kill(t testing.TB) {
 	t.Helper()
+	if r.cmd == nil || r.cmd.Process == nil { // not started
+		return
+	}
 	r.cmd.Process.Kill()
 	<-r.left
 }

@@ -895,6 +895,12 @@ var mutants = []mutant{
 		tests: `TestNoneRemovableIsAskedOnceAndItsYesIsOneMoreTry`,
 	},
 	{
+		name:  "patience-begins-anew",
+		old:   `*patience = handlePatience`,
+		new:   `_ = handlePatience`,
+		tests: `TestADialWithoutAHandleBeginsItsWaitAnewWithEachReturn`,
+	},
+	{
 		name:  "low-handles-keep-nothing",
 		old:   `if b.pressure >= handlesLow {`,
 		new:   `if false {`,
