@@ -353,8 +353,8 @@ func TestTheNamesOfTheDocsAreTheCodes(t *testing.T) {
 	require.Greater(t, found, 200, "the search finds names")
 }
 
-// The page for who changes the code sends nobody to a name that is gone.
-func TestTheArchitecturePageNamesWhatThereIs(t *testing.T) {
+// The pages for who changes the code send nobody to a name that is gone.
+func TestThePagesOnTheCodeNameWhatThereIs(t *testing.T) {
 	var code strings.Builder
 	files := make(map[string]bool)
 	require.NoError(t, fs.WalkDir(os.DirFS("."), ".", func(name string, entry fs.DirEntry, err error) error {
@@ -367,7 +367,7 @@ func TestTheArchitecturePageNamesWhatThereIs(t *testing.T) {
 		}
 		return err
 	}))
-	page := read(t, "ARCHITECTURE.md")
+	page := read(t, "ARCHITECTURE.md") + read(t, "docs/files.md")
 	known := make(map[string]bool)
 	for _, word := range regexp.MustCompile(`\w+`).FindAllString(code.String(), -1) {
 		known[word] = true
@@ -376,7 +376,7 @@ func TestTheArchitecturePageNamesWhatThereIs(t *testing.T) {
 	require.Greater(t, len(names), 50)
 	for _, name := range names {
 		for _, part := range strings.Split(strings.Trim(name, "`."), ".") {
-			require.True(t, known[part], "ARCHITECTURE.md names %s, which is nothing in the code", name)
+			require.True(t, known[part], "a page names %s, which is nothing in the code", name)
 		}
 	}
 	for _, name := range regexp.MustCompile(`[\w/*]+\.go\b`).FindAllString(page, -1) {
@@ -385,6 +385,6 @@ func TestTheArchitecturePageNamesWhatThereIs(t *testing.T) {
 			ok, _ := path.Match(name, file)
 			there = there || ok
 		}
-		require.True(t, there, "ARCHITECTURE.md names %s, which is no file", name)
+		require.True(t, there, "a page names %s, which is no file", name)
 	}
 }

@@ -53,8 +53,8 @@ func TestOnlyTheGroundFloorKnowsTheSystem(t *testing.T) {
 	}
 }
 
-// floors are the floors of the pool, from the top down, as the headings of the code map in
-// ARCHITECTURE.md name them, each with the prefix that only its files have.
+// floors are the floors of the pool, from the top down, as the headings in docs/files.md
+// name them, each with the prefix that only its files have.
 var floors = []struct{ name, prefix string }{
 	{"faces", ""}, {"flows", "pool_"}, {"connections", "conn_"}, {"books", "books_"}, {"parts", ""}, {"words", ""},
 }
@@ -70,7 +70,7 @@ var arrowsUp = map[string]string{
 
 // floorsOf is the floor of each file: the greater, the higher.
 func floorsOf(t *testing.T) map[string]int {
-	doc, err := os.ReadFile("ARCHITECTURE.md")
+	doc, err := os.ReadFile("docs/files.md")
 	require.NoError(t, err)
 	_, table, found := strings.Cut(string(doc), "| **"+floors[0].name+"** |")
 	require.True(t, found)
@@ -132,8 +132,8 @@ func namesAbove(t *testing.T, on map[string]int, extra string) (arrows []string)
 			continue
 		}
 		from, to := fset.Position(id.Pos()).Filename, fset.Position(obj.Pos()).Filename
-		require.Contains(t, on, from, "it stands on no floor of ARCHITECTURE.md")
-		require.Contains(t, on, to, "it stands on no floor of ARCHITECTURE.md")
+		require.Contains(t, on, from, "it stands on no floor of docs/files.md")
+		require.Contains(t, on, to, "it stands on no floor of docs/files.md")
 		if on[to] > on[from] {
 			seen[from+" "+obj.Name()] = true
 		}
