@@ -67,7 +67,7 @@ func (b *books) listIdleLocked(met []*conn, now clock.Instant) (found sweepBatch
 // reports whether the pool did not know that yet. An idle connection is quarantined now,
 // any other one when its owner is done with it.
 func (b *books) markStolenLocked(c *conn, todo *agenda) bool {
-	if !c.mark(flagStolen) {
+	if !c.setFlag(flagStolen) {
 		return false
 	}
 	if c.phase == phaseIdle {

@@ -49,7 +49,7 @@ type attempt struct {
 	mu      sync.Mutex // guards the fields below; no I/O and no other lock under it
 	socket  net.Conn   // what was dialed and c has not adopted: whoever records a failure closes it
 	adopted bool       // c has its socket, and Setup may use c
-	claimed bool       // somebody has recorded the outcome of the dial, or is recording it
+	taken   bool       // somebody has recorded the outcome of the dial, or is recording it
 }
 
 // surplusPatience is how long a dial that no waiter needs any more goes on: most dials end

@@ -124,7 +124,7 @@ type coldFields struct {
 	unread      bool          // the last loan left bytes for Push; only the owner uses it
 	pushback    *pushback     // bytes that a probe read, for the next loan to read first, see pushback.go; only the owner uses it
 	ctx         connCtx       // dmu
-	struck      chan struct{} // set when strike closes the socket during a hook's loan; closed when the socket is closed; dmu
+	earlyClose  chan struct{} // set when closeUnderHook closes the socket during a hook's loan; closed when the socket is closed; dmu
 	slow        bool          // its close takes long; Pool.mu
 	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
 }
@@ -332,15 +332,15 @@ func (c *conn) ensureCold() *coldFields {
 	}
 }
 
-// mark sets flag: flagStolen, or flagBroken for a connection whose socket other code uses
+// setFlag sets flag: flagStolen, or flagBroken for a connection whose socket other code uses
 // too. It sets nothing if the connection is known to be stolen or is no longer the pool's:
 // it is being closed (seal), or its borrower has detached it. Each of these is one step on
 // the state word, so there is always a first and a second.
 //
-// The mark is found by the owner of a loan at its end (verdict), and between loans, through
+// The flag is found by the owner of a loan at its end (verdict), and between loans, through
 // condemned, by the function that probes the connection (probe) and by the one that releases
 // it (whyUnwantedLocked).
-func (c *conn) mark(flag uint64) bool {
+func (c *conn) setFlag(flag uint64) bool {
 	for {
 		w := c.word.Load()
 		if w&(flagStolen|flagShut|flagDetached) != 0 {

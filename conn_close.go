@@ -87,19 +87,19 @@ func (c *conn) wake() {
 	c.nc.SetDeadline(aLongTimeAgo)
 }
 
-// strike closes the socket during a loan of a hook. The hook's caller remains the owner
+// closeUnderHook closes the socket during a loan of a hook. The hook's caller remains the owner
 // and frees the slot.
-func (c *conn) strike() {
+func (c *conn) closeUnderHook() {
 	e := c.ensureCold()
 	c.dmu.Lock()
-	if e.struck != nil {
+	if e.earlyClose != nil {
 		c.dmu.Unlock()
 		return
 	}
-	struck := make(chan struct{})
-	e.struck = struck
+	done := make(chan struct{})
+	e.earlyClose = done
 	c.dmu.Unlock()
-	defer close(struck)
+	defer close(done)
 	switch first, own := c.seal(); {
 	case first:
 		c.closeAbruptly()
@@ -108,18 +108,18 @@ func (c *conn) strike() {
 	}
 }
 
-// awaitStrike is called by an owner that was not the first to seal the connection. It
-// waits until strike, if it is running, has closed the socket.
-func (c *conn) awaitStrike() {
+// awaitCloseUnderHook is called by an owner that was not the first to seal the connection. It
+// waits until closeUnderHook, if it is running, has closed the socket.
+func (c *conn) awaitCloseUnderHook() {
 	e := c.cold.Load()
 	if e == nil {
 		return
 	}
 	c.dmu.Lock()
-	struck := e.struck
+	done := e.earlyClose
 	c.dmu.Unlock()
-	if struck != nil {
-		<-struck
+	if done != nil {
+		<-done
 	}
 }
 
@@ -173,7 +173,7 @@ func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	}
 	if !first {
 		at.Store("Close of the connection")
-		c.awaitStrike()
+		c.awaitCloseUnderHook()
 		return
 	}
 	closed := false

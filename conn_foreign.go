@@ -285,7 +285,7 @@ func (c *conn) revoke() {
 		case w&flagLent == 0, w&(flagGone|flagDetached) != 0:
 			return
 		case w&flagHooked != 0: // the hook's caller remains the owner
-			c.strike()
+			c.closeUnderHook()
 			return
 		}
 		if c.word.CompareAndSwap(w, w|flagGone) {

@@ -137,12 +137,12 @@ func (c *conn) cutShort() bool {
 func (c *conn) end() uint64 {
 	word := c.word.And(^uint64(flagLent))
 	if word&flagGone == 0 || word&flagHooked != 0 {
-		if !c.stopWatch() {
+		if !c.unwatchCtx() {
 			word |= flagCut
 		}
 		if word&(inFlight|flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
 			if c.clearDeadline() != nil {
-				word |= flagBroken // a deadline that cannot be cleared would strike the next borrower
+				word |= flagBroken // a deadline that cannot be cleared would end an operation of the next borrower
 			}
 		}
 	}
@@ -155,13 +155,13 @@ func (c *conn) abort() bool {
 	if c.word.And(^uint64(flagLent))&flagGone != 0 {
 		return false
 	}
-	c.stopWatch()
+	c.unwatchCtx()
 	return true
 }
 
-// stopWatch stops the watch on the loan's ctx. It reports false if the interrupt has
+// unwatchCtx stops the watch on the loan's ctx. It reports false if the interrupt has
 // begun already. Only the owner calls it.
-func (c *conn) stopWatch() bool {
+func (c *conn) unwatchCtx() bool {
 	l := c.loan.Load()
 	if l == nil || l.unwatch == nil {
 		return true
@@ -252,7 +252,7 @@ func (c *conn) leaveWrite(n int64, err error) error {
 // out, that error says whether it was the time of the loan's ctx.
 func (c *conn) note(err error) error {
 	if _, known := err.(*net.OpError); !known && err != io.EOF {
-		err = tame(err) // the error of a foreign connection, or of the other end of a copy
+		err = sanitizeError(err) // the error of a foreign connection, or of the other end of a copy
 	}
 	if errors.Is(err, net.ErrClosed) && c.word.Load()&(flagGone|flagCut) == flagGone {
 		return err

@@ -116,7 +116,7 @@ func (p *socket) init(nc net.Conn, sys *system, cfg *Config) {
 			below = sock.Conn
 		}
 	}
-	p.plain, p.foreign = mannersOf(nc, below, p.belowTLS() != nil)
+	p.plain, p.foreign = classifyNetConn(nc, below, p.belowTLS() != nil)
 	for range wrappings {
 		u, ok := below.(interface{ NetConn() net.Conn })
 		if !ok {
@@ -335,7 +335,7 @@ func (p *socket) readThroughNow(mode tlsMode, patience time.Duration, scratch *[
 			before := *step // a panic may be under way
 			*step = "SetDeadline of the connection under TLS"
 			if e := p.tls.SetDeadline(time.Time{}); e != nil && reason == ClosedUnknown {
-				reason, err = ClosedStale, e // the deadline would strike the next borrower
+				reason, err = ClosedStale, e // the deadline would end an operation of the next borrower
 			}
 			*step = before
 		}()

@@ -204,7 +204,7 @@ func (e *Error) As(target any) bool {
 		}
 		return true
 	}
-	return entomb(target)
+	return hideKeepMark(target)
 }
 
 // PanicError is a panic (or, with a nil Value, a runtime.Goexit) of foreign code
@@ -425,7 +425,7 @@ func (e *ctxError) Unwrap() []error { return []error{e.err, spent(e.cause)} }
 // causeOf is why ctx is done: its error, with the cause if the cause says more.
 func causeOf(ctx context.Context) error {
 	err := ctx.Err()
-	if cause := tame(context.Cause(ctx)); cause != nil && !errors.Is(cause, err) {
+	if cause := sanitizeError(context.Cause(ctx)); cause != nil && !errors.Is(cause, err) {
 		return &ctxError{err, cause}
 	}
 	return err

@@ -23,19 +23,19 @@ func isLate(err error) bool {
 	return errors.As(err, &late)
 }
 
-// tame makes the error of foreign code safe to use, and removes the marks of Keep from
+// sanitizeError makes the error of foreign code safe to use, and removes the marks of Keep from
 // it. Later the pool calls methods of the error with its books locked and on goroutines
-// of its own, where a panic of a method would end the process. So tame calls these
+// of its own, where a panic of a method would end the process. So sanitizeError calls these
 // methods first, and replaces an error whose methods panic.
 //
-// If a method does not return, neither does tame; each caller has a bound for that.
-func tame(err error) (tamed error) {
+// If a method does not return, neither does sanitizeError; each caller has a bound for that.
+func sanitizeError(err error) (safe error) {
 	if err == nil {
 		return nil
 	}
 	defer func() {
 		if v := recover(); v != nil {
-			tamed = &brokenContract{fmt.Sprintf("an error of type %T, a method of which panicked: %s", err, panicText(v))}
+			safe = &brokenContract{fmt.Sprintf("an error of type %T, a method of which panicked: %s", err, panicText(v))}
 		}
 	}()
 	KindOf(err)
@@ -61,7 +61,7 @@ type hookPanic struct{ pan *PanicError }
 
 func (e *hookPanic) Error() string      { return e.pan.Error() }
 func (e *hookPanic) Unwrap() error      { return e.pan }
-func (e *hookPanic) As(target any) bool { return entomb(target) }
+func (e *hookPanic) As(target any) bool { return hideKeepMark(target) }
 
 // returned is the error of foreign code that returned it. If the foreign code got the error
 // from a pool, for example from CloseInfo.Err, a hookPanic in it is a panic of other code.
@@ -80,7 +80,7 @@ func panicOf(where string, v any) *PanicError {
 		e.Value, e.Stack = v, debug.Stack()
 	}
 	if err, ok := v.(error); ok {
-		e.cause = tame(err)
+		e.cause = sanitizeError(err)
 	}
 	return e
 }

@@ -27,11 +27,11 @@ import (
 // A socket of package net, and crypto/tls over one, need none of this, and the pool
 // calls them directly.
 
-// mannersOf says how far the pool can rely on the connection nc. below is nc, or the
+// classifyNetConn says how far the pool can rely on the connection nc. below is nc, or the
 // socket below it if nc is crypto/tls; ownTLS says that the pool made that crypto/tls.
 // plain: Close does not block. foreign: the code is unknown and may do anything.
 // Neither: the deadlines work at least.
-func mannersOf(nc, below net.Conn, ownTLS bool) (plain, foreign bool) {
+func classifyNetConn(nc, below net.Conn, ownTLS bool) (plain, foreign bool) {
 	switch below.(type) {
 	case *net.TCPConn, *net.UnixConn:
 		return nc == below || ownTLS, false
@@ -113,7 +113,7 @@ func (k *call) run() {
 	} else {
 		err = k.f()
 	}
-	err = tame(returned(err))
+	err = sanitizeError(returned(err))
 	whole = true
 }
 

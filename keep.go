@@ -40,12 +40,12 @@ type spentError struct{ err error }
 
 func (e *spentError) Error() string      { return e.err.Error() }
 func (e *spentError) Unwrap() error      { return e.err }
-func (e *spentError) As(target any) bool { return entomb(target) }
+func (e *spentError) As(target any) bool { return hideKeepMark(target) }
 
-// entomb answers an errors.As that looks for a mark, so that errors.As does not go on to
+// hideKeepMark answers an errors.As that looks for a mark, so that errors.As does not go on to
 // a mark that no longer counts. isKept needs it where a foreign wrapper offers only an As
 // method.
-func entomb(target any) bool {
+func hideKeepMark(target any) bool {
 	k, ok := target.(**keepError)
 	if ok {
 		*k = &keepError{spent: true}

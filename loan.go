@@ -77,10 +77,10 @@ func (h Conn) Close() error {
 		return err
 	}
 	if word&flagHooked != 0 { // the hook's caller remains the owner, and finds the socket closed
-		h.c.strike()
+		h.c.closeUnderHook()
 		return nil
 	}
-	h.c.stopWatch()
+	h.c.unwatchCtx()
 	h.c.discard(ClosedByBorrower, nil)
 	return nil
 }
@@ -96,7 +96,7 @@ func (h Conn) Detach() (net.Conn, error) {
 		return nil, err
 	}
 	c := h.c
-	if !c.stopWatch() || word&flagCut != 0 {
+	if !c.unwatchCtx() || word&flagCut != 0 {
 		c.word.And(^uint64(flagDetached))
 		why := c.interruption()
 		c.discard(ClosedCanceled, why)

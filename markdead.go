@@ -38,7 +38,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 			if !same && p.markStolenLocked(c, &todo) {
 				marked++
 			}
-		case same && c.mark(flagBroken):
+		case same && c.setFlag(flagBroken):
 			marked++
 			if c.phase == phaseIdle {
 				p.evictLocked(c, ClosedMarkedDead, nil, &todo)

@@ -183,7 +183,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		var vain error // why this borrower stops trying
 		if dead {
 			hollow++
-			why := unborn(reason, err)
+			why := lostBeforeUse(reason, err)
 			if !reason.innocent() && c.noteHollow(why) || hollow >= maxHollow {
 				vain = why
 			}

@@ -63,21 +63,21 @@ func (a *attempt) closeSocket() {
 	}
 }
 
-// claim gives the caller the right to record the outcome of the dial, if nobody had it yet
+// takeOutcome gives the caller the right to record the outcome of the dial, if nobody had it yet
 // (mine).
-func (a *attempt) claim() (mine, adopted bool) {
+func (a *attempt) takeOutcome() (mine, adopted bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	mine = !a.claimed
-	a.claimed = true
+	mine = !a.taken
+	a.taken = true
 	return mine, a.adopted
 }
 
-// isClaimed reports whether somebody has the right to record the outcome.
-func (a *attempt) isClaimed() bool {
+// outcomeTaken reports whether somebody has the right to record the outcome.
+func (a *attempt) outcomeTaken() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.claimed
+	return a.taken
 }
 
 // dial opens c for the pool and records the outcome, whatever the dialer and the hooks do:
@@ -93,7 +93,7 @@ func (a *attempt) dial() {
 	var late *time.Timer
 	if p.cfg.DialTimeout > 0 {
 		late = time.AfterFunc(p.cfg.DialTimeout+hookGrace, func() {
-			if mine, adopted := a.claim(); mine {
+			if mine, adopted := a.takeOutcome(); mine {
 				p.report.noteAbandoned("a dial", c.site.addr)
 				a.abandon(adopted, start, traced.Load())
 			}
@@ -118,7 +118,7 @@ func (a *attempt) dial() {
 	ctx, cancel = p.within(ctx, p.cfg.DialTimeout)
 	a.enter(StageDial)
 	p.mu.Lock()
-	if a.isClaimed() { // the borrower's ctx took too long, and the outcome is booked, or about to be
+	if a.outcomeTaken() { // the borrower's ctx took too long, and the outcome is booked, or about to be
 		p.mu.Unlock()
 		a.err, a.ended = ctx.Err(), true
 		return
@@ -132,7 +132,7 @@ func (a *attempt) dial() {
 	hush := time.AfterFunc(silence, func() { a.hush(answers) })
 	defer hush.Stop()
 
-	a.err = tame(a.open(ctx))
+	a.err = sanitizeError(a.open(ctx))
 	a.ended = true
 }
 
@@ -142,7 +142,7 @@ func (a *attempt) dialEnded(start clock.Instant, t *Trace, cancel context.Cancel
 	if a.err != nil {
 		a.closeSocket()
 	}
-	if mine, _ := a.claim(); !mine {
+	if mine, _ := a.takeOutcome(); !mine {
 		a.closeSocket()
 		if s, ok := a.state.(io.Closer); ok {
 			defer func() { _ = recover() }()
@@ -202,7 +202,7 @@ func (a *attempt) open(ctx context.Context) error {
 		c.begin(ctx, flagHooked)
 	}
 	a.mu.Lock()
-	late := a.claimed
+	late := a.taken
 	if a.adopted = !late; a.adopted {
 		a.socket = nil
 	}

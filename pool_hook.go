@@ -19,7 +19,7 @@ func (c *conn) runHook(ctx context.Context, where string, hook func(context.Cont
 		var err error = &PanicError{Where: where} // stays if the hook calls runtime.Goexit
 		defer func() { answer <- err }()
 		defer recoverInto(&err, where)
-		err = tame(returned(hook(ctx, loan)))
+		err = sanitizeError(returned(hook(ctx, loan)))
 	}()
 	late := false
 	select {
@@ -54,7 +54,7 @@ func (c *conn) runHook(ctx context.Context, where string, hook func(context.Cont
 	case nil, *hookPanic: // a hookPanic says already where it happened
 		return err
 	}
-	return &hookError{where, tame(err)}
+	return &hookError{where, sanitizeError(err)}
 }
 
 // hookError is what a hook returned, or the rule it broke.

@@ -96,7 +96,7 @@ func (c *conn) hollowness(reason CloseReason, err error) error {
 			// MaxLifetime, the peer is not at fault.
 			return nil
 		}
-		return unborn(reason, err)
+		return lostBeforeUse(reason, err)
 	}
 	// The first loan has ended. Its borrower may be at fault, unless the peer was seen
 	// to hang up before it had sent anything.
@@ -115,8 +115,8 @@ func (c *conn) hollowness(reason CloseReason, err error) error {
 	return nil
 }
 
-// unborn returns the error for a connection that was lost before its first loan.
-func unborn(reason CloseReason, err error) error {
+// lostBeforeUse returns the error for a connection that was lost before its first loan.
+func lostBeforeUse(reason CloseReason, err error) error {
 	switch {
 	case err == nil:
 		return fmt.Errorf("a new connection was lost before its first loan: %v", reason)

@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // pushNets are those whose idle connections can be seen to have something.
@@ -95,7 +96,7 @@ func TestAMessageToAnIdleConnectionReachesPush(t *testing.T) {
 
 // sweepWhereNothingListens is a SweepInterval that shows whether something was
 // heard, or only seen by a sweep.
-var sweepWhereNothingListens = map[bool]time.Duration{true: -1, false: 5 * time.Millisecond}[runtime.GOOS == "linux"]
+var sweepWhereNothingListens = map[bool]time.Duration{true: -1, false: 5 * time.Millisecond}[sock.CanWatch]
 
 // BETA-19: with nothing that listens, the look before a loan finds it.
 func TestAMessageIsPushedBeforeTheConnectionIsLent(t *testing.T) {
@@ -480,7 +481,7 @@ func TestAMessageBeforeAnEndIsPushed(t *testing.T) {
 
 // No goroutine for each connection, no descriptor, and one watcher for all.
 func TestPushNeedsNoGoroutineForAnIdleConnection(t *testing.T) {
-	if runtime.GOOS != "linux" {
+	if !sock.CanWatch {
 		t.Skip("elsewhere nothing listens")
 	}
 	addr, stop := pushableListener(t)

@@ -87,7 +87,7 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 		if first {
 			c.closeAbruptly()
 		} else {
-			c.awaitStrike()
+			c.awaitCloseUnderHook()
 		}
 		c.noteRemoved(reason, err)
 		return nil
@@ -161,7 +161,7 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 	var todo agenda
 	var lost error
 	if c.uses == 0 && !reason.innocent() {
-		lost = unborn(reason, err)
+		lost = lostBeforeUse(reason, err)
 	}
 	age := p.clock.Now().Sub(c.born)
 	p.mu.Lock()

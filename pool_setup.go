@@ -17,7 +17,7 @@ import (
 // borrower.
 
 // handState makes the state that Setup returned the connection's. From then on the
-// state is closed with the connection. The caller has claimed the dial, or holds a.mu.
+// state is closed with the connection. The caller has taken the outcome of the dial, or holds a.mu.
 func (a *attempt) handState() {
 	if a.state != nil {
 		a.c.state, a.state = a.state, nil
@@ -30,7 +30,7 @@ func (a *attempt) setUp() error {
 	p := a.c.site.env.pool
 	c := a.c
 	a.mu.Lock()
-	late := a.claimed
+	late := a.taken
 	if !late {
 		a.handState()
 	}

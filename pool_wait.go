@@ -15,7 +15,7 @@ func (w *waiter) announce(t *Trace, todo *agenda) {
 	told := false
 	defer func() {
 		if !told { // a Trace function called runtime.Goexit
-			w.leave()
+			w.leaveQueue()
 		}
 	}()
 	todo.run(p)
@@ -33,7 +33,7 @@ func (w *waiter) await(ctx context.Context) (*conn, error) {
 		switch {
 		case over:
 		case !served: // a ctx of the borrower's making panicked
-			w.leave()
+			w.leaveQueue()
 		case w.err == nil:
 			w.noteDeclined()
 		}
@@ -50,7 +50,7 @@ func (w *waiter) await(ctx context.Context) (*conn, error) {
 		return w.c, w.err
 	case <-ctx.Done():
 		over = true
-		if err := w.leave(); err != nil {
+		if err := w.leaveQueue(); err != nil {
 			return nil, err
 		}
 		return nil, w.gaveUp(causeOf(ctx))
@@ -67,7 +67,7 @@ func stageAndCause(err error) (Stage, error) {
 
 // leave takes w out of the queue. If w was served a connection meanwhile, leave gives the
 // connection back and returns nil; if w was served an error, leave returns the error.
-func (w *waiter) leave() error {
+func (w *waiter) leaveQueue() error {
 	s, p := w.site, w.site.env.pool
 	var todo agenda
 	p.mu.Lock()

@@ -106,7 +106,7 @@ func (p *Pool) withinSession(ctx context.Context, addr Addr, fn func(Conn) error
 	case nested:
 		err = st.nested(ctx, fn)
 	default:
-		err = s.useMarked(ctx, st, fn, *me)
+		err = s.useNumbered(ctx, st, fn, *me)
 	}
 	freeUse(me)
 	return err != nil || st != nil, err

@@ -41,7 +41,7 @@ type sessionConn struct {
 
 	usedAt clock.Instant // when the last use of c ended
 	loan   Conn          // loan of the use under way
-	marks  int           // how many stack frames spell the number of the use, see underway
+	frames int           // how many stack frames spell the number of the use, see underway
 
 	// Why the pool must close the connection after the use under way: a use nested in
 	// it failed. ClosedUnknown: none did.

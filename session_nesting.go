@@ -17,7 +17,7 @@ import (
 // each use has a number, and its fn runs below a chain of calls that spells this
 // number, one call for each hexadecimal digit:
 //
-//	useMarked, markBegin, markUp, mark5, markUp, mark12, markUp, use, fn, ...
+//	useNumbered, digitsBegin, nextDigit, digit5, nextDigit, digit12, nextDigit, use, fn, ...
 //
 // If a use finds that another use has the session connection, it looks for that use's
 // number on its own stack. A use that finds the session connection free does not look.
@@ -42,21 +42,21 @@ func newUse() *uint64 { return numbers.Get().(*uint64) }
 func freeUse(num *uint64) { numbers.Put(num) }
 
 // marked is a use that is about to run, while its number is put on the stack.
-type marked struct {
+type numberedUse struct {
 	b    *sessionConns
 	st   *sessionConn
 	fn   func(Conn) error
 	num  uint64
 	left int // digits of num that are not on the stack yet
 
-	learn func() // called instead of the use; see learnMarks
+	learn func() // called instead of the use; see learnFrames
 }
 
-// useMarked is use, below calls that spell its number num.
-func (b *sessionConns) useMarked(ctx context.Context, st *sessionConn, fn func(Conn) error, num uint64) error {
+// useNumbered is use, below calls that spell its number num.
+func (b *sessionConns) useNumbered(ctx context.Context, st *sessionConn, fn func(Conn) error, num uint64) error {
 	left := digits(num)
-	st.marks = 3 + 2*left // two for each digit, and useMarked, markBegin and the first markUp
-	return markBegin(ctx, &marked{b: b, st: st, fn: fn, num: num, left: left})
+	st.frames = 3 + 2*left // two for each digit, and useNumbered, digitsBegin and the first nextDigit
+	return digitsBegin(ctx, &numberedUse{b: b, st: st, fn: fn, num: num, left: left})
 }
 
 // digits returns the number of hexadecimal digits of num.
@@ -67,14 +67,14 @@ func digits(num uint64) (n int) {
 	return n
 }
 
-// Each of markBegin and mark0 to mark15 contains one call, so that each has one return
+// Each of digitsBegin and digit0 to digit15 contains one call, so that each has one return
 // address.
 
 //go:noinline
-func markBegin(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digitsBegin(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func markUp(ctx context.Context, m *marked) error {
+func nextDigit(ctx context.Context, m *numberedUse) error {
 	if m.left == 0 {
 		if m.learn != nil {
 			m.learn()
@@ -85,101 +85,101 @@ func markUp(ctx context.Context, m *marked) error {
 	m.left--
 	switch m.num >> (4 * m.left) & 15 {
 	case 0:
-		return mark0(ctx, m)
+		return digit0(ctx, m)
 	case 1:
-		return mark1(ctx, m)
+		return digit1(ctx, m)
 	case 2:
-		return mark2(ctx, m)
+		return digit2(ctx, m)
 	case 3:
-		return mark3(ctx, m)
+		return digit3(ctx, m)
 	case 4:
-		return mark4(ctx, m)
+		return digit4(ctx, m)
 	case 5:
-		return mark5(ctx, m)
+		return digit5(ctx, m)
 	case 6:
-		return mark6(ctx, m)
+		return digit6(ctx, m)
 	case 7:
-		return mark7(ctx, m)
+		return digit7(ctx, m)
 	case 8:
-		return mark8(ctx, m)
+		return digit8(ctx, m)
 	case 9:
-		return mark9(ctx, m)
+		return digit9(ctx, m)
 	case 10:
-		return mark10(ctx, m)
+		return digit10(ctx, m)
 	case 11:
-		return mark11(ctx, m)
+		return digit11(ctx, m)
 	case 12:
-		return mark12(ctx, m)
+		return digit12(ctx, m)
 	case 13:
-		return mark13(ctx, m)
+		return digit13(ctx, m)
 	case 14:
-		return mark14(ctx, m)
+		return digit14(ctx, m)
 	default:
-		return mark15(ctx, m)
+		return digit15(ctx, m)
 	}
 }
 
 //go:noinline
-func mark0(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit0(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark1(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit1(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark2(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit2(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark3(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit3(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark4(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit4(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark5(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit5(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark6(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit6(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark7(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit7(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark8(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit8(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark9(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit9(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark10(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit10(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark11(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit11(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark12(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit12(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark13(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit13(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark14(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit14(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
 //go:noinline
-func mark15(ctx context.Context, m *marked) error { return markUp(ctx, m) }
+func digit15(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
 
-// marks holds the return addresses in markBegin and in mark0 to mark15.
-type marks struct {
-	at          [17]uintptr // of the digits 0 to 15, then of markBegin
+// frameTable holds the return addresses in digitsBegin and in digit0 to digit15.
+type frameTable struct {
+	at          [17]uintptr // of the digits 0 to 15, then of digitsBegin
 	first, last uintptr
 }
 
-// learnMarks finds the addresses: it runs each of the functions once and reads the
+// learnFrames finds the addresses: it runs each of the functions once and reads the
 // stack from inside.
-var learnMarks = sync.OnceValue(func() *marks {
-	entries := [17]any{mark0, mark1, mark2, mark3, mark4, mark5, mark6, mark7, mark8, mark9, mark10, mark11, mark12, mark13, mark14, mark15, markBegin}
-	l := new(marks)
+var learnFrames = sync.OnceValue(func() *frameTable {
+	entries := [17]any{digit0, digit1, digit2, digit3, digit4, digit5, digit6, digit7, digit8, digit9, digit10, digit11, digit12, digit13, digit14, digit15, digitsBegin}
+	l := new(frameTable)
 	for d := range 16 {
-		m := &marked{num: uint64(d), left: 1}
+		m := &numberedUse{num: uint64(d), left: 1}
 		m.learn = func() {
 			var pcs [16]uintptr
 			for _, pc := range pcs[:runtime.Callers(1, pcs[:])] {
@@ -191,7 +191,7 @@ var learnMarks = sync.OnceValue(func() *marks {
 				}
 			}
 		}
-		markBegin(context.Background(), m)
+		digitsBegin(context.Background(), m)
 	}
 	l.first, l.last = slices.Min(l.at[:]), slices.Max(l.at[:])
 	if l.first == 0 {
@@ -206,7 +206,7 @@ func underway(num uint64) bool {
 	pcs := few[:]
 	for {
 		n := runtime.Callers(2, pcs)
-		if inside := learnMarks().spell(pcs[:n], num); inside || n < len(pcs) {
+		if inside := learnFrames().spell(pcs[:n], num); inside || n < len(pcs) {
 			return inside
 		}
 		pcs = make([]uintptr, 8*len(pcs)) // read again, with more frames
@@ -214,9 +214,9 @@ func underway(num uint64) bool {
 }
 
 // spell reports whether pcs spell the number num. The innermost call comes first in
-// pcs, so the last digit of a number comes before the others, and markBegin ends the
+// pcs, so the last digit of a number comes before the others, and digitsBegin ends the
 // number.
-func (l *marks) spell(pcs []uintptr, num uint64) bool {
+func (l *frameTable) spell(pcs []uintptr, num uint64) bool {
 	var read uint64
 	var shift uint
 	for _, pc := range pcs {

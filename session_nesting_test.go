@@ -13,8 +13,8 @@ import (
 
 // below calls f below the marks of a use of that number.
 func below(num uint64, f func()) {
-	m := &marked{num: num, left: digits(num), learn: f}
-	if err := markBegin(context.Background(), m); err != nil {
+	m := &numberedUse{num: num, left: digits(num), learn: f}
+	if err := digitsBegin(context.Background(), m); err != nil {
 		panic(err)
 	}
 }

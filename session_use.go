@@ -16,9 +16,9 @@ import (
 // inside fn, see nested.
 func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) error) error {
 	p := b.p
-	risen := false // endUse was called
+	released := false // endUse was called
 	defer func() {
-		if risen {
+		if released {
 			return
 		}
 		// st.c is set only if a Trace function ended this use before c was taken.
@@ -35,7 +35,7 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 			return err
 		}
 		if p.loanLog.wanted {
-			k.record(3 + st.marks)
+			k.record(3 + st.frames)
 		}
 	} else {
 		k.c, k.owned, st.c = st.c, true, nil
@@ -77,7 +77,7 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 	p.mu.Unlock()
 	c.observedBy(b.trace)
 	st.usedAt = p.clock.Exactly()
-	k.owned, risen = false, true // endUse gives c to the next use in the queue, or to the session
+	k.owned, released = false, true // endUse gives c to the next use in the queue, or to the session
 	left := b.endUse(st, c)
 	if left == nil || b.releaseOne(left) { // left is c if the session has ended
 		k.put(st.addr, id, began)
@@ -186,7 +186,7 @@ func (c *conn) underCtx(ctx context.Context) (undo func()) {
 	stop := context.AfterFunc(ctx, l.interrupt)
 	return func() {
 		if !stop() {
-			// The interrupt runs now, or has not begun yet, and must not strike a later
+			// The interrupt runs now, or has not begun yet, and must not hit a later
 			// loan: flagCut makes the owner close the connection. A connection that was
 			// detached has no later loan, and its deadlines are set by its new owner.
 			c.cutShort()

@@ -93,7 +93,7 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 	if s.mode == tlsNormal {
 		return s.Conn.Write(b)
 	}
-	if _, foreign := mannersOf(s.Conn, s.Conn, false); foreign { // a foreign connection may ignore deadlines
+	if _, foreign := classifyNetConn(s.Conn, s.Conn, false); foreign { // a foreign connection may ignore deadlines
 		s.stuck = true
 		return 0, errStuck
 	}

@@ -66,8 +66,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "mark-dead-by-identity",
-		old:   `case same && c.mark(flagBroken):`,
-		new:   `case same && false && c.mark(flagBroken):`,
+		old:   `case same && c.setFlag(flagBroken):`,
+		new:   `case same && false && c.setFlag(flagBroken):`,
 		tests: `TestMarkDead`,
 	},
 	{
@@ -1116,7 +1116,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-mark-in-a-dials-error",
-		old:   `a.err = tame(a.open(ctx))`,
+		old:   `a.err = sanitizeError(a.open(ctx))`,
 		new:   `a.err = a.open(ctx)`,
 		tests: `TestAMarkInsideAnErrorOfThePoolsSpeaksForNobody`,
 	},
@@ -1657,13 +1657,13 @@ var mutants = []mutant{
 	},
 	{
 		name:  "the-value-of-a-panic-is-not-tried",
-		old:   `e.cause = tame(err)`,
+		old:   `e.cause = sanitizeError(err)`,
 		new:   `e.cause = err`,
 		tests: `TestAnErrorWhoseMethodsPanicCostsNoMoreThanAnother`,
 	},
 	{
 		name:  "a-panic-in-the-queue-leaves-the-waiter",
-		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tw.leave()",
+		old:   "case !served: // a ctx of the borrower's making panicked\n\t\t\tw.leaveQueue()",
 		new:   "case !served: // a ctx of the borrower's making panicked",
 		tests: `TestACtxThatPanicsWhereItWaitsLosesNoPlace`,
 	},
@@ -1681,8 +1681,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-ctx-that-hangs-keeps-the-slot",
-		old:   "if a.isClaimed() { // the borrower's ctx took too long",
-		new:   "if false && a.isClaimed() { // the borrower's ctx took too long",
+		old:   "if a.outcomeTaken() { // the borrower's ctx took too long",
+		new:   "if false && a.outcomeTaken() { // the borrower's ctx took too long",
 		tests: `TestACtxThatDoesNotAnswerItsDialKeepsNoSlot`,
 	},
 	{

@@ -32,6 +32,32 @@ type Seen struct {
 	Err   error // io.EOF, or the error that makes the socket unusable
 }
 
+// PeerWatcher is what a Watcher does, where the system has one (CanWatch). It reports at once
+// when the peer of a connection hangs up, so that a dead idle connection leaves the pool
+// without waiting for a loan or a sweep. One Watcher serves any number of connections, and
+// needs one goroutine and one descriptor in all.
+//
+// By default arriving data is not reported, and costs nothing. Add and Rearm with data
+// subscribe a connection to data as well, for one report each.
+//
+// A connection is added once, when it is dialed. The system forgets a connection when its
+// socket is closed; one that leaves the pool and stays open must be removed with Remove.
+//
+// All methods may be called at the same time, also on a nil Watcher, which watches nothing,
+// and with a nil RawConn, which has no descriptor. After Close they do nothing.
+type PeerWatcher interface {
+	// Run calls heard for each event, with the number of the descriptor, until Close. hungUp
+	// means that the peer hung up or the socket failed; otherwise data has arrived. Run blocks
+	// and calls heard on its own goroutine.
+	Run(heard func(fd uintptr, hungUp bool))
+	Add(rc syscall.RawConn, data bool) error
+	Rearm(rc syscall.RawConn, data bool) error
+	Remove(rc syscall.RawConn)
+	Close()
+}
+
+var _ PeerWatcher = (*Watcher)(nil)
+
 // OutOfFiles reports whether err means that the process or the system has no file handle
 // left.
 func OutOfFiles(err error) bool {

@@ -11,19 +11,7 @@ import (
 // connection.
 const CanWatch = true
 
-// Watcher reports at once when the peer of a connection hangs up, so that a dead idle
-// connection leaves the pool without waiting for a loan or a sweep. A Watcher is one
-// epoll instance for any number of connections. The runtime's poller waits on that
-// instance, so a Watcher needs one goroutine and one descriptor in all.
-//
-// By default it subscribes to EPOLLRDHUP, edge-triggered, so incoming data does not wake
-// it. Add and Rearm with data subscribe a connection to data as well, one shot at a time.
-//
-// A connection is added once, when it is dialed. The kernel removes it when its socket is
-// closed; a connection that leaves the pool and stays open must be removed with Remove.
-//
-// All methods may be called at the same time, also on a nil Watcher, which watches
-// nothing, and with a nil RawConn, which has no descriptor. After Close they do nothing.
+// Watcher is an epoll instance; sock.go says what it promises.
 type Watcher struct {
 	file *os.File
 	raw  syscall.RawConn
@@ -49,9 +37,7 @@ func NewWatcher() (*Watcher, error) {
 	return &Watcher{file: file, raw: raw}, nil
 }
 
-// Run calls heard for each event, with the number of the descriptor, until Close. hungUp
-// means that the peer hung up or the socket failed; otherwise data has arrived. Run
-// blocks and calls heard on its own goroutine.
+// Run waits in the runtime's poller; see PeerWatcher.
 func (w *Watcher) Run(heard func(fd uintptr, hungUp bool)) {
 	events := make([]unix.EpollEvent, 64)
 	for {

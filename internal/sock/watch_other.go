@@ -8,7 +8,7 @@ import "syscall"
 // connection. These systems do not; the sweep finds dead connections.
 const CanWatch = false
 
-// Watcher is never made on these systems. The Watcher for Linux documents the methods.
+// Watcher is never made on these systems; sock.go says what it promises elsewhere.
 type Watcher struct{}
 
 // NewWatcher is not called where CanWatch is false.

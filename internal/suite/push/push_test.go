@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,6 +22,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // BETA-19: 10,000 rounds of a borrow and, at the same time, a message. Every
@@ -410,4 +410,4 @@ func newActor() *actor { return &actor{got: make(chan string, 1000)} }
 
 // sweepWhereNothingListens is a SweepInterval that shows whether something was
 // heard, or only seen by a sweep.
-var sweepWhereNothingListens = map[bool]time.Duration{true: -1, false: 5 * time.Millisecond}[runtime.GOOS == "linux"]
+var sweepWhereNothingListens = map[bool]time.Duration{true: -1, false: 5 * time.Millisecond}[sock.CanWatch]
