@@ -353,8 +353,8 @@ func (c *conn) setFlag(flag uint64) bool {
 }
 
 // condemned says why c, which has no loan now, may not be lent again, whatever a probe
-// would find: ClosedUnknown, or what mark has left. A failed operation sets the same flag as
-// a mark, but a connection with that flag is not kept at the end of its loan.
+// would find: ClosedUnknown, or what setFlag has left. A failed operation sets flagBroken, too,
+// but a connection with that flag is not kept at the end of its loan.
 func (c *conn) condemned() (CloseReason, error) {
 	switch w := c.word.Load(); {
 	case w&flagStolen != 0:
