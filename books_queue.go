@@ -9,7 +9,7 @@ import (
 
 // waiter is a borrower in the queue of an address. A waiter leaves the queue in one of two
 // ways, under Pool.mu: the pool serves it a connection or an error (serve), or it gives up
-// (leave), because its ctx is done, or because foreign code panicked or ended its
+// (leaveQueue), because its ctx is done, or because foreign code panicked or ended its
 // goroutine. A waiter that gave up is never served, and serving a waiter never blocks.
 type waiter struct {
 	seq   uint64          // order of arrival in the whole pool; kept when a borrower queues again

@@ -168,7 +168,7 @@ func (e *Error) adviseOnLimit(b *strings.Builder) {
 		fmt.Fprintf(b, " (%d of %d waiting; raise MaxWaiters", e.Waiting, e.Limit)
 	case "MaxDialing", "MaxDialingPerAddr":
 		fmt.Fprintf(b, " (%d dials of %d under way, %d waiting; raise %s", e.Limit, e.Limit, e.Waiting, e.LimitName)
-	case "MaxIdle", "MaxIdlePerAddr":
+	case "MaxIdle":
 		fmt.Fprintf(b, " (no more than %d may be idle; raise %s, or warm fewer)", e.Limit, e.LimitName)
 		return
 	default:

@@ -30,7 +30,7 @@ import (
 // classifyNetConn says how far the pool can rely on the connection nc. below is nc, or the
 // socket below it if nc is crypto/tls; ownTLS says that the pool made that crypto/tls.
 // plain: Close does not block. foreign: the code is unknown and may do anything.
-// Neither: the deadlines work at least.
+// Neither of the two: the deadlines work, and Close may block.
 func classifyNetConn(nc, below net.Conn, ownTLS bool) (plain, foreign bool) {
 	switch below.(type) {
 	case *net.TCPConn, *net.UnixConn:

@@ -82,7 +82,8 @@ func (r *recency) remove(c *conn) bool {
 	return true
 }
 
-// oldestIdle is the least recently used of the n idle connections; nil if n is 0.
+// oldestIdle is the least recently used idle connection. n is how many connections are idle:
+// 0 means that there is none to look for, and oldestIdle returns nil.
 func (r *recency) oldestIdle(n int) *conn {
 	for c := r.lent.younger; n > 0 && c != &r.ends; {
 		next := c.younger

@@ -139,7 +139,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			now = p.clock.Exactly()
 		}
 		got := p.claim(ctx, &r, now, &todo)
-		c, dead := got.c, false
+		c, unproven := got.c, false
 		switch {
 		case c != nil:
 			todo.run(p)
@@ -156,7 +156,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 				return nil, 0, p.failed(*r.addr, stage, err, r.start)
 			}
 			fresh := got.w.fresh
-			dead = fresh || c.uses == 0 && c.word.Load()&flagHungUp != 0
+			unproven = fresh || c.uses == 0 && c.word.Load()&flagHungUp != 0
 			if fresh && c.word.Load()&(flagHungUp|flagStolen|flagBroken) == 0 && !c.sock.isStolen() { // Setup may have taken long
 				return c, waited, nil
 			}
@@ -181,7 +181,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			return c, waited, nil
 		}
 		var vain error // why this borrower stops trying
-		if dead {
+		if unproven {
 			hollow++
 			why := lostBeforeUse(reason, err)
 			if !reason.innocent() && c.noteHollow(why) || hollow >= maxHollow {

@@ -23,7 +23,7 @@ import (
 // waits, the connection becomes idle. If the dial fails, no waiter gets the error; the
 // address counts one failure.
 //
-// Each dial has exactly one outcome, and the first caller of claim records it: dialEnded
+// Each dial has exactly one outcome, and the first caller of takeOutcome records it: dialEnded
 // when the dial has ended in any way, or the timer of dial when the dialer or Setup ignores
 // its ctx for longer than DialTimeout plus hookGrace.
 

@@ -77,7 +77,7 @@ func (p *Pool) doubtPressure(now clock.Instant) {
 var errMarkedDead = &brokenContract{"MarkDead was told that the connection's socket is somebody else's too"}
 
 // failureOf is the error of a hook or Setup that returned nil, after a loan in which it
-// cannot have used the connection as it should: the operation that failed, a mark, or else
+// cannot have used the connection as it should: the operation that failed, what MarkDead left, or else
 // what, which says what the hook did.
 func (c *conn) failureOf(word uint64, what string) error {
 	if err := c.failure(); err != nil {

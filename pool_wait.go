@@ -65,8 +65,8 @@ func stageAndCause(err error) (Stage, error) {
 	return StageWait, err
 }
 
-// leave takes w out of the queue. If w was served a connection meanwhile, leave gives the
-// connection back and returns nil; if w was served an error, leave returns the error.
+// leaveQueue takes w out of the queue. If w was served a connection meanwhile, leaveQueue gives
+// the connection back and returns nil; if w was served an error, leaveQueue returns the error.
 func (w *waiter) leaveQueue() error {
 	s, p := w.site, w.site.env.pool
 	var todo agenda
@@ -83,7 +83,7 @@ func (w *waiter) leaveQueue() error {
 		return nil
 	}
 	p.mu.Unlock()
-	<-w.ready // w was served before leave got the lock
+	<-w.ready // w was served before leaveQueue got the lock
 	if w.err == nil {
 		w.noteDeclined()
 	}

@@ -41,7 +41,7 @@ func newUse() *uint64 { return numbers.Get().(*uint64) }
 // freeUse takes the number back when its use has returned.
 func freeUse(num *uint64) { numbers.Put(num) }
 
-// marked is a use that is about to run, while its number is put on the stack.
+// numberedUse is a use that is about to run, while its number is put on the stack.
 type numberedUse struct {
 	b    *sessionConns
 	st   *sessionConn

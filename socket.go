@@ -19,31 +19,16 @@ import (
 // dialSocket opens the socket of a canonical TCP, TLS or Unix address and sets every field of
 // its QoS. Under TLS, the handshake follows.
 func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
-	// Supported and target come before the dial, because not every port of package net calls
-	// Dialer.Control.
-	if err := sock.Options(addr.QoS).Supported(); err != nil {
-		return nil, err
-	}
 	network, address, err := target(addr, sock.HasAbstractUnix())
 	if err != nil {
 		return nil, err
 	}
-	d := net.Dialer{Control: addr.QoS.Control}
-	if addr.QoS.KeepAlive != 0 {
-		d.KeepAlive = -1 // AfterConnect sets it and checks the error
-	}
-	nc, err := d.DialContext(ctx, network, address)
+	options := sock.Options(addr.QoS)
+	nc, err := options.Dial(ctx, network, address)
 	if network == "unix" && sock.FullBacklog(err) {
-		nc, err = awaitBacklog(ctx, err, func() (net.Conn, error) { return d.DialContext(ctx, network, address) })
+		nc, err = awaitBacklog(ctx, err, func() (net.Conn, error) { return options.Dial(ctx, network, address) })
 	}
-	if err != nil {
-		return nil, err
-	}
-	if err := sock.Options(addr.QoS).AfterConnect(nc); err != nil {
-		nc.Close()
-		return nil, err
-	}
-	return nc, nil
+	return nc, err
 }
 
 // awaitBacklog dials again until ctx is done. On Linux a Unix socket whose server has not

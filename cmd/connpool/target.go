@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // target is a peer of the user's, and the probe that it is asked.
@@ -149,18 +150,13 @@ func (t *target) connect(ctx context.Context, sessions tls.ClientSessionCache) (
 		return t.open(ctx, t.addr)
 	}
 	a := t.addr
-	d := net.Dialer{Control: a.QoS.Control, KeepAlive: a.QoS.KeepAlive}
+	options := sock.Options(a.QoS)
 	if a.Transport == connpool.Unix {
-		return d.DialContext(ctx, "unix", a.Host)
+		return options.Dial(ctx, "unix", a.Host)
 	}
-	nc, err := d.DialContext(ctx, "tcp", net.JoinHostPort(a.Host, strconv.Itoa(int(a.Port))))
+	nc, err := options.Dial(ctx, "tcp", net.JoinHostPort(a.Host, strconv.Itoa(int(a.Port))))
 	if err != nil {
 		return nil, err
-	}
-	if a.QoS.Delay {
-		if tcp, ok := nc.(*net.TCPConn); ok {
-			tcp.SetNoDelay(false)
-		}
 	}
 	if a.Transport == connpool.TCP {
 		return nc, nil

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // redial keeps an interval between the end of a connection and the opening of the next
@@ -39,8 +40,7 @@ func (r *redial) dial(ctx context.Context, addr connpool.Addr) (net.Conn, error)
 	if addr.Transport == connpool.Unix {
 		network, address = "unix", addr.Host
 	}
-	d := net.Dialer{Control: addr.QoS.Control}
-	nc, err := d.DialContext(ctx, network, address)
+	nc, err := sock.Options(addr.QoS).Dial(ctx, network, address)
 	if err != nil {
 		r.closed() // the server may have noticed the failed dial
 	}

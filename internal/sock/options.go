@@ -1,6 +1,7 @@
 package sock
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -38,6 +39,30 @@ type capabilities struct {
 // HasAbstractUnix reports whether the system has Unix sockets whose name is in no file
 // system.
 func HasAbstractUnix() bool { return socketsCan.abstract }
+
+// Dial opens a socket with package net and sets every field of o. ctx governs the dial.
+func (o Options) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	// Not every port of package net calls Dialer.Control.
+	if err := o.Supported(); err != nil {
+		return nil, err
+	}
+	var d net.Dialer
+	if early := o.Early(); early != (Options{}) {
+		d.Control = func(network, _ string, c syscall.RawConn) error { return early.BeforeConnect(network, c) }
+	}
+	if o.KeepAlive != 0 {
+		d.KeepAlive = -1 // AfterConnect sets it and checks the error
+	}
+	nc, err := d.DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if err := o.AfterConnect(nc); err != nil {
+		nc.Close()
+		return nil, err
+	}
+	return nc, nil
+}
 
 // Supported returns nil if this system can set every non-zero field of o. Otherwise it
 // returns an [errors.ErrUnsupported] that names the first field it cannot set. Supported

@@ -3,13 +3,13 @@
 //
 // It offers: the identity of a socket (Identify, Still), a look into a socket and a read
 // from it without waiting (Peek, ReadNow), whether closing a socket waits (Lingers), the
-// options of a QoS (Options), how many files may be open and whether one more can be
+// options of a QoS, and a dial with them (Options), how many files may be open and whether one more can be
 // (FileLimit, NoFileFree), the system's error numbers (Err..., OutOfFiles, FullBacklog),
 // and notice of a peer's hang-up (Watcher). Where a system lacks one of these, the API
 // reports it (CanPeek, CanWatch, Options.Supported, HasAbstractUnix, or a false beside
 // the result); apart from ResetOnClose and Shutdown, nothing silently does nothing.
 //
-// Only Watcher.Run blocks; it needs a goroutine of its own. Every other function makes
+// Only Watcher.Run and Options.Dial block. Run needs a goroutine of its own. Every other function makes
 // one or a few system calls that return at once; NoFileFree may also wait for a fork that
 // is under way. This package takes no lock of its own and runs no foreign code, except
 // the methods of a syscall.RawConn or a net.Conn that the caller passes. The caller must
