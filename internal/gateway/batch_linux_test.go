@@ -61,7 +61,7 @@ func smallServer(t *testing.T, receive, send, reply int) string {
 
 // TRY-33
 func TestBatchesPassWhateverTheBuffers(t *testing.T) {
-	t.Parallel()
+	atOnce(t)
 	for _, c := range []struct {
 		receive, send int
 		options       string

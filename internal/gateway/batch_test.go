@@ -27,7 +27,7 @@ func longPipeline() int {
 
 // TRY-33
 func TestAPipelineThatIsWrittenBeforeAnyReplyIsReadIsServed(t *testing.T) {
-	t.Parallel()
+	atOnce(t)
 	value := strings.Repeat("x", 1000)
 	echo := func(p *faultnet.Peer) { io.Copy(p, p) }
 	command := func(args ...string) string {
@@ -59,7 +59,7 @@ func TestAPipelineThatIsWrittenBeforeAnyReplyIsReadIsServed(t *testing.T) {
 			one: command("ECHO", value), reply: bulk(value)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
+			atOnce(t)
 			cfg := c.cfg
 			if c.handler != nil {
 				_, cfg.To = serve(t, faultnet.Options{Handler: c.handler})

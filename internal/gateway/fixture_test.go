@@ -25,13 +25,25 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/race"
 )
 
 func TestMain(m *testing.M) {
 	// The parallel tests wait for time-outs, or to see that nothing comes; there may be
-	// more of them than processors.
+	// more of them than processors. Under the race detector they work, too.
 	flag.Set("test.parallel", "32")
+	if race.Enabled {
+		flag.Set("test.parallel", "4")
+	}
 	goleak.VerifyTestMain(m)
+}
+
+// atOnce lets a test that works, rather than waits, run beside others in a brief run. In a full
+// run the test would make the others late.
+func atOnce(t *testing.T) {
+	if testing.Short() && !race.Enabled {
+		t.Parallel()
+	}
 }
 
 // forever is longer than any step here takes; a wait that long means a hang.

@@ -92,7 +92,7 @@ func run(t *testing.T, name string, args ...string) string {
 
 // PLT-11: the distribution's own clients, unchanged.
 func TestRedisBenchmarkRunsThroughItUnchanged(t *testing.T) {
-	t.Parallel()
+	atOnce(t)
 	g, r := redisGateway(t, func(c *Config) { c.MaxOpen = 8 })
 	_, port, _ := net.SplitHostPort(g.Addr().String())
 	n := func(full int) string { return strconv.Itoa(full / short.Of(1, 10)) }
