@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -85,7 +86,11 @@ func run(t *testing.T, name string, args ...string) string {
 	if err != nil {
 		t.Skipf("there is no %s on this machine: install the package redis-tools", name)
 	}
-	out, err := exec.CommandContext(t.Context(), path, args...).CombinedOutput()
+	runtime.LockOSThread() // the signal of dieWithParent comes when this thread ends
+	defer runtime.UnlockOSThread()
+	cmd := exec.CommandContext(t.Context(), path, args...)
+	cmd.SysProcAttr = dieWithParent()
+	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", out)
 	return string(out)
 }
