@@ -107,32 +107,6 @@ func BenchmarkW1(b *testing.B) {
 	})
 }
 
-// W1 under a ctx that can be cancelled. rival=afterfunc is the cost of a watch on the ctx
-// alone; only this pool has one.
-func BenchmarkW1Cancellable(b *testing.B) {
-	run := func(b *testing.B, rival string, check Check) {
-		r := start(b, rival, &Settings{Servers: []string{server(b, Echo, false).Addr}, Max: 1, Check: check})
-		ctx, cancel := context.WithCancel(context.Background())
-		defer cancel()
-		must(b, r.Loan(ctx, 0))
-		b.ReportAllocs()
-		for b.Loop() {
-			if err := r.Loan(ctx, 0); err != nil {
-				b.Fatal(err)
-			}
-		}
-	}
-	each(b, lenders, run)
-	b.Run("check=none/rival=afterfunc", func(b *testing.B) {
-		ctx, cancel := context.WithCancel(context.Background())
-		defer cancel()
-		b.ReportAllocs()
-		for b.Loop() {
-			context.AfterFunc(ctx, cancel)()
-		}
-	})
-}
-
 // ORA-76: an object that is cheap to make is not worth a pool. rival=make allocates.
 func BenchmarkCheap(b *testing.B) {
 	ctx := context.Background()
@@ -269,40 +243,45 @@ func BenchmarkW4(b *testing.B) { echoes(b, false) }
 func BenchmarkW5(b *testing.B) { echoes(b, true) }
 
 func echoes(b *testing.B, overTLS bool) {
-	const batch = 50
 	each(b, slices.Concat(lenders, own, []string{"shared", "held", "dial"}), func(b *testing.B, rival string, check Check) {
 		ctx := context.Background()
 		s := &Settings{Servers: []string{server(b, ProtocolOf(rival), overTLS).Addr}, TLS: overTLS, Max: 1, Check: check}
-		base, err := newRawHeld(s, ProtocolOf(rival))
-		must(b, err)
-		defer base.nc.Close()
 		r, x := start(b, rival, s), NewExchange(1)
-		must(b, r.Exchange(ctx, 0, x))
-		var borrowed, held []float64
-		b.ReportAllocs()
-		b.ResetTimer()
-		for done := 0; done < b.N; done += batch {
-			n := min(batch, b.N-done)
-			t0 := time.Now()
-			for range n {
-				if err := base.exchange(); err != nil {
-					b.Fatal(err)
-				}
-			}
-			t1 := time.Now()
-			for range n {
-				if err := r.Exchange(ctx, 0, x); err != nil {
-					b.Fatal(err)
-				}
-			}
-			t2 := time.Now()
-			held = append(held, float64(t1.Sub(t0))/float64(n))
-			borrowed = append(borrowed, float64(t2.Sub(t1))/float64(n))
-		}
-		b.ReportMetric(median(borrowed), "ns/op")
-		b.ReportMetric(median(held), "held-ns/op")
-		b.ReportMetric(median(borrowed)/median(held), "x-held")
+		besideHeld(b, s, ProtocolOf(rival), func() error { return r.Exchange(ctx, 0, x) })
 	})
+}
+
+// besideHeld measures use in turn with an exchange over a held connection.
+func besideHeld(b *testing.B, s *Settings, protocol string, use func() error) {
+	const batch = 50
+	base, err := newRawHeld(s, protocol)
+	must(b, err)
+	defer base.nc.Close()
+	must(b, use())
+	var borrowed, held []float64
+	b.ReportAllocs()
+	b.ResetTimer()
+	for done := 0; done < b.N; done += batch {
+		n := min(batch, b.N-done)
+		t0 := time.Now()
+		for range n {
+			if err := base.exchange(); err != nil {
+				b.Fatal(err)
+			}
+		}
+		t1 := time.Now()
+		for range n {
+			if err := use(); err != nil {
+				b.Fatal(err)
+			}
+		}
+		t2 := time.Now()
+		held = append(held, float64(t1.Sub(t0))/float64(n))
+		borrowed = append(borrowed, float64(t2.Sub(t1))/float64(n))
+	}
+	b.ReportMetric(median(borrowed), "ns/op")
+	b.ReportMetric(median(held), "held-ns/op")
+	b.ReportMetric(median(borrowed)/median(held), "x-held")
 }
 
 // W6: a random address among many, with connections that go nowhere, since there are more

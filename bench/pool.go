@@ -36,6 +36,12 @@ func newConnpool(s *Settings) Rival {
 		transport, cfg.TLS = connpool.TLS, ClientTLS().Clone()
 		cfg.TLS.ServerName = "" // the address has it
 	}
+	if s.OwnTLS {
+		cfg.Dialers[connpool.TLS] = func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
+			key, _ := strconv.Atoi(addr.Scope)
+			return s.dial(ctx, key)
+		}
+	}
 	p, err := connpool.New(cfg)
 	if err != nil {
 		panic(err) // the settings of a workload contradict each other

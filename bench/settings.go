@@ -26,6 +26,7 @@ func (c Check) String() string { return [...]string{"none", "peek", "all"}[c] }
 type Settings struct {
 	Servers []string // address number i is at Servers[i%len(Servers)]
 	TLS     bool
+	OwnTLS  bool // with TLS: the dialer of a rival makes the *tls.Conn, although the rival could
 	Fake    bool // connections without a socket, for more addresses than there are descriptors
 	Addrs   int  // how many addresses there are; 0: 1
 	Max     int  // connections per address, and idle ones; 0: no limit

@@ -114,7 +114,12 @@ func run(rounds int, raw, only, addr, docs string, smoke bool) error {
 // for each of their parts.
 var workloads = []struct{ name, time string }{
 	{"W1", "120ms"},
-	{"W1Cancellable", "60ms"},
+	{"Used", "60ms"},
+	{"UsedCodec", "60ms"},
+	{"UsedW2", "150ms"},
+	{"UsedW4", "8000x"},
+	{"UsedW5", "6000x"},
+	{"UsedW5Own", "6000x"},
 	{"Cheap", "30ms"},
 	{"W2", "150ms"},
 	{"W3", "30000x"},

@@ -50,13 +50,30 @@ func w6(addrs, goal float64, unit, title string) row {
 	return row{title: title, bench: fmt.Sprintf("W6/addrs=%.0f/rival=RIVAL", addrs), unit: unit, goal: goal}
 }
 
+// used is W1 as pools are used, see BenchmarkUsed.
+func used(way, title string) row {
+	return row{title: title, bench: "Used/way=" + way + "/check=none/rival=RIVAL", unit: "ns/op", below: true}
+}
+
 var rows = []row{
+	used("cancelable", "As used: loan and return, no checks, ctx that can be cancelled, ns"),
+	{title: "— allocations", bench: "Used/way=cancelable/check=none/rival=RIVAL", unit: "allocs/op", goal: nothing},
+	used("deadline", "— ctx with a deadline an hour away, ns"),
+	used("timeout", "— WithTimeout made for each loan, with what that costs, ns"),
+	used("deep", "— ctx ten values deep, ns"),
+	{title: "— with a Trace in ctx, ns", bench: "Used/way=trace/check=none/rival=RIVAL", unit: "ns/op"},
+	{title: "— the connection handed to a codec, ns", bench: "UsedCodec/check=none/rival=RIVAL", unit: "ns/op", below: true},
+	{title: "— 16 goroutines, 16 connections, ns", bench: "UsedW2/check=none/rival=RIVAL", unit: "ns/op", below: true},
+	{title: "— 64-byte echo, TCP, no checks, times a held one", bench: "UsedW4/check=none/rival=RIVAL", unit: "x-held", digits: 3, goal: 1.05},
+	{title: "— — default; rivals: peek", bench: "UsedW4/check=peek/rival=RIVAL", ours: "UsedW4/check=all/rival=connpool", unit: "x-held", digits: 3, goal: 1.10},
+	{title: "— over TLS 1.3, no checks, times a held one", bench: "UsedW5/check=none/rival=RIVAL", unit: "x-held", digits: 3, goal: 1.05},
+	{title: "— — default; rivals: peek", bench: "UsedW5/check=peek/rival=RIVAL", ours: "UsedW5/check=all/rival=connpool", unit: "x-held", digits: 3, goal: 1.10},
+	{title: "— the dialer returns its own *tls.Conn, no checks, times a held one", bench: "UsedW5Own/check=none/rival=RIVAL", unit: "x-held", digits: 3, goal: 1.05},
+	{title: "— — default; rivals: peek", bench: "UsedW5Own/check=peek/rival=RIVAL", ours: "UsedW5Own/check=all/rival=connpool", unit: "x-held", digits: 3, goal: 1.10},
 	{title: "W1 loan and return, no checks, ns", bench: "W1/check=none/rival=RIVAL", unit: "ns/op", ofBest: 0.8},
 	{title: "— allocations", bench: "W1/check=none/rival=RIVAL", unit: "allocs/op", goal: nothing},
 	{title: "W1 with a peek, ns", bench: "W1/check=peek/rival=RIVAL", unit: "ns/op", below: true, limit: "W1/check=peek/rival=stack", ofLimit: 380. / 384},
 	{title: "W1 peek + identity (default), ns; rivals: peek", bench: "W1/check=peek/rival=RIVAL", ours: "W1/check=all/rival=connpool", unit: "ns/op", limit: "Parts/part=control+both", ofLimit: 620. / (231 + 289)},
-	{title: "W1 under a ctx that can be cancelled, no checks, ns", bench: "W1Cancellable/check=none/rival=RIVAL", unit: "ns/op"},
-	{title: "— allocations", bench: "W1Cancellable/check=none/rival=RIVAL", unit: "allocs/op", goal: 2},
 	{title: "W2 16 goroutines, 16 connections, no checks, ns", bench: "W2/check=none/rival=RIVAL", unit: "ns/op", below: true},
 	{title: "W2 default; rivals: peek, ns", bench: "W2/check=peek/rival=RIVAL", ours: "W2/check=all/rival=connpool", unit: "ns/op"},
 	{title: "W3 256 goroutines, 8 connections, echo, no checks, µs", bench: "W3/check=none/rival=RIVAL", unit: "ns/op", scale: 1000, digits: 2, limit: "W3/check=none/rival=channel", ofLimit: 6.9 / 6.74},
