@@ -111,3 +111,34 @@ func BenchmarkEcho(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkHook is a loan with a hook that does nothing, beside one that calls the same by hand.
+func BenchmarkHook(b *testing.B) {
+	reset := func(context.Context, Conn) error { return nil }
+	for name, cfg := range map[string]Config{
+		"hook=none": {NoProbe: true, NoFDCheck: true}, "hook=reset": {NoProbe: true, NoFDCheck: true, Reset: reset},
+	} {
+		b.Run(name, func(b *testing.B) {
+			srv, err := faultnet.Start(faultnet.Options{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer srv.Close()
+			p, err := New(cfg)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer p.Close()
+			addr := Addr{Transport: TCP, Host: srv.Host(), Port: srv.Port()}
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			fn := func(c Conn) error { return reset(ctx, c) }
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := p.With(ctx, addr, fn); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -75,19 +75,18 @@ type conn struct {
 	checked clock.Instant // when Config.Check last succeeded
 	uses    int           // loans, this one included
 
+	ctx  context.Context           // of the loan; nil: Background, or there is no loan. It changes with the state word, see conn_ctx.go
 	loan atomic.Pointer[loanState] // nil while the loan needs no state
 	dmu  sync.Mutex                // orders SetDeadline against the interrupt, and guards the fields that name it; nothing that blocks runs under it but SetDeadline of package net
 
 	// Fixed once the dial has ended.
-	nc          net.Conn
-	sock        socket
-	state       any // what Setup returned
-	id          uint64
-	born        clock.Instant
-	maxAge      time.Duration // MaxLifetime less the jitter, drawn once; 0: no limit
-	recentLoans *[]pastLoan   // the latest loans, in debug mode; dmu
-
-	cold atomic.Pointer[coldFields] // nil for most connections, see coldFields
+	nc     net.Conn
+	sock   socket
+	state  any // what Setup returned
+	id     uint64
+	born   clock.Instant
+	maxAge time.Duration              // MaxLifetime less the jitter, drawn once; 0: no limit
+	cold   atomic.Pointer[coldFields] // nil for most connections, see coldFields
 }
 
 // loanState is the state of a loan that needs more than the state word. Most loans need
@@ -98,8 +97,9 @@ type loanState struct {
 	record *loanRecord // who has the connection, since when; nil if loans are not recorded
 
 	// dmu of c guards these once the loan has begun.
-	ctx        context.Context // nil if the loan's ctx can never be done
-	limit      time.Time       // deadline of the ctx, which no deadline that fn sets may exceed; zero: none
+	nested     context.Context // of a use inside the loan, see underCtx; nil: none
+	limit      time.Time       // deadline of the loan's ctx, which no deadline that fn sets may exceed; zero: none
+	limited    bool            // limit is known, and a limit was set on the socket
 	firstErr   error           // first error of an operation, or of a deadline that could not be set
 	foreignErr bool            // the reader or writer that an operation copied from or to has failed, or may have; see noteForeignError
 
@@ -108,8 +108,9 @@ type loanState struct {
 	setting chan struct{} // closed when the SetDeadline call in progress is over, see tellDeadline; nil: none is in progress
 	mute    bool          // SetDeadline panicked or has not returned, and is not called again
 
-	unwatch   func() bool // stops the watch on ctx
-	interrupt func()      // c.interrupt, made once: a method value allocates
+	watching  chan struct{} // closed when unwatch is set; nil: nobody has begun to watch ctx
+	unwatch   func() bool   // stops the watch on ctx; nil if ctx could not be watched
+	interrupt func()        // c.interrupt, made once: a method value allocates
 }
 
 var loanStates sync.Pool // of *loanState
@@ -126,6 +127,7 @@ type coldFields struct {
 	ctx         connCtx       // dmu
 	earlyClose  chan struct{} // set when closeUnderHook closes the socket during a hook's loan; closed when the socket is closed; dmu
 	slow        bool          // its close takes long; Pool.mu
+	recentLoans []pastLoan    // the latest loans, in debug mode; dmu
 	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
 }
 
@@ -176,7 +178,7 @@ func (c *conn) dropLoanState() {
 
 // The state word:
 //
-//	 63            26 25         14 13           0
+//	 63            28 27         16 15           0
 //	+----------------+-------------+--------------+
 //	|   generation   | operations  |    flags     |
 //	|  of the loan   | in flight   |              |
@@ -210,15 +212,16 @@ func (c *conn) dropLoanState() {
 // A second example: the ctx of the fourth loan is done while fn is blocked in Read on a
 // socket of package net.
 //
-//	With: begin   generation 4, lent              the watch on ctx is set
+//	With: begin   generation 4, lent unwatched listed
+//	tick          generation 4, lent              the loan is still out: the watch on ctx is set
 //	Read: enter   generation 4, 1 op, lent
 //	interrupt     generation 4, 1 op, lent cut    the deadline is now in the past
 //	Read: leave   generation 4, 0 ops, ... timedOut
 //	With: end     generation 4, cut timedOut      the verdict finds cut: the pool closes the connection
 //
-// A new loan (begin) clears all flags but hungUp, stolen, broken, wrote and read: other
-// goroutines may set the first three at any moment, and the last two count over all
-// loans.
+// A new loan (begin) clears all flags but hungUp, stolen, broken, wrote, read and listed:
+// other goroutines may change the first three and the last at any moment, and the other
+// two count over all loans.
 const (
 	flagLent       = 1 << iota // a loan is under way
 	flagHooked                 // the loan is a hook's: Close of the hook's Conn does not make its caller the owner
@@ -234,10 +237,12 @@ const (
 	flagShut                   // the pool closes the socket, or has closed it
 	flagWrote                  // a borrower has written, in this loan or an earlier one; see pool_lived.go
 	flagRead                   // a borrower has read, likewise
+	flagUnwatched              // the loan has a ctx, and nobody watches that ctx yet
+	flagListed                 // the connection is on the list of young loans
 
-	oneOp    = 1 << 14
-	inFlight = (1<<12 - 1) << 14
-	genShift = 26
+	oneOp    = 1 << 16
+	inFlight = (1<<12 - 1) << 16
+	genShift = 28
 	lastGen  = 1<<(64-genShift) - 1 // the generation after it is 1
 )
 

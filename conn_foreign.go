@@ -119,17 +119,6 @@ func (c *conn) query(what string, ask func() error) error {
 	return err
 }
 
-// startDeadline sets the deadline with which a loan begins. A connection that refuses
-// the deadline is lent all the same, and the pool closes it when the ctx is done.
-func (c *conn) startDeadline(l *loanState, t time.Time) {
-	if !c.sock.foreign {
-		c.deadlineSet = true
-		c.nc.SetDeadline(t)
-		return
-	}
-	c.tellDeadline(l, true, func() error { return c.nc.SetDeadline(t) })
-}
-
 // clearHalves clears the read and the write deadline after a SetDeadline that failed,
 // which may have set one of the two. An error says that one could not be cleared.
 func (c *conn) clearHalves() error {

@@ -55,36 +55,27 @@ func (c *conn) trace() *Trace {
 // begin starts a loan under ctx and returns its handle. flags are set in the state
 // word. Only the owner calls it.
 func (c *conn) begin(ctx context.Context, flags uint64) Conn {
-	l := c.loan.Load()
-	if l != nil { // left over from the loan that this one, a hook's, is part of
-		l.ctx, l.limit, l.firstErr, l.foreignErr, l.over = nil, time.Time{}, nil, false, nil
+	if l := c.loan.Load(); l != nil { // left over from the loan that this one, a hook's, is part of
+		l.limit, l.limited, l.firstErr, l.foreignErr, l.over, l.watching, l.unwatch = time.Time{}, false, nil, false, nil, nil, nil
 	}
-	watch := ctx.Done() != nil
-	if watch {
-		l = c.loanState()
-		l.ctx = ctx
-		if c.sock.foreign {
-			l.over, l.left = make(chan struct{}), false
-		}
-		if t, ok := ctx.Deadline(); ok {
-			l.limit = t
-			c.startDeadline(l, t)
-		}
+	c.ctx = nil
+	if ctx != context.Background() {
+		flags |= c.beginUnder(ctx)
 	}
 	var gen uint64
 	for {
-		// Other goroutines may set flagHungUp, flagStolen or flagBroken at any moment:
-		// the new loan keeps these.
+		// Other goroutines may change flagHungUp, flagStolen, flagBroken and flagListed at
+		// any moment: the new loan keeps these.
 		w := c.word.Load()
 		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
 			gen = 1 // 0 is the generation of the guard
 		}
-		if c.word.CompareAndSwap(w, gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead)|flagLent|flags) {
+		if c.word.CompareAndSwap(w, gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead|flagListed)|flagLent|flags) {
+			if flags&flagListed > w&flagListed {
+				c.site.env.young.Add(c)
+			}
 			break
 		}
-	}
-	if watch {
-		l.unwatch = context.AfterFunc(ctx, l.interrupt)
 	}
 	if c.site.env.cfg.Debug {
 		c.recordBorrower(gen)
@@ -92,52 +83,12 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	return Conn{c, gen}
 }
 
-// interrupt makes blocked operations of the loan return. It runs when the loan's ctx is
-// done. If the loan has ended in the meantime, stopping the watch has failed, and the
-// owner discards the connection.
-func (c *conn) interrupt(l *loanState) {
-	defer func() {
-		if v := recover(); v != nil { // from a ctx of the caller's making
-			c.site.env.report.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
-		}
-	}()
-	if !c.cutShort() {
-		return
-	}
-	if c.sock.foreign {
-		c.interruptForeign(l)
-		return
-	}
-	c.dmu.Lock()
-	c.deadlineSet = true
-	err := c.nc.SetDeadline(aLongTimeAgo)
-	c.dmu.Unlock()
-	if err != nil && !errors.Is(err, net.ErrClosed) {
-		c.revoke()
-	}
-}
-
-// cutShort sets flagCut: the loan's ctx was done. It reports false if the connection
-// was detached (also by a use nested in this one, see underCtx): the pool must not
-// interrupt a detached connection.
-func (c *conn) cutShort() bool {
-	for {
-		w := c.word.Load()
-		if w&flagDetached != 0 {
-			return false
-		}
-		if c.word.CompareAndSwap(w, w|flagCut) {
-			return true
-		}
-	}
-}
-
 // end ends the loan and returns the state word as it was before. Unless that has
 // flagGone, the caller is the owner again. A second call does nothing.
 func (c *conn) end() uint64 {
 	word := c.word.And(^uint64(flagLent))
 	if word&flagGone == 0 || word&flagHooked != 0 {
-		if !c.unwatchCtx() {
+		if c.ctx != nil && !c.leaveCtx(word) {
 			word |= flagCut
 		}
 		if word&(inFlight|flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
@@ -152,26 +103,13 @@ func (c *conn) end() uint64 {
 // abort ends a loan whose connection the caller will discard, without calling foreign
 // code. It reports whether the caller is the owner.
 func (c *conn) abort() bool {
-	if c.word.And(^uint64(flagLent))&flagGone != 0 {
+	word := c.word.And(^uint64(flagLent))
+	if word&flagGone != 0 {
 		return false
 	}
-	c.unwatchCtx()
-	return true
-}
-
-// unwatchCtx stops the watch on the loan's ctx. It reports false if the interrupt has
-// begun already. Only the owner calls it.
-func (c *conn) unwatchCtx() bool {
-	l := c.loan.Load()
-	if l == nil || l.unwatch == nil {
-		return true
+	if c.ctx != nil {
+		c.leaveCtx(word)
 	}
-	if !l.unwatch() {
-		return false
-	}
-	c.dmu.Lock() // the guard of a detached connection may be setting deadlines already
-	l.unwatch, l.ctx, l.limit = nil, nil, time.Time{}
-	c.dmu.Unlock()
 	return true
 }
 
@@ -279,25 +217,26 @@ func (c *conn) note(err error) error {
 		}
 		return err
 	}
-	l := c.loanState()
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
+	ctx, limit := c.underway()
 	if late || word&flagCut != 0 {
 		ioe := ioErrorOf(word, err)
 		switch {
-		case l.ctx == nil:
-		case l.ctx.Err() != nil:
-			ioe.cause = causeOf(l.ctx)
-			if l.ctx.Err() == context.Canceled { // whatever type the cause has
+		case ctx == nil:
+		case ctx.Err() != nil:
+			ioe.cause = causeOf(ctx)
+			if ctx.Err() == context.Canceled { // whatever type the cause has
 				ioe.kind = KindCanceled
 			}
-		case !l.limit.IsZero() && !c.site.env.clock.Read().Before(l.limit):
+		case !limit.IsZero() && !c.site.env.clock.Read().Before(limit):
 			// The deadline of the socket fired a moment before the ctx was done.
 			ioe.cause = context.DeadlineExceeded
 			c.word.Or(flagCut)
 		}
 		err = ioe
 	}
+	l := c.loanState()
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
 	if l.firstErr == nil {
 		l.firstErr = err
 	}
@@ -321,41 +260,6 @@ func (c *conn) failure() error {
 		return l.firstErr
 	}
 	return nil
-}
-
-// interruption returns why the loan was interrupted: the cause of its ctx. If the ctx
-// of a nested use was done, that ctx is no longer known, and the error is
-// context.Canceled.
-func (c *conn) interruption() error {
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	if l := c.loan.Load(); l != nil && l.ctx != nil && l.ctx.Err() != nil {
-		return causeOf(l.ctx)
-	}
-	return context.Canceled
-}
-
-// setDeadline sets a deadline for fn, at most the deadline of the loan's ctx.
-func (c *conn) setDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
-	if c.sock.foreign {
-		return c.setForeignDeadline(t, set)
-	}
-	c.dmu.Lock()
-	defer c.dmu.Unlock()
-	if c.word.Load()&flagCut != 0 {
-		return nil // interrupted: the deadline in the past stays
-	}
-	c.deadlineSet = true
-	return set(c.nc, c.limited(t))
-}
-
-// limited returns t, or the deadline of the loan's ctx if that is earlier. The caller
-// holds dmu.
-func (c *conn) limited(t time.Time) time.Time {
-	if l := c.loan.Load(); l != nil && !l.limit.IsZero() && (t.IsZero() || t.After(l.limit)) {
-		return l.limit
-	}
-	return t
 }
 
 // recordLoan records that c is lent. The stack in the record begins skip frames above
@@ -427,8 +331,8 @@ func (c *conn) reportUseAfterReturn(gen uint64) {
 	}
 	loan := "not known any more"
 	c.dmu.Lock()
-	if c.recentLoans != nil {
-		for _, l := range *c.recentLoans {
+	if e := c.cold.Load(); e != nil {
+		for _, l := range e.recentLoans {
 			if l.gen == gen {
 				loan = string(l.stack)
 			}
@@ -442,13 +346,11 @@ func (c *conn) reportUseAfterReturn(gen uint64) {
 // recordBorrower records, in debug mode, who borrowed the connection, for the last eight
 // loans.
 func (c *conn) recordBorrower(gen uint64) {
+	e := c.ensureCold()
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	if c.recentLoans == nil {
-		c.recentLoans = new([]pastLoan)
+	if len(e.recentLoans) == 8 {
+		e.recentLoans = append(e.recentLoans[:0], e.recentLoans[1:]...)
 	}
-	if len(*c.recentLoans) == 8 {
-		*c.recentLoans = append((*c.recentLoans)[:0], (*c.recentLoans)[1:]...)
-	}
-	*c.recentLoans = append(*c.recentLoans, pastLoan{gen, debug.Stack()})
+	e.recentLoans = append(e.recentLoans, pastLoan{gen, debug.Stack()})
 }

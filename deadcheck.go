@@ -94,7 +94,7 @@ var fdVisits = sync.Pool{New: func() any {
 // newFDVisit returns a visit to the descriptor of p; done gives it back.
 func newFDVisit(p *socket, peek bool) *fdVisit {
 	l := fdVisits.Get().(*fdVisit)
-	l.sock, l.peek = p, peek
+	l.sock, l.peek, l.stolen = p, peek, false
 	return l
 }
 
@@ -178,7 +178,10 @@ func (p *socket) isStolen() (stolen bool) {
 	if !p.known {
 		return false
 	}
-	p.raw.Control(func(fd uintptr) { stolen = !p.sys.stillIs(fd, p.who) })
+	l := newFDVisit(p, false)
+	p.raw.Control(l.visit)
+	stolen = l.stolen
+	l.done()
 	return stolen
 }
 

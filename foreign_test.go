@@ -837,6 +837,7 @@ func (c stuckCtx) Value(key any) any {
 func TestACtxThatDoesNotAnswerItsDialKeepsNoSlot(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		stuck := stuckCtx{bg, new(atomic.Bool), make(chan struct{})}
+		WithTrace(bg, new(Trace)) // from then on each ctx is asked for one
 		n := open(t, Config{MaxPerAddr: 1, DialTimeout: time.Second, Trace: &Trace{
 			GetConn: func(Addr) { stuck.stuck.Store(true) }, // With itself has asked by now
 		}})

@@ -74,7 +74,7 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	case ctx == nil:
 		return nil, usage(addr, errors.New("ctx is nil: pass context.Background()"))
 	}
-	k := checkout{p: p, trace: p.cfg.trace(ctx)}
+	k := checkout{p: p, trace: p.trace(ctx)}
 	k.get(&addr)
 	if err := k.borrow(ctx, &addr); err != nil {
 		return nil, err
@@ -82,7 +82,7 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	defer k.rescue()
 	k.record(1)
 	l := &Lease{c: k.c, ctx: context.WithoutCancel(ctx), trace: k.trace}
-	l.gen = k.start(l.ctx).gen
+	l.gen = k.start(context.Background()).gen // l.ctx can never be done
 	k.got()
 	l.cleanup = runtime.AddCleanup(l, leakedLease, k.c)
 	k.owned = false // the lease is the owner

@@ -59,7 +59,7 @@ func (l *Lease) Do(ctx context.Context, fn func(Conn) error) error {
 		return unkeep(err)
 	}
 	// The flags of the lease's loan before Do count for its loan after Do, too.
-	again, k.owned = c.begin(l.ctx, before&(flagTimedOut|flagHalfClosed)|word&(flagMoved|flagHalfClosed)), false
+	again, k.owned = c.begin(context.Background(), before&(flagTimedOut|flagHalfClosed)|word&(flagMoved|flagHalfClosed)), false
 	return unkeep(err)
 }
 

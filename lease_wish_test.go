@@ -11,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 )
@@ -57,7 +58,7 @@ func TestALeaseEndsAsItWasToldAtAnyMomentOfADo(t *testing.T) {
 					wish()
 				}
 			}
-			ctx, cancel := context.WithTimeout(bg, time.Hour)
+			ctx, cancel := context.WithTimeout(bg, clock.Tick) // so near that the deadline is set at once
 			defer cancel()
 			return l.Do(ctx, func(Conn) error { return nil })
 		},
@@ -65,7 +66,7 @@ func TestALeaseEndsAsItWasToldAtAnyMomentOfADo(t *testing.T) {
 			return l.Do(bg, func(Conn) error { wish(); return nil })
 		},
 		"when fn's loan has ended": func(t *testing.T, l *Lease, set *func(time.Time), wish func()) error {
-			ctx, cancel := context.WithTimeout(bg, time.Hour)
+			ctx, cancel := context.WithTimeout(bg, clock.Tick) // so near that the deadline is set at once
 			defer cancel()
 			return l.Do(ctx, func(Conn) error {
 				*set = func(time.Time) { *set = nil; wish() } // that of ctx is cleared

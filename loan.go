@@ -80,7 +80,7 @@ func (h Conn) Close() error {
 		h.c.closeUnderHook()
 		return nil
 	}
-	h.c.unwatchCtx()
+	h.c.quitCtx(word)
 	h.c.discard(ClosedByBorrower, nil)
 	return nil
 }
@@ -96,9 +96,13 @@ func (h Conn) Detach() (net.Conn, error) {
 		return nil, err
 	}
 	c := h.c
-	if !c.unwatchCtx() || word&flagCut != 0 {
+	ctx, _ := c.underway()
+	if done := ctx != nil && ctx.Err() != nil; !c.quitCtx(word) || done || word&flagCut != 0 {
 		c.word.And(^uint64(flagDetached))
-		why := c.interruption()
+		why := error(context.Canceled) // what is known of a nested use that is over
+		if done {
+			why = causeOf(ctx)
+		}
 		c.discard(ClosedCanceled, why)
 		return nil, why
 	}

@@ -351,7 +351,7 @@ func (b *sessionConns) inconsistency() error {
 // watched reports whether a ctx still has to do with c.
 func (c *conn) watched() bool {
 	l := c.loan.Load()
-	return l != nil && (l.unwatch != nil || l.ctx != nil || !l.limit.IsZero())
+	return c.ctx != nil || l != nil && (l.unwatch != nil || l.nested != nil || !l.limit.IsZero())
 }
 
 // holdsInconsistency needs mu.

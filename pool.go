@@ -47,6 +47,8 @@ type Pool struct {
 
 	handles handleBudget
 
+	hookCalls sync.Pool // of *hookCall
+
 	checkers chan struct{} // holds an element for each running ping of a sweep, see examineInTurn
 
 	// mu guards the books, the fields of site, conn and waiter that say so, and
@@ -92,6 +94,7 @@ func New(cfg Config) (*Pool, error) {
 	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())
 	// Short times, and observers, need the exact time.
 	p.clock.Read = time.Now
+	p.young.Do = (*conn).atTick
 	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
 		cfg.Check != nil && cfg.CheckAfterIdle < 100*clock.Tick || cfg.Trace != nil
 	p.ctx, p.stop = context.WithCancel(context.Background())

@@ -203,7 +203,7 @@ func (k *checkout) reset(ctx context.Context) bool {
 	if reason == ClosedUnknown && p.cfg.Reset != nil {
 		if c.sock.isStolen() {
 			reason, why = ClosedQuarantined, errStolen
-		} else if why = c.runHook(context.WithoutCancel(ctx), "Config.Reset", p.cfg.Reset); why != nil {
+		} else if why = c.runHook(ctx, false, "Config.Reset", p.cfg.Reset); why != nil {
 			reason, own = ClosedResetFailed, true
 		}
 	}

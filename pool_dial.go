@@ -109,13 +109,17 @@ func (a *attempt) dial() {
 		a.dialEnded(start, t, cancel)
 	}()
 	a.stage, a.where = StageDial, "a method of the borrower's ctx"
-	t = p.cfg.trace(a.ctx)
+	t = p.trace(a.ctx)
 	traced.Store(t)
 	ctx := a.ctx
 	if !c.site.unpooled() { // else it can serve nobody but the caller
 		ctx = context.WithoutCancel(ctx)
 	}
-	ctx, cancel = p.within(ctx, p.cfg.DialTimeout)
+	var end time.Time
+	if d := p.cfg.DialTimeout; d > 0 {
+		end = time.Now().Add(d)
+	}
+	ctx, cancel = p.within(ctx, end)
 	a.enter(StageDial)
 	p.mu.Lock()
 	if a.outcomeTaken() { // the borrower's ctx took too long, and the outcome is booked, or about to be

@@ -48,7 +48,7 @@ func (c *conn) ping(ctx context.Context) (CloseReason, error) {
 			c.discard(ClosedCheckFailed, nil)
 		}
 	}()
-	err := c.runHook(ctx, "Config.Check", p.cfg.Check)
+	err := c.runHook(ctx, true, "Config.Check", p.cfg.Check)
 	canceled := ctx.Err() != nil
 	asked = true
 	if err != nil {

@@ -2,36 +2,31 @@ package connpool
 
 import (
 	"context"
+	"runtime"
+	"sync"
 	"time"
 )
 
 // runHook lends c to a hook that talks over it (Reset, Check, Push) and waits for the
 // hook's answer, HookTimeout at most. The caller owns c before and after. After an error the
-// caller must discard c, because the hook may still be running.
-func (c *conn) runHook(ctx context.Context, where string, hook func(context.Context, Conn) error) (err error) {
+// caller must discard c, because the hook may still be running. The hook's ctx has the values
+// of ctx, and ends with ctx if follow is set.
+func (c *conn) runHook(ctx context.Context, follow bool, where string, hook func(context.Context, Conn) error) (err error) {
 	p := c.site.env.pool
-	ctx, cancel := p.within(ctx, p.cfg.HookTimeout)
-	defer cancel()
 	defer recoverInto(&err, where) // a panic from the borrower's ctx
-	loan := c.begin(ctx, flagHooked)
-	answer := make(chan error, 1)
-	go func() {
-		var err error = &PanicError{Where: where} // stays if the hook calls runtime.Goexit
-		defer func() { answer <- err }()
-		defer recoverInto(&err, where)
-		err = sanitizeError(returned(hook(ctx, loan)))
-	}()
-	late := false
-	select {
-	case err = <-answer:
-	case <-ctx.Done():
-		// The hook's I/O was interrupted, so the hook ends now or never.
-		select {
-		case err = <-answer:
-		case <-time.After(hookGrace):
-			late = true
-			err = causeOf(ctx)
-		}
+	k, _ := p.hookCalls.Get().(*hookCall)
+	if k == nil {
+		k = &hookCall{answer: make(chan error, 1)}
+		k.start = k.run
+	}
+	own := newHookCtx(p, ctx, follow)
+	defer own.finish()
+	k.where, k.hook, k.ctx, k.loan = where, hook, own, c.begin(own, flagHooked)
+	go k.start()
+	err, late := k.await(own)
+	if !late {
+		k.hook, k.ctx, k.loan = nil, nil, Conn{}
+		p.hookCalls.Put(k)
 	}
 	word := c.end()
 	switch {
@@ -70,19 +65,151 @@ func (e *hookError) Unwrap() error { return e.err }
 // the pool abandons it.
 const hookGrace = 100 * time.Millisecond
 
-// within derives a ctx that ends after d (0: no time limit) and with the pool. The derived
+// hookCall is one run of a hook. Calls are used again, unless their hook was abandoned.
+type hookCall struct {
+	where  string
+	hook   func(context.Context, Conn) error
+	ctx    *hookCtx
+	loan   Conn
+	answer chan error
+	start  func() // k.run, made once: a method value allocates
+}
+
+// run runs the hook, on a goroutine of its own.
+func (k *hookCall) run() {
+	var err error
+	ended := false
+	defer func() {
+		if !ended && err == nil { // runtime.Goexit
+			err = &PanicError{Where: k.where}
+		}
+		k.answer <- err
+	}()
+	defer recoverInto(&err, k.where)
+	err = sanitizeError(returned(k.hook(k.ctx, k.loan)))
+	ended = true
+}
+
+// await returns what the hook answered, or, with late set, why the hook is abandoned.
+func (k *hookCall) await(ctx context.Context) (err error, late bool) {
+	for range 4 { // many hooks end before it pays to ask for the end of ctx
+		select {
+		case err = <-k.answer:
+			return err, false
+		default:
+			runtime.Gosched()
+		}
+	}
+	select {
+	case err = <-k.answer:
+		return err, false
+	case <-ctx.Done():
+	}
+	// The hook's I/O was interrupted, so the hook ends now or never.
+	select {
+	case err = <-k.answer:
+		return err, false
+	case <-time.After(hookGrace):
+		return causeOf(ctx), true
+	}
+}
+
+// hookCtx is the ctx of a hook's run: what within would return, made only when something asks
+// for more than its deadline and its values. Most hooks do not, and within costs more than
+// they do.
+type hookCtx struct {
+	p        *Pool
+	borrower context.Context
+	follow   bool // the end of borrower counts
+	deadline time.Time
+
+	mu   sync.Mutex // guards the fields below; methods of borrower, which are foreign code, run under it, so nobody else takes it
+	full context.Context
+	end  context.CancelFunc // of full
+	over bool               // the run has ended
+}
+
+func newHookCtx(p *Pool, borrower context.Context, follow bool) *hookCtx {
+	x := &hookCtx{p: p, borrower: borrower, follow: follow}
+	if p.cfg.HookTimeout > 0 {
+		x.deadline = time.Now().Add(p.cfg.HookTimeout)
+	}
+	return x
+}
+
+// whole returns the complete ctx.
+func (x *hookCtx) whole() context.Context {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.full == nil {
+		base := x.borrower
+		if !x.follow {
+			base = context.WithoutCancel(base)
+		}
+		x.full, x.end = x.p.within(base, x.deadline)
+		if x.over {
+			x.end()
+		}
+	}
+	return x.full
+}
+
+// made returns the complete ctx if there is one already.
+func (x *hookCtx) made() context.Context {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.full
+}
+
+// finish ends the ctx.
+func (x *hookCtx) finish() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.over = true
+	if x.end != nil {
+		x.end()
+	}
+}
+
+func (x *hookCtx) Deadline() (time.Time, bool) {
+	t := x.deadline
+	if x.follow {
+		if d, ok := x.borrower.Deadline(); ok && (t.IsZero() || d.Before(t)) {
+			t = d
+		}
+	}
+	return t, !t.IsZero()
+}
+
+func (x *hookCtx) Done() <-chan struct{} { return x.whole().Done() }
+
+func (x *hookCtx) Err() error { return x.whole().Err() }
+
+func (x *hookCtx) AfterFunc(f func()) (stop func() bool) { return context.AfterFunc(x.whole(), f) }
+
+func (x *hookCtx) Value(key any) any {
+	if full := x.made(); full != nil {
+		return full.Value(key)
+	}
+	if key == (sessionKey{x.p}) {
+		return nil
+	}
+	return x.borrower.Value(key)
+}
+
+// within derives a ctx that ends at t (zero: no time limit) and with the pool. The derived
 // ctx has no session: hooks and dialers run on goroutines of their own while the borrower
 // has the session connection and waits for them.
-func (p *Pool) within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+func (p *Pool) within(ctx context.Context, t time.Time) (context.Context, context.CancelFunc) {
 	if p.inSession.Load() != 0 {
 		ctx = context.WithValue(ctx, sessionKey{p}, nil)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(p.ctx, func() { cancel(ErrClosed) })
-	if d <= 0 {
+	if t.IsZero() {
 		return ctx, func() { stop(); cancel(nil) }
 	}
-	ctx, done := context.WithTimeout(ctx, d)
+	ctx, done := context.WithDeadline(ctx, t)
 	return ctx, func() { stop(); done(); cancel(nil) }
 }
 

@@ -578,3 +578,60 @@ func TestAHookCannotKeepTheConnection(t *testing.T) {
 		n.gauges(0, 1, 0)
 	})
 }
+
+// USE-05
+func TestAHookCostsOneAllocation(t *testing.T) {
+	if raceEnabled {
+		t.Skip("under the race detector a sync.Pool forgets at random")
+	}
+	n := startSock(t, "tcp", faultnet.Options{})
+	hook := func(context.Context, Conn) error { return nil }
+	for name, cfg := range map[string]func(*Config){
+		"Reset": func(c *Config) { c.Reset = hook },
+		"Check": func(c *Config) { c.Check, c.CheckAfterIdle = hook, -1 },
+	} {
+		p := n.pool(t, cfg)
+		loan(t, p, n.addr)
+		require.LessOrEqual(t, testing.AllocsPerRun(200, func() {
+			if err := p.With(context.Background(), n.addr, func(Conn) error { return nil }); err != nil {
+				t.Error(err)
+			}
+		}), 1.0, "%s: its ctx", name)
+	}
+}
+
+func TestTheCtxOfAHookEndsWithItsRun(t *testing.T) {
+	type key struct{}
+	bubble(t, func(t *testing.T) {
+		var kept []context.Context
+		asked := false
+		n := open(t, Config{HookTimeout: time.Minute, Reset: func(ctx context.Context, _ Conn) error {
+			kept = append(kept, ctx)
+			until, ok := ctx.Deadline()
+			require.True(t, ok)
+			require.Equal(t, time.Minute, time.Until(until))
+			require.Equal(t, "v", ctx.Value(key{}))
+			if asked = !asked; asked {
+				require.NoError(t, ctx.Err())
+				below, cancel := context.WithTimeout(ctx, time.Hour)
+				defer cancel()
+				require.NoError(t, below.Err())
+			}
+			return nil
+		}})
+		ctx, cancel := context.WithCancel(context.WithValue(bg, key{}, "v"))
+		defer cancel()
+		for range 2 {
+			require.NoError(t, n.p.With(ctx, at("a"), func(Conn) error { return nil }))
+		}
+		require.Len(t, kept, 2)
+		unasked := newHookCtx(n.p, ctx, false) // the pool asks for the end of a ctx only if its hook takes long
+		unasked.finish()
+		kept = append(kept, unasked)
+		for _, old := range kept {
+			<-old.Done()
+			require.ErrorIs(t, old.Err(), context.Canceled)
+			require.Equal(t, "v", old.Value(key{}))
+		}
+	})
+}

@@ -86,7 +86,7 @@ func (c *conn) pushAll() (CloseReason, error) {
 		p.mu.Lock()
 		p.counts.Pushes++
 		p.mu.Unlock()
-		err = c.runHook(context.Background(), "Config.Push", p.cfg.Push)
+		err = c.runHook(context.Background(), false, "Config.Push", p.cfg.Push)
 		after := holdings{}
 		if err == nil {
 			after, err = c.heldSoon()

@@ -77,7 +77,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
 	s.overflow = uint8(max(0, min(overflow, math.MaxUint8)))
-	t := p.cfg.trace(ctx) // trace calls a method of ctx, which is foreign code: not under the lock
+	t := p.trace(ctx) // trace calls a method of ctx, which is foreign code: not under the lock
 	var todo agenda
 	p.mu.Lock()
 	if p.closed {

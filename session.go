@@ -46,7 +46,7 @@ func (p *Pool) Session(ctx context.Context) (_ context.Context, end func()) {
 		return ctx, func() {}
 	}
 	s := &session{sessionConns: &sessionConns{
-		p: p, ctx: context.WithoutCancel(ctx), trace: p.cfg.trace(ctx), byAddr: make(map[Addr]*sessionConn),
+		p: p, ctx: context.WithoutCancel(ctx), trace: p.trace(ctx), byAddr: make(map[Addr]*sessionConn),
 	}}
 	p.inSession.Add(1)
 	runtime.AddCleanup(s, func(b *sessionConns) { go b.leakedSession() }, s.sessionConns)

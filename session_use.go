@@ -27,7 +27,7 @@ func (b *sessionConns) use(ctx context.Context, st *sessionConn, fn func(Conn) e
 		}
 	}()
 	st.loan, st.spoiled, st.why = Conn{}, ClosedUnknown, nil
-	k := checkout{p: p, trace: p.cfg.trace(ctx)}
+	k := checkout{p: p, trace: p.trace(ctx)}
 	defer k.rescue()
 	k.get(&st.addr)
 	if st.c == nil { // the first use of the address, or the last use lost its connection
@@ -166,33 +166,4 @@ func (st *sessionConn) nested(ctx context.Context, fn func(Conn) error) error {
 		c.word.And(^uint64(flagTimedOut))
 	}
 	return unkeep(err)
-}
-
-// underCtx puts the loan under ctx as well, the ctx of a nested use, until undo is
-// called. If ctx was done by then, the loan is cut short, and the outer use cannot keep
-// the connection.
-func (c *conn) underCtx(ctx context.Context) (undo func()) {
-	if ctx.Done() == nil {
-		return func() {}
-	}
-	l := c.loanState()
-	c.dmu.Lock()
-	outer := l.ctx
-	l.ctx = ctx
-	if c.sock.foreign && l.over == nil {
-		l.over = make(chan struct{})
-	}
-	c.dmu.Unlock()
-	stop := context.AfterFunc(ctx, l.interrupt)
-	return func() {
-		if !stop() {
-			// The interrupt runs now, or has not begun yet, and must not hit a later
-			// loan: flagCut makes the owner close the connection. A connection that was
-			// detached has no later loan, and its deadlines are set by its new owner.
-			c.cutShort()
-		}
-		c.dmu.Lock()
-		l.ctx = outer
-		c.dmu.Unlock()
-	}
 }

@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 )
 
@@ -188,6 +189,7 @@ func WithTrace(ctx context.Context, t *Trace) context.Context {
 	if t == nil {
 		return ctx
 	}
+	tracesInCtx.Store(true)
 	outer, _ := ctx.Value(traceKey{}).(*Trace)
 	return context.WithValue(ctx, traceKey{}, chain(outer, t))
 }
@@ -224,9 +226,31 @@ func both[T any](f, g func(T)) func(T) {
 	return func(v T) { f(v); g(v) }
 }
 
-// trace returns what observes one use: the pool's Trace and the one in ctx. It is nil if
-// nothing observes the use.
-func (cfg *Config) trace(ctx context.Context) *Trace {
-	one, _ := ctx.Value(traceKey{}).(*Trace)
-	return chain(cfg.Trace, one)
+// observers finds what observes a use: the pool's Trace and the one in the use's ctx.
+type observers struct {
+	last atomic.Pointer[pairOfTraces] // a chain allocates, and most uses in a row have the same two
+}
+
+// pairOfTraces is a Trace of a ctx, and its chain behind the pool's.
+type pairOfTraces struct{ inCtx, both *Trace }
+
+// tracesInCtx is set by the first WithTrace of the process. Until then no ctx has a Trace, and
+// a search for one, which takes longer the more values a ctx has, is left out.
+var tracesInCtx atomic.Bool
+
+// of returns what observes a use under ctx of a pool whose Trace is pools; nil if nothing does.
+func (o *observers) of(ctx context.Context, pools *Trace) *Trace {
+	if !tracesInCtx.Load() {
+		return pools
+	}
+	inCtx, _ := ctx.Value(traceKey{}).(*Trace)
+	if inCtx == nil || pools == nil {
+		return chain(pools, inCtx)
+	}
+	pair := o.last.Load()
+	if pair == nil || pair.inCtx != inCtx {
+		pair = &pairOfTraces{inCtx, chain(pools, inCtx)}
+		o.last.Store(pair)
+	}
+	return pair.both
 }

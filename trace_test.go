@@ -9,12 +9,15 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 )
 
 // BETA-13
@@ -296,4 +299,51 @@ func wellFormed(life []string) error {
 		return errors.New("its end is missing")
 	}
 	return nil
+}
+
+// USE-03: observers that do nothing cost a loan no allocation, also two of them.
+func TestALoanThatIsObservedAllocatesNothing(t *testing.T) {
+	if raceEnabled {
+		t.Skip("under the race detector a sync.Pool forgets at random")
+	}
+	n := startSock(t, "tcp", faultnet.Options{})
+	var got, put, inCtx atomic.Int64
+	watch := &Trace{GotConn: func(GotInfo) { got.Add(1) }, PutConn: func(PutInfo) { put.Add(1) }}
+	ctx := WithTrace(context.Background(), &Trace{GotConn: func(GotInfo) { inCtx.Add(1) }})
+	for name, c := range map[string]struct {
+		pools *Trace
+		ctx   context.Context
+	}{
+		"the pool's": {watch, context.Background()}, "the ctx's": {nil, ctx}, "both": {watch, ctx},
+	} {
+		p := n.pool(t, func(cfg *Config) { cfg.Trace = c.pools })
+		loan(t, p, n.addr)
+		before := [2]int64{got.Load() + put.Load(), inCtx.Load()}
+		require.Zero(t, testing.AllocsPerRun(100, func() {
+			if err := p.With(c.ctx, n.addr, func(Conn) error { return nil }); err != nil {
+				t.Error(err)
+			}
+		}), name)
+		if c.pools != nil {
+			require.Equal(t, before[0]+2*101, got.Load()+put.Load(), name)
+		}
+		if c.ctx == ctx {
+			require.Equal(t, before[1]+101, inCtx.Load(), name)
+		}
+	}
+}
+
+func TestTwoCtxsAreObservedByTheirOwnTraces(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var told []string
+		tell := func(who string) *Trace {
+			return &Trace{GotConn: func(GotInfo) { told = append(told, who) }}
+		}
+		n := open(t, Config{Trace: tell("pool")})
+		one, two := WithTrace(bg, tell("one")), WithTrace(bg, tell("two"))
+		for _, ctx := range []context.Context{one, two, bg, one} {
+			require.NoError(t, n.p.With(ctx, at("a"), func(Conn) error { return nil }))
+		}
+		require.Equal(t, strings.Fields("pool one pool two pool pool one"), told)
+	})
 }

@@ -10,7 +10,8 @@ import (
 // fn has the connection alone until fn returns. A [Conn] that is kept longer
 // answers ErrReturned. ctx governs the wait for the connection and the I/O inside
 // fn: the pool sets the deadline of ctx on the socket, and the end of ctx
-// interrupts a blocked call. ctx does not govern the dial, because another borrower
+// interrupts a blocked call, in the first 10 ms of a loan up to 10 ms late (more on a
+// machine whose processors are all busy). ctx does not govern the dial, because another borrower
 // may get the connection (the dial does get the values of ctx). With itself returns
 // when ctx is done, even during a dial.
 //
@@ -37,8 +38,9 @@ import (
 // session keeps the connection between two uses, and the rules above about giving
 // back apply at the session's end.
 //
-// A ctx that can never be done costs nothing; one that can costs a
-// context.AfterFunc. A nil ctx or fn is an error.
+// A loan under a ctx that can be done costs what a loan under context.Background does:
+// only a loan that lasts for more than 10 ms sets a deadline and a context.AfterFunc. A
+// deadline that is nearer is set at once. A nil ctx or fn is an error.
 func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 	switch {
 	case p.stop == nil:
@@ -53,7 +55,7 @@ func (p *Pool) With(ctx context.Context, addr Addr, fn func(Conn) error) error {
 			return err
 		}
 	}
-	k := checkout{p: p, trace: p.cfg.trace(ctx)}
+	k := checkout{p: p, trace: p.trace(ctx)}
 	k.get(&addr)
 	if err := k.borrow(ctx, &addr); err != nil {
 		return err

@@ -57,6 +57,8 @@ type Clock struct {
 	asked  atomic.Bool             // Now was called since the last tick
 	steps  atomic.Pointer[[]sleep] // steps of the wall clock, see remember; usually nil. The slice is never written after it is stored
 
+	base time.Time // what Read returned first; written once, under mu, before any reading is known
+
 	mu    sync.Mutex // guards the fields below; nothing else happens under it
 	at    Instant    // the latest reading
 	then  time.Time  // what Read returned at that reading
@@ -104,6 +106,14 @@ func (k *Clock) Now() Instant {
 	return now
 }
 
+// Until returns how long it is until t, as late as Now is. A t without a reading of the
+// monotonic clock is compared by the wall clock, and may be off by what that was set since
+// the first reading.
+func (k *Clock) Until(t time.Time) time.Duration {
+	now := k.Now()
+	return t.Sub(k.base) - now.Sub(1)
+}
+
 // Exactly returns the time from the real clock. Use it for a time that somebody may
 // compare with a clock of their own.
 func (k *Clock) Exactly() Instant {
@@ -138,7 +148,7 @@ func longestAfter(steps []sleep, then Instant) time.Duration {
 func (k *Clock) advance() Instant {
 	t := k.Read()
 	if k.at == 0 {
-		k.at = 1
+		k.at, k.base = 1, t
 	} else {
 		passed := max(0, t.Sub(k.then)) // without a monotonic clock this difference may be negative too
 		k.at += Instant(passed)
