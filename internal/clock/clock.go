@@ -3,7 +3,8 @@
 //
 // The package holds the monotonic clock, a timer that runs only while Now is called more
 // than once a tick, and the steps of the wall clock against the monotonic one, from which
-// Age knows that the machine has slept.
+// Age knows that the machine has slept; and AtTick, which visits values one tick after they
+// were added.
 //
 // Nothing here blocks. The mutex is held for one reading of the real clock; under it no
 // other lock is taken and no foreign code runs, except Clock.Read.
