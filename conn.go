@@ -99,7 +99,7 @@ type loanState struct {
 	// dmu of c guards these once the loan has begun.
 	nested     context.Context // of a use inside the loan, see underCtx; nil: none
 	limit      time.Time       // deadline of the loan's ctx, which no deadline that fn sets may exceed; zero: none
-	limited    bool            // limit is known, and a limit was set on the socket
+	limited    bool            // limit is known, and set on the socket if there is one and the socket takes it
 	firstErr   error           // first error of an operation, or of a deadline that could not be set
 	foreignErr bool            // the reader or writer that an operation copied from or to has failed, or may have; see noteForeignError
 

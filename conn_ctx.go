@@ -73,7 +73,7 @@ func (c *conn) limitLoan() {
 			known := l.limited
 			l.limit = t
 			c.dmu.Unlock()
-			if known {
+			if known || c.word.Load()&flagDetached != 0 {
 				return nil
 			}
 			err := c.nc.SetDeadline(t)
@@ -263,6 +263,27 @@ func (c *conn) underway() (ctx context.Context, limit time.Time) {
 		}
 	}
 	return ctx, limit
+}
+
+// overBecause returns why the loan of generation gen is over: the cause of its ctx, or of a use
+// in it, whichever is done. nil: none is, or there is no such loan.
+func (c *conn) overBecause(gen uint64) error {
+	if c.enter(gen) != nil {
+		return nil
+	}
+	defer c.leave(0, nil)
+	c.dmu.Lock()
+	ctxs := [2]context.Context{c.ctx}
+	if l := c.loan.Load(); l != nil {
+		ctxs[1] = l.nested
+	}
+	c.dmu.Unlock()
+	for _, ctx := range ctxs {
+		if ctx != nil && ctx.Err() != nil {
+			return causeOf(ctx)
+		}
+	}
+	return nil
 }
 
 // interruption returns why the loan was interrupted: the cause of its ctx. If the ctx

@@ -482,3 +482,81 @@ func TestACtxThatPanicsAsItsLoanBeginsCostsTheConnection(t *testing.T) {
 		}
 	})
 }
+
+func TestDetachAsksTheCtxBeforeItTakesTheConnection(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{})
+		armed := false
+		require.PanicsWithValue(t, errBoom, func() {
+			n.p.With(errCtx{bg, func() {
+				if armed {
+					panic(errBoom)
+				}
+			}}, at("a"), func(c Conn) error {
+				armed = true
+				c.Detach()
+				return nil
+			})
+		})
+		n.check()
+		n.gauges(0, 0, 0)
+		// The ctx around the use counts as that of the use does.
+		s, end := n.p.Session(bg)
+		outer, cancel := context.WithCancel(s)
+		n.p.With(outer, at("a"), func(Conn) error {
+			cancel()
+			return n.p.With(s, at("a"), func(c Conn) error {
+				_, err := c.Detach()
+				require.ErrorIs(t, err, context.Canceled)
+				return nil
+			})
+		})
+		end()
+		n.check()
+	})
+}
+
+func TestASetupWhoseTimeWasUpIsAFailedDial(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{DialTimeout: 50 * time.Millisecond, Setup: func(context.Context, Addr, net.Conn) (any, error) {
+			time.Sleep(5 * time.Millisecond)
+			return nil, nil
+		}})
+		n.Host("a").SetLatency(47 * time.Millisecond)
+		require.Error(t, n.p.With(bg, at("a"), func(Conn) error { return nil }))
+		n.check()
+	})
+}
+
+// stuckDeadline is a connection whose SetDeadline hangs for a while.
+type stuckDeadline struct {
+	*faultnet.Conn
+	stuck *atomic.Bool
+}
+
+func (c stuckDeadline) SetDeadline(t time.Time) error {
+	if c.stuck.Load() {
+		time.Sleep(time.Minute)
+	}
+	return c.Conn.SetDeadline(t)
+}
+
+func TestADeadlineThatHangsAtTheTickCostsTheConnection(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newTestnet(t)
+		var stuck atomic.Bool
+		n.open(Config{Dialers: n.wrapped(func(c *faultnet.Conn) net.Conn { return stuckDeadline{c, &stuck} })})
+		n.use(at("a"))
+		ctx, cancel := context.WithTimeout(bg, time.Hour)
+		defer cancel()
+		stuck.Store(true)
+		require.NoError(t, n.p.With(ctx, at("a"), func(Conn) error {
+			time.Sleep(clock.Tick + time.Millisecond) // the loan ends while the deadline is being set
+			return nil
+		}))
+		stuck.Store(false)
+		time.Sleep(2 * time.Minute)
+		n.closed(reasons{ClosedBroken: 1})
+		n.check()
+	})
+}

@@ -88,8 +88,11 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 func (c *conn) end() uint64 {
 	word := c.word.And(^uint64(flagLent))
 	if word&flagGone == 0 || word&flagHooked != 0 {
-		if c.ctx != nil && !c.leaveCtx(word) {
-			word |= flagCut
+		if c.ctx != nil {
+			if !c.leaveCtx(word) {
+				word |= flagCut
+			}
+			word |= c.word.Load() & flagBroken // a deadline that could not be set while the watch began
 		}
 		if word&(inFlight|flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
 			if c.clearDeadline() != nil {
@@ -100,8 +103,8 @@ func (c *conn) end() uint64 {
 	return word
 }
 
-// abort ends a loan whose connection the caller will discard, without calling foreign
-// code. It reports whether the caller is the owner.
+// abort ends a loan whose connection the caller will discard. It calls no foreign code, but
+// waits for a watch on the ctx that is being set. It reports whether the caller is the owner.
 func (c *conn) abort() bool {
 	word := c.word.And(^uint64(flagLent))
 	if word&flagGone != 0 {

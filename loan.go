@@ -91,17 +91,16 @@ func (h Conn) Close() error {
 // while an operation is running, when ctx is done (or the ctx of a use nested in this
 // one was), in a hook, and if the descriptor has become another socket's.
 func (h Conn) Detach() (net.Conn, error) {
+	why := h.c.overBecause(h.gen) // asked first: a ctx that panics must not take the connection along
 	word, err := h.leaveFor(flagGone | flagDetached)
 	if err != nil {
 		return nil, err
 	}
 	c := h.c
-	ctx, _ := c.underway()
-	if done := ctx != nil && ctx.Err() != nil; !c.quitCtx(word) || done || word&flagCut != 0 {
+	if !c.quitCtx(word) || why != nil || word&flagCut != 0 {
 		c.word.And(^uint64(flagDetached))
-		why := error(context.Canceled) // what is known of a nested use that is over
-		if done {
-			why = causeOf(ctx)
+		if why == nil {
+			why = context.Canceled // what is known of a nested use that is over
 		}
 		c.discard(ClosedCanceled, why)
 		return nil, why

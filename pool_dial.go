@@ -224,7 +224,7 @@ func (a *attempt) open(ctx context.Context) error {
 	case err != nil:
 	case word&flagStolen != 0:
 		err = errStolen
-	case word&flagCut != 0:
+	case word&flagCut != 0 || ctx.Err() != nil:
 		err = causeOf(ctx)
 	case word&inFlight != 0:
 		err = &brokenContract{"Config.Setup left an operation running"}

@@ -33,6 +33,8 @@ func (c *conn) runHook(ctx context.Context, follow bool, where string, hook func
 	case late:
 		p.report.noteAbandoned(where, c.site.addr)
 	case err != nil:
+	case own.ended():
+		err = causeOf(own)
 	case word&(flagCut|inFlight) != 0:
 		err = &brokenContract{"it left an operation running"}
 	case word&(flagGone|flagBroken|flagTimedOut|flagHalfClosed) != 0:
@@ -100,18 +102,32 @@ func (k *hookCall) await(ctx context.Context) (err error, late bool) {
 			runtime.Gosched()
 		}
 	}
-	select {
-	case err = <-k.answer:
-		return err, false
-	case <-ctx.Done():
+	over, err := endOf(ctx, k.where)
+	if err == nil {
+		select {
+		case err = <-k.answer:
+			return err, false
+		case <-over:
+			err = causeOf(ctx)
+		}
 	}
 	// The hook's I/O was interrupted, so the hook ends now or never.
 	select {
-	case err = <-k.answer:
-		return err, false
+	case answer := <-k.answer:
+		if isPanic(err) {
+			return err, false
+		}
+		return answer, false
 	case <-time.After(hookGrace):
-		return causeOf(ctx), true
+		return err, true
 	}
+}
+
+// endOf returns the channel that says when ctx is done. A panic of the borrower's ctx is the
+// error.
+func endOf(ctx context.Context, where string) (over <-chan struct{}, err error) {
+	defer recoverInto(&err, where)
+	return ctx.Done(), nil
 }
 
 // hookCtx is the ctx of a hook's run: what within would return, made only when something asks
@@ -123,7 +139,7 @@ type hookCtx struct {
 	follow   bool // the end of borrower counts
 	deadline time.Time
 
-	mu   sync.Mutex // guards the fields below; methods of borrower, which are foreign code, run under it, so nobody else takes it
+	mu   sync.Mutex // guards the fields below; methods of borrower, which are foreign code, run under it, so only the methods of this ctx and the end of its run take it
 	full context.Context
 	end  context.CancelFunc // of full
 	over bool               // the run has ended
@@ -161,6 +177,12 @@ func (x *hookCtx) made() context.Context {
 	return x.full
 }
 
+// ended reports whether the ctx was done before its run ended, if anything asked for its end.
+func (x *hookCtx) ended() bool {
+	full := x.made()
+	return full != nil && full.Err() != nil
+}
+
 // finish ends the ctx.
 func (x *hookCtx) finish() {
 	x.mu.Lock()
@@ -170,6 +192,9 @@ func (x *hookCtx) finish() {
 		x.end()
 	}
 }
+
+// String is for who prints a ctx, which would read the fields.
+func (x *hookCtx) String() string { return "connpool: the ctx of a hook" }
 
 func (x *hookCtx) Deadline() (time.Time, bool) {
 	t := x.deadline

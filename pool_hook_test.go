@@ -635,3 +635,17 @@ func TestTheCtxOfAHookEndsWithItsRun(t *testing.T) {
 		}
 	})
 }
+
+func TestACheckThatOutlivesAPanicOfItsCtxIsCounted(t *testing.T) {
+	n := startSock(t, "tcp", faultnet.Options{})
+	let := make(chan struct{})
+	p := n.pool(t, func(c *Config) {
+		c.CheckAfterIdle = -1
+		c.Check = func(context.Context, Conn) error { <-let; return nil }
+	})
+	defer close(let)
+	loan(t, p, n.addr)
+	require.Panics(t, func() { p.With(doneless{context.Background()}, n.addr, func(Conn) error { return nil }) })
+	require.EqualValues(t, 1, p.Stats().AbandonedCalls)
+	require.Zero(t, p.Stats().InUse)
+}

@@ -62,6 +62,7 @@ func TestUntilIsAsLateAsNow(t *testing.T) {
 		k := newClock()
 		k.Now()
 		k.Now()
+		require.Negative(t, k.Until(time.Time{}.Add(1)), "long ago")
 		until := time.Now().Add(time.Second)
 		for range 100 {
 			time.Sleep(Tick / 3)

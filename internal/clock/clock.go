@@ -112,7 +112,11 @@ func (k *Clock) Now() Instant {
 // the first reading.
 func (k *Clock) Until(t time.Time) time.Duration {
 	now := k.Now()
-	return t.Sub(k.base) - now.Sub(1)
+	left := t.Sub(k.base)
+	if left < 0 { // long ago: the difference may be the least there is
+		return left
+	}
+	return left - now.Sub(1)
 }
 
 // Exactly returns the time from the real clock. Use it for a time that somebody may
