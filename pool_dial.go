@@ -224,7 +224,7 @@ func (a *attempt) open(ctx context.Context) error {
 	case err != nil:
 	case word&flagStolen != 0:
 		err = errStolen
-	case word&flagCut != 0 || ctx.Err() != nil:
+	case ctx.Err() != nil, word&flagCut != 0:
 		err = causeOf(ctx)
 	case word&inFlight != 0:
 		err = &brokenContract{"Config.Setup left an operation running"}

@@ -337,8 +337,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "detach-asks-the-ctx",
-		old:   `if done := ctx != nil && ctx.Err() != nil;`,
-		new:   `if done := false;`,
+		old:   `why := h.c.overBecause(h.gen)`,
+		new:   `var why error`,
 		tests: `TestAConnectionWhoseCtxIsDoneIsNotDetached`,
 	},
 	{
@@ -352,6 +352,18 @@ var mutants = []mutant{
 		old:   "	if l != nil {\n		watching = l.watching",
 		new:   "	if true {\n		watching = l.watching",
 		tests: `TestACtxThatPanicsAsItsLoanBeginsCostsTheConnection`,
+	},
+	{
+		name:  "a-setup-whose-time-was-up",
+		old:   `case ctx.Err() != nil, word&flagCut != 0:`,
+		new:   `case word&flagCut != 0:`,
+		tests: `TestASetupWhoseTimeWasUpIsAFailedDial`,
+	},
+	{
+		name:  "end-sees-what-the-watch-broke",
+		old:   `word |= c.word.Load() & flagBroken`,
+		new:   `_ = word`,
+		tests: `TestADeadlineThatHangsAtTheTickCostsTheConnection`,
 	},
 	{
 		name:  "end-waits-for-the-watch",
