@@ -75,7 +75,7 @@ type conn struct {
 	checked clock.Instant // when Config.Check last succeeded
 	uses    int           // loans, this one included
 
-	ctx  context.Context           // of the loan; nil: Background, or there is no loan. It changes with the state word, see conn_ctx.go
+	ctx  context.Context           // of the loan, see conn_ctx.go; nil: Background, or no loan. It is left over if the connection is not lent again
 	loan atomic.Pointer[loanState] // nil while the loan needs no state
 	dmu  sync.Mutex                // orders SetDeadline against the interrupt, and guards the fields that name it; nothing that blocks runs under it but SetDeadline of package net
 

@@ -11,19 +11,20 @@ import (
 )
 
 // How the ctx of a loan governs the I/O of the loan. A watch on a ctx (context.AfterFunc) and
-// a deadline on a socket each cost more than all the rest of a loan, and most loans end before
-// either would matter. So a loan under a ctx begins without both (beginUnder). It puts its
-// connection on the list env.young, and a timer goes through the list once a tick: a loan that
-// is still out gets its watch and its deadline then (watchCtx). Until then, at most a tick and the time
-// that the timer waits for a processor, an operation goes on although the ctx is done. The
-// verdict at the end of the loan asks the ctx itself, so nothing is lost by that.
+// a deadline on a socket together cost twice as much as all the rest of a loan, and most loans
+// end before either would matter. So a loan under a ctx begins without both (beginUnder). It
+// puts its connection on the list env.young, and a timer goes through the list once a tick: a
+// loan that is still out gets its watch and its deadline then (watchCtx). Until then an
+// operation goes on although the ctx is done: for a tick at most, and the time that the timer
+// waits for a processor. The verdict at the end of the loan asks the ctx itself, so a
+// connection whose ctx was done is closed in any case.
 //
 // A deadline that is nearer than the next tick is set when the loan begins. A deadline of fn's
 // own comes after that of the ctx, which it must not exceed (limitLoan).
 //
 // Two flags of the state word order the begin of the watch against the end of the loan.
-// Whoever clears flagUnwatched of a loan that is under way (flagLent) has begun the watch, in
-// one step. An end that finds flagUnwatched set knows that nobody can begin the watch any more;
+// Whoever clears flagUnwatched of a loan that is under way (flagLent) sets the watch from then
+// on, and closes loanState.watching when the watch is set. An end that finds flagUnwatched set knows that nobody can begin the watch any more;
 // an end that finds it cleared waits until the watch is set, and stops it.
 //
 // flagListed is set while the connection is on the list. A loan that finds the flag set is seen

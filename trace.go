@@ -184,7 +184,8 @@ func (cfg *Config) noneRemovable(ctx context.Context) func(*Error) bool {
 }
 
 // WithTrace returns a ctx whose uses of a pool are observed by t, in addition
-// to the pool's own Trace and to one already in ctx. A nil t returns ctx.
+// to the pool's own Trace and to one already in ctx. A nil t returns ctx. Set the
+// fields of t before: the pool may go on calling the functions that it found first.
 func WithTrace(ctx context.Context, t *Trace) context.Context {
 	if t == nil {
 		return ctx

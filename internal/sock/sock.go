@@ -3,7 +3,7 @@
 //
 // It offers: the identity of a socket (Identify, Still), a look into a socket and a read
 // from it without waiting (Peek, ReadNow), whether closing a socket waits (Lingers), the
-// options of a QoS, and a dial with them (Options), how many files may be open and whether one more can be
+// options of a QoS and a dial with them (Options), how many files may be open and whether one more can be
 // (FileLimit, NoFileFree), the system's error numbers (Err..., OutOfFiles, FullBacklog),
 // and notice of a peer's hang-up (Watcher). Where a system lacks one of these, the API
 // reports it (CanPeek, CanWatch, Options.Supported, HasAbstractUnix, or a false beside
