@@ -527,10 +527,10 @@ func TestAReserveOpensNothingThatCouldNotBeKept(t *testing.T) {
 	})
 	bubble(t, func(t *testing.T) { // nor while handles run low
 		n := open(t, Config{MinIdlePerAddr: 1})
-		b := n.borrow(bg, at("a"))
 		n.p.mu.Lock()
-		n.p.pressure = handlesLow
+		n.p.pressure, n.p.pressedAt = handlesLow, n.p.clock.Now()
 		n.p.mu.Unlock()
+		b := n.borrow(bg, at("a"))
 		b.conn()
 		synctest.Wait()
 		require.EqualValues(t, 1, n.p.Stats().Dials)
