@@ -84,25 +84,22 @@ func (b *books) noteFreedLocked() {
 	}
 }
 
-// dropSurplusLocked closes the idle connections that the limits do not allow any more:
-// first those beyond the limits of their address, then, of all addresses, those beyond
-// the limits of the pool.
-func (b *books) dropSurplusLocked(todo *agenda) {
-	tooMany := []func(*site) bool{
-		func(s *site) bool {
-			return int(s.n[phaseIdle]) > b.limits.MaxIdlePerAddr || s.n.kept() > b.limits.MaxPerAddr
-		},
-		func(*site) bool {
-			return int(b.n[phaseIdle]) > b.limits.MaxIdle || b.n.kept() > b.limitLocked()
-		},
+// dropSurplusLocked closes the idle connections of s beyond the limits of an address, the
+// least recently used first.
+func (b *books) dropSurplusLocked(s *site, todo *agenda) {
+	idle := int(s.n[phaseIdle])
+	surplus := min(idle, max(idle-b.limits.MaxIdlePerAddr, s.n.kept()-b.limits.MaxPerAddr))
+	if surplus <= 0 {
+		return
 	}
-	all := b.recency.all()
-	for _, surplus := range tooMany {
-		for _, c := range all {
-			if c.phase == phaseIdle && surplus(c.site) {
-				b.evictLocked(c, ClosedSurplus, nil, todo)
-			}
+	stack := make([]*conn, 0, idle)
+	for c := s.top; c != nil; c = c.down {
+		if c.phase == phaseIdle { // one that is being checked keeps its place
+			stack = append(stack, c)
 		}
+	}
+	for i := range surplus {
+		b.evictLocked(stack[idle-1-i], ClosedSurplus, nil, todo)
 	}
 }
 

@@ -140,7 +140,7 @@ func (t *siteTable) len() int { return len(t.by) + len(t.rest) }
 
 // all ranges over the sites in no particular order. The loop body may remove the site that
 // it got. When the body is done with that site, it may unlock Pool.mu and lock it again,
-// see eachSiteLocked.
+// see eachLocked.
 func (t *siteTable) all() iter.Seq[*site] {
 	return func(yield func(*site) bool) {
 		for _, s := range t.by {

@@ -202,7 +202,7 @@ func TestNobodyWaitsForAllAddresses(t *testing.T) {
 		defer p.mu.Unlock()
 		passed <- visited
 	}()
-	p.eachSiteLocked(func(s *site) {
+	eachLocked(p, p.sites.all(), new(agenda), func(s *site) {
 		if visited++; visited%atOnce == 0 {
 			<-time.After(50 * time.Microsecond)
 		}

@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"errors"
+	"maps"
 	"syscall"
 
 	"github.com/seed-ecb488c9/connpool/internal/sock"
@@ -29,7 +30,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 	marked := 0
 	var todo agenda
 	p.mu.Lock()
-	for _, c := range p.byFD { // byFD, unlike recency, has the connections in Setup too
+	eachLocked(p, maps.Values(p.byFD), new(agenda), func(c *conn) { // byFD, unlike recency, has the connections in Setup too
 		same := known && c.sock.known && c.sock.who == who
 		switch {
 		case c == own, c.phase == phaseClosing:
@@ -44,7 +45,7 @@ func (p *Pool) MarkDead(nc syscall.Conn) int {
 				p.evictLocked(c, ClosedMarkedDead, nil, &todo)
 			}
 		}
-	}
+	})
 	p.mu.Unlock()
 	todo.run(p)
 	return marked

@@ -16,8 +16,8 @@ import (
 // their place, and a [Pool.Warm] that asks for more than the limit allows now ends with
 // an error.
 //
-// SetLimits may be called at any time by many goroutines. It holds up the pool for as
-// long as it takes to visit each of the pool's connections.
+// SetLimits may be called at any time by many goroutines. In a pool of
+// many connections or addresses, borrowers go on while SetLimits visits them.
 func (p *Pool) SetLimits(l Limits) error {
 	if p.stop == nil {
 		return usage(Addr{}, ErrClosed)
@@ -30,7 +30,6 @@ func (p *Pool) SetLimits(l Limits) error {
 	if err := l.reachable("Limits", int(p.handles.Load())); err != nil {
 		return usage(Addr{}, err)
 	}
-	var todo agenda
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
@@ -44,19 +43,39 @@ func (p *Pool) SetLimits(l Limits) error {
 	if now.MaxOpen == math.MaxInt {
 		p.pressure = handlesPlenty // the budget of handles was given up with the limit
 	}
-	p.dropSurplusLocked(&todo)
-	for s := range p.sites.all() {
-		if now.MinIdlePerAddr == 0 && s.prefill != nil {
+	p.imposeLimits()
+	return nil
+}
+
+// imposeLimits makes the pool obey limits that have just been set. The caller holds the lock,
+// and imposeLimits unlocks it.
+func (p *Pool) imposeLimits() {
+	over := false
+	defer func() {
+		if !over { // a Trace function called runtime.Goexit
+			go func() {
+				p.mu.Lock()
+				p.imposeLimits()
+			}()
+		}
+	}()
+	var todo agenda
+	eachLocked(p, p.sites.all(), &todo, func(s *site) {
+		p.dropSurplusLocked(s, &todo)
+		if p.limits.MinIdlePerAddr == 0 && s.prefill != nil {
 			s.prefill.reserve, s.prefill.unstable, s.prefill.retryOnce = false, false, false
 		}
 		p.refuseWarmingsLocked(s)
 		p.refreshLocked(s)
 		p.dropIfEmptyLocked(s)
-	}
+	})
+	p.evictAllLocked(ClosedSurplus, &todo, func() bool {
+		return int(p.n[phaseIdle]) > p.limits.MaxIdle || p.n.kept() > p.limitLocked()
+	})
 	p.admitLocked(&todo)
 	p.mu.Unlock()
+	over = true
 	todo.run(p)
-	return nil
 }
 
 // Limits returns the limits in use, as they were given.

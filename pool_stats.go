@@ -38,21 +38,30 @@ func (p *Pool) Stats() Stats {
 // all may not. The body runs with no lock held and may use the pool.
 func (p *Pool) Addrs() iter.Seq2[Addr, AddrStats] {
 	return func(yield func(Addr, AddrStats) bool) {
+		type row struct {
+			addr  Addr
+			stats AddrStats
+		}
+		var all [][]row // one slice could not grow while the lock is held for a short time only
 		p.mu.Lock()
-		all := make([]AddrStats, 0, p.sites.len())
-		addrs := make([]Addr, 0, p.sites.len())
-		p.eachSiteLocked(func(s *site) {
-			addrs = append(addrs, s.addr)
-			all = append(all, AddrStats{
+		eachLocked(p, p.sites.all(), new(agenda), func(s *site) {
+			last := len(all) - 1
+			if last < 0 || len(all[last]) == atOnce {
+				all = append(all, make([]row, 0, atOnce))
+				last++
+			}
+			all[last] = append(all[last], row{s.addr, AddrStats{
 				Open: s.n.open(), Dialing: int(s.n[phaseDialing]), Idle: int(s.n[phaseIdle]), InUse: int(s.n[phaseBorrowed]), Closing: int(s.n[phaseClosing]),
 				Waiting: s.queue.len, Loans: s.loans, Dials: s.dials, DialErrors: s.dialErrors,
 				BackingOff: s.backingOff(), LastErr: inStats(s.lastErr()),
-			})
+			}})
 		})
 		p.mu.Unlock()
-		for i, a := range addrs {
-			if !yield(a, all[i]) {
-				return
+		for _, rows := range all {
+			for i := range rows {
+				if !yield(rows[i].addr, rows[i].stats) {
+					return
+				}
 			}
 		}
 	}

@@ -3,6 +3,7 @@ package connpool
 import (
 	"context"
 	"errors"
+	"maps"
 	"sync"
 	"time"
 
@@ -30,25 +31,6 @@ import (
 // than foreignPatience: a peer that hangs holds up no other address.
 const maxCheckers = 16
 
-// atOnce is how many connections or addresses a sweep visits before it lets borrowers take
-// the lock.
-const atOnce = 64
-
-// eachSiteLocked calls visit for each address, with the lock held. It unlocks and locks the
-// mutex every atOnce addresses, so that borrowers do not wait for a million of them. An
-// address that is forgotten meanwhile is not visited any more, and a new one may be visited or
-// not.
-func (p *Pool) eachSiteLocked(visit func(*site)) {
-	n := 0
-	for s := range p.sites.all() {
-		visit(s)
-		if n++; n%atOnce == 0 {
-			p.mu.Unlock()
-			p.mu.Lock()
-		}
-	}
-}
-
 // sweep is one sweep, from the forgetting of old failures to the start of the next timer.
 func (p *Pool) sweep() {
 	now := p.clock.Exactly()
@@ -59,7 +41,8 @@ func (p *Pool) sweep() {
 		return
 	}
 	p.sweeping = true
-	p.eachSiteLocked(func(s *site) {
+	var todo agenda
+	eachLocked(p, p.sites.all(), &todo, func(s *site) {
 		if p.closed {
 			return
 		}
@@ -76,7 +59,6 @@ func (p *Pool) sweep() {
 			p.sweepReserveLocked(s, now)
 		}
 	})
-	var todo agenda
 	if p.deficit.Len() > 0 {
 		p.admitLocked(&todo)
 	}
@@ -130,17 +112,17 @@ func (p *Pool) sweep() {
 func (p *Pool) examineAll(pings map[*site][]idleRef) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for s, here := range pings {
+	eachLocked(p, maps.Keys(pings), new(agenda), func(s *site) {
 		if p.checkingSites[s] {
-			continue
+			return
 		}
 		if p.checkingSites == nil {
 			p.checkingSites = make(map[*site]bool)
 		}
 		p.checkingSites[s] = true
 		p.examiners++
-		go s.examineIdle(here)
-	}
+		go s.examineIdle(pings[s])
+	})
 }
 
 // examineIdle examines idle connections of s, one after another.

@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"log/slog"
+	"maps"
 	"syscall"
 	"time"
 
@@ -113,6 +114,7 @@ func (p *Pool) startWatcher() {
 	w, err := ws.create()
 
 	var all []*conn
+	began := false
 	p.mu.Lock()
 	ws.starting = false
 	switch {
@@ -122,11 +124,9 @@ func (p *Pool) startWatcher() {
 	case p.closed:
 	default:
 		ws.noteStartedLocked(w)
-		for _, c := range p.byFD {
-			all = append(all, c)
-		}
+		began = true
+		eachLocked(p, maps.Values(p.byFD), new(agenda), func(c *conn) { all = append(all, c) })
 	}
-	began := ws.watcher == w && w != nil
 	p.mu.Unlock()
 	switch {
 	case err != nil:
@@ -160,15 +160,12 @@ func (p *Pool) rewatchLocked() {
 // rewatch is a part of the sweep. It tries again to watch what could not be watched, and ends the
 // watcher when there is nothing to watch any more.
 func (p *Pool) rewatch() {
-	var missed []*conn
 	p.mu.Lock()
 	w, idle := p.watching.watcher, len(p.byFD) == 0
 	if idle {
 		p.watching.watcher = nil
 	}
-	for c := range p.watching.missed {
-		missed = append(missed, c)
-	}
+	missed := p.watching.missed
 	p.watching.missed = nil
 	p.mu.Unlock()
 	switch {
@@ -177,7 +174,7 @@ func (p *Pool) rewatch() {
 	case idle:
 		w.Close()
 	default:
-		for _, c := range missed {
+		for c := range missed {
 			c.watchWith(w)
 		}
 	}

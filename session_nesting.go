@@ -45,7 +45,6 @@ func freeUse(num *uint64) { numbers.Put(num) }
 type numberedUse struct {
 	b    *sessionConns
 	st   *sessionConn
-	fn   func(Conn) error
 	num  uint64
 	left int // digits of num that are not on the stack yet
 
@@ -56,7 +55,7 @@ type numberedUse struct {
 func (b *sessionConns) useNumbered(ctx context.Context, st *sessionConn, fn func(Conn) error, num uint64) error {
 	left := digits(num)
 	st.frames = 3 + 2*left // two for each digit, and useNumbered, digitsBegin and the first nextDigit
-	return digitsBegin(ctx, &numberedUse{b: b, st: st, fn: fn, num: num, left: left})
+	return digitsBegin(ctx, &numberedUse{b: b, st: st, num: num, left: left}, fn)
 }
 
 // digits returns the number of hexadecimal digits of num.
@@ -71,101 +70,135 @@ func digits(num uint64) (n int) {
 // address.
 
 //go:noinline
-func digitsBegin(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digitsBegin(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func nextDigit(ctx context.Context, m *numberedUse) error {
+func nextDigit(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
 	if m.left == 0 {
 		if m.learn != nil {
 			m.learn()
 			return nil
 		}
-		return m.b.use(ctx, m.st, m.fn)
+		return m.b.use(ctx, m.st, fn)
 	}
 	m.left--
 	switch m.num >> (4 * m.left) & 15 {
 	case 0:
-		return digit0(ctx, m)
+		return digit0(ctx, m, fn)
 	case 1:
-		return digit1(ctx, m)
+		return digit1(ctx, m, fn)
 	case 2:
-		return digit2(ctx, m)
+		return digit2(ctx, m, fn)
 	case 3:
-		return digit3(ctx, m)
+		return digit3(ctx, m, fn)
 	case 4:
-		return digit4(ctx, m)
+		return digit4(ctx, m, fn)
 	case 5:
-		return digit5(ctx, m)
+		return digit5(ctx, m, fn)
 	case 6:
-		return digit6(ctx, m)
+		return digit6(ctx, m, fn)
 	case 7:
-		return digit7(ctx, m)
+		return digit7(ctx, m, fn)
 	case 8:
-		return digit8(ctx, m)
+		return digit8(ctx, m, fn)
 	case 9:
-		return digit9(ctx, m)
+		return digit9(ctx, m, fn)
 	case 10:
-		return digit10(ctx, m)
+		return digit10(ctx, m, fn)
 	case 11:
-		return digit11(ctx, m)
+		return digit11(ctx, m, fn)
 	case 12:
-		return digit12(ctx, m)
+		return digit12(ctx, m, fn)
 	case 13:
-		return digit13(ctx, m)
+		return digit13(ctx, m, fn)
 	case 14:
-		return digit14(ctx, m)
+		return digit14(ctx, m, fn)
 	default:
-		return digit15(ctx, m)
+		return digit15(ctx, m, fn)
 	}
 }
 
 //go:noinline
-func digit0(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit0(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit1(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit1(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit2(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit2(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit3(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit3(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit4(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit4(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit5(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit5(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit6(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit6(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit7(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit7(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit8(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit8(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit9(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit9(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit10(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit10(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit11(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit11(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit12(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit12(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit13(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit13(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit14(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit14(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 //go:noinline
-func digit15(ctx context.Context, m *numberedUse) error { return nextDigit(ctx, m) }
+func digit15(ctx context.Context, m *numberedUse, fn func(Conn) error) error {
+	return nextDigit(ctx, m, fn)
+}
 
 // frameTable holds the return addresses in digitsBegin and in digit0 to digit15.
 type frameTable struct {
@@ -191,7 +224,7 @@ var learnFrames = sync.OnceValue(func() *frameTable {
 				}
 			}
 		}
-		digitsBegin(context.Background(), m)
+		digitsBegin(context.Background(), m, nil)
 	}
 	l.first, l.last = slices.Min(l.at[:]), slices.Max(l.at[:])
 	if l.first == 0 {

@@ -14,7 +14,7 @@ import (
 // below calls f below the marks of a use of that number.
 func below(num uint64, f func()) {
 	m := &numberedUse{num: num, left: digits(num), learn: f}
-	if err := digitsBegin(context.Background(), m); err != nil {
+	if err := digitsBegin(context.Background(), m, nil); err != nil {
 		panic(err)
 	}
 }

@@ -145,16 +145,19 @@ func (n *testnet) check() {
 	require.Equal(n.t, st.Open, int(st.Dials-st.DialErrors-closed), "%v %v", st, st.Closed) // TRY-53
 }
 
-// gauges checks what the pool is at the moment.
+// gauges checks what the pool is when all that is under way has come to rest.
 func (n *testnet) gauges(inUse, idle, waiting int) {
 	n.t.Helper()
+	settleBubble()
 	st := n.p.Stats()
 	require.Equal(n.t, [3]int{inUse, idle, waiting}, [3]int{st.InUse, st.Idle, st.Waiting}, "in use, idle, waiting")
 }
 
-// closed checks how often connections were closed, by reason.
+// closed checks how often connections were closed, by reason. The close of a foreign connection
+// has a goroutine of its own.
 func (n *testnet) closed(want map[CloseReason]uint64) {
 	n.t.Helper()
+	settleBubble()
 	require.Equal(n.t, want, n.p.Stats().Closed)
 }
 

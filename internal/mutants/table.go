@@ -832,14 +832,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "setlimits-keeps-the-surplus",
-		old:   "\tp.dropSurplusLocked(&todo)\n\tfor s",
-		new:   "\tfor s",
+		old:   "\t\tp.dropSurplusLocked(s, &todo)\n",
+		new:   "",
 		tests: `TestALoweredLimitClosesIdleConnectionsAtOnceAndNoLoan`,
 	},
 	{
 		name:  "setlimits-wakes-nobody",
-		old:   "p.dropIfEmptyLocked(s)\n\t}\n\tp.admitLocked(&todo)\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
-		new:   "p.dropIfEmptyLocked(s)\n\t}\n\tp.mu.Unlock()\n\ttodo.run(p)\n\treturn nil",
+		old:   "return int(p.n[phaseIdle]) > p.limits.MaxIdle || p.n.kept() > p.limitLocked()\n\t})\n\tp.admitLocked(&todo)",
+		new:   "return int(p.n[phaseIdle]) > p.limits.MaxIdle || p.n.kept() > p.limitLocked()\n\t})",
 		tests: `TestARaisedLimitWakesTheOldestWaiters`,
 	},
 	{

@@ -1,0 +1,59 @@
+package connpool
+
+import (
+	"iter"
+	"runtime"
+)
+
+// Work on all connections or addresses, in portions. There may be a hundred thousand of them,
+// and borrowers must not wait until all are visited. So whoever visits them lets others take
+// the lock after every portion. What holds for one connection or address holds at any moment;
+// what holds for all of them together holds when the work is done.
+
+// atOnce is how many connections or addresses are visited while the lock is held.
+const atOnce = 64
+
+// eachLocked calls visit for each value of all, with the lock held, in portions. all ranges
+// over a map that the lock guards. A value that is removed meanwhile is not visited any more,
+// and a new one may be visited or not.
+func eachLocked[T any](p *Pool, all iter.Seq[T], todo *agenda, visit func(T)) {
+	n := 0
+	for v := range all {
+		visit(v)
+		if n++; n%atOnce == 0 {
+			p.yieldLocked(todo)
+		}
+	}
+}
+
+// yieldLocked ends a portion: it unlocks, does what is on the agenda, and locks again. In debug
+// mode it does nothing, because an audit of somebody else must not meet work that is half done.
+// Foreign code that todo runs may end the goroutine. The lock is not held then.
+func (p *Pool) yieldLocked(todo *agenda) {
+	if p.debug {
+		return
+	}
+	p.mu.Unlock()
+	todo.run(p)
+	*todo = agenda{}
+	for range 16 { // a mutex prefers the goroutine that runs to those that were woken, which need some microseconds
+		runtime.Gosched()
+	}
+	p.mu.Lock()
+}
+
+// evictAllLocked evicts the least recently used idle connection as long as more returns true,
+// in portions. There are at most as many evictions as connections are idle at the beginning.
+func (p *Pool) evictAllLocked(reason CloseReason, todo *agenda, more func() bool) {
+	all := int(p.n[phaseIdle])
+	for n := 1; n <= all && more(); n++ {
+		c := p.recency.oldestIdle(int(p.n[phaseIdle]))
+		if c == nil {
+			return
+		}
+		p.evictLocked(c, reason, nil, todo)
+		if n%atOnce == 0 {
+			p.yieldLocked(todo)
+		}
+	}
+}
