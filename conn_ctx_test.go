@@ -284,6 +284,14 @@ func TestALoanUnderACtxAllocatesNothing(t *testing.T) {
 					}
 				}), what)
 			}
+			// What fn uses of its caller may stay on the stack of the caller.
+			require.Zero(t, testing.AllocsPerRun(1000, func() {
+				var reply [64]byte
+				lent := Conn{}
+				if err := p.With(cancelable, n.addr, func(c Conn) error { lent = c; reply[0]++; return nil }); err != nil || lent == (Conn{}) || reply[0] != 1 {
+					t.Error(err)
+				}
+			}))
 			// A ctx that was made for the loan: the pool must not make it allocate its channel.
 			alone := testing.AllocsPerRun(1000, func() {
 				ctx, cancel := context.WithTimeout(context.Background(), time.Hour)

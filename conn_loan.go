@@ -147,8 +147,13 @@ func (c *conn) enter(gen uint64) error {
 // leave ends an operation that moved n bytes and returned err. It returns the error to
 // report.
 func (c *conn) leave(n int64, err error) error {
-	if n > 0 && c.word.Load()&flagMoved == 0 {
-		c.word.Or(flagMoved)
+	if n > 0 {
+		if w := c.word.Load(); w&flagMoved == 0 {
+			if err == nil && c.word.CompareAndSwap(w, (w|flagMoved)-oneOp) { // the usual case, with one atomic operation
+				return nil
+			}
+			c.word.Or(flagMoved)
+		}
 	}
 	if err != nil {
 		err = c.note(err)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tlsrecord"
 )
 
 // Prober may be implemented by a net.Conn that has no descriptor, or that knows better
@@ -258,13 +259,13 @@ var (
 // of a record, or has seen the end. moved says that the loan has moved bytes. A loan
 // that has moved none may still have made crypto/tls read: a read that timed out in the
 // middle of a record, or of a renegotiation, returns no bytes. Over a tlsSocket the
-// pool knows what crypto/tls has read. With a dialer's own *tls.Conn it knows only what
-// the borrower did.
+// pool knows what crypto/tls has read. Of a dialer's own *tls.Conn it knows what the
+// borrower did, and, if the version of crypto/tls is known, what crypto/tls holds.
 func (p *socket) leftovers(moved bool) (bool, error) {
 	switch sock := p.belowTLS(); {
 	case p.tls == nil:
 		return false, nil
-	case sock == nil && !moved:
+	case sock == nil && (!moved || tlsrecord.Quiet(p.tls)):
 		return false, nil
 	case sock != nil && (sock.record.Untouched() || sock.record.Drained()):
 		return false, nil
@@ -357,7 +358,7 @@ func (p *socket) readThroughNow(mode tlsMode, patience time.Duration, scratch *[
 		return ClosedStale, err
 	case sock != nil && sock.stuck:
 		return ClosedStale, errStuck
-	case sock != nil && sock.record.Partial():
+	case sock != nil && sock.record.Partial(), sock == nil && tlsrecord.Partial(p.tls):
 		return ClosedDirty, errPartial
 	case (sock == nil || sock.renegotiates) && !p.tls.ConnectionState().HandshakeComplete:
 		// This read, or the borrower's last read, ran out of time in the middle of a

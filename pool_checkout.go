@@ -182,6 +182,9 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 // unclean says why a connection may not be used again although nothing failed in the loan,
 // which left word behind: bytes were left in the state or in crypto/tls.
 func (c *conn) unclean(word uint64) (CloseReason, error) {
+	if c.state == nil && c.sock.tls == nil {
+		return ClosedUnknown, nil // there is nothing that could hold bytes
+	}
 	if c.leftovers(word) {
 		return ClosedDirty, c.held().clean("the borrower")
 	}

@@ -77,7 +77,7 @@ func TestWhatClosesManyConnectionsLetsBorrowersPass(t *testing.T) {
 			require.NoError(t, <-served)
 			require.Positive(t, idle)
 			// The close of a foreign connection has a goroutine of its own.
-			require.Eventually(t, func() bool { return p.Stats().Open <= 3 }, 10*time.Second, time.Millisecond)
+			require.Eventually(t, func() bool { return p.Stats().Open <= 3 }, time.Minute, time.Millisecond)
 			p.check(t)
 		})
 	}
@@ -99,7 +99,7 @@ func TestWorkInPortionsIsDoneToItsEnd(t *testing.T) {
 				act(p)
 			}()
 			<-done
-			require.Eventually(t, func() bool { return p.Stats().Open == 0 }, 10*time.Second, time.Millisecond)
+			require.Eventually(t, func() bool { return p.Stats().Open == 0 }, time.Minute, time.Millisecond)
 			p.check(t)
 		})
 	}
@@ -147,10 +147,10 @@ func TestLoansAndWorkInPortionsDisturbEachOtherInNothing(t *testing.T) {
 	}
 	group.Wait()
 	require.NoError(t, p.SetLimits(limits))
-	require.Eventually(t, func() bool { st := p.Stats(); return st.Closing+st.InUse+st.Dialing == 0 }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { st := p.Stats(); return st.Closing+st.InUse+st.Dialing == 0 }, time.Minute, time.Millisecond)
 	p.check(t)
 	p.CloseIdle()
-	require.Eventually(t, func() bool { return p.Stats().Open == 0 }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return p.Stats().Open == 0 }, time.Minute, time.Millisecond)
 }
 
 // BenchmarkStall is how long borrowers wait for work on 100,000 connections, each to an address
