@@ -142,3 +142,38 @@ func BenchmarkHook(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkLease is Lease and Return, beside With, under a ctx that can be cancelled.
+func BenchmarkLease(b *testing.B) {
+	srv, err := faultnet.Start(faultnet.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer srv.Close()
+	p, err := New(Config{NoProbe: true, NoFDCheck: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer p.Close()
+	addr := Addr{Transport: TCP, Host: srv.Host(), Port: srv.Port()}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	b.Run("how=With", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if err := p.With(ctx, addr, func(Conn) error { return nil }); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("how=Lease", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			l, err := p.Lease(ctx, addr)
+			if err != nil {
+				b.Fatal(err)
+			}
+			l.Return()
+		}
+	})
+}

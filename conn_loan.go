@@ -274,9 +274,10 @@ func (c *conn) failure() error {
 // recordLoan's caller. Only the owner of c calls it.
 func (c *conn) recordLoan(skip int) {
 	env := c.site.env
-	var pcs [64]uintptr
-	n := runtime.Callers(skip+2, pcs[:])
-	h := &loanRecord{addr: c.site.addr, id: c.id, since: env.clock.Exactly(), stack: append([]uintptr(nil), pcs[:n]...), trace: c.trace()}
+	h := loanRecords.Get().(*loanRecord)
+	h.addr, h.id, h.trace = c.site.addr, c.id, c.trace()
+	h.calls, h.since = env.loanLog.extent()
+	h.calls = runtime.Callers(skip+2, h.pcs[:h.calls])
 	c.loanState().record = h
 	env.loanLog.add(h, skip+2)
 }

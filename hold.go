@@ -1,7 +1,6 @@
 package connpool
 
 import (
-	"container/list"
 	"log/slog"
 	"runtime/pprof"
 	"sync"
@@ -14,20 +13,33 @@ import (
 // that is in use, and since when: for a single loan, for a lease, or for all the uses
 // of a session. A record takes a walk up the stack, so the pool makes records only if
 // HoldWarn, Profile or Debug is set. Leases are always recorded: when a lease leaks,
-// the stack of its borrow is the only thing that the pool can report.
+// the stack of its borrow is the only thing that the pool can report. But without these
+// settings the record of a lease has only the innermost calls of the stack.
 
-// loanRecord is the record of one connection that is in use.
+// maxCalls is how many calls of the stack a record has, and fewCalls how many the record of a
+// lease has that nothing but a leak will report.
+const (
+	maxCalls = 64
+	fewCalls = 4
+)
+
+// loanRecord is the record of one connection that is in use. Records are used again and
+// again: without mu of the loanLog, only the owner of the connection may look at one.
 type loanRecord struct {
 	addr  Addr
 	id    uint64
 	since clock.Instant
-	stack callers
 	trace *Trace // of the borrow, including the pool's
+	calls int    // how many of pcs are set
+	pcs   [maxCalls]uintptr
 
-	next, prev *loanRecord   // in the list of the loanLog
-	listed     bool          // it is in that list
-	out        *list.Element // in loanLog.out
+	next, prev *loanRecord // in the list of the loanLog
 }
+
+var loanRecords = sync.Pool{New: func() any { return new(loanRecord) }}
+
+// stack returns the calls of the borrow, innermost first, as a part of h.
+func (h *loanRecord) stack() callers { return callers(h.pcs[:h.calls]) }
 
 // loanLog holds the loan records, and reports connections that have been in use for
 // long.
@@ -38,12 +50,11 @@ type loanLog struct {
 	clock   *clock.Clock
 	report  *reporter
 
-	out loansOut // all records
-
-	// The records that have not been reported yet, oldest first. The timer runs while
-	// there are any.
-	mu             sync.Mutex // guards the list and the timer; no hook, log line or other lock under it
+	// All records, the longest loan first. The timer runs while there are any that have not
+	// been reported.
+	mu             sync.Mutex // guards what follows; no hook, log line or other lock under it
 	oldest, newest *loanRecord
+	untold         *loanRecord // the first that has not been reported; nil if there is none, or without reports
 	timer          *time.Timer
 }
 
@@ -53,52 +64,49 @@ func (l *loanLog) init(cfg *Config, k *clock.Clock, r *reporter) {
 	l.warn, l.profile, l.clock, l.report = cfg.HoldWarn, cfg.Profile, k, r
 }
 
+// extent is how many calls of the stack a record is to have that begins now, and the time of its
+// begin. Of a lease that nothing but a leak will report, a tick does not matter.
+func (l *loanLog) extent() (calls int, now clock.Instant) {
+	if l.wanted {
+		return maxCalls, l.clock.Exactly()
+	}
+	return fewCalls, l.clock.Now()
+}
+
 // add adds a record. skip is the number of stack frames to leave out for the Profile.
 func (l *loanLog) add(h *loanRecord, skip int) {
-	l.out.add(h)
-	if l.profile != nil {
-		l.profile.Add(h, skip+1)
-	}
-	if l.warn <= 0 {
-		return
-	}
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	h.listed, h.prev = true, l.newest
-	l.newest = h
-	if h.prev != nil {
+	h.prev, h.next = l.newest, nil
+	if l.newest = h; h.prev != nil {
 		h.prev.next = h
-		return
-	}
-	l.oldest = h
-	if l.timer == nil {
-		l.timer = time.AfterFunc(l.warn, l.tell)
 	} else {
-		l.timer.Reset(l.warn)
+		l.oldest = h
+	}
+	if l.warn > 0 && l.untold == nil {
+		l.untold = h
+		if l.timer == nil {
+			l.timer = time.AfterFunc(l.warn, l.tell)
+		} else {
+			l.timer.Reset(l.warn)
+		}
+	}
+	l.mu.Unlock()
+	if l.profile != nil {
+		l.profile.Add(h, skip+1) // last, because it may panic
 	}
 }
 
-// remove removes a record.
+// remove removes a record. The caller must not use it any more.
 func (l *loanLog) remove(h *loanRecord) {
-	l.out.remove(h)
 	if l.profile != nil {
 		l.profile.Remove(h)
 	}
-	if l.warn <= 0 {
-		return
-	}
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	if h.listed {
-		l.unlist(h)
+	if l.untold == h {
+		if l.untold = h.next; l.untold == nil {
+			l.timer.Stop()
+		}
 	}
-	if l.oldest == nil && l.timer != nil { // there is no timer if Profile.Add panicked before add made one
-		l.timer.Stop()
-	}
-}
-
-// unlist takes h off the list of records not yet reported. The caller holds mu.
-func (l *loanLog) unlist(h *loanRecord) {
 	if h.prev == nil {
 		l.oldest = h.next
 	} else {
@@ -109,26 +117,27 @@ func (l *loanLog) unlist(h *loanRecord) {
 	} else {
 		h.next.prev = h.prev
 	}
-	h.prev, h.next, h.listed = nil, nil, false
+	l.mu.Unlock()
+	h.addr, h.trace, h.next, h.prev = Addr{}, nil, nil, nil
+	loanRecords.Put(h)
 }
 
 // tell reports each connection that has been in use for HoldWarn, once, and restarts
 // the timer for the next one.
 func (l *loanLog) tell() {
 	now := l.clock.Exactly()
-	var late []*loanRecord
+	var late []loanRecord // copies: a loan may end while its record is told
 	l.mu.Lock()
-	for h := l.oldest; h != nil; h = l.oldest {
-		left := l.warn - now.Sub(h.since)
-		if left > 0 {
+	for ; l.untold != nil; l.untold = l.untold.next {
+		if left := l.warn - now.Sub(l.untold.since); left > 0 {
 			l.timer.Reset(max(left, time.Millisecond))
 			break
 		}
-		l.unlist(h)
-		late = append(late, h)
+		late = append(late, *l.untold)
 	}
 	l.mu.Unlock()
-	for _, h := range late {
+	for i := range late {
+		h := &late[i]
 		info := h.info(now)
 		if h.trace != nil && h.trace.HeldLong != nil {
 			l.report.observe("Trace.HeldLong", func() { h.trace.HeldLong(info) })
@@ -141,7 +150,7 @@ func (l *loanLog) tell() {
 // info returns h as a HeldInfo; the loan has lasted until now.
 func (h *loanRecord) info(now clock.Instant) HeldInfo {
 	info := HeldInfo{Addr: h.addr, ID: h.id, Held: now.Sub(h.since)}
-	info.Place, info.Stack = h.stack.text()
+	info.Place, info.Stack = h.stack().text()
 	return info
 }
 
@@ -149,48 +158,30 @@ func (h *loanRecord) info(now clock.Instant) HeldInfo {
 // hundred thousand connections.
 const farEnough = 256
 
-// loansOut lists the recorded loans (see recordLoan), longest first.
-type loansOut struct {
-	mu  sync.Mutex // guards all; nothing else happens under it
-	all list.List  // of *loanRecord
-}
-
-func (o *loansOut) add(h *loanRecord) {
-	o.mu.Lock()
-	h.out = o.all.PushBack(h)
-	o.mu.Unlock()
-}
-
-func (o *loansOut) remove(h *loanRecord) {
-	o.mu.Lock()
-	o.all.Remove(h.out)
-	o.mu.Unlock()
-}
-
-// find returns the first loan that satisfies which, among the farEnough longest; nil if
-// none does.
-func (o *loansOut) find(which func(*loanRecord) bool) *loanRecord {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	el := o.all.Front()
-	for n := 0; el != nil && n < farEnough; n++ {
-		if h := el.Value.(*loanRecord); which(h) {
-			return h
+// longest returns a copy of the first record whose address satisfies which, among the farEnough
+// longest loans. It reports false if there is none.
+func (l *loanLog) longest(which func(Addr) bool) (loanRecord, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h := l.oldest
+	for n := 0; h != nil && n < farEnough; n++ {
+		if which(h.addr) {
+			return *h, true
 		}
-		el = el.Next()
+		h = h.next
 	}
-	return nil
+	return loanRecord{}, false
 }
 
-// at lists up to n loans at addr, and counts the others.
-func (o *loansOut) at(addr Addr, n int) (hs []*loanRecord, more int) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for el := o.all.Front(); el != nil; el = el.Next() {
-		if h := el.Value.(*loanRecord); h.addr != addr {
+// at returns copies of the records of up to n loans at addr, and counts the others.
+func (l *loanLog) at(addr Addr, n int) (hs []loanRecord, more int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for h := l.oldest; h != nil; h = h.next {
+		if h.addr != addr {
 			continue
 		} else if len(hs) < n {
-			hs = append(hs, h)
+			hs = append(hs, *h)
 		} else {
 			more++
 		}

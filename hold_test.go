@@ -135,8 +135,7 @@ func TestReportsComeInTimeForEach(t *testing.T) {
 			require.Equal(t, 10*time.Second, told[0].Held)
 		}
 		n.p.loanLog.mu.Lock()
-		require.Nil(t, n.p.loanLog.oldest)
-		require.Nil(t, n.p.loanLog.newest)
+		require.Nil(t, n.p.loanLog.untold)
 		require.False(t, n.p.loanLog.timer.Stop(), "it runs only while something is out")
 		n.p.loanLog.mu.Unlock()
 		// However a hold ends, it ends.
@@ -147,7 +146,7 @@ func TestReportsComeInTimeForEach(t *testing.T) {
 			b.finish(how)
 			synctest.Wait()
 			n.p.loanLog.mu.Lock()
-			require.Nil(t, n.p.loanLog.oldest)
+			require.Nil(t, n.p.loanLog.untold)
 			require.False(t, n.p.loanLog.timer.Stop())
 			n.p.loanLog.mu.Unlock()
 		}
@@ -250,5 +249,50 @@ func TestAProfileThatPanicsCostsNoSlot(t *testing.T) {
 		n.p.loanLog.profile = nil
 		n.use(at("a"))
 		n.gauges(0, 1, 0)
+	})
+}
+
+// USE-05: a lease costs the Lease and what watches for a leak. Its record is used again.
+func TestALeaseAllocatesThreeTimes(t *testing.T) {
+	if raceEnabled {
+		t.Skip("under the race detector a sync.Pool forgets at random")
+	}
+	n := startSock(t, "tcp", faultnet.Options{})
+	p := n.pool(t, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	lend := func() {
+		l, err := p.Lease(ctx, n.addr)
+		require.NoError(t, err)
+		require.NoError(t, l.Return())
+	}
+	lend()
+	require.LessOrEqual(t, testing.AllocsPerRun(1000, lend), 3.0)
+}
+
+// A record that is used again says nothing of the loan before.
+func TestARecordOfALoanEndsWithTheLoan(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var reports heldLong
+		n := open(t, Config{HoldWarn: time.Second, Trace: reports.trace()})
+		for i := range 20 {
+			l := n.lease(at(fmt.Sprint("h", i)))
+			b := n.borrow(bg, at(fmt.Sprint("b", i)))
+			b.conn()
+			if i%2 == 0 {
+				time.Sleep(time.Second)
+				told := reports.take()
+				require.Len(t, told, 2)
+				require.Equal(t, at(fmt.Sprint("h", i)), told[0].Addr)
+				require.Equal(t, at(fmt.Sprint("b", i)), told[1].Addr)
+				require.NotEqual(t, told[0].Stack, told[1].Stack)
+			}
+			require.NoError(t, l.Return())
+			require.NoError(t, b.giveBack())
+		}
+		require.Nil(t, n.p.loanLog.oldest)
+		require.Nil(t, n.p.loanLog.newest)
+		time.Sleep(time.Hour)
+		require.Empty(t, reports.take())
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"runtime"
 	"sync"
+	"time"
 )
 
 // Lease is a connection that is held across calls, until [Lease.Return]. It is a
@@ -23,7 +24,7 @@ import (
 // reachable, too.
 type Lease struct {
 	c       *conn
-	ctx     context.Context // carries the values of the ctx given to Pool.Lease; never done
+	values  valuesOf // of the ctx given to Pool.Lease
 	trace   *Trace
 	cleanup runtime.Cleanup // detects a leak; nothing in the pool refers to the Lease itself
 
@@ -33,6 +34,15 @@ type Lease struct {
 	wanted  bool   // Return or Discard was called during Do
 	dropped bool   // it was Discard; the next loan of the lease is closed as soon as it begins, if Discard itself found none
 }
+
+// valuesOf is a ctx with the values of another one, which is never done. It is a part of the
+// Lease, where context.WithoutCancel would allocate one.
+type valuesOf struct{ ctx context.Context }
+
+func (*valuesOf) Deadline() (t time.Time, ok bool) { return t, false }
+func (*valuesOf) Done() <-chan struct{}            { return nil }
+func (*valuesOf) Err() error                       { return nil }
+func (v *valuesOf) Value(key any) any              { return v.ctx.Value(key) }
 
 // leaseState is the state of a lease. Whoever moves it out of leaseHeld or leaseDoing
 // is the owner of the connection.
@@ -81,8 +91,8 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 	}
 	defer k.rescue()
 	k.record(1)
-	l := &Lease{c: k.c, ctx: context.WithoutCancel(ctx), trace: k.trace}
-	l.gen = k.start(context.Background()).gen // l.ctx can never be done
+	l := &Lease{c: k.c, values: valuesOf{ctx}, trace: k.trace}
+	l.gen = k.start(context.Background()).gen // the ctx of a lease can never be done
 	k.got()
 	l.cleanup = runtime.AddCleanup(l, leakedLease, k.c)
 	k.owned = false // the lease is the owner
@@ -125,7 +135,7 @@ func (l *Lease) release() {
 	l.cleanup.Stop()
 	k := l.checkout()
 	defer k.rescue()
-	k.finish(l.ctx, nil)
+	k.finish(&l.values, nil)
 }
 
 // Close is Return, for code that uses the lease as a net.Conn. If operations are

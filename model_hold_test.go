@@ -365,7 +365,7 @@ func (p *Pool) holdsInconsistency() error {
 	n := 0
 	var prev *loanRecord
 	for h := l.oldest; h != nil; prev, h = h, h.next {
-		if n++; h.prev != prev || !h.listed || prev != nil && h.since < prev.since {
+		if n++; h.prev != prev || prev != nil && h.since < prev.since {
 			return errors.New("the list of what is held is torn or out of order")
 		}
 	}

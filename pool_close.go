@@ -161,12 +161,13 @@ func (e *cutShort) Unwrap() error { return spent(e.ctx) }
 
 // borrowedBy names the places where the connections of an address that are in use were
 // borrowed, as far as the pool knows them, up to ten.
-func (o *loansOut) borrowedBy(a Addr, now clock.Instant) string {
-	known, more := o.at(a, 10)
+func (l *loanLog) borrowedBy(a Addr, now clock.Instant) string {
+	known, more := l.at(a, 10)
 	var b strings.Builder
-	for i, h := range known {
+	for i := range known {
+		h := &known[i]
 		b.WriteString([]string{" borrowed", ", and"}[min(i, 1)])
-		fmt.Fprintf(&b, " %v ago by %s", now.Sub(h.since).Round(time.Millisecond), h.stack.place())
+		fmt.Fprintf(&b, " %v ago by %s", now.Sub(h.since).Round(time.Millisecond), h.stack().place())
 	}
 	if more > 0 {
 		fmt.Fprintf(&b, ", and %d more", more)
@@ -201,7 +202,7 @@ func (p *Pool) stillOut() string {
 	var b strings.Builder
 	for _, a := range order {
 		o := byAddr[a]
-		fmt.Fprintf(&b, "%d in use for %s (for %v)%s, ", o.n, a, o.held.Round(time.Millisecond), p.loanLog.out.borrowedBy(a, now))
+		fmt.Fprintf(&b, "%d in use for %s (for %v)%s, ", o.n, a, o.held.Round(time.Millisecond), p.loanLog.borrowedBy(a, now))
 	}
 	fmt.Fprintf(&b, "%d dials and %d closes have not ended", dials, closes)
 	return b.String()

@@ -110,8 +110,8 @@ func (w *waiter) gaveUp(ctx error) error {
 	if e.held == 0 && !e.here {
 		return e
 	}
-	if h := env.loanLog.out.find(func(h *loanRecord) bool { return e.counts(h.addr, w.site.addr) }); h != nil {
-		e.holder = h.stack
+	if h, ok := env.loanLog.longest(func(a Addr) bool { return e.counts(a, w.site.addr) }); ok {
+		e.holder = h.stack()
 		e.held = max(e.held, env.clock.Exactly().Sub(h.since))
 	}
 	e.nested = e.here && insideWith()

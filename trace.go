@@ -156,7 +156,7 @@ type HeldInfo struct {
 	ID    uint64        // of the connection in its pool
 	Held  time.Duration // so far
 	Place string        // where it was borrowed: a function, its file and line
-	Stack string        // the whole stack of the borrow, as in the text of a panic
+	Stack string        // the stack of the borrow, as in the text of a panic: its innermost 64 calls, or 4 for a lease in a pool without HoldWarn, Profile and Debug
 }
 
 // traceKey is the key of a Trace in a ctx.

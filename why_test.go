@@ -315,6 +315,6 @@ func TestShutdownNamesThePlaceOfEachBorrow(t *testing.T) {
 		end()
 		require.NoError(t, l.Return())
 		require.NoError(t, b.giveBack())
-		require.Zero(t, n.p.loanLog.out.all.Len(), "what came back is forgotten")
+		require.Nil(t, n.p.loanLog.oldest, "what came back is forgotten")
 	})
 }

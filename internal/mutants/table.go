@@ -1184,14 +1184,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "hold-ends",
-		old:   "if h.listed {\n\t\tl.unlist(h)\n\t}",
-		new:   "",
+		old:   "if l.untold = h.next; l.untold == nil {",
+		new:   "if l.untold == nil {",
 		tests: `TestReportsComeInTimeForEach`,
 	},
 	{
 		name:  "hold-timer-rests",
-		old:   "if l.oldest == nil && l.timer != nil { // there is no timer if Profile.Add panicked before add made one\n\t\tl.timer.Stop()\n\t}",
-		new:   "",
+		old:   "l.untold == nil {\n\t\t\tl.timer.Stop()\n\t\t}",
+		new:   "l.untold == nil {\n\t\t}",
 		tests: `TestReportsComeInTimeForEach`,
 	},
 	{
