@@ -48,17 +48,10 @@ func (p *Pool) Retire(addr Addr) {
 
 // CloseIdle closes all idle connections. Borrowed connections and the pool are not affected.
 func (p *Pool) CloseIdle() {
-	over := false
-	defer func() {
-		if !over { // a Trace function called runtime.Goexit
-			go p.CloseIdle()
-		}
-	}()
 	var todo agenda
 	p.mu.Lock()
 	p.evictAllLocked(ClosedOnRequest, &todo, func() bool { return true })
 	p.mu.Unlock()
-	over = true
 	todo.run(p)
 }
 

@@ -43,22 +43,6 @@ func (p *Pool) SetLimits(l Limits) error {
 	if now.MaxOpen == math.MaxInt {
 		p.pressure = handlesPlenty // the budget of handles was given up with the limit
 	}
-	p.imposeLimits()
-	return nil
-}
-
-// imposeLimits makes the pool obey limits that have just been set. The caller holds the lock,
-// and imposeLimits unlocks it.
-func (p *Pool) imposeLimits() {
-	over := false
-	defer func() {
-		if !over { // a Trace function called runtime.Goexit
-			go func() {
-				p.mu.Lock()
-				p.imposeLimits()
-			}()
-		}
-	}()
 	var todo agenda
 	eachLocked(p, p.sites.all(), &todo, func(s *site) {
 		p.dropSurplusLocked(s, &todo)
@@ -74,8 +58,8 @@ func (p *Pool) imposeLimits() {
 	})
 	p.admitLocked(&todo)
 	p.mu.Unlock()
-	over = true
 	todo.run(p)
+	return nil
 }
 
 // Limits returns the limits in use, as they were given.

@@ -376,3 +376,29 @@ func TestStressLimitsMoveUnderTraffic(t *testing.T) {
 	p.check(t)
 	require.Zero(t, p.Stats().Open)
 }
+
+func TestALoweredLimitOfAnAddressClosesTheLeastRecentlyUsed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{MaxPerAddr: 8})
+		var out []*scripted
+		for range 5 {
+			b := n.borrow(bg, at("a"))
+			b.conn()
+			out = append(out, b)
+		}
+		for _, i := range []int{3, 0, 4, 1, 2} { // in the order in which they come back
+			time.Sleep(time.Second)
+			require.NoError(t, out[i].giveBack())
+		}
+		l := n.p.Limits()
+		l.MaxIdlePerAddr = 2
+		require.NoError(t, n.p.SetLimits(l))
+		n.closed(reasons{ClosedSurplus: 3})
+		n.check()
+		require.Equal(t, out[2].name, n.use(at("a")))
+		b := n.borrow(bg, at("a"))
+		b.conn()
+		require.Equal(t, out[1].name, n.use(at("a")))
+		require.NoError(t, b.giveBack())
+	})
+}

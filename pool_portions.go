@@ -28,7 +28,6 @@ func eachLocked[T any](p *Pool, all iter.Seq[T], todo *agenda, visit func(T)) {
 
 // yieldLocked ends a portion: it unlocks, does what is on the agenda, and locks again. In debug
 // mode it does nothing, because an audit of somebody else must not meet work that is half done.
-// Foreign code that todo runs may end the goroutine. The lock is not held then.
 func (p *Pool) yieldLocked(todo *agenda) {
 	if p.debug {
 		return

@@ -871,6 +871,24 @@ var mutants = []mutant{
 		tests: `TestALoweredLimitClosesIdleConnectionsAtOnceAndNoLoan`,
 	},
 	{
+		name:  "portions-of-everything",
+		old:   "if p.debug {\n\t\treturn\n\t}\n\tp.mu.Unlock()",
+		new:   "if true {\n\t\treturn\n\t}\n\tp.mu.Unlock()",
+		tests: `TestWhatClosesManyConnectionsLetsBorrowersPass|TestNobodyWaitsForAllAddresses`,
+	},
+	{
+		name:  "surplus-youngest-first",
+		old:   `stack[idle-1-i]`,
+		new:   `stack[i]`,
+		tests: `TestALoweredLimitOfAnAddressClosesTheLeastRecentlyUsed`,
+	},
+	{
+		name:  "record-read-after-its-loan",
+		old:   "return *h, true",
+		new:   "return loanRecord{since: h.since}, true",
+		tests: `TestAWaitForALimitSaysWhoHoldsIt`,
+	},
+	{
 		name:  "setlimits-wakes-nobody",
 		old:   "return int(p.n[phaseIdle]) > p.limits.MaxIdle || p.n.kept() > p.limitLocked()\n\t})\n\tp.admitLocked(&todo)",
 		new:   "return int(p.n[phaseIdle]) > p.limits.MaxIdle || p.n.kept() > p.limitLocked()\n\t})",
