@@ -11,12 +11,13 @@ import (
 
 // row is one line of the table: a figure of every rival, and the goal of this pool.
 type row struct {
-	title  string
-	bench  string // with RIVAL in place of the rival's name
-	ours   string // the benchmark of this pool, if its name differs
-	unit   string
-	scale  float64 // the figure is divided by it
-	digits int     // after the decimal point
+	section string // heading above the row; empty: the row goes on with the section before
+	title   string
+	bench   string // with RIVAL in place of the rival's name
+	ours    string // the benchmark of this pool, if its name differs
+	unit    string
+	scale   float64 // the figure is divided by it
+	digits  int     // after the decimal point
 
 	// goal is the largest allowed figure; 0: no goal. ofBest is a share of the best
 	// library; below demands less than every library; limit names a benchmark, and
@@ -55,8 +56,14 @@ func used(way, title string) row {
 	return row{title: title, bench: "Used/way=" + way + "/check=none/rival=RIVAL", unit: "ns/op", below: true}
 }
 
+// begins makes r the first row of a section.
+func begins(section string, r row) row {
+	r.section = section
+	return r
+}
+
 var rows = []row{
-	used("cancelable", "As used: loan and return, no checks, ctx that can be cancelled, ns"),
+	begins("As it is used: under a request's ctx, handed on as a net.Conn", used("cancelable", "loan and return, no checks, ctx that can be cancelled, ns")),
 	{title: "— allocations", bench: "Used/way=cancelable/check=none/rival=RIVAL", unit: "allocs/op", goal: nothing},
 	used("deadline", "— ctx with a deadline an hour away, ns"),
 	used("timeout", "— WithTimeout made for each loan, with what that costs, ns"),
@@ -70,7 +77,7 @@ var rows = []row{
 	{title: "— — default; rivals: peek", bench: "UsedW5/check=peek/rival=RIVAL", ours: "UsedW5/check=all/rival=connpool", unit: "x-held", digits: 3, goal: 1.10},
 	{title: "— the dialer returns its own *tls.Conn, no checks, times a held one", bench: "UsedW5Own/check=none/rival=RIVAL", unit: "x-held", digits: 3, goal: 1.05},
 	{title: "— — default; rivals: peek", bench: "UsedW5Own/check=peek/rival=RIVAL", ours: "UsedW5Own/check=all/rival=connpool", unit: "x-held", digits: 3, goal: 1.10},
-	{title: "W1 loan and return, no checks, ns", bench: "W1/check=none/rival=RIVAL", unit: "ns/op", ofBest: 0.8},
+	{section: "The floor: under context.Background(), with a fn that does nothing", title: "W1 loan and return, no checks, ns", bench: "W1/check=none/rival=RIVAL", unit: "ns/op", ofBest: 0.8},
 	{title: "— allocations", bench: "W1/check=none/rival=RIVAL", unit: "allocs/op", goal: nothing},
 	{title: "W1 with a peek, ns", bench: "W1/check=peek/rival=RIVAL", unit: "ns/op", below: true, limit: "W1/check=peek/rival=stack", ofLimit: 380. / 384},
 	{title: "W1 peek + identity (default), ns; rivals: peek", bench: "W1/check=peek/rival=RIVAL", ours: "W1/check=all/rival=connpool", unit: "ns/op", limit: "Parts/part=control+both", ofLimit: 620. / (231 + 289)},
@@ -86,7 +93,7 @@ var rows = []row{
 	{title: "W5 64-byte echo, TLS 1.3, no checks, µs", bench: "W5/check=none/rival=RIVAL", unit: "ns/op", scale: 1000, digits: 2},
 	{title: "— times a held connection", bench: "W5/check=none/rival=RIVAL", unit: "x-held", digits: 3, goal: 1.03},
 	{title: "W5 default; rivals: peek, times a held one", bench: "W5/check=peek/rival=RIVAL", ours: "W5/check=all/rival=connpool", unit: "x-held", digits: 3, goal: 1.08},
-	w6(1, 0, "ns/op", "W6 one address, ns"),
+	begins("Many addresses, many connections", w6(1, 0, "ns/op", "W6 one address, ns")),
 	w6(100, 0, "ns/op", "— 100 addresses at random, ns"),
 	{title: "— 10,000 addresses, ns", bench: "W6/addrs=10000/rival=RIVAL", unit: "ns/op", limit: "W6/addrs=1/rival=connpool", ofLimit: 1.5},
 	{title: "— 100,000 addresses, ns", bench: "W6/addrs=100000/rival=RIVAL", unit: "ns/op", limit: "W6/addrs=100000/rival=stack", ofLimit: 450. / 178},
@@ -94,7 +101,7 @@ var rows = []row{
 	{title: "W7 bytes per idle connection beyond the net.Conn, TCP", bench: "W7/net=tcp/rival=RIVAL", unit: "B/conn", goal: 400},
 	{title: "— TLS", bench: "W7/net=tls/rival=RIVAL", unit: "B/conn", goal: 400},
 	{title: "— goroutines per connection", bench: "W7/net=tcp/rival=RIVAL", unit: "goroutines/conn", goal: nothing},
-	{title: "W8 200 goroutines, cold, limit 20, dial +5 ms, ms", bench: "W8/rival=RIVAL", unit: "ms/op", digits: 2, limit: "W8/rival=channel", ofLimit: 7.9 / 7.5},
+	{section: "In a crowd, after cuts, with more addresses than connections", title: "W8 200 goroutines, cold, limit 20, dial +5 ms, ms", bench: "W8/rival=RIVAL", unit: "ms/op", digits: 2, limit: "W8/rival=channel", ofLimit: 7.9 / 7.5},
 	{title: "— dials", bench: "W8/rival=RIVAL", unit: "dials/op", goal: 20},
 	{title: "W8 50 goroutines, 5 idle, dial 150 ms, work 2 ms: connections", bench: "W8Warm/rival=RIVAL", unit: "conns", goal: 6},
 	{title: "— ms until all are done", bench: "W8Warm/rival=RIVAL", unit: "ms/op"},
@@ -110,7 +117,7 @@ var rows = []row{
 	{title: "— 10,000 bare peeks, ms", ours: "W12/sweep=never", unit: "peeks-ms", digits: 1},
 	{title: "— borrower's p99, ten sweeps a second, µs", ours: "W12/sweep=10ps", unit: "p99-us", digits: 1},
 	{title: "— borrower's p99, no sweeps, µs", ours: "W12/sweep=never", unit: "p99-us", digits: 1},
-	{title: "TLS connection, primed pool or dial, µs", bench: "Handle/rival=RIVAL", unit: "ns/op", scale: 1000, digits: 1},
+	{section: "Instead of a dial; on more processors", title: "TLS connection, primed pool or dial, µs", bench: "Handle/rival=RIVAL", unit: "ns/op", scale: 1000, digits: 1},
 	{title: "— handshake of 50 ms: p99, µs", bench: "Primed/rival=RIVAL", unit: "p99-us", digits: 1},
 	{title: "connections for 64 workers, busy 1/8 of the time (one each: 64)", bench: "Workers/rival=RIVAL", unit: "conns"},
 	{title: "64 addresses, default: 1,000 loans/s with 1 processor", ours: "Cores/procs=1", unit: "loans/s", scale: 1000},
@@ -122,19 +129,21 @@ const nothing = math.SmallestNonzeroFloat64 // stands for a goal of 0
 
 // write makes the table; with judge it adds which goals were reached.
 func (r results) write(w *strings.Builder, command string, judge bool) {
-	fmt.Fprintf(w, "%s; %s. Medians of %s.\n\n", bench.Machine(), bench.Versions(), command)
-	w.WriteString("| workload |")
-	rule := "|---|"
+	fmt.Fprintf(w, "%s; %s. Medians of %s.\n", bench.Machine(), bench.Versions(), command)
+	head, rule := "| workload |", "|---|"
 	for _, c := range columns {
-		fmt.Fprintf(w, " %s |", c.title)
+		head += " " + c.title + " |"
 		rule += "---:|"
 	}
 	if judge {
-		w.WriteString(" must reach | reached |")
+		head += " must reach | reached |"
 		rule += "---:|---|"
 	}
-	w.WriteString("\n" + rule + "\n")
+	section := "" // which the next line begins
 	for _, row := range rows {
+		if row.section != "" {
+			section = row.section
+		}
 		figure := func(rival string) (float64, bool) {
 			name := strings.ReplaceAll(row.bench, "RIVAL", rival)
 			if rival == "connpool" && row.ours != "" {
@@ -149,6 +158,10 @@ func (r results) write(w *strings.Builder, command string, judge bool) {
 		ours, ok := figure("connpool")
 		if !ok {
 			continue
+		}
+		if section != "" {
+			fmt.Fprintf(w, "\n### %s\n\n%s\n%s\n", section, head, rule)
+			section = ""
 		}
 		fmt.Fprintf(w, "| %s |", row.title)
 		best := math.Inf(1)
