@@ -28,38 +28,39 @@ type books struct {
 	limits Limits // the limits in use: resolved, as New or SetLimits has set them
 	given  Limits // the same limits as the caller gave them, for Pool.Limits
 
-	closed    bool
-	sites     siteTable
-	recency   recency
-	byFD      map[uintptr]*conn  // the connections with a descriptor, by descriptor, from the dial to the removal
-	n         tally              // numbers of connections by phase
-	ready     siteHeap           // the sites with want > 0, without those of DialContext
-	readyOwn  siteHeap           // the sites of DialContext with want > 0; only DialOverflow lets these exceed MaxOpen, whatever WhenFull says
-	want      int                // dials that could start if there was room: the sum of site.want
-	eager     int                // how many of these dials idle connections make room for: the sum of site.eager
-	unheard   map[*site]struct{} // the sites with a rank above 1, see books_silence.go; nil before the first
-	unneeded  map[*site]struct{} // the sites with a dial for which nobody waits, see books_silence.go; nil before the first
-	displaced int                // dials that the pool broke off for other addresses and that have not ended
-	overtook  int                // connections given to a younger waiter since a slot was last given away
-	lastSeq   uint64             // sequence number of the newest waiter
-	lastID    uint64             // ID of the newest connection
-	counts    Stats              // the statistics, without the gauges that Pool.Stats computes from n
-	closedBy  [numCloseReasons]uint64
-	pressure  pressure           // pressure on file handles, as the last dial that got a descriptor found it
-	pressedAt clock.Instant      // when pressure was set
-	starving  int                // dials that wait for a file handle
-	freed     chan struct{}      // closed and replaced when a file handle may have become free
-	swept     bool               // a sweep is due or running
-	slow      int                // connections whose close has taken longer than closePatience
-	checking  int                // idle connections being checked, of addresses with a reserve
-	left      chan struct{}      // closed and replaced when, after Close, a connection or a goroutine leaves the pool
-	deficit   list.List          // the sites that want dials for which nobody waits, see books_minidle.go
-	overflows int                // running calls of functions that DialOverflow returned
-	wrongMove string             // the last forbidden change of phase; "" if there was none
-	lowered   bool               // SetLimits has lowered a limit, and what was in use may exceed it
-	auditIn   int                // critical sections to come before the next audit; in debug mode only
-	admitted  int                // the limit on connections by which admitLocked last judged; in debug mode only
-	unpooled  map[*site]struct{} // the sites of DialContext, one for each connection or dial; nil before the first
+	closed     bool
+	sites      siteTable
+	recency    recency
+	byFD       map[uintptr]*conn  // the connections with a descriptor, by descriptor, from the dial to the removal
+	n          tally              // numbers of connections by phase
+	ready      siteHeap           // the sites with want > 0, without those of DialContext
+	readyOwn   siteHeap           // the sites of DialContext with want > 0; only DialOverflow lets these exceed MaxOpen, whatever WhenFull says
+	want       int                // dials that could start if there was room: the sum of site.want
+	eager      int                // how many of these dials idle connections make room for: the sum of site.eager
+	unheard    map[*site]struct{} // the sites with a rank above 1, see books_silence.go; nil before the first
+	unneeded   map[*site]struct{} // the sites with a dial for which nobody waits, see books_silence.go; nil before the first
+	displaced  int                // dials that the pool broke off for other addresses and that have not ended
+	overtook   int                // connections given to a younger waiter since a slot was last given away
+	lastSeq    uint64             // sequence number of the newest waiter
+	lastID     uint64             // ID of the newest connection
+	counts     Stats              // the statistics, without the gauges that Pool.Stats computes from n
+	closedBy   [numCloseReasons]uint64
+	pressure   pressure           // pressure on file handles, as the last dial that got a descriptor found it
+	pressedAt  clock.Instant      // when pressure was set
+	starving   int                // dials that wait for a file handle
+	freed      chan struct{}      // closed and replaced when a file handle may have become free
+	swept      bool               // a sweep is due or running
+	slow       int                // connections whose close has taken longer than closePatience
+	checking   int                // idle connections being checked, of addresses with a reserve
+	left       chan struct{}      // closed and replaced when, after Close, a connection or a goroutine leaves the pool
+	deficit    list.List          // the sites that want dials for which nobody waits, see books_minidle.go
+	overflows  int                // running calls of functions that DialOverflow returned
+	wrongMove  string             // the last forbidden change of phase; "" if there was none
+	lowered    bool               // SetLimits has lowered a limit, and what was in use may exceed it
+	relimiting int                // calls of SetLimits that have not told all addresses of the limits yet, see admitLocked
+	auditIn    int                // critical sections to come before the next audit; in debug mode only
+	admitted   int                // the limit on connections by which admitLocked last judged; in debug mode only
+	unpooled   map[*site]struct{} // the sites of DialContext, one for each connection or dial; nil before the first
 }
 
 // rules are the settings that the books use and that never change: fields of Config, and
@@ -197,6 +198,9 @@ func (b *books) nextLocked() *site {
 // oldest first, and evicts idle connections while the waiters lack only a slot. Dials
 // for which nobody waits (Warm, MinIdlePerAddr) come last.
 func (b *books) admitLocked(todo *agenda) {
+	if b.relimiting > 0 { // the oldest waiters may be at an address that still obeys the old limits; SetLimits admits in the end
+		return
+	}
 	if b.debug {
 		b.admitted = b.limitLocked()
 	}

@@ -265,7 +265,7 @@ func (p *socket) leftovers(moved bool) (bool, error) {
 	switch sock := p.belowTLS(); {
 	case p.tls == nil:
 		return false, nil
-	case sock == nil && (!moved || tlsrecord.Quiet(p.tls)):
+	case sock == nil && (!moved || !p.foreign && tlsrecord.Quiet(p.tls)): // foreign code below may have a buffer of its own
 		return false, nil
 	case sock != nil && (sock.record.Untouched() || sock.record.Drained()):
 		return false, nil

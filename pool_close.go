@@ -48,9 +48,13 @@ func (p *Pool) Retire(addr Addr) {
 
 // CloseIdle closes all idle connections. Borrowed connections and the pool are not affected.
 func (p *Pool) CloseIdle() {
+	if p.stop == nil {
+		return
+	}
 	var todo agenda
+	now := p.clock.Exactly()
 	p.mu.Lock()
-	p.evictAllLocked(ClosedOnRequest, &todo, func() bool { return true })
+	p.evictAllLocked(ClosedOnRequest, &todo, func(c *conn) bool { return c.since <= now }) // not what comes back meanwhile
 	p.mu.Unlock()
 	todo.run(p)
 }

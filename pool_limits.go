@@ -44,6 +44,7 @@ func (p *Pool) SetLimits(l Limits) error {
 		p.pressure = handlesPlenty // the budget of handles was given up with the limit
 	}
 	var todo agenda
+	p.relimiting++
 	eachLocked(p, p.sites.all(), &todo, func(s *site) {
 		p.dropSurplusLocked(s, &todo)
 		if p.limits.MinIdlePerAddr == 0 && s.prefill != nil {
@@ -53,7 +54,8 @@ func (p *Pool) SetLimits(l Limits) error {
 		p.refreshLocked(s)
 		p.dropIfEmptyLocked(s)
 	})
-	p.evictAllLocked(ClosedSurplus, &todo, func() bool {
+	p.relimiting--
+	p.evictAllLocked(ClosedSurplus, &todo, func(*conn) bool {
 		return int(p.n[phaseIdle]) > p.limits.MaxIdle || p.n.kept() > p.limitLocked()
 	})
 	p.admitLocked(&todo)

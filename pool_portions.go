@@ -41,13 +41,12 @@ func (p *Pool) yieldLocked(todo *agenda) {
 	p.mu.Lock()
 }
 
-// evictAllLocked evicts the least recently used idle connection as long as more returns true,
-// in portions. There are at most as many evictions as connections are idle at the beginning.
-func (p *Pool) evictAllLocked(reason CloseReason, todo *agenda, more func() bool) {
-	all := int(p.n[phaseIdle])
-	for n := 1; n <= all && more(); n++ {
+// evictAllLocked evicts the least recently used idle connection as long as more returns true
+// for it, in portions.
+func (p *Pool) evictAllLocked(reason CloseReason, todo *agenda, more func(*conn) bool) {
+	for n := 1; ; n++ {
 		c := p.recency.oldestIdle(int(p.n[phaseIdle]))
-		if c == nil {
+		if c == nil || !more(c) {
 			return
 		}
 		p.evictLocked(c, reason, nil, todo)

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -274,4 +275,48 @@ func refill(p *Pool) {
 	for i := range 100_000 {
 		p.With(bg, at(fmt.Sprint(i)), func(Conn) error { return nil })
 	}
+}
+
+// CloseIdle closes whatever was idle when it began, also if something else came back meanwhile.
+func TestCloseIdleClosesWhatWasIdleAlthoughOthersComeBack(t *testing.T) {
+	const k = 3 * atOnce
+	var once sync.Once
+	var p *Pool
+	var checked *conn
+	p = crowd(t, k, Config{Trace: &Trace{Closed: func(CloseInfo) {
+		once.Do(func() { checked.releaseFrom(fromCheck) }) // a check has ended well
+	}}})
+	p.mu.Lock()
+	all := p.recency.all()
+	checked = all[2*atOnce]
+	youngest := all[k-1]
+	p.moveLocked(checked, phaseBorrowed)
+	checked.lendAtLocked(p.clock.Now())
+	p.setCheckingLocked(checked, true)
+	p.mu.Unlock()
+	p.CloseIdle()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	require.NotEqual(t, phaseIdle, youngest.phase)
+}
+
+// TRY-52: while SetLimits tells the addresses of new limits, nobody is admitted, so that the
+// oldest waiters are served first. Later everybody is.
+func TestNobodyIsAdmittedBeforeAllAddressesKnowTheLimits(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{})
+		n.p.mu.Lock()
+		n.p.relimiting++ // as another SetLimits that is under way
+		n.p.mu.Unlock()
+		b := n.borrow(bg, at("a"))
+		synctest.Wait()
+		require.True(t, b.waits())
+		n.p.mu.Lock()
+		n.p.relimiting--
+		n.p.mu.Unlock()
+		require.NoError(t, n.p.SetLimits(n.p.Limits()))
+		b.conn()
+		require.NoError(t, b.giveBack())
+		n.check()
+	})
 }

@@ -187,6 +187,24 @@ var mutants = []mutant{
 		tests: `TestHalfARecordIsSeenAfterALoanThatOnlyRead|TestUnfitConnectionIsNeverLentAgain`,
 	},
 	{
+		name:  "own-tls-over-a-buffer",
+		old:   `!p.foreign && tlsrecord.Quiet(p.tls)`,
+		new:   `tlsrecord.Quiet(p.tls)`,
+		tests: `TestWhatABufferBelowADialersTLSHoldsIsFound`,
+	},
+	{
+		name:  "closeidle-counts",
+		old:   `return c.since <= now }) // not what`,
+		new:   `return c.since < now && c != nil && c.younger.site != nil }) // not what`,
+		tests: `TestCloseIdleClosesWhatWasIdleAlthoughOthersComeBack`,
+	},
+	{
+		name:  "limits-half-known",
+		old:   `if b.relimiting > 0 {`,
+		new:   `if false {`,
+		tests: `TestNobodyIsAdmittedBeforeAllAddressesKnowTheLimits`,
+	},
+	{
 		name:  "own-tls-half-a-record",
 		old:   `, sock == nil && tlsrecord.Partial(p.tls):`,
 		new:   `:`,
