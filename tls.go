@@ -97,9 +97,15 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 		s.stuck = true
 		return 0, errStuck
 	}
-	s.Conn.SetWriteDeadline(time.Now().Add(probePatience))
 	defer s.Conn.SetWriteDeadline(time.Time{})
-	n, err := s.Conn.Write(b)
+	var n int
+	var err error
+	for range 3 { // on a busy machine the deadline may have passed before the first attempt to write
+		s.Conn.SetWriteDeadline(time.Now().Add(probePatience))
+		if n, err = s.Conn.Write(b); n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			break
+		}
+	}
 	if err != nil {
 		s.stuck = true
 	}

@@ -21,7 +21,7 @@ func TestTheLayoutOfTheTLSConnIsKnown(t *testing.T) {
 	require.NotNil(t, inside, "crypto/tls of %s has the unknown layout %#x", runtime.Version(), layoutOf(reflect.TypeFor[tls.Conn]()))
 	type another struct {
 		tls.Conn
-		more int
+		_ int
 	}
 	require.NotContains(t, layouts, layoutOf(reflect.TypeFor[another]()))
 }
