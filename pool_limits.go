@@ -45,8 +45,7 @@ func (p *Pool) SetLimits(l Limits) error {
 	}
 	var todo agenda
 	p.relimiting++
-	eachLocked(p, p.sites.all(), &todo, func(s *site) {
-		p.dropSurplusLocked(s, &todo)
+	eachLocked(p, p.sites.all(), &todo, func(s *site) { // puts nothing on todo: nobody is admitted meanwhile
 		if p.limits.MinIdlePerAddr == 0 && s.prefill != nil {
 			s.prefill.reserve, s.prefill.unstable, s.prefill.retryOnce = false, false, false
 		}
@@ -55,6 +54,9 @@ func (p *Pool) SetLimits(l Limits) error {
 		p.dropIfEmptyLocked(s)
 	})
 	p.relimiting--
+	eachLocked(p, p.sites.all(), &todo, func(s *site) {
+		p.dropSurplusLocked(s, &todo)
+	})
 	p.evictAllLocked(ClosedSurplus, &todo, func(*conn) bool {
 		return int(p.n[phaseIdle]) > p.limits.MaxIdle || p.n.kept() > p.limitLocked()
 	})
