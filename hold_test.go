@@ -246,6 +246,7 @@ func TestAProfileThatPanicsCostsNoSlot(t *testing.T) {
 		require.Panics(t, func() { n.p.With(ctx, at("a"), func(Conn) error { return nil }) })
 		end()
 		n.gauges(0, 0, 0)
+		require.Nil(t, n.p.loanLog.oldest)
 		n.p.loanLog.profile = nil
 		n.use(at("a"))
 		n.gauges(0, 1, 0)

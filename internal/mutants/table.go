@@ -91,8 +91,8 @@ var mutants = []mutant{
 	{
 		name:  "mark-dead-in-setup",
 		file:  "markdead.go",
-		old:   `for _, c := range p.byFD {`,
-		new:   `for _, c := range p.recency.all() {`,
+		old:   `case c == own, c.phase == phaseClosing:`,
+		new:   `case c == own, c.phase == phaseClosing, c.phase == phaseDialing:`,
 		tests: `TestMarkDeadOfAConnectionInSetupFailsItsDial`,
 	},
 	{
@@ -913,10 +913,10 @@ var mutants = []mutant{
 		tests: `TestARaisedLimitWakesTheOldestWaiters`,
 	},
 	{
-		name:  "setlimits-touches-loans",
-		old:   `if c.phase == phaseIdle && surplus(c.site) {`,
-		new:   `if surplus(c.site) {`,
-		tests: `TestLoansBeyondALoweredLimitCloseWhenGivenBack`,
+		name:  "setlimits-closes-more-than-the-surplus",
+		old:   `c == nil || !more(c)`,
+		new:   `c == nil`,
+		tests: `TestALoweredLimitClosesIdleConnectionsAtOnceAndNoLoan`,
 	},
 	{
 		name:  "tracked-dial-outlives-its-caller",
@@ -1755,8 +1755,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-takes-what-there-is",
-		old:   "for _, c := range p.byFD {\n\t\t\tall = append(all, c)\n\t\t}",
-		new:   "",
+		old:   "func(c *conn) { all = append(all, c) }",
+		new:   "func(*conn) {}",
 		tests: `TestAWatcherThatCouldNotBeMadeIsTriedAgain`,
 	},
 	{
@@ -1767,8 +1767,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "watcher-missed-again",
-		old:   "missed = append(missed, c)",
-		new:   "_ = c",
+		old:   "missed := p.watching.missed",
+		new:   "var missed map[*conn]struct{}",
 		tests: `TestAConnectionThatCouldNotBeWatchedIsTriedAgain`,
 	},
 	{
@@ -1858,9 +1858,9 @@ var mutants = []mutant{
 		tests: `TestAProfileThatTakesNoEntriesIsRefused`,
 	},
 	{
-		name:  "a-profile-that-panics-keeps-the-slot",
-		old:   `if l.oldest == nil && l.timer != nil {`,
-		new:   `if l.oldest == nil {`,
+		name:  "a-profile-that-panics-leaves-a-record",
+		old:   "\tc.loanState().record = h\n",
+		new:   "",
 		tests: `TestAProfileThatPanicsCostsNoSlot`,
 	},
 	{
