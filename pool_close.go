@@ -46,7 +46,10 @@ func (p *Pool) Retire(addr Addr) {
 	todo.run(p)
 }
 
-// CloseIdle closes all idle connections. Borrowed connections and the pool are not affected.
+// CloseIdle closes all connections that are idle when it is called. Borrowed connections and
+// the pool are not affected. A connection that the pool is examining, or that Config.Push
+// has, is not idle. CloseIdle may be called at any time by many goroutines, also on a closed
+// pool.
 func (p *Pool) CloseIdle() {
 	if p.stop == nil {
 		return

@@ -42,7 +42,7 @@ func (p *Pool) yieldLocked(todo *agenda) {
 }
 
 // evictAllLocked evicts the least recently used idle connection as long as more returns true
-// for it, in portions.
+// for it, in portions. more decides when to end: connections may come back meanwhile.
 func (p *Pool) evictAllLocked(reason CloseReason, todo *agenda, more func(*conn) bool) {
 	for n := 1; ; n++ {
 		c := p.recency.oldestIdle(int(p.n[phaseIdle]))
