@@ -42,11 +42,23 @@ func (c *caller) do(args ...string) string {
 
 func (c *caller) send(args ...string) {
 	c.t.Helper()
-	parts := make([][]byte, len(args))
-	for i, a := range args {
-		parts[i] = []byte(a)
+	c.sendTogether(args)
+}
+
+// sendTogether sends the commands in one write, so that the gateway passes them on
+// together. Of commands that are sent one after another the gateway may pass on the
+// first before it reads the second.
+func (c *caller) sendTogether(commands ...[]string) {
+	c.t.Helper()
+	var wire []byte
+	for _, args := range commands {
+		parts := make([][]byte, len(args))
+		for i, a := range args {
+			parts[i] = []byte(a)
+		}
+		wire = appendCommand(wire, parts...)
 	}
-	_, err := c.Write(appendCommand(nil, parts...))
+	_, err := c.Write(wire)
 	require.NoError(c.t, err)
 }
 
@@ -345,9 +357,8 @@ func TestAServerThatDiesIsToldAsAnErrorOfRESP(t *testing.T) {
 	c, tx := g.call(), g.call()
 	require.Equal(t, "+OK\r\n", tx.do("MULTI"))
 	require.Equal(t, "+PONG\r\n", c.do("PING"))
-	c.send("DEBUG", "SLEEP", "3")
-	c.send("PING")
-	soon(t, "it is under way", func() bool { return g.Status().Pool.InUse == 2 })
+	c.sendTogether([]string{"DEBUG", "SLEEP", "3"}, []string{"PING"})
+	soon(t, "both are under way", func() bool { return g.Status().Pool.InUse == 2 })
 	r.kill(t)
 	require.Contains(t, c.frame(), "-ERR gateway: the connection to the server was lost")
 	require.Contains(t, c.frame(), "-ERR gateway: the connection to the server was lost")
