@@ -97,7 +97,9 @@ func New(cfg Config) (*Pool, error) {
 	p.young.Do = (*conn).atTick
 	p.clock.Exact = cfg.IdleTimeout > 0 && cfg.IdleTimeout < 100*clock.Tick ||
 		cfg.Check != nil && cfg.CheckAfterIdle < 100*clock.Tick || cfg.Trace != nil
-	p.ctx, p.stop = context.WithCancel(context.Background())
+	var end context.CancelCauseFunc
+	p.ctx, end = context.WithCancelCause(context.Background())
+	p.stop = func() { end(ErrClosed) }
 	p.handles.refresh(p.sys)
 	if err := given.reachable("Config", int(p.handles.Load())); err != nil {
 		p.stop()

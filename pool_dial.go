@@ -111,15 +111,12 @@ func (a *attempt) dial() {
 	a.stage, a.where = StageDial, "a method of the borrower's ctx"
 	t = p.trace(a.ctx)
 	traced.Store(t)
-	ctx := a.ctx
-	if !c.site.unpooled() { // else it can serve nobody but the caller
-		ctx = context.WithoutCancel(ctx)
-	}
 	var end time.Time
 	if d := p.cfg.DialTimeout; d > 0 {
 		end = time.Now().Add(d)
 	}
-	ctx, cancel = p.within(ctx, end)
+	var ctx context.Context
+	ctx, cancel = p.within(a.ctx, c.site.unpooled(), end) // a connection outside the pool can serve nobody but the caller
 	a.enter(StageDial)
 	p.mu.Lock()
 	if a.outcomeTaken() { // the borrower's ctx took too long, and the outcome is booked, or about to be
@@ -302,7 +299,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 			return nil, err
 		}
 	}
-	a.where = fmt.Sprintf("Config.Dialers[%q]", name)
+	a.where = "Config.Dialers[\"" + string(name) + "\"]"
 	nc, err := below(ctx, addr)
 	switch {
 	case err != nil:

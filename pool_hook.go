@@ -158,11 +158,7 @@ func (x *hookCtx) whole() context.Context {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.full == nil {
-		base := x.borrower
-		if !x.follow {
-			base = context.WithoutCancel(base)
-		}
-		x.full, x.end = x.p.within(base, x.deadline)
+		x.full, x.end = x.p.within(x.borrower, x.follow, x.deadline)
 		if x.over {
 			x.end()
 		}
@@ -222,20 +218,42 @@ func (x *hookCtx) Value(key any) any {
 	return x.borrower.Value(key)
 }
 
-// within derives a ctx that ends at t (zero: no time limit) and with the pool. The derived
-// ctx has no session: hooks and dialers run on goroutines of their own while the borrower
-// has the session connection and waits for them.
-func (p *Pool) within(ctx context.Context, t time.Time) (context.Context, context.CancelFunc) {
-	if p.inSession.Load() != 0 {
-		ctx = context.WithValue(ctx, sessionKey{p}, nil)
+// within derives a ctx that has the values of ctx, and ends at t (zero: no time limit), with
+// the pool and, if follow is set, with ctx. The derived ctx has no session: hooks and dialers
+// run on goroutines of their own while the borrower has the session connection and waits for
+// them.
+func (p *Pool) within(ctx context.Context, follow bool, t time.Time) (context.Context, context.CancelFunc) {
+	until := context.WithCancel
+	if !t.IsZero() {
+		until = func(ctx context.Context) (context.Context, context.CancelFunc) { return context.WithDeadline(ctx, t) }
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(p.ctx, func() { cancel(ErrClosed) })
-	if t.IsZero() {
-		return ctx, func() { stop(); cancel(nil) }
+	if !follow {
+		return until(&poolCtx{p.ctx, p, context.WithoutCancel(ctx)})
 	}
-	ctx, done := context.WithDeadline(ctx, t)
-	return ctx, func() { stop(); done(); cancel(nil) }
+	both, end := context.WithCancelCause(&poolCtx{ctx, p, nil})
+	stop := context.AfterFunc(p.ctx, func() { end(ErrClosed) })
+	both, cancel := until(both)
+	return both, func() { stop(); cancel(); end(nil) }
+}
+
+// poolCtx is a ctx without the session of a borrower, and with the values of another ctx if
+// that is not nil.
+type poolCtx struct {
+	context.Context
+	p      *Pool
+	values context.Context
+}
+
+func (x *poolCtx) Value(key any) any {
+	if key == (sessionKey{x.p}) {
+		return nil
+	}
+	if x.values != nil {
+		if v := x.values.Value(key); v != nil {
+			return v
+		}
+	}
+	return x.Context.Value(key) // package context asks in this way whose end is this one's
 }
 
 // sessionKey is the key of a session in a ctx. Each pool has a key of its own.

@@ -257,6 +257,9 @@ func (a *agenda) runAll(p *Pool) {
 }
 
 func (c *conn) logClosed(reason CloseReason, err error) {
+	if c.site.env.report.logger == nil {
+		return // before the arguments of the line are made
+	}
 	level := slog.LevelDebug
 	switch reason {
 	case ClosedDirty, ClosedInFlight, ClosedResetFailed, ClosedCheckFailed, ClosedPushFailed:

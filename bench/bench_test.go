@@ -501,8 +501,9 @@ func afterTheCut(b *testing.B, rival string, overTLS bool, idle, users, uses int
 }
 
 // W11: so many addresses that every loan must evict, through 256 connections, compared
-// with a dial and a close. There are 16 servers so that the client's ports do not run
-// out.
+// with a dial and a close, and with the same by hand: 256 connections in a ring, the oldest
+// is closed while a goroutine dials the next, with a deadline, so that the caller could leave.
+// There are 16 servers so that the client's ports do not run out.
 func BenchmarkW11(b *testing.B) {
 	const most = 256
 	servers := make([]string, 16)
@@ -516,6 +517,45 @@ func BenchmarkW11(b *testing.B) {
 		b.ResetTimer()
 		for i := range b.N {
 			must(b, r.Loan(ctx, i%len(servers)))
+		}
+	})
+	b.Run("rival=byhand", func(b *testing.B) {
+		type dialed struct {
+			nc  net.Conn
+			err error
+		}
+		s := &Settings{Servers: servers, Addrs: len(servers)}
+		var ring [most]net.Conn
+		next := func(i int) {
+			done := make(chan dialed, 1)
+			go func() {
+				ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 15*time.Second)
+				defer cancel()
+				nc, err := s.dial(ctx, i%len(servers))
+				done <- dialed{nc, err}
+			}()
+			if old := ring[i%most]; old != nil {
+				old.Close()
+			}
+			select {
+			case d := <-done:
+				must(b, d.err)
+				ring[i%most] = d.nc
+			case <-ctx.Done():
+				b.Fatal(ctx.Err())
+			}
+		}
+		for i := range most {
+			next(i)
+		}
+		b.ReportAllocs()
+		b.ResetTimer()
+		for i := range b.N {
+			next(i)
+		}
+		b.StopTimer()
+		for _, nc := range ring {
+			nc.Close()
 		}
 	})
 	for _, addrs := range []int{1000, 20_000, 100_000} {

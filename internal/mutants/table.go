@@ -920,8 +920,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "tracked-dial-outlives-its-caller",
-		old:   `if !c.site.unpooled() { // else it can serve nobody but the caller`,
-		new:   `if true {`,
+		old:   `p.within(a.ctx, c.site.unpooled(), end)`,
+		new:   `p.within(a.ctx, false, end)`,
 		tests: `TestADialThatItsCallerGaveUpEndsWithIt`,
 	},
 	{
@@ -1190,9 +1190,21 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-not-in-hooks",
-		old:   `ctx = context.WithValue(ctx, sessionKey{p}, nil)`,
-		new:   `ctx = context.WithValue(ctx, sessionKey{nil}, (*session)(nil))`,
+		old:   "func (x *poolCtx) Value(key any) any {\n\tif key == (sessionKey{x.p}) {",
+		new:   "func (x *poolCtx) Value(key any) any {\n\tif false {",
 		tests: `TestHooksOfASessionsUseBorrowForThemselves`,
+	},
+	{
+		name:  "hooks-and-dials-end-with-the-pool",
+		old:   `until(&poolCtx{p.ctx, p, context.WithoutCancel(ctx)})`,
+		new:   `until(&poolCtx{context.Background(), p, context.WithoutCancel(ctx)})`,
+		tests: `Close`,
+	},
+	{
+		name:  "followed-dials-end-with-the-pool",
+		old:   `stop := context.AfterFunc(p.ctx, func() { end(ErrClosed) })`,
+		new:   `stop := context.AfterFunc(context.Background(), func() { end(ErrClosed) })`,
+		tests: `Close`,
 	},
 	{
 		name:  "session-closed-pool-refuses",
