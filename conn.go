@@ -116,19 +116,27 @@ type loanState struct {
 var loanStates sync.Pool // of *loanState
 
 // coldFields are the fields of a conn that most connections never need: those of
-// MinIdlePerAddr, Push, Conn.Context, slow closes, a Close in a hook, and a peer that
-// hung up during Setup. They are allocated on first use, so that a plain connection
+// MinIdlePerAddr, Push, Conn.Context, clients with I/O of their own, slow closes, a Close in a
+// hook, a goodbye, and a peer that hung up during Setup. They are allocated on first use, so that a plain connection
 // stays small.
 type coldFields struct {
 	checking    bool          // the connection is being probed; Pool.mu
 	fromReserve bool          // it was lent from the reserve of its address, so its idle time does not count; only the owner uses it
 	unread      bool          // the last loan left bytes for Push; only the owner uses it
+	resident    *resident     // the client of a connection with flagResident; set before that flag, and fixed then
+	goodbye     *goodbye      // the pool closes the connection, and the state may say goodbye; dmu
 	pushback    *pushback     // bytes that a probe read, for the next loan to read first, see pushback.go; only the owner uses it
 	ctx         connCtx       // dmu
 	earlyClose  chan struct{} // set when closeUnderHook closes the socket during a hook's loan; closed when the socket is closed; dmu
 	slow        bool          // its close takes long; Pool.mu
 	recentLoans []pastLoan    // the latest loans, in debug mode; dmu
 	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
+}
+
+// goodbye is the part of a close in which the state may use the connection.
+type goodbye struct {
+	reason CloseReason
+	once   sync.Once // closes the socket
 }
 
 // connCtx is the ctx of a connection's time in the pool. It is made on the first call
@@ -171,6 +179,9 @@ type idleRef struct {
 func (c *conn) dropLoanState() {
 	if l := c.loan.Load(); l != nil {
 		c.loan.Store(nil)
+		if c.isResident() { // an operation that the client began in Setup may still look at l
+			return
+		}
 		*l = loanState{interrupt: l.interrupt}
 		loanStates.Put(l)
 	}
@@ -178,7 +189,7 @@ func (c *conn) dropLoanState() {
 
 // The state word:
 //
-//	 63            28 27         16 15           0
+//	 63            29 28         17 16           0
 //	+----------------+-------------+--------------+
 //	|   generation   | operations  |    flags     |
 //	|  of the loan   | in flight   |              |
@@ -219,9 +230,8 @@ func (c *conn) dropLoanState() {
 //	Read: leave   generation 4, 0 ops, ... timedOut
 //	With: end     generation 4, cut timedOut      the verdict finds cut: the pool closes the connection
 //
-// A new loan (begin) clears all flags but hungUp, stolen, broken, wrote, read and listed:
-// other goroutines may change the first three and the last at any moment, and the other
-// two count over all loans.
+// A new loan (begin) clears all flags but those of flagsLasting: other goroutines may change
+// hungUp, stolen, broken and listed at any moment, and the others count over all loans.
 const (
 	flagLent       = 1 << iota // a loan is under way
 	flagHooked                 // the loan is a hook's: Close of the hook's Conn does not make its caller the owner
@@ -239,10 +249,11 @@ const (
 	flagRead                   // a borrower has read, likewise
 	flagUnwatched              // the loan has a ctx, and nobody watches that ctx yet
 	flagListed                 // the connection is on the list of young loans
+	flagResident               // a client does the I/O, see conn_resident.go
 
-	oneOp    = 1 << 16
-	inFlight = (1<<12 - 1) << 16
-	genShift = 28
+	oneOp    = 1 << 17
+	inFlight = (1<<12 - 1) << 17
+	genShift = 29
 	lastGen  = 1<<(64-genShift) - 1 // the generation after it is 1
 )
 
@@ -250,6 +261,33 @@ const (
 // last from the dial to the close. Both together mean that the connection has lived, or
 // that its end is recorded already.
 const flagsLived = flagWrote | flagRead
+
+// flagsLasting are the flags that one loan leaves to the next. The operations of a client with I/O
+// of its own (flagResident) last, too, see lasting.
+const flagsLasting = flagHungUp | flagStolen | flagBroken | flagShut | flagWrote | flagRead | flagListed | flagResident
+
+// lasting returns what of the state word one loan leaves to the next.
+func lasting(word uint64) uint64 {
+	if word&flagResident != 0 {
+		return word & (flagsLasting | inFlight)
+	}
+	return word & flagsLasting
+}
+
+// operating reports whether operations of the loan, or of the last one, are running. The operations
+// of a client with I/O of its own are not the loan's.
+func operating(word uint64) bool { return word&inFlight != 0 && word&flagResident == 0 }
+
+// isResident reports whether c has a client with I/O of its own.
+func (c *conn) isResident() bool { return c.word.Load()&flagResident != 0 }
+
+// resident returns the client of c; nil if c has none.
+func (c *conn) resident() *resident {
+	if !c.isResident() {
+		return nil
+	}
+	return c.cold.Load().resident
+}
 
 // link puts c on the idle stack of its site: on top, or, if inOrder, at the place that
 // fits the time of its last use.
@@ -365,6 +403,9 @@ func (c *conn) condemned() (CloseReason, error) {
 	case w&flagStolen != 0:
 		return ClosedQuarantined, errStolen
 	case w&flagBroken != 0:
+		if r := c.resident(); r != nil && r.ended() != nil {
+			return ClosedStale, r.ended()
+		}
 		return ClosedMarkedDead, nil
 	}
 	return ClosedUnknown, nil

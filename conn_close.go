@@ -1,6 +1,7 @@
 package connpool
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -25,6 +26,9 @@ func (c *conn) leftovers(word uint64) bool { return c.leftoversBeside(word, c.he
 // leftoversBeside is leftovers for a caller that has already counted the bytes in the
 // state.
 func (c *conn) leftoversBeside(word uint64, in holdings) bool {
+	if word&flagResident != 0 {
+		return false
+	}
 	if in.unflushed > 0 {
 		return true
 	}
@@ -45,6 +49,9 @@ func (c *conn) leftoversBeside(word uint64, in holdings) bool {
 // unprobed reports whether the connection can only be judged by its age: it has no
 // descriptor to probe and is no Prober.
 func (c *conn) unprobed() bool {
+	if r := c.resident(); r != nil {
+		return c.isCarried() && r.alive == nil && c.sock.raw == nil
+	}
 	return c.nc != nil && !c.sock.canPeek() && c.sock.prober(c.nc) == nil
 }
 
@@ -98,6 +105,7 @@ func (c *conn) closeUnderHook() {
 	}
 	done := make(chan struct{})
 	e.earlyClose = done
+	bye := e.goodbye
 	c.dmu.Unlock()
 	defer close(done)
 	switch first, own := c.seal(); {
@@ -105,6 +113,8 @@ func (c *conn) closeUnderHook() {
 		c.closeAbruptly()
 	case !own:
 		c.wake()
+	case bye != nil:
+		bye.closeSocket(c)
 	}
 }
 
@@ -164,18 +174,32 @@ const (
 	evictionPatience = 500 * time.Millisecond
 )
 
-// closeFully closes the connection, if first says that this is the caller's task, and
-// then the state that Setup returned, if it is an io.Closer. It may block; at names the
-// call it is in. Each is closed even if closing the other one panics.
+// closeFully closes the connection, if first says that this is the caller's task, and the state
+// that Setup returned, if it is an io.Closer. Before a close that is in step with the peer, the
+// state is closed first, and may say goodbye over the connection; otherwise it is closed last.
+// closeFully may block; at names the call it is in. Each is closed even if closing the other one
+// panics.
 func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	if s, ok := c.state.(io.Closer); ok {
-		defer c.closeOne(at, "Close of the state", func() { s.Close() })
+		end := func() { s.Close() }
+		if first && reason.inStep() {
+			defer c.closeSocketFully(reason, at)
+			c.sayGoodbye(reason, func() { c.closeOne(at, "Close of the state", end) })
+			return
+		}
+		defer c.closeOne(at, "Close of the state", end)
 	}
 	if !first {
 		at.Store("Close of the connection")
 		c.awaitCloseUnderHook()
 		return
 	}
+	c.closeSocketFully(reason, at)
+}
+
+// closeSocketFully closes the socket, also if the Close of a foreign connection does not reach
+// it.
+func (c *conn) closeSocketFully(reason CloseReason, at *atomic.Value) {
 	closed := false
 	defer func() {
 		if !closed { // Close panicked, or ended the goroutine
@@ -183,9 +207,45 @@ func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 		}
 	}()
 	c.closeOne(at, "Close of the connection", func() {
-		c.closeSocket(reason)
+		if bye := c.farewell(); bye != nil {
+			bye.closeSocket(c)
+		} else {
+			c.closeSocket(reason)
+		}
 		closed = true
 	})
+}
+
+// farewell returns the goodbye of c; nil before it, and if there is none.
+func (c *conn) farewell() *goodbye {
+	e := c.cold.Load()
+	if e == nil {
+		return nil
+	}
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	return e.goodbye
+}
+
+// goodbyePatience is how long the I/O of a goodbye may take.
+const goodbyePatience = time.Second
+
+// closeSocket closes the socket of c: when the goodbye is over, or when the state closes its
+// connection in the middle of it.
+func (g *goodbye) closeSocket(c *conn) { g.once.Do(func() { c.closeSocket(g.reason) }) }
+
+// sayGoodbye runs end, the Close of the state, in a loan of its own, so that the net.Conn that
+// Setup got works. The caller has sealed c.
+func (c *conn) sayGoodbye(reason CloseReason, end func()) {
+	e := c.ensureCold()
+	c.dmu.Lock()
+	e.goodbye = &goodbye{reason: reason}
+	c.dmu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), goodbyePatience)
+	defer cancel()
+	c.begin(ctx, flagHooked)
+	defer c.abort()
+	end()
 }
 
 // closeOne runs one step of a close, which is foreign code. It recovers a panic of f

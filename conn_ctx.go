@@ -52,10 +52,14 @@ func (c *conn) beginUnder(ctx context.Context) (flags uint64) {
 	return flagUnwatched | flagListed
 }
 
-// limitLoan sets the deadline of the loan's ctx on the socket, if that has not been done. A
+// limitLoan sets the deadline of the loan's ctx on the socket, if that has not been done, and if
+// the deadlines of the connection are not those of its client. A
 // connection that refuses the deadline is lent all the same, and the pool closes it when the
 // ctx is done.
 func (c *conn) limitLoan() {
+	if c.isResident() {
+		return
+	}
 	c.dmu.Lock()
 	ctx, l := c.ctx, c.loan.Load()
 	known := ctx == nil || l != nil && l.limited
@@ -99,6 +103,9 @@ func (c *conn) limitLoan() {
 
 // setDeadline sets a deadline for fn, at most the deadline of the loan's ctx.
 func (c *conn) setDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
+	if c.isResident() { // the caller is the client
+		return set(c.nc, t)
+	}
 	c.limitLoan()
 	if c.sock.foreign {
 		return c.setForeignDeadline(t, set)
@@ -164,10 +171,13 @@ func (c *conn) interrupt(l *loanState) {
 			c.site.env.report.log(slog.LevelError, "interrupting a loan panicked", "addr", c.site.addr, "panic", v)
 		}
 	}()
-	if !c.cutShort() {
+	switch {
+	case !c.cutShort():
 		return
-	}
-	if c.sock.foreign {
+	case c.isResident():
+		c.revoke()
+		return
+	case c.sock.foreign:
 		c.interruptForeign(l)
 		return
 	}
@@ -202,7 +212,7 @@ func (c *conn) leaveCtx(word uint64) bool {
 	if word&flagUnwatched == 0 {
 		return c.unwatchCtx()
 	}
-	if word&inFlight == 0 { // else operations may still ask for the ctx, and the owner discards the connection
+	if !operating(word) { // else operations may still ask for the ctx, and the owner discards the connection
 		c.forgetCtx()
 	}
 	return true

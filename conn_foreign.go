@@ -83,6 +83,9 @@ func (c *conn) source() io.Reader {
 // reader returns what an operation of a loan reads from: source, through a leavable if
 // the loan may leave its operations behind. writer does the same for writes.
 func (c *conn) reader() io.Reader {
+	if c.isResident() {
+		return c.nc
+	}
 	if over := c.over(); over != nil {
 		return leavable{c: c, r: c.source(), over: over}
 	}
@@ -90,6 +93,9 @@ func (c *conn) reader() io.Reader {
 }
 
 func (c *conn) writer() io.Writer {
+	if c.isResident() {
+		return c.nc
+	}
 	if over := c.over(); over != nil {
 		return leavable{c: c, w: c.nc, over: over}
 	}
@@ -262,7 +268,7 @@ func (c *conn) interruptForeign(l *loanState) {
 
 // blocked reports whether operations of the loan, or of a loan that has just ended, are
 // still running.
-func (c *conn) blocked() bool { return c.word.Load()&inFlight != 0 }
+func (c *conn) blocked() bool { return operating(c.word.Load()) }
 
 // revoke closes the connection during a loan whose ctx is done: the caller becomes the
 // owner in the place of the borrower, as with Conn.Close. If the loan has ended, revoke

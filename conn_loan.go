@@ -64,13 +64,11 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	}
 	var gen uint64
 	for {
-		// Other goroutines may change flagHungUp, flagStolen, flagBroken and flagListed at
-		// any moment: the new loan keeps these.
 		w := c.word.Load()
 		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
 			gen = 1 // 0 is the generation of the guard
 		}
-		if c.word.CompareAndSwap(w, gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead|flagListed)|flagLent|flags) {
+		if c.word.CompareAndSwap(w, gen<<genShift|lasting(w)|flagLent|flags) {
 			if flags&flagListed > w&flagListed {
 				c.site.env.young.Add(c)
 			}
@@ -94,7 +92,7 @@ func (c *conn) end() uint64 {
 			}
 			word |= c.word.Load() & flagBroken // a deadline that could not be set while the watch began
 		}
-		if word&(inFlight|flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
+		if !operating(word) && word&(flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
 			if c.clearDeadline() != nil {
 				word |= flagBroken // a deadline that cannot be cleared would end an operation of the next borrower
 			}
@@ -125,7 +123,9 @@ func (c *conn) enter(gen uint64) error {
 	for {
 		w := c.word.Load()
 		switch {
-		case gen == 0 && w&flagDetached != 0:
+		case w&inFlight == inFlight:
+			return errors.New("connpool: too many operations at once on one connection")
+		case gen == 0 && w&flagDetached != 0, gen == 0 && w&(flagResident|flagStolen) == flagResident:
 		case w&flagLent == 0, gen != 0 && w>>genShift != gen, w&flagDetached != 0:
 			c.reportUseAfterReturn(gen)
 			return ErrReturned
@@ -133,8 +133,6 @@ func (c *conn) enter(gen uint64) error {
 			return c.note(os.ErrDeadlineExceeded)
 		case w&flagGone != 0:
 			return net.ErrClosed
-		case w&inFlight == inFlight:
-			return errors.New("connpool: too many operations at once on one connection")
 		case w&flagStolen != 0:
 			return errStolen
 		}
@@ -200,6 +198,9 @@ func (c *conn) note(err error) error {
 	if _, known := err.(*net.OpError); !known && err != io.EOF {
 		err = sanitizeError(err) // the error of a foreign connection, or of the other end of a copy
 	}
+	if c.isResident() {
+		return c.noteResident(err)
+	}
 	if errors.Is(err, net.ErrClosed) && c.word.Load()&(flagGone|flagCut) == flagGone {
 		return err
 	}
@@ -260,8 +261,12 @@ func ioErrorOf(word uint64, err error) *ioError {
 	return ioe
 }
 
-// failure returns the first error of the loan, nil if there was none.
+// failure returns the first error of the loan, or of the client that does the I/O; nil if there
+// was none.
 func (c *conn) failure() error {
+	if r := c.resident(); r != nil {
+		return r.ended()
+	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
 	if l := c.loan.Load(); l != nil {
@@ -306,7 +311,7 @@ func (c *conn) noteTraffic(way uint64) {
 // noteForeignError records that an operation with two ends (ReadFrom, WriteTo) failed.
 // The error may be of either end, so it counts against no peer.
 func (c *conn) noteForeignError(err error) {
-	if err == nil {
+	if err == nil || c.isResident() {
 		return
 	}
 	l := c.loanState()

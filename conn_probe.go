@@ -15,10 +15,16 @@ func (c *conn) adopt(nc net.Conn) {
 		c.maxAge = m - rand.N(m/10+1)
 	}
 	c.sock.init(nc, env.sys, &env.cfg)
+	if k, ok := nc.(*carrier); ok {
+		c.settle(&k.resident)
+	}
 }
 
 // probe finds out whether the connection may be lent. The caller owns it.
 func (c *conn) probe() (CloseReason, error) {
+	if r := c.resident(); r != nil {
+		return c.probeResident(r)
+	}
 	if c.word.Load()&flagHungUp != 0 {
 		c.word.And(^uint64(flagHungUp)) // before the visit, so that a later hang-up is not missed
 		if e := c.cold.Load(); e != nil && e.end != nil {

@@ -9,7 +9,7 @@ import (
 // borrower's goroutine and without a bound, like fn; the pool's own goroutines call
 // heldSoon. The caller owns c.
 func (c *conn) held() (h holdings) {
-	if c.state == nil {
+	if c.state == nil || c.isResident() {
 		return h
 	}
 	if r, ok := c.state.(*bufio.Reader); ok { // the most frequent kind of state
@@ -36,7 +36,7 @@ func (c *conn) held() (h holdings) {
 // heldSoon is held with a bound, for goroutines of the pool. If the state does not
 // answer in foreignPatience, the error says so, and the connection cannot be lent.
 func (c *conn) heldSoon() (h holdings, _ error) {
-	if c.state == nil {
+	if c.state == nil || c.isResident() {
 		return h, nil
 	}
 	shape := shapeOf(reflect.TypeOf(c.state))

@@ -62,10 +62,11 @@ var floors = []struct{ name, prefix string }{
 // arrowsUp are what a file names although it stands on a higher floor, by file and name, with
 // the reason. Whoever wants to add one looks first whether the declaration can move.
 var arrowsUp = map[string]string{
-	"config.go Conn":          "Reset, Check and Push get one: the types of public fields",
-	"env.go Pool":             "the way of the flows, whose methods are those of connections and dials, to the books",
-	"conn_foreign.go discard": "an interrupt closes a connection whose deadline has no effect, and its slot becomes free",
-	"conn_loan.go noteLived":  "the first answer of a peer ends the doubt about its address",
+	"config.go Conn":                   "Reset, Check and Push get one: the types of public fields",
+	"env.go Pool":                      "the way of the flows, whose methods are those of connections and dials, to the books",
+	"conn_foreign.go discard":          "an interrupt closes a connection whose deadline has no effect, and its slot becomes free",
+	"conn_loan.go noteLived":           "the first answer of a peer ends the doubt about its address",
+	"conn_resident.go noteClientEnded": "the failed read of a client that owns the I/O is how the pool hears of the end",
 }
 
 // floorsOf is the floor of each file: the greater, the higher.

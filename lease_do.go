@@ -74,7 +74,7 @@ func (l *Lease) pause() error {
 	case ok:
 		l.state, l.gen = leaseDoing, 0
 		return nil
-	case word&inFlight != 0:
+	case operating(word):
 		return errLeaseRunning
 	}
 	return errLeaseLost // closed or detached through the guard, the net.Conn that Setup got
@@ -85,7 +85,7 @@ func (l *Lease) pause() error {
 func (c *conn) endIfQuiet(gen uint64) (word uint64, ok bool) {
 	for {
 		w := c.word.Load()
-		if w&(inFlight|flagGone) != 0 || w&flagLent == 0 || w>>genShift != gen {
+		if operating(w) || w&flagGone != 0 || w&flagLent == 0 || w>>genShift != gen {
 			return w, false
 		}
 		if c.word.CompareAndSwap(w, w&^flagLent) {

@@ -21,7 +21,7 @@ var (
 
 // Read reads as net.Conn does. io.EOF is returned unwrapped.
 func (h Conn) Read(b []byte) (int, error) {
-	if err := h.c.enter(h.gen); err != nil {
+	if err := h.c.enterIO(h.gen); err != nil {
 		return 0, err
 	}
 	if h.c.sock.foreign || h.c.cold.Load() != nil {
@@ -34,7 +34,7 @@ func (h Conn) Read(b []byte) (int, error) {
 
 // Write writes as net.Conn does.
 func (h Conn) Write(b []byte) (int, error) {
-	if err := h.c.enter(h.gen); err != nil {
+	if err := h.c.enterIO(h.gen); err != nil {
 		return 0, err
 	}
 	if h.c.sock.foreign {
@@ -49,7 +49,7 @@ func (h Conn) Write(b []byte) (int, error) {
 // connection has one. An error of r counts as a failure of the connection, since the
 // peer may have received only a part of the data.
 func (h Conn) ReadFrom(r io.Reader) (int64, error) {
-	if err := h.c.enter(h.gen); err != nil {
+	if err := h.c.enterIO(h.gen); err != nil {
 		return 0, err
 	}
 	n, err := h.c.copyIn(r)
@@ -60,7 +60,7 @@ func (h Conn) ReadFrom(r io.Reader) (int64, error) {
 // WriteTo implements io.WriterTo in the same way. An error of w counts as a failure of
 // the connection, since bytes may have been read that nobody received.
 func (h Conn) WriteTo(w io.Writer) (int64, error) {
-	if err := h.c.enter(h.gen); err != nil {
+	if err := h.c.enterIO(h.gen); err != nil {
 		return 0, err
 	}
 	n, err := h.c.copyOut(w)
@@ -72,6 +72,9 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 // free for the next borrower. Operations that are blocked return. A second Close
 // returns net.ErrClosed.
 func (h Conn) Close() error {
+	if h.gen == 0 && h.c != nil && h.c.isResident() && h.c.word.Load()&flagDetached == 0 {
+		return h.c.closeGuard()
+	}
 	word, err := h.leaveFor(flagGone)
 	if err != nil {
 		return err
@@ -82,6 +85,21 @@ func (h Conn) Close() error {
 	}
 	h.c.quitCtx(word)
 	h.c.discard(ClosedByBorrower, nil)
+	return nil
+}
+
+// closeGuard is Close of the guard of a connection with a client: the client has closed its
+// connection. In a loan it does what Conn.Close does, unless the client has met its end.
+func (c *conn) closeGuard() error {
+	r := c.resident()
+	h := Conn{c, c.generation()}
+	if w := c.word.Load(); w&(flagShut|flagHooked) == 0 && w&flagLent != 0 && r.ended() == nil {
+		if err := h.Close(); err == nil || errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+	}
+	c.closeUnderHook()
+	c.loseResident(errClientClosed)
 	return nil
 }
 
@@ -138,7 +156,7 @@ func (h Conn) leaveFor(flags uint64) (uint64, error) {
 			return 0, net.ErrClosed
 		case flags&flagDetached != 0 && w&flagHooked != 0:
 			return 0, errors.New("connpool: a hook cannot detach a connection")
-		case flags&flagDetached != 0 && w&inFlight != 0:
+		case flags&flagDetached != 0 && operating(w):
 			return 0, errors.New("connpool: cannot detach while an operation is running")
 		}
 		if c.word.CompareAndSwap(w, w|flags) {
@@ -151,7 +169,7 @@ func (h Conn) leaveFor(flags uint64) (uint64, error) {
 // connection. On a connection without a CloseWrite method it fails with
 // errors.ErrUnsupported.
 func (h Conn) CloseWrite() error {
-	if err := h.c.enter(h.gen); err != nil {
+	if err := h.c.enterIO(h.gen); err != nil {
 		return err
 	}
 	cw, ok := h.c.nc.(interface{ CloseWrite() error })
@@ -207,7 +225,7 @@ func (h Conn) SetReadDeadline(t time.Time) error { return h.deadline(t, net.Conn
 func (h Conn) SetWriteDeadline(t time.Time) error { return h.deadline(t, net.Conn.SetWriteDeadline) }
 
 func (h Conn) deadline(t time.Time, set func(net.Conn, time.Time) error) error {
-	if err := h.c.enter(h.gen); err != nil {
+	if err := h.c.enterIO(h.gen); err != nil {
 		return err
 	}
 	defer h.c.leave(0, nil)
@@ -285,16 +303,24 @@ func about[T any](h Conn, get func(*conn) T) (v T) {
 }
 
 // State returns what Config.Setup returned for the connection of h: its codec, its
-// session, its prepared statements. It returns the zero T if there was no Setup, if
+// session, its prepared statements, its [Resident] client; or the client of [Carry]. It returns the zero T if there was no Setup, if
 // Setup returned nil, or after the loan. If Setup returned a value that is not a T,
 // State panics with the names of both types.
 func State[T any](h Conn) T {
-	state := about(h, func(c *conn) any { return c.state })
+	state := about(h, (*conn).stateNow)
 	v, ok := state.(T)
 	if !ok && state != nil {
 		panic(fmt.Sprintf("connpool: State[%v]: Config.Setup returned a %T", reflect.TypeFor[T](), state))
 	}
 	return v
+}
+
+// stateNow returns the state of c: what Setup returned, or the client that its dialer returned.
+func (c *conn) stateNow() any {
+	if r := c.resident(); r != nil && c.state == nil {
+		return r.client
+	}
+	return c.state
 }
 
 // Context returns a ctx that is done when the connection leaves the pool: when it is

@@ -167,7 +167,7 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 		return ClosedCanceled, causeOf(ctx)
 	case err != nil && !forgiven:
 		return ClosedFnError, err
-	case word&inFlight != 0:
+	case operating(word):
 		return ClosedInFlight, nil
 	case word&flagBroken != 0:
 		return ClosedBroken, c.failure()
@@ -182,7 +182,7 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 // unclean says why a connection may not be used again although nothing failed in the loan,
 // which left word behind: bytes were left in the state or in crypto/tls.
 func (c *conn) unclean(word uint64) (CloseReason, error) {
-	if c.state == nil && c.sock.tls == nil {
+	if c.state == nil && c.sock.tls == nil || word&flagResident != 0 {
 		return ClosedUnknown, nil // there is nothing that could hold bytes
 	}
 	if c.leftovers(word) {

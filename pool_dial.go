@@ -1,11 +1,13 @@
 package connpool
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"reflect"
 	"sync/atomic"
 	"time"
 
@@ -216,6 +218,7 @@ func (a *attempt) open(ctx context.Context) error {
 		return nil
 	}
 	a.state, err = setup(ctx, c.site.addr, Conn{c, 0})
+	err = cmp.Or(err, a.takeClient(err == nil))
 	word := c.end()
 	switch {
 	case err != nil:
@@ -223,7 +226,7 @@ func (a *attempt) open(ctx context.Context) error {
 		err = errStolen
 	case ctx.Err() != nil, word&flagCut != 0:
 		err = causeOf(ctx)
-	case word&inFlight != 0:
+	case operating(word):
 		err = &brokenContract{"Config.Setup left an operation running"}
 	case word&(flagGone|flagBroken|flagTimedOut|flagHalfClosed) != 0:
 		err = c.failureOf(word, "Config.Setup closed the connection")
@@ -232,6 +235,32 @@ func (a *attempt) open(ctx context.Context) error {
 		err = a.setUp()
 	}
 	return err
+}
+
+// takeClient finds out whether the state that Setup returned is a client with I/O of its own. If
+// Setup has worked, the client gets the connection, before the end of Setup's loan, so that its
+// operations go on.
+func (a *attempt) takeClient(worked bool) error {
+	c := a.c
+	r, marked := a.state.(*resident)
+	if carried := c.resident(); carried != nil {
+		switch {
+		case marked:
+			a.state = nil
+			return &brokenContract{"Config.Setup returned a Resident for a client that Carry has brought"}
+		case a.state != nil && reflect.TypeOf(a.state).Comparable() && a.state == carried.client:
+			a.state = nil // the close of the connection closes it
+		}
+		return nil
+	}
+	if !marked {
+		return nil
+	}
+	a.state = r.client
+	if worked {
+		c.settle(r)
+	}
+	return nil
 }
 
 // connect makes the net.Conn. If no file handle is free for it, the pool closes the least
@@ -354,9 +383,7 @@ func (a *attempt) noteDialed(start clock.Instant, t *Trace, failure *dialError) 
 		c.id = p.lastID
 		info.ID = c.id
 		p.recency.add(c)
-		if c.unprobed() {
-			p.counts.Unprobed++
-		}
+		p.countKindLocked(c, 1)
 		p.noteReachedLocked(s, &todo)
 		s.noteAnsweredLocked()
 		p.moveLocked(c, phaseBorrowed)

@@ -35,7 +35,7 @@ func (c *conn) runHook(ctx context.Context, follow bool, where string, hook func
 	case err != nil:
 	case own.ended():
 		err = causeOf(own)
-	case word&(flagCut|inFlight) != 0:
+	case word&flagCut != 0, operating(word):
 		err = &brokenContract{"it left an operation running"}
 	case word&(flagGone|flagBroken|flagTimedOut|flagHalfClosed) != 0:
 		err = c.failureOf(word, "it closed the connection")

@@ -115,6 +115,9 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 		}
 		p.report.noteAbandoned(at.Load().(string), c.site.addr)
 		go c.closeBelow()
+		if bye := c.farewell(); bye != nil { // the state has not returned from its goodbye
+			go bye.closeSocket(c)
+		}
 		free()
 	})
 	slow := time.AfterFunc(closePatience, func() {
@@ -177,8 +180,8 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 		p.slow--
 	}
 	p.noteFreedLocked()
-	if p.recency.remove(c) && c.unprobed() {
-		p.counts.Unprobed--
+	if p.recency.remove(c) {
+		p.countKindLocked(c, -1)
 	}
 	if reason != ClosedUnknown {
 		p.closedBy[reason]++
@@ -203,6 +206,16 @@ func (c *conn) noteRemoved(reason CloseReason, err error) {
 		})
 	}
 	c.logClosed(reason, err)
+}
+
+// countKindLocked adds n to the counts of the kinds of connections to which c belongs.
+func (p *Pool) countKindLocked(c *conn, n int) {
+	if c.unprobed() {
+		p.counts.Unprobed += n
+	}
+	if c.isResident() {
+		p.counts.Residents += n
+	}
 }
 
 // noteDetached records that a borrower took c out of the pool.

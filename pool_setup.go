@@ -38,6 +38,9 @@ func (a *attempt) setUp() error {
 	if late { // the dial was given up; whoever finds that out closes the connection, see dial
 		return nil
 	}
+	if c.isResident() { // what the peer sends is the client's
+		return nil
+	}
 	in, err := c.heldSoon()
 	if err != nil {
 		return err

@@ -174,9 +174,9 @@ const (
 // peek examines the connection without owning it.
 func (at idleRef) peek() peekVerdict {
 	p := at.c.site.env.pool
-	pr := &at.c.sock
+	pr, r := &at.c.sock, at.c.resident()
 	if pr.raw != nil {
-		l := newFDVisit(pr, !p.cfg.NoProbe)
+		l := newFDVisit(pr, !p.cfg.NoProbe && r == nil)
 		err := pr.raw.Control(l.visit)
 		taken := l.stolen
 		seen := l.seen
@@ -188,7 +188,7 @@ func (at idleRef) peek() peekVerdict {
 			return peekUnfit
 		}
 	}
-	if p.cfg.Check != nil || !p.cfg.NoProbe && pr.prober(at.c.nc) != nil {
+	if p.cfg.Check != nil || r != nil && r.alive != nil || !p.cfg.NoProbe && pr.prober(at.c.nc) != nil {
 		return peekNeedsOwner
 	}
 	return peekClean
@@ -258,6 +258,17 @@ func (p *Pool) hangUp(fd uintptr) {
 	p.mu.Unlock()
 }
 
+// noteClientEnded is called when the client of c has met the end of its I/O. If c is idle, c leaves
+// the pool now; if c is in use, the end of the loan finds flagBroken.
+func (c *conn) noteClientEnded() {
+	p := c.site.env.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c.phase == phaseIdle {
+		idleRef{c, c.generation()}.examineAsideLocked()
+	}
+}
+
 // recheckHangUp examines a connection whose peer hung up while it was in use or being opened:
 // the watcher reports a hang-up only once, and found the connection in use. With a Push it
 // also makes the watcher listen to the connection again.
@@ -265,7 +276,7 @@ func (at idleRef) recheckHangUp() {
 	if at.c.word.Load()&flagHungUp != 0 {
 		at.examine(false)
 	}
-	if at.c.site.env.cfg.Push != nil {
+	if at.c.site.env.cfg.Push != nil && !at.c.isResident() {
 		at.c.rearmWatch()
 	}
 }

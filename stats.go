@@ -17,17 +17,18 @@ import (
 // so it counts in Closed (usually ClosedSetupFailed) when its socket is closed, and not in
 // DialErrors.
 type Stats struct {
-	Open     int // sockets that exist or are being made; what MaxOpen limits
-	Dialing  int // being opened, or in Setup
-	Idle     int // ready to be lent
-	InUse    int // lent, or in Reset, Check or Push; the Tracked ones are among them
-	Tracked  int // made by DialContext, and not closed yet
-	Closing  int // given up, but not closed yet
-	Waiting  int // borrowers in a queue
-	Limit    int // MaxOpen in use; 0: none
-	PeakOpen int // the largest Open so far
-	Addrs    int // addresses the pool keeps books for
-	Unprobed int // open connections whose liveness cannot be checked, see Prober
+	Open      int // sockets that exist or are being made; what MaxOpen limits
+	Dialing   int // being opened, or in Setup
+	Idle      int // ready to be lent
+	InUse     int // lent, or in Reset, Check or Push; the Tracked ones are among them
+	Tracked   int // made by DialContext, and not closed yet
+	Closing   int // given up, but not closed yet
+	Waiting   int // borrowers in a queue
+	Limit     int // MaxOpen in use; 0: none
+	PeakOpen  int // the largest Open so far
+	Addrs     int // addresses the pool keeps books for
+	Unprobed  int // open connections whose liveness cannot be checked, see Prober
+	Residents int // open connections whose client does the I/O, see Resident and Carry
 
 	Loans          uint64        // loans that have ended
 	Reused         uint64        // those of a connection that had been lent before

@@ -64,6 +64,12 @@ func (r CloseReason) clean() bool {
 	return false
 }
 
+// inStep reports whether a connection that is closed for this reason was idle, or given back in
+// good order, so that its state may say goodbye to the peer.
+func (r CloseReason) inStep() bool {
+	return r.clean() && r != ClosedByBorrower || r == ClosedLowHandles
+}
+
 // innocent reports whether a close for this reason was caused by the pool or its user,
 // and says nothing about the peer. The list names all such reasons, so a reason that is
 // missing from it counts against the peer.
