@@ -159,8 +159,16 @@ type Config struct {
 	// and only that borrower gets the error. But if Setup logs in with what those
 	// values say, borrowers of one address affect each other: the connection may serve
 	// another borrower, and failures of one make the address back off for all. A Scope
-	// for each user keeps them apart. If state is an io.Closer, it is closed with the
-	// connection.
+	// for each user keeps them apart.
+	//
+	// If state is an io.Closer, it is closed with the connection. Before a close that is in
+	// step with the peer (evicted, expired, retired, surplus, closed on request or with the
+	// pool) Close runs first and may say goodbye: nc works meanwhile, its I/O fails after a
+	// second, and the socket is closed when Close returns or closes nc, after 5 seconds at
+	// most. After any other end the socket is closed first, and nc fails.
+	//
+	// For a client that reads nc all the time, Setup returns [Resident]. For a client that
+	// dials for itself, the dialer returns [Carry].
 	//
 	// Setup must read all that the peer has sent, and flush what it wrote. If bytes are
 	// left in its state, in crypto/tls or in the socket, the dial fails (with a Push,

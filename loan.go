@@ -307,7 +307,7 @@ func about[T any](h Conn, get func(*conn) T) (v T) {
 // Setup returned nil, or after the loan. If Setup returned a value that is not a T,
 // State panics with the names of both types.
 func State[T any](h Conn) T {
-	state := about(h, (*conn).stateNow)
+	state := h.state()
 	v, ok := state.(T)
 	if !ok && state != nil {
 		panic(fmt.Sprintf("connpool: State[%v]: Config.Setup returned a %T", reflect.TypeFor[T](), state))
@@ -315,8 +315,20 @@ func State[T any](h Conn) T {
 	return v
 }
 
-// stateNow returns the state of c: what Setup returned, or the client that its dialer returned.
-func (c *conn) stateNow() any {
+// state returns the state of the connection: what Setup returned, or the client that the dialer
+// returned. It also works in a loan whose connection is closed already, because the end of a ctx
+// closes the connection of a client at any moment of the loan.
+func (h Conn) state() any {
+	c := h.c
+	if c == nil {
+		return nil
+	}
+	switch w := c.word.Load(); {
+	case h.gen == 0 && w&(flagLent|flagDetached|flagResident) != 0:
+	case w&flagLent == 0, h.gen == 0, w>>genShift != h.gen, w&flagDetached != 0:
+		c.reportUseAfterReturn(h.gen)
+		return nil
+	}
 	if r := c.resident(); r != nil && c.state == nil {
 		return r.client
 	}

@@ -330,9 +330,12 @@ func TestADeadlineOfTheClientIsItsOwnMatter(t *testing.T) {
 		defer cancel()
 		require.NoError(t, p.With(ctx, n.Addr, func(c connpool.Conn) error {
 			echo(connpool.State[net.Conn](c))
-			return nil
+			return nc.SetReadDeadline(time.Now().Add(-time.Second))
 		}))
-		echo(nc) // no loan's deadline is left
+		_, err = nc.Read(make([]byte, 1))
+		require.ErrorContains(t, err, "timeout", "no end of a loan takes back what the client has set")
+		require.NoError(t, nc.SetReadDeadline(time.Time{}))
+		echo(nc)
 		require.Equal(t, uint64(1), p.Stats().Dials)
 	})
 }
@@ -355,6 +358,7 @@ func TestACtxThatEndsInALoanClosesTheResident(t *testing.T) {
 			err := p.With(ctx, n.Addr, func(c connpool.Conn) error {
 				r := connpool.State[*reader](c)
 				<-r.done // the client's read is over although the client did not close
+				require.Same(t, r, connpool.State[*reader](c), "it is still there, and its I/O fails")
 				return r.alive()
 			})
 			cancel()

@@ -129,6 +129,7 @@ func TestAGoodbyeOfAnyKindFreesTheSlot(t *testing.T) {
 					require.NoError(t, n.Pool.With(soon, pooltest.At("b"), func(connpool.Conn) error { return nil }), "it evicts")
 					time.Sleep(10 * time.Second)
 					require.Zero(t, n.Pool.Stats().Closing)
+					require.Empty(t, n.Host("a").Conns(), "the socket is closed")
 					if name == "hangs" {
 						require.False(t, late.Load())
 						require.Equal(t, uint64(1), n.Pool.Stats().AbandonedCalls)
