@@ -31,9 +31,10 @@ type Server struct {
 	Addr string // host and port
 	Dir  string // the server writes only there
 
-	left chan struct{} // closed when the process is gone
-	proc *os.Process
-	stop syscall.Signal
+	left  chan struct{} // closed when the process is gone
+	proc  *os.Process
+	stop  syscall.Signal
+	again func() *exec.Cmd // the command that started it
 }
 
 // Kind says how a server is started.
@@ -68,6 +69,83 @@ func Postgres() Kind {
 		},
 		Args: func(dir string, port int) []string {
 			return []string{"-D", filepath.Join(dir, "data"), "-h", "127.0.0.1", "-p", strconv.Itoa(port), "-k", dir, "-F"}
+		},
+	}
+}
+
+// Slapd is an OpenLDAP server with the suffix dc=test, whose administrator cn=admin,dc=test has
+// the password "secret". Everybody may read.
+func Slapd() Kind {
+	return Kind{
+		Program: "slapd", Package: "slapd", Stop: syscall.SIGTERM,
+		Prepare: func(dir string, _ func(argv ...string) error) error {
+			for _, d := range []string{"data"} {
+				if err := os.Mkdir(filepath.Join(dir, d), 0o777); err != nil {
+					return err
+				}
+				if err := os.Chmod(filepath.Join(dir, d), 0o777); err != nil {
+					return err
+				}
+			}
+			return os.WriteFile(filepath.Join(dir, "slapd.conf"), []byte("include /etc/ldap/schema/core.schema\n"+
+				"database ldif\ndirectory "+filepath.Join(dir, "data")+"\nsuffix dc=test\nrootdn cn=admin,dc=test\nrootpw secret\n"), 0o644)
+		},
+		Args: func(dir string, port int) []string {
+			return []string{"-d", "0", "-f", filepath.Join(dir, "slapd.conf"), "-h", fmt.Sprintf("ldap://127.0.0.1:%d", port)}
+		},
+	}
+}
+
+// Dovecot is an IMAP server that lets everybody in with the password "secret".
+func Dovecot() Kind {
+	return Kind{
+		Program: "dovecot", Package: "dovecot-imapd", Stop: syscall.SIGTERM,
+		Args: func(dir string, port int) []string {
+			name, group := "nobody", "nogroup"
+			if os.Geteuid() != 0 {
+				if u, err := user.Current(); err == nil {
+					name, group = u.Username, u.Gid
+				}
+			}
+			conf := filepath.Join(dir, "dovecot.conf")
+			os.WriteFile(conf, fmt.Appendf(nil, `protocols = imap
+listen = 127.0.0.1
+base_dir = %[1]s/run
+state_dir = %[1]s/state
+log_path = %[1]s/dovecot.log
+ssl = no
+disable_plaintext_auth = no
+default_internal_user = %[2]s
+default_internal_group = %[3]s
+default_login_user = %[2]s
+first_valid_uid = 1
+mail_max_userip_connections = 100
+mail_location = maildir:%[1]s/mail
+passdb {
+  driver = static
+  args = password=secret
+}
+userdb {
+  driver = static
+  args = uid=%[2]s gid=%[3]s home=%[1]s/home
+}
+service imap-login {
+  chroot =
+  inet_listener imap {
+    port = %[4]d
+  }
+  inet_listener imaps {
+    port = 0
+  }
+}
+service anvil {
+  chroot =
+}
+service stats {
+  chroot =
+}
+`, dir, name, group, port), 0o644)
+			return []string{"-F", "-c", conf}
 		},
 	}
 }
@@ -137,8 +215,9 @@ func Start(t testing.TB, k Kind) *Server {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := &Server{Addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), Dir: dir, left: make(chan struct{}), stop: k.Stop}
-		if err = s.run(command(path, k.Args(dir, port)...)); err == nil {
+		s := &Server{Addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), Dir: dir, stop: k.Stop}
+		s.again = func() *exec.Cmd { return command(path, k.Args(dir, port)...) }
+		if err = s.run(s.again()); err == nil {
 			t.Cleanup(s.Stop)
 			return s
 		}
@@ -165,6 +244,8 @@ func (s *Server) run(cmd *exec.Cmd) error {
 		return err
 	}
 	cmd.Stdout, cmd.Stderr = log, log
+	left := make(chan struct{})
+	s.left = left
 	started := make(chan error)
 	go func() {
 		// The kernel ends the server when the thread that started it ends.
@@ -175,7 +256,7 @@ func (s *Server) run(cmd *exec.Cmd) error {
 		started <- err
 		if err == nil {
 			cmd.Wait()
-			close(s.left)
+			close(left)
 		}
 	}()
 	if err := <-started; err != nil {
@@ -199,6 +280,15 @@ func (s *Server) run(cmd *exec.Cmd) error {
 			return fmt.Errorf("%s does not listen", cmd.Path)
 		case <-again.C:
 		}
+	}
+}
+
+// Restart ends the server and starts it again, on the same port.
+func (s *Server) Restart(t testing.TB) {
+	t.Helper()
+	s.Stop()
+	if err := s.run(s.again()); err != nil {
+		t.Fatal(err)
 	}
 }
 
