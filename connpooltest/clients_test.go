@@ -49,14 +49,18 @@ func good() connpooltest.Harness {
 	}
 }
 
-// broken are the clients with a mistake, by what it is.
-var broken = map[string]func() connpooltest.Harness{
-	"keeps the connection after a time-out of its own":         keepsOnTimeout,
-	"keeps its readers in a map, beside the state":             readersBeside,
-	"forgets the second part of a reply":                       forgetsSecondPart,
-	"swallows the error of a malformed reply":                  swallowsError,
-	"matches replies by position after a call was cancelled":   matchesByPosition,
-	"returns after the header, when nobody wants the contents": returnsAfterHeader,
+// broken are the clients with a mistake, by what it is, each with the shortest script that
+// shows it.
+var broken = map[string]struct {
+	client func() connpooltest.Harness
+	script string
+}{
+	"keeps the connection after a time-out of its own":         {keepsOnTimeout, "late@0 ok"},
+	"keeps its readers in a map, beside the state":             {readersBeside, "extra ok"},
+	"forgets the second part of a reply":                       {forgetsSecondPart, "split@18 ok"},
+	"swallows the error of a malformed reply":                  {swallowsError, "late@1 ok"},
+	"matches replies by position after a call was cancelled":   {matchesByPosition, "late@0 ok"},
+	"returns after the header, when nobody wants the contents": {returnsAfterHeader, "split@10 ok"},
 }
 
 func keepsOnTimeout() connpooltest.Harness {
@@ -279,4 +283,134 @@ func returnsAfterHeader() connpooltest.Harness {
 			}, nil
 		},
 	}
+}
+
+// goods are clients without a mistake, each over another part of the pool.
+var goods = map[string]func() connpooltest.Harness{
+	"a reader in the state":        good,
+	"replies read byte by byte":    readsByteByByte,
+	"a login and a reset":          logsIn,
+	"a lease for each exchange":    leases,
+	"a session for each exchange":  sessions,
+	"one connection, many waiters": func() connpooltest.Harness { h := good(); h.Config.MaxPerAddr, h.Borrowers = 1, 6; return h },
+	"a time-out that it swallows":  givesUpEarly,
+}
+
+// withConn is good with another function for the connection.
+func withConn(exchange func(ctx context.Context, c connpool.Conn, key string) (string, error)) connpooltest.Harness {
+	h := good()
+	h.Client = func(pool *connpool.Pool, addr connpool.Addr) (connpooltest.Exchange, func()) {
+		return func(ctx context.Context, key string) (value string, err error) {
+			err = pool.With(ctx, addr, func(c connpool.Conn) (err error) {
+				value, err = exchange(ctx, c, key)
+				return err
+			})
+			return value, err
+		}, nil
+	}
+	return h
+}
+
+func readsByteByByte() connpooltest.Harness {
+	h := withConn(func(_ context.Context, c connpool.Conn, key string) (string, error) {
+		if _, err := fmt.Fprintln(c, key); err != nil {
+			return "", err
+		}
+		var value []byte
+		for b := make([]byte, 1); b[0] != '\n'; value = append(value, b[0]) {
+			if _, err := io.ReadFull(c, b); err != nil {
+				return "", err
+			}
+		}
+		return string(value), nil
+	})
+	h.Config.Setup = nil
+	return h
+}
+
+// ask sends a line and reads one.
+func ask(w io.Writer, r *bufio.Reader, request string) (string, error) {
+	if _, err := fmt.Fprintln(w, request); err != nil {
+		return "", err
+	}
+	return r.ReadString('\n')
+}
+
+func logsIn() connpooltest.Harness {
+	h := withConn(func(_ context.Context, c connpool.Conn, key string) (string, error) {
+		return ask(c, connpool.State[*bufio.Reader](c), key)
+	})
+	h.Protocol.Greeting = []byte("* hello\n")
+	h.Config.Setup = func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
+		r := bufio.NewReader(nc)
+		if _, err := r.ReadString('\n'); err != nil {
+			return nil, err
+		}
+		_, err := ask(nc, r, "LOGIN")
+		return r, err
+	}
+	again := func(_ context.Context, c connpool.Conn) error {
+		_, err := ask(c, connpool.State[*bufio.Reader](c), "PING")
+		return err
+	}
+	h.Config.Reset, h.Config.Check, h.Config.CheckAfterIdle = again, again, -1
+	return h
+}
+
+func leases() connpooltest.Harness {
+	h := good()
+	h.Client = func(pool *connpool.Pool, addr connpool.Addr) (connpooltest.Exchange, func()) {
+		return func(ctx context.Context, key string) (value string, err error) {
+			lease, err := pool.Lease(ctx, addr)
+			if err != nil {
+				return "", err
+			}
+			defer lease.Return()
+			err = lease.Do(ctx, func(c connpool.Conn) (err error) {
+				value, err = ask(c, connpool.State[*bufio.Reader](c), key)
+				return err
+			})
+			return value, err
+		}, nil
+	}
+	return h
+}
+
+func sessions() connpooltest.Harness {
+	h := good()
+	h.Client = func(pool *connpool.Pool, addr connpool.Addr) (connpooltest.Exchange, func()) {
+		return func(ctx context.Context, key string) (value string, err error) {
+			ctx, end := pool.Session(ctx)
+			defer end()
+			for range 2 {
+				err = pool.With(ctx, addr, func(c connpool.Conn) (err error) {
+					value, err = ask(c, connpool.State[*bufio.Reader](c), key)
+					return err
+				})
+				if err != nil {
+					return "", err
+				}
+			}
+			return value, nil
+		}, nil
+	}
+	return h
+}
+
+// givesUpEarly has a time-out of its own, and tells the pool nothing of it. The pool
+// sees that the read failed.
+func givesUpEarly() connpooltest.Harness {
+	h := good()
+	h.Client = func(pool *connpool.Pool, addr connpool.Addr) (connpooltest.Exchange, func()) {
+		return func(ctx context.Context, key string) (value string, failed error) {
+			err := pool.With(ctx, addr, func(c connpool.Conn) error {
+				deadline, _ := ctx.Deadline()
+				c.SetReadDeadline(time.Now().Add(time.Until(deadline) / 3))
+				value, failed = ask(c, connpool.State[*bufio.Reader](c), key)
+				return nil
+			})
+			return value, errors.Join(failed, err)
+		}, nil
+	}
+	return h
 }

@@ -24,10 +24,12 @@ const (
 	// Unseen: an exchange reported success, and no request had contained its token, so
 	// the script had no effect on it.
 	Unseen
+	// Leaked: goroutines were left when the client had ended. Only a bubble shows it.
+	Leaked
 )
 
 func (k FailureKind) String() string {
-	names := []string{"misdelivered", "unanswered", "not returned", "stuck", "crashed", "unseen"}
+	names := []string{"misdelivered", "unanswered", "not returned", "stuck", "crashed", "unseen", "leaked"}
 	if k == 0 || int(k) > len(names) {
 		return fmt.Sprintf("FailureKind(%d)", uint8(k))
 	}

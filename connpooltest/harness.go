@@ -4,8 +4,11 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -111,9 +114,43 @@ func (h Harness) Run(t *testing.T, script Script) (err error) {
 		panic(fmt.Sprintf("connpooltest: the script %q has not ended in a minute: does the client wait while it holds a mutex? Then set Harness.Loopback", script))
 	})
 	defer stuck.Stop()
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		if !strings.HasPrefix(fmt.Sprint(p), "deadlock: main bubble goroutine has exited") {
+			panic(p)
+		}
+		if err == nil { // else the failure says more
+			err = &Failure{Kind: Leaked, Text: "goroutines are left of the client:\n" + leftInBubble(), Script: script, Step: -1}
+		}
+	}()
 	synctest.Test(t, func(*testing.T) { err = h.play(script, synctest.Wait) })
 	return err
 }
+
+// leftInBubble is the stacks of the goroutines in the newest bubble.
+func leftInBubble() string {
+	all := make([]byte, 1<<20)
+	all = all[:runtime.Stack(all, true)]
+	newest, left := 0, ""
+	for stack := range strings.SplitSeq(string(all), "\n\n") {
+		m := bubbleOf.FindStringSubmatch(stack)
+		if m == nil {
+			continue
+		}
+		switch n, _ := strconv.Atoi(m[1]); {
+		case n > newest:
+			newest, left = n, stack
+		case n == newest:
+			left += "\n\n" + stack
+		}
+	}
+	return left
+}
+
+var bubbleOf = regexp.MustCompile(`^goroutine \d+ \[.*synctest bubble (\d+)\]`)
 
 // call is a step that has begun.
 type call struct {
@@ -156,6 +193,7 @@ func (h Harness) play(script Script, settle func()) (err error) {
 	} else {
 		r.server = newMemory(h.Protocol)
 	}
+	defer r.awaitAll()
 	defer r.server.close()
 	r.server.patience, r.server.turnOf, r.server.note = h.patience(), r.turnFor, r.note
 	cfg := r.server.Config(h.Config)
@@ -235,6 +273,18 @@ func (r *run) playSteps(script Script, settle func()) *Failure {
 		settle()
 	}
 	return await(0, nil)
+}
+
+// awaitAll waits until every call has returned, after the server and the pool are closed.
+// The time in a bubble stands still when the goroutine that plays the script is gone.
+func (r *run) awaitAll() {
+	d := 1000 * time.Hour
+	if r.h.Loopback {
+		d = grace
+	}
+	for _, c := range r.calls {
+		c.wait(d)
+	}
 }
 
 // between does what a step does before its exchange.
