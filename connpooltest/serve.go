@@ -20,7 +20,7 @@ type turn struct {
 
 // serve serves one connection until it ends.
 func (s *Server) serve(p *peer) {
-	p.in, p.sending, p.busy = bufio.NewReader(p.Conn), make(chan struct{}, 1), true
+	p.in, p.sending, p.busy = bufio.NewReader(p.Conn), make(chan struct{}, 1), len(s.protocol.Greeting) > 0
 	s.mu.Lock()
 	s.accepts++
 	s.peers = append(s.peers, p)
