@@ -81,7 +81,9 @@ func mendedHarness() connpooltest.Harness {
 func FuzzStore(f *testing.F) { connpooltest.Fuzz(f, mendedHarness()) }
 
 func TestTheMendedStorePasses(t *testing.T) {
-	connpooltest.Desync(t, mendedHarness())
+	h := mendedHarness()
+	h.Executions = executions()
+	connpooltest.Desync(t, h)
 }
 
 // The page shows what a run prints.

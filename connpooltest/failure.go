@@ -53,7 +53,11 @@ func (f *Failure) Error() string {
 }
 
 func (r *run) failure(c *call, kind FailureKind, format string, args ...any) *Failure {
-	return &Failure{Kind: kind, Text: fmt.Sprintf(format, args...), Step: c.number, Asked: c.token, Got: c.reply}
+	f := &Failure{Kind: kind, Text: fmt.Sprintf(format, args...), Step: c.number, Asked: c.token}
+	if c.isDone() {
+		f.Got = c.reply
+	}
+	return f
 }
 
 // judge says what is wrong with a call that is over; nil if nothing is.

@@ -261,6 +261,7 @@ func (r *run) playSteps(script Script, settle func()) *Failure {
 		}
 		settle()
 		r.between(i, step)
+		settle()
 		c := r.begin(i, step)
 		under = append(under, c)
 		if !step.Overlap {

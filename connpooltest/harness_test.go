@@ -16,6 +16,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/connpooltest"
 	"github.com/seed-ecb488c9/connpool/internal/patience"
+	"github.com/seed-ecb488c9/connpool/internal/race"
 )
 
 // found is the failure that err is.
@@ -24,6 +25,14 @@ func found(t *testing.T, err error) *connpooltest.Failure {
 	var f *connpooltest.Failure
 	require.True(t, errors.As(err, &f), "not found: %v", err)
 	return f
+}
+
+// executions is how many random scripts a client plays that must pass.
+func executions() int {
+	if race.Enabled {
+		return 20 * patience.Stress()
+	}
+	return 200 * patience.Stress()
 }
 
 // ADO-13
@@ -88,7 +97,7 @@ func TestGoodClientsPass(t *testing.T) {
 					}
 				},
 			}
-			h.Executions, h.Seed = 200*patience.Stress(), 7
+			h.Executions, h.Seed = executions(), 7
 			require.NoError(t, h.Search(t))
 			t.Log(reused, "loans of a connection lent before;", closed)
 
@@ -209,7 +218,7 @@ func TestMatchedAsksForMore(t *testing.T) {
 			return value, err
 		}, end
 	}
-	checks.Matched = true
+	checks.Matched, checks.Executions = true, executions()
 	require.NoError(t, checks.Search(t))
 
 	trusts := good()
@@ -239,7 +248,9 @@ func TestAConfigThatCannotBeUsedIsAnErrorOfItsOwn(t *testing.T) {
 }
 
 func TestDesyncPassesAGoodClient(t *testing.T) {
-	connpooltest.Desync(t, good())
+	h := good()
+	h.Executions = executions()
+	connpooltest.Desync(t, h)
 }
 
 // What a run of a target on a broken client ends with, in a process of its own.

@@ -44,7 +44,7 @@ func TestTheTextOfAScript(t *testing.T) {
 
 func TestAllBytesAreAScript(t *testing.T) {
 	for first := range 256 {
-		for second := range 256 {
+		for _, second := range []int{0, 1, 15, 16, 126, 127, 128, 255} {
 			s := connpooltest.FromBytes([]byte{byte(first), byte(second)})
 			require.Len(t, s, 1)
 			require.Equal(t, s, connpooltest.FromBytes(s.Bytes()))
