@@ -214,7 +214,7 @@ func (h Harness) play(script Script, settle func()) (err error) {
 	}
 	if failed == nil {
 		if out := returned(pool, grace); out != "" {
-			failed = &Failure{Kind: NotReturned, Text: "when every exchange had returned, " + out}
+			failed = &Failure{Kind: NotReturned, Text: "a connection was not given back: when every exchange had returned, " + out, Step: -1}
 		}
 	}
 	if failed != nil {
@@ -290,22 +290,22 @@ func (r *run) awaitAll() {
 
 // between does what a step does before its exchange.
 func (r *run) between(i int, step Step) {
-	n := 0
+	var what string
 	switch step.Fault {
 	case CutIdle:
-		n = r.server.CutIdle()
+		what = fmt.Sprintf("the server closes what is idle: %d", r.server.CutIdle())
 	case Unasked:
-		n = r.server.SendUnasked()
+		what = fmt.Sprintf("the server sends a frame on what is idle: %d", r.server.SendUnasked())
 	case Refuse:
-		n = 1
 		r.server.FailNextDial(1, nil)
+		what = "the next dial will fail"
 	case HangUp:
-		n = 1
 		r.server.HangUpNext(1)
+		what = "the server will close the next connection"
 	default:
 		return
 	}
-	r.note(&turn{number: i}, "%v: %d connections", step.Fault, n)
+	r.note(&turn{number: i}, "%s", what)
 	if r.h.Loopback {
 		r.server.pause() // the kernel may take its time
 	}

@@ -159,7 +159,7 @@ func TestEachKindOfFailureIsSeen(t *testing.T) {
 			time.Sleep(time.Hour)
 			return "", nil
 		}), "a minute after the end of its ctx"},
-		connpooltest.NotReturned: {leaksALease(), "1 connections are in use"},
+		connpooltest.NotReturned: {leaksALease(), "connections in use: 1"},
 		connpooltest.Leaked:      {leaksAGoroutine(), "leaksAGoroutine"},
 	} {
 		t.Run(kind.String(), func(t *testing.T) {

@@ -12,10 +12,13 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 )
 
+// profileName is the name of the Profile for go tool pprof.
+const profileName = "github.com/seed-ecb488c9/connpool/connpooltest.loans"
+
 // loans is the Profile of pools that NewPool makes. Profiles have names for the whole
 // process, so there is only one.
 var loans = sync.OnceValue(func() *pprof.Profile {
-	return pprof.NewProfile("github.com/seed-ecb488c9/connpool/connpooltest.loans")
+	return pprof.NewProfile(profileName)
 })
 
 // NewPool makes a pool that reaches the server, see [Server.Config]. When the test ends
@@ -56,7 +59,7 @@ func NewPool(t testing.TB, s *Server, cfg connpool.Config) *connpool.Pool {
 func AssertReturned(t testing.TB, pool *connpool.Pool) {
 	t.Helper()
 	if out := returned(pool, grace); out != "" {
-		t.Error("connpooltest: " + out)
+		t.Error("connpooltest: a connection was not given back: " + out)
 	}
 }
 
@@ -69,7 +72,7 @@ func returned(pool *connpool.Pool, d time.Duration) string {
 			return ""
 		}
 		if time.Now().After(end) {
-			return fmt.Sprintf("%d connections are in use, %d are being closed, %d are being dialled and %d borrowers wait%s",
+			return fmt.Sprintf("connections in use: %d, being closed: %d, being dialled: %d; borrowers waiting: %d%s",
 				st.InUse, st.Closing, st.Dialing, st.Waiting, places())
 		}
 		time.Sleep(pause)
@@ -78,11 +81,11 @@ func returned(pool *connpool.Pool, d time.Duration) string {
 
 // places says where the connections in use were borrowed, of all pools that NewPool made.
 func places() string {
-	profile := pprof.Lookup("github.com/seed-ecb488c9/connpool/connpooltest.loans")
+	profile := pprof.Lookup(profileName)
 	if profile == nil || profile.Count() == 0 {
 		return ""
 	}
 	var text strings.Builder
 	profile.WriteTo(&text, 1)
-	return "; borrowed here, by any pool of this process:\n" + text.String()
+	return "\nborrowed here, from all pools of NewPool in this process:\n" + text.String()
 }

@@ -43,7 +43,7 @@ func get(pool *connpool.Pool, s *connpooltest.Server, key string, wait time.Dura
 func TestAServerPlaysItsScript(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *connpooltest.Server) {
 		pool := connpooltest.NewPool(t, s, connpool.Config{Setup: reader})
-		s.Play(connpooltest.MustParseScript("ok cut@3 cut@end reset@1 split@4 drip@2"))
+		s.Play(connpooltest.MustParseScript("ok cut@3 extra reset@1 split@4 drip@2"))
 		s.Play(connpooltest.MustParseScript("wrong hang@2"))
 		for i, want := range []struct {
 			value string
@@ -73,6 +73,11 @@ func TestAServerPlaysItsScript(t *testing.T) {
 				require.Equal(t, want.value, value, i)
 			}
 		}
+		s.Play(connpooltest.MustParseScript("cut@end"))
+		value, err := get(pool, s, "9", patience.Bounded)
+		require.NoError(t, err)
+		require.Equal(t, "value of 9\n", value)
+		patience.Soon(t, "the connection is closed behind its reply", func() bool { return s.Open() == 0 })
 		require.Panics(t, func() { s.Play(connpooltest.MustParseScript("ok cutidle")) })
 	})
 }
@@ -204,7 +209,7 @@ func TestAssertReturnedFindsALoanThatIsOut(t *testing.T) {
 		require.NoError(t, err)
 		v := &verdict{TB: t}
 		connpooltest.AssertReturned(v, pool)
-		require.Contains(t, v.says, "1 connections are in use")
+		require.Contains(t, v.says, "connections in use: 1")
 		require.Contains(t, v.says, "TestAssertReturnedFindsALoanThatIsOut", "where it was borrowed")
 
 		// It waits for one that is on its way back.
