@@ -228,28 +228,32 @@ func (h Harness) play(script Script, settle func()) (err error) {
 
 // playSteps makes the exchanges of a script, up to the first that fails.
 func (r *run) playSteps(script Script, settle func()) *Failure {
-	var under []*call // under way
-	// await waits until at most n calls are under way, or a certain one is not.
+	var under []*call // begun and not judged
+	// judge takes the calls that are over from under.
+	judge := func() (failed *Failure) {
+		under = slices.DeleteFunc(under, func(c *call) bool {
+			if failed != nil || !c.isDone() {
+				return false
+			}
+			failed = r.judge(c)
+			return true
+		})
+		return failed
+	}
+	// await waits until at most n calls are under way, or c, if it is not nil, is over.
 	await := func(n int, c *call) *Failure {
-		for len(under) > n && (c == nil || !c.isDone()) {
-			first := under[0]
+		for {
+			if f := judge(); f != nil || len(under) <= n || c != nil && c.isDone() {
+				return f
+			}
+			next := under[0]
 			if c != nil {
-				first = c
+				next = c
 			}
-			if !first.wait(r.h.patience() + grace) {
-				return r.failure(first, Stuck, "step %d (%v) has not returned a minute after the end of its ctx", first.number, first.step)
+			if !next.wait(r.h.patience() + grace) {
+				return r.failure(next, Stuck, "step %d (%v) has not returned a minute after the end of its ctx", next.number, next.step)
 			}
-			left := under[:0]
-			for _, u := range under {
-				if !u.isDone() {
-					left = append(left, u)
-				} else if f := r.judge(u); f != nil {
-					return f
-				}
-			}
-			under = left
 		}
-		return nil
 	}
 	for i, step := range script {
 		most := r.h.borrowers() - 1
