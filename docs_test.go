@@ -191,6 +191,9 @@ func code(text string) string {
 func TestTheCodeOfTheDocsIsCompiled(t *testing.T) {
 	names, err := fs.Glob(os.DirFS("."), "example*_test.go")
 	require.NoError(t, err)
+	ofTestKit, err := fs.Glob(os.DirFS("."), "connpooltest/example*_test.go")
+	require.NoError(t, err)
+	names = append(names, ofTestKit...)
 	var compiled []string
 	for _, name := range names {
 		text, err := os.ReadFile(name)
