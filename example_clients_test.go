@@ -25,7 +25,15 @@ func serveRPC() (addr connpool.Addr, stop func()) {
 	if err != nil {
 		panic(err)
 	}
-	go srv.Accept(ln)
+	go func() {
+		for {
+			nc, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go srv.ServeConn(nc)
+		}
+	}()
 	return connpool.Addr{Transport: connpool.TCP, Host: "127.0.0.1", Port: uint16(ln.Addr().(*net.TCPAddr).Port)}, func() { ln.Close() }
 }
 

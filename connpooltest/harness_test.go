@@ -17,6 +17,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/connpooltest"
 	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/race"
+	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // found is the failure that err is.
@@ -29,10 +30,11 @@ func found(t *testing.T, err error) *connpooltest.Failure {
 
 // executions is how many random scripts a client plays that must pass.
 func executions() int {
+	n := short.Of(200, 50)
 	if race.Enabled {
-		return 20 * patience.Stress()
+		n /= 10
 	}
-	return 200 * patience.Stress()
+	return n * patience.Stress()
 }
 
 // ADO-13
