@@ -293,15 +293,6 @@ func (h Conn) Addr() Addr {
 	return h.c.site.addr
 }
 
-// about returns what get finds in the connection of h; the zero T after the loan.
-func about[T any](h Conn, get func(*conn) T) (v T) {
-	if h.c.enter(h.gen) == nil {
-		v = get(h.c)
-		h.c.leave(0, nil)
-	}
-	return v
-}
-
 // State returns what Config.Setup returned for the connection of h: its codec, its
 // session, its prepared statements, its [Resident] client; or the client of [Carry]. It returns the zero T if there was no Setup, if
 // Setup returned nil, or after the loan. If Setup returned a value that is not a T,
