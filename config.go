@@ -124,6 +124,16 @@ type Config struct {
 	// itself.
 	Dialers map[Transport]DialFunc
 
+	// Dialer is the base of the pool's own dials of TCP, TLS and Unix sockets, those of
+	// [Pool.DialContext] included: its LocalAddr, Resolver, FallbackDelay, keep-alive and
+	// multipath settings, and its Control or ControlContext, which runs before the pool
+	// sets the QoS of the address. The keep-alive of the address, if it has one, replaces
+	// that of Dialer. LocalAddr is left out where its network is another one, and a port in
+	// it allows one connection at a time. Timeout and Deadline hold beside DialTimeout.
+	// Its functions may run in several dials at once. Dialers replaces Dialer for the
+	// transports that it names. nil: the zero net.Dialer.
+	Dialer *net.Dialer
+
 	// TLS is the pool's identity and trust. The pool clones it for each address. In the
 	// clone, ServerName is that of the address; so ServerName must be empty here.
 	// (localhost is allowed: it is the name of 127.0.0.1, ::1 and the other addresses
@@ -399,6 +409,10 @@ func (cfg Config) resolved() (Config, error) {
 		dialers[t] = d
 	}
 	cfg.Dialers = dialers
+	if cfg.Dialer != nil {
+		base := *cfg.Dialer
+		cfg.Dialer = &base
+	}
 	if cfg.TLS != nil {
 		cfg.TLS = cfg.TLS.Clone()
 	}

@@ -80,3 +80,37 @@ func endsOf(nc net.Conn) (at ends) {
 	}
 	return at
 }
+
+// Under returns the first of the connections below h that is a T: what the dialer returned or, for
+// an address of the transport TLS, the *tls.Conn that the pool made; then what lies below that, as
+// far as methods NetConn lead. It reports false if none is a T, and after the loan.
+//
+// Under is for clients that look at the type of their connection, as net/smtp does for a *tls.Conn,
+// and for questions that only the connection itself can answer, such as the credentials of the peer
+// of a *net.UnixConn. The pool does not see I/O through the result: it cannot tell that an operation
+// is still running at the end of the loan, and does not keep the result from being used after it. So
+// use the result in loans only (the state that Setup returns may keep it), leave its deadlines to the
+// ctx of the loan, and discard the connection with Conn.Close.
+func Under[T any](h Conn) (under T, ok bool) {
+	if h.c.enter(h.gen) != nil {
+		return under, false
+	}
+	defer h.c.leave(0, nil)
+	nc := h.c.nc
+	for range wrappings {
+		if own, yes := nc.(*tlsSocket); yes {
+			nc = own.Conn
+		}
+		if under, ok = nc.(T); ok {
+			return under, true
+		}
+		above, yes := nc.(interface{ NetConn() net.Conn })
+		if !yes {
+			break
+		}
+		if nc = above.NetConn(); isNil(nc) {
+			break
+		}
+	}
+	return under, false
+}

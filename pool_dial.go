@@ -318,10 +318,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 	}
 	a.ours = below == nil
 	if below == nil {
-		below = p.sys.dial
-		if f := a.c.site.family; f > familyAny {
-			below = f.dial
-		}
+		below = p.ownDial(a.c.site.family)
 	}
 	if addr.Transport == TLS && own == nil {
 		if err := p.sys.loadRoots(&p.cfg); err != nil {
@@ -350,6 +347,23 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	return tc, nil
+}
+
+// ownDial is the pool's own dialer of sockets.
+func (p *Pool) ownDial(f family) DialFunc {
+	base := p.cfg.Dialer
+	if base == nil {
+		if f <= familyAny {
+			return p.sys.dial
+		}
+		base = new(net.Dialer)
+	}
+	return func(ctx context.Context, addr Addr) (net.Conn, error) {
+		if f > familyAny {
+			return f.dial(ctx, base, addr)
+		}
+		return dialFrom(ctx, base, addr)
+	}
 }
 
 // closeUnowned closes a connection that never got into the books. The Close of a foreign

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // DialContext opens a connection that the pool counts but does not pool: the caller
@@ -165,10 +167,9 @@ func absolute(network, address string) bool {
 }
 
 // dial is sys.dial for one family of addresses.
-func (f family) dial(ctx context.Context, addr Addr) (net.Conn, error) {
+func (f family) dial(ctx context.Context, base *net.Dialer, addr Addr) (net.Conn, error) {
 	network := map[family]string{family4: "tcp4", family6: "tcp6"}[f]
-	var d net.Dialer
-	return d.DialContext(ctx, network, net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port))))
+	return sock.Options{}.DialFrom(ctx, base, network, net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port))))
 }
 
 // trackedLoan is the part that all forms of a connection of DialContext share.

@@ -19,14 +19,19 @@ import (
 // dialSocket opens the socket of a canonical TCP, TLS or Unix address and sets every field of
 // its QoS. Under TLS, the handshake follows.
 func dialSocket(ctx context.Context, addr Addr) (net.Conn, error) {
+	return dialFrom(ctx, new(net.Dialer), addr)
+}
+
+// dialFrom is dialSocket with the settings of base.
+func dialFrom(ctx context.Context, base *net.Dialer, addr Addr) (net.Conn, error) {
 	network, address, err := target(addr, sock.HasAbstractUnix())
 	if err != nil {
 		return nil, err
 	}
 	options := sock.Options(addr.QoS)
-	nc, err := options.Dial(ctx, network, address)
+	nc, err := options.DialFrom(ctx, base, network, address)
 	if network == "unix" && sock.FullBacklog(err) {
-		nc, err = awaitBacklog(ctx, err, func() (net.Conn, error) { return options.Dial(ctx, network, address) })
+		nc, err = awaitBacklog(ctx, err, func() (net.Conn, error) { return options.DialFrom(ctx, base, network, address) })
 	}
 	return nc, err
 }

@@ -42,16 +42,38 @@ func HasAbstractUnix() bool { return socketsCan.abstract }
 
 // Dial opens a socket with package net and sets every field of o. ctx governs the dial.
 func (o Options) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	return o.DialFrom(ctx, new(net.Dialer), network, address)
+}
+
+// DialFrom is Dial with the settings of base. The control function of base runs before o sets
+// its options, and LocalAddr of base holds for dials of its own network only.
+func (o Options) DialFrom(ctx context.Context, base *net.Dialer, network, address string) (net.Conn, error) {
 	// Not every port of package net calls Dialer.Control.
 	if err := o.Supported(); err != nil {
 		return nil, err
 	}
-	var d net.Dialer
+	d := *base
+	if d.LocalAddr != nil && strings.HasPrefix(network, "unix") != strings.HasPrefix(d.LocalAddr.Network(), "unix") {
+		d.LocalAddr = nil
+	}
 	if early := o.Early(); early != (Options{}) {
-		d.Control = func(network, _ string, c syscall.RawConn) error { return early.BeforeConnect(network, c) }
+		d.Control = nil // package net prefers ControlContext
+		d.ControlContext = func(ctx context.Context, network, address string, c syscall.RawConn) error {
+			var err error
+			switch {
+			case base.ControlContext != nil:
+				err = base.ControlContext(ctx, network, address, c)
+			case base.Control != nil:
+				err = base.Control(network, address, c)
+			}
+			if err != nil {
+				return err
+			}
+			return early.BeforeConnect(network, c)
+		}
 	}
 	if o.KeepAlive != 0 {
-		d.KeepAlive = -1 // AfterConnect sets it and checks the error
+		d.KeepAlive, d.KeepAliveConfig = -1, net.KeepAliveConfig{} // AfterConnect sets it and checks the error
 	}
 	nc, err := d.DialContext(ctx, network, address)
 	if err != nil {
