@@ -15,6 +15,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/connpooltest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The clients of these tests: a good one, and some with a mistake each that people make,
@@ -154,7 +155,7 @@ type line struct {
 	pool *connpool.Pool
 	addr connpool.Addr
 
-	readers sync.WaitGroup
+	readers tasks.Group
 
 	mu    sync.Mutex
 	lease *connpool.Lease

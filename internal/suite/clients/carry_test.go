@@ -21,6 +21,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // asker is a client that dials for itself, and whose connection nobody sees. It matches a reply
@@ -137,7 +138,7 @@ func TestAClientThatDialsForItselfIsPooled(t *testing.T) {
 	for _, show := range []bool{false, true} {
 		t.Run(fmt.Sprintf("socket=%v", show), func(t *testing.T) {
 			p, addr, h, _, all := carriers(t, show, func(c *connpool.Config) { c.MaxOpen, c.MaxUses = 2, 60 })
-			var users sync.WaitGroup
+			var users tasks.Group
 			for w := range 8 {
 				users.Go(func() {
 					for i := range 10 {

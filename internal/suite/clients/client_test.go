@@ -18,6 +18,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // reader is a client that reads its connection all the time and matches replies by an id. Its
@@ -111,7 +112,7 @@ type host struct {
 
 func (h *host) serve(nc net.Conn) {
 	in := bufio.NewScanner(nc)
-	var late sync.WaitGroup
+	var late tasks.Group
 	defer late.Wait()
 	for in.Scan() {
 		line := in.Text()
@@ -224,7 +225,7 @@ func TestAResidentClientReadsAllTheTime(t *testing.T) {
 // the late replies reach nobody else, and close nothing.
 func TestLateRepliesOfAResidentReachNobodyElse(t *testing.T) {
 	onSockets(t, func(c *connpool.Config) { c.MaxOpen = 4 }, func(t *testing.T, n *pooltest.SockNet, p *connpool.Pool, _ *host) {
-		var all sync.WaitGroup
+		var all tasks.Group
 		for w := range 16 {
 			all.Go(func() {
 				for i := range 1000 / 16 {

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"runtime"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -18,6 +17,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 func goexit() { runtime.Goexit() }
@@ -250,7 +250,7 @@ func TestResidentsInARace(t *testing.T) {
 	onSockets(t, func(c *connpool.Config) {
 		c.MaxOpen, c.MaxIdle, c.SweepInterval = 3, 2, time.Millisecond
 	}, func(t *testing.T, n *pooltest.SockNet, p *connpool.Pool, h *host) {
-		var all sync.WaitGroup
+		var all tasks.Group
 		stop := make(chan struct{})
 		for w := range 6 {
 			all.Go(func() {

@@ -41,7 +41,8 @@ var matrixMutators = map[string][]func(*connpool.Addr){
 
 // matrixFields lists the fields of a struct, those of structs in it by path.
 func matrixFields(typ reflect.Type, prefix string) (paths []string) {
-	for f := range typ.Fields() {
+	for i := range typ.NumField() {
+		f := typ.Field(i)
 		if f.Type.Kind() == reflect.Struct {
 			paths = append(paths, matrixFields(f.Type, prefix+f.Name+".")...)
 			continue
