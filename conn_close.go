@@ -78,6 +78,7 @@ func (c *conn) seal() (first, own bool) {
 			return w&flagShut == 0, true
 		}
 	}
+	c.word.Or(flagStolen) // the guard of a client must not go on
 	quarantine.add(c.nc)
 	return false, false
 }
@@ -99,22 +100,25 @@ func (c *conn) wake() {
 func (c *conn) closeUnderHook() {
 	e := c.ensureCold()
 	c.dmu.Lock()
-	if e.earlyClose != nil {
-		c.dmu.Unlock()
+	bye, done := e.goodbye, make(chan struct{})
+	early := e.earlyClose != nil
+	if bye == nil && !early {
+		e.earlyClose = done
+	}
+	c.dmu.Unlock()
+	switch {
+	case bye != nil:
+		bye.closeSocket(c)
+		return
+	case early:
 		return
 	}
-	done := make(chan struct{})
-	e.earlyClose = done
-	bye := e.goodbye
-	c.dmu.Unlock()
 	defer close(done)
 	switch first, own := c.seal(); {
 	case first:
 		c.closeAbruptly()
 	case !own:
 		c.wake()
-	case bye != nil:
-		bye.closeSocket(c)
 	}
 }
 
@@ -152,6 +156,10 @@ func (s *quarantined) add(nc net.Conn) {
 
 // closeAbruptly closes the socket without a close_notify of TLS.
 func (c *conn) closeAbruptly() {
+	if k, ok := c.nc.(*carrier); ok {
+		k.end(false)
+		return
+	}
 	if t := c.sock.tls; t != nil {
 		t.NetConn().Close() // Close of the tls.Conn would send close_notify
 		return
@@ -227,20 +235,43 @@ func (c *conn) farewell() *goodbye {
 	return e.goodbye
 }
 
-// goodbyePatience is how long the I/O of a goodbye may take.
-const goodbyePatience = time.Second
+// goodbyePatience is how long the I/O of a goodbye may take. It is far below closeGrace, the time
+// that Close of the pool gives to all closes.
+const goodbyePatience = 250 * time.Millisecond
 
 // closeSocket closes the socket of c: when the goodbye is over, or when the state closes its
-// connection in the middle of it.
-func (g *goodbye) closeSocket(c *conn) { g.once.Do(func() { c.closeSocket(g.reason) }) }
+// connection in the middle of it. A goodbye takes its time, so the descriptor is checked again.
+func (g *goodbye) closeSocket(c *conn) {
+	g.once.Do(func() {
+		if c.sock.isStolen() {
+			c.word.Or(flagStolen)
+			quarantine.add(c.nc)
+			c.wake()
+			return
+		}
+		closed := false
+		defer func() {
+			if !closed { // Close panicked, or ended the goroutine
+				go c.closeBelow()
+			}
+		}()
+		c.closeSocket(g.reason)
+		closed = true
+	})
+}
 
 // sayGoodbye runs end, the Close of the state, in a loan of its own, so that the net.Conn that
 // Setup got works. The caller has sealed c.
 func (c *conn) sayGoodbye(reason CloseReason, end func()) {
 	e := c.ensureCold()
 	c.dmu.Lock()
-	e.goodbye = &goodbye{reason: reason}
+	bye := &goodbye{reason: reason}
+	e.goodbye = bye
+	early := e.earlyClose != nil
 	c.dmu.Unlock()
+	if early { // the client has closed its connection after the caller had sealed c
+		bye.closeSocket(c)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), goodbyePatience)
 	defer cancel()
 	c.begin(ctx, flagHooked)
@@ -267,7 +298,10 @@ func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 // the reason says that the peer is in step.
 func (c *conn) closeSocket(reason CloseReason) {
 	t := c.sock.tls
+	k, carried := c.nc.(*carrier)
 	switch {
+	case carried:
+		k.end(reason.inStep())
 	case t == nil:
 		c.nc.Close()
 	case !reason.clean():

@@ -41,8 +41,8 @@ func (c *conn) atTick() {
 // beginUnder prepares a loan under ctx, and returns the flags with which the loan begins. Only
 // the owner calls it.
 func (c *conn) beginUnder(ctx context.Context) (flags uint64) {
-	c.ctx = ctx
-	if c.sock.foreign && ctx.Done() != nil {
+	c.setCtx(ctx)
+	if c.sock.foreign && ctx.Done() != nil && !c.isResident() {
 		l := c.loanState()
 		l.over, l.left = make(chan struct{}), false
 	}
@@ -212,13 +212,29 @@ func (c *conn) leaveCtx(word uint64) bool {
 	if word&flagUnwatched == 0 {
 		return c.unwatchCtx()
 	}
-	if !operating(word) { // else operations may still ask for the ctx, and the owner discards the connection
+	switch {
+	case word&flagResident != 0:
+		c.dmu.Lock()
+		defer c.dmu.Unlock()
+		c.forgetCtx()
+	case word&inFlight == 0: // else operations may still ask for the ctx, and the owner discards the connection
 		c.forgetCtx()
 	}
 	return true
 }
 
-// forgetCtx makes the ctx of a loan without a watch govern nothing any more.
+// setCtx sets the ctx of the loan that begins. An operation that a client began in Setup may look
+// at the ctx at any moment.
+func (c *conn) setCtx(ctx context.Context) {
+	if c.isResident() {
+		c.dmu.Lock()
+		defer c.dmu.Unlock()
+	}
+	c.ctx = ctx
+}
+
+// forgetCtx makes the ctx of a loan without a watch govern nothing any more. The caller holds dmu,
+// or no operation is running.
 func (c *conn) forgetCtx() {
 	c.ctx = nil
 	if l := c.loan.Load(); l != nil {

@@ -62,7 +62,7 @@ func (c *conn) isOverdue() bool { return c.word.Load()&(flagCut|flagDetached) ==
 // or the loan's ctx can never be done.
 func (c *conn) over() <-chan struct{} {
 	l := c.loan.Load()
-	if l == nil || !c.sock.foreign {
+	if l == nil || !c.sock.foreign || c.isResident() {
 		return nil
 	}
 	c.dmu.Lock()

@@ -58,7 +58,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	if l := c.loan.Load(); l != nil { // left over from the loan that this one, a hook's, is part of
 		l.limit, l.limited, l.firstErr, l.foreignErr, l.over, l.watching, l.unwatch = time.Time{}, false, nil, false, nil, nil, nil
 	}
-	c.ctx = nil
+	c.setCtx(nil)
 	if ctx != context.Background() {
 		flags |= c.beginUnder(ctx)
 	}
@@ -86,13 +86,16 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 func (c *conn) end() uint64 {
 	word := c.word.And(^uint64(flagLent))
 	if word&flagGone == 0 || word&flagHooked != 0 {
+		if word&flagResident != 0 {
+			return c.endBeside(word)
+		}
 		if c.ctx != nil {
 			if !c.leaveCtx(word) {
 				word |= flagCut
 			}
 			word |= c.word.Load() & flagBroken // a deadline that could not be set while the watch began
 		}
-		if !operating(word) && word&(flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
+		if word&(inFlight|flagCut|flagGone) == 0 && c.deadlineSet { // with one of these flags another goroutine may be setting a deadline
 			if c.clearDeadline() != nil {
 				word |= flagBroken // a deadline that cannot be cleared would end an operation of the next borrower
 			}

@@ -4,6 +4,9 @@ import (
 	"errors"
 	"io"
 	"net"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
 
 // A connection whose client does the I/O (resident.go): what its operations may do, what their
@@ -37,11 +40,45 @@ func (c *conn) enterIO(gen uint64) error {
 // A read that timed out is between the client and its protocol.
 func (c *conn) noteResident(err error) error {
 	word := c.word.Load()
-	if ne, ok := err.(net.Error); word&flagDetached != 0 || ok && ne.Timeout() && word&flagBroken == 0 {
+	if word&flagDetached != 0 {
 		return err
+	}
+	if ne, ok := err.(net.Error); ok && ne.Timeout() && word&flagBroken == 0 && !errors.Is(err, sock.ErrTimedOut) {
+		return err
+	}
+	if word&flagCut != 0 { // the end of a ctx has closed the connection
+		ioe := ioErrorOf(word, err)
+		ioe.cause = c.interruption()
+		err = ioe
 	}
 	c.loseResident(err)
 	return err
+}
+
+// endBeside is the end of a loan whose connection has a client, beside the operations of the client.
+// word is the state word of the loan.
+func (c *conn) endBeside(word uint64) uint64 {
+	if c.ctx == nil {
+		return word
+	}
+	c.dmu.Lock()
+	set, limit := c.deadlineSet, time.Time{} // set in Setup only
+	if l := c.loan.Load(); l != nil {
+		limit = l.limit
+	}
+	c.dmu.Unlock()
+	if !c.leaveCtx(word) {
+		word |= flagCut
+	}
+	if set && word&flagGone == 0 {
+		if c.clearDeadline() != nil {
+			word |= flagBroken
+		}
+		if !limit.IsZero() && !c.site.env.clock.Read().Before(limit) {
+			word |= flagCut // the deadline of Setup may have ended a read of the client
+		}
+	}
+	return word | c.word.Load()&flagBroken
 }
 
 // loseResident records why the I/O of the client ended.
@@ -61,8 +98,17 @@ func (c *conn) probeResident(r *resident) (CloseReason, error) {
 	if c.word.Load()&flagHungUp != 0 {
 		return ClosedStale, io.EOF
 	}
-	if c.sock.isStolen() {
-		return ClosedQuarantined, errStolen
+	if c.sock.raw != nil {
+		l := newFDVisit(&c.sock, false)
+		err := c.sock.raw.Control(l.visit)
+		stolen := l.stolen
+		l.done()
+		switch {
+		case stolen:
+			return ClosedQuarantined, errStolen
+		case err != nil: // a carried client has closed its socket
+			return ClosedStale, err
+		}
 	}
 	if r.alive == nil {
 		return ClosedUnknown, nil

@@ -1,6 +1,6 @@
 module github.com/seed-ecb488c9/connpool
 
-go 1.24.0
+go 1.24.1
 
 require (
 	github.com/hashicorp/golang-lru/v2 v2.0.7

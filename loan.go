@@ -72,7 +72,7 @@ func (h Conn) WriteTo(w io.Writer) (int64, error) {
 // free for the next borrower. Operations that are blocked return. A second Close
 // returns net.ErrClosed.
 func (h Conn) Close() error {
-	if h.gen == 0 && h.c != nil && h.c.isResident() && h.c.word.Load()&flagDetached == 0 {
+	if h.gen == 0 && h.c != nil && h.c.isResident() {
 		return h.c.closeGuard()
 	}
 	word, err := h.leaveFor(flagGone)
@@ -93,6 +93,9 @@ func (h Conn) Close() error {
 func (c *conn) closeGuard() error {
 	r := c.resident()
 	h := Conn{c, c.generation()}
+	if c.word.Load()&flagDetached != 0 {
+		return c.nc.Close()
+	}
 	if w := c.word.Load(); w&(flagShut|flagHooked) == 0 && w&flagLent != 0 && r.ended() == nil {
 		if err := h.Close(); err == nil || errors.Is(err, net.ErrClosed) {
 			return nil
@@ -178,7 +181,11 @@ func (h Conn) CloseWrite() error {
 		return errors.ErrUnsupported
 	}
 	h.c.word.Or(flagHalfClosed)
-	return h.c.leave(0, h.c.query("CloseWrite of the connection", cw.CloseWrite))
+	err := h.c.query("CloseWrite of the connection", cw.CloseWrite)
+	if h.c.isResident() {
+		h.c.loseResident(errClientClosed)
+	}
+	return h.c.leave(0, err)
 }
 
 // LocalAddr returns the address of the local end, nil after the loan.

@@ -73,7 +73,7 @@ func kernels(x any) bool {
 func readFrom(nc io.Writer, r io.Reader) (int64, error) {
 	if src, ok := onLoan(r); ok { // nc needs the socket behind r: the kernel copies only between sockets
 		defer runtime.KeepAlive(r)
-		if err := src.c.enter(src.gen); err != nil {
+		if err := src.c.enterIO(src.gen); err != nil {
 			return 0, err
 		}
 		n, err := readFrom(nc, src.c.source())
@@ -103,7 +103,7 @@ func onLoan(x any) (Conn, bool) {
 func writeTo(nc io.Reader, w io.Writer) (int64, error) {
 	if dst, ok := onLoan(w); ok {
 		defer runtime.KeepAlive(w)
-		if err := dst.c.enter(dst.gen); err != nil {
+		if err := dst.c.enterIO(dst.gen); err != nil {
 			return 0, err
 		}
 		n, err := writeTo(nc, dst.c.nc)

@@ -193,6 +193,9 @@ func (a *attempt) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if _, carried := nc.(*carrier); carried && c.site.unpooled() {
+		return &brokenContract{a.where + " returned a client of Carry, which is no connection that DialContext can return"}
+	}
 	a.where = "SyscallConn or NetConn of the connection"
 	c.adopt(nc)
 	a.enter(StageSetup)
@@ -225,7 +228,7 @@ func (a *attempt) open(ctx context.Context) error {
 	case word&flagStolen != 0:
 		err = errStolen
 	case ctx.Err() != nil, word&flagCut != 0:
-		err = causeOf(ctx)
+		err = cmp.Or(causeOf(ctx), context.DeadlineExceeded)
 	case operating(word):
 		err = &brokenContract{"Config.Setup left an operation running"}
 	case word&(flagGone|flagBroken|flagTimedOut|flagHalfClosed) != 0:
@@ -243,24 +246,29 @@ func (a *attempt) open(ctx context.Context) error {
 func (a *attempt) takeClient(worked bool) error {
 	c := a.c
 	r, marked := a.state.(*resident)
-	if carried := c.resident(); carried != nil {
-		switch {
-		case marked:
-			a.state = nil
-			return &brokenContract{"Config.Setup returned a Resident for a client that Carry has brought"}
-		case a.state != nil && reflect.TypeOf(a.state).Comparable() && a.state == carried.client:
-			a.state = nil // the close of the connection closes it
-		}
-		return nil
+	if marked {
+		a.state = r.client
 	}
-	if !marked {
-		return nil
+	carried := c.resident()
+	if carried != nil && same(a.state, carried.client) {
+		a.state = nil // the close of the connection closes it
 	}
-	a.state = r.client
-	if worked {
+	switch {
+	case carried != nil && marked:
+		return &brokenContract{"Config.Setup returned a Resident for a client that Carry has brought"}
+	case marked && worked:
 		c.settle(r)
 	}
 	return nil
+}
+
+// same reports whether two values are the same client. Values of one type that cannot be compared
+// are taken for the same.
+func same(a, b any) bool {
+	if reflect.TypeOf(a) != reflect.TypeOf(b) {
+		return false
+	}
+	return a == nil || !reflect.ValueOf(a).Comparable() || a == b
 }
 
 // connect makes the net.Conn. If no file handle is free for it, the pool closes the least

@@ -20,6 +20,24 @@ import (
 // is given back.
 const handlePatience = 250 * time.Millisecond
 
+// carriedAndClosed returns the connection with this number of a descriptor whose carried client has
+// closed the socket itself. That the number is another socket's then is no theft.
+func (p *Pool) carriedAndClosed(fd uintptr) *conn {
+	p.mu.Lock()
+	c := p.byFD[fd]
+	p.mu.Unlock()
+	if c == nil || !c.isResident() || !c.isCarried() || c.sock.raw.Control(func(uintptr) {}) == nil {
+		return nil
+	}
+	return c
+}
+
+// sameSocket reports whether c and d have one socket: a client of Carry may have dialled with
+// DialContext.
+func (c *conn) sameSocket(d *conn) bool {
+	return c.sock.known && d.sock.known && c.sock.who == d.sock.who
+}
+
 // registerFD stores a connection that was just dialed under the number of its descriptor.
 // If there is an older entry with that number, other code has closed that entry's
 // descriptor. The number also says how many handles are taken.
@@ -31,12 +49,18 @@ func (c *conn) registerFD() {
 	limit, limited := p.sys.handleLimit()
 	now := p.clock.Now()
 	var todo agenda
+	gone := p.carriedAndClosed(c.sock.fd())
+	if gone != nil {
+		defer gone.noteClientEnded()
+	}
 	p.mu.Lock()
 	if c.phase == phaseNone { // given up in this moment, see abandon
 		p.mu.Unlock()
 		return
 	}
-	if old := p.byFD[c.sock.fd()]; old != nil {
+	if old := p.byFD[c.sock.fd()]; old != nil && old == gone {
+		old.word.Or(flagHungUp)
+	} else if old != nil && !(c.isCarried() && old.site.unpooled() && old.sameSocket(c)) {
 		p.markStolenLocked(old, &todo)
 	}
 	p.byFD[c.sock.fd()] = c

@@ -121,7 +121,7 @@ func (c *conn) discard(reason CloseReason, err error) <-chan struct{} {
 		free()
 	})
 	slow := time.AfterFunc(closePatience, func() {
-		if c.closesSlowly() && reason == ClosedEvicted && late.Stop() {
+		if c.closesSlowly() && (reason == ClosedEvicted || c.farewell() != nil) && late.Stop() {
 			late.Reset(evictionPatience)
 		}
 	})

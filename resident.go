@@ -50,9 +50,10 @@ import (
 //
 // A borrower gets client with State, and has it alone. The net.Conn that Setup got works from
 // Setup to the close of the connection, also between loans. A failed Read or Write of client,
-// other than a Read that timed out, is the end of the connection: if it is idle, the pool
+// other than a Read whose deadline passed, is the end of the connection: if it is idle, the pool
 // closes it at once. alive, if it is not nil, is asked before each loan and in each sweep; an
-// error closes the connection, and the borrower gets another. alive must not block.
+// error closes the connection, and the borrower gets another. (A panic is the borrower's.) alive
+// must not block.
 //
 // For such a connection the pool does not look for unread bytes, neither in the socket nor in
 // client, and calls no Config.Push: what the peer sends is client's. So use Resident only for a
@@ -63,8 +64,11 @@ import (
 // The Conn of a loan refuses Read, Write and deadlines, with an error that is
 // errors.ErrUnsupported. A ctx that ends during a loan closes the connection, since the
 // deadlines of the connection are client's. Conn.Close does, too, and so does client when it
-// closes its net.Conn. If client is an io.Closer, its Close runs before a clean close, and may
-// say goodbye to the peer: see Config.Setup. Everything else is as for other connections:
+// closes its net.Conn. State returns client to the end of the loan, also when the connection is
+// closed; client's I/O fails then. If client is an io.Closer, its Close runs before a clean close, and
+// may say goodbye to the peer: see Config.Setup. Close may be called beside other methods of client, in
+// the middle of a loan whose ctx has ended, and after client has closed its net.Conn. Deadlines that are
+// set in Setup end with Setup. Everything else is as for other connections:
 // limits, MaxUses, lifetimes, Reset, Check, Keep, Retire, and the check of the descriptor.
 func Resident(client any, alive func() error) any { return &resident{client: client, alive: alive} }
 
@@ -85,11 +89,12 @@ func Resident(client any, alive func() error) any { return &resident{client: cli
 // a loan and the end of a ctx holds here, too. A Setup runs as for other connections, finds
 // client with State of its net.Conn, and may return another state, or nil to keep client; it
 // must return no Resident. When the pool closes the connection, it calls Close of client, if
-// client is an io.Closer.
+// client is an io.Closer. Close must end client's I/O that is under way. The dialer returns the
+// result of Carry itself: in a wrapper it is a connection that can neither be read nor written.
 //
 // socket is the connection below client, if client shows it, else nil. With it the pool hears at
-// once when the peer hangs up, and checks the descriptor before each loan. The pool closes
-// socket after client. A connection without socket and without alive is judged by its age
+// once when the peer hangs up (on Linux), and checks the descriptor before each loan. The pool
+// closes socket after client, or before client if an exchange was broken off. A connection without socket and without alive is judged by its age
 // only.
 func Carry(client any, alive func() error, socket net.Conn) net.Conn {
 	if isNil(socket) {
@@ -154,16 +159,22 @@ func (k *carrier) RemoteAddr() net.Addr {
 func (k *carrier) NetConn() net.Conn { return k.socket }
 
 // Close closes the client, if that is an io.Closer, and then the connection below the client.
-func (k *carrier) Close() error {
+func (k *carrier) Close() error { return k.end(true) }
+
+// end closes the client and the connection below it: the client first if it is in step with its
+// peer and may say goodbye, else the connection first, so that a client that waits for its peer
+// need not wait any more.
+func (k *carrier) end(inStep bool) error {
 	if k.closed.Swap(true) {
 		return net.ErrClosed
 	}
 	var err error
-	defer func() {
-		if k.socket != nil {
-			k.socket.Close() // the client has closed it already, in most cases
+	if k.socket != nil {
+		if !inStep {
+			k.socket.Close()
 		}
-	}()
+		defer k.socket.Close() // the client has closed it already, in most cases
+	}
 	if c, ok := k.client.(io.Closer); ok {
 		err = c.Close()
 	}
