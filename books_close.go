@@ -88,7 +88,8 @@ func (b *books) noteFreedLocked() {
 // least recently used first.
 func (b *books) dropSurplusLocked(s *site, todo *agenda) {
 	idle := int(s.n[phaseIdle])
-	surplus := min(idle, max(idle-b.limits.MaxIdlePerAddr, s.n.kept()-b.limits.MaxPerAddr))
+	here := b.limitsAt(s)
+	surplus := min(idle, max(idle-here.MaxIdle, s.n.kept()-here.MaxOpen))
 	if surplus <= 0 {
 		return
 	}
