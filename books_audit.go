@@ -219,7 +219,7 @@ func (b *books) auditUnasked(s *site, looked int) error {
 		return fmt.Errorf("%v dials for nobody: %v", s.addr, !b.dialsForNobody(s))
 	case x.reserve && (b.limitsAt(s).MinIdle == 0 || b.closed || s.unpooled()):
 		return fmt.Errorf("%v keeps a reserve", s.addr)
-	case x.limits != nil && b.relimiting == 0 && x.limits.inForce != x.limits.given.within(b.perAddr):
+	case x.limits != nil && b.relimiting == 0 && x.limits.inForce != b.limitsDue(x.limits):
 		return fmt.Errorf("%v obeys %+v, but LimitsFor gave %+v", s.addr, x.limits.inForce, x.limits.given)
 	case x.limits == nil && b.asksLimits && !s.unpooled(), x.limits != nil && s.unpooled():
 		return fmt.Errorf("%v has limits of its own: %v", s.addr, x.limits != nil)
@@ -229,6 +229,16 @@ func (b *books) auditUnasked(s *site, looked int) error {
 		return fmt.Errorf("%v wants %d spare ones before its waiters are served", s.addr, x.missing)
 	}
 	return nil
+}
+
+// limitsDue is what must be in force of own: what LimitsFor gave, or, if SetLimits was called
+// since, nothing above that.
+func (b *books) limitsDue(own *ownLimits) AddrLimits {
+	due := own.given.within(b.perAddr)
+	if own.version != b.limitsVersion {
+		due = due.atMost(own.inForce)
+	}
+	return due
 }
 
 // auditDeficitLocked looks at the list of those that are short. It does not ask whether a

@@ -19,7 +19,7 @@ package connpool
 type ownLimits struct {
 	given   AddrLimits // the answer of LimitsFor
 	version uint64     // limitsVersion when LimitsFor was asked
-	inForce AddrLimits // given, with the limits of the pool where given has none
+	inForce AddrLimits // given, with the limits of the pool where given has none; less while version is not limitsVersion, see renewLimitsLocked
 }
 
 // maxAsked is how often one borrow asks LimitsFor. Then its last answer counts, although
@@ -77,13 +77,14 @@ func (b *books) obeyLocked(s *site, own *ownLimits, todo *agenda) bool {
 }
 
 // renewLimitsLocked follows a change of the limits of the pool: where LimitsFor has set
-// nothing for s, they are those of s.
+// nothing for s, they are those of s. But LimitsFor may have a new answer, which sets a lower
+// limit. So until it was asked again, no limit of s rises.
 func (b *books) renewLimitsLocked(s *site) {
 	if x := s.prefill; x != nil && x.limits != nil {
 		own := x.limits
-		was := own.inForce.MaxOpen
-		own.inForce = own.given.within(b.perAddr)
-		b.lowered = b.lowered || own.inForce.MaxOpen < was
+		was := own.inForce
+		own.inForce = own.given.within(b.perAddr).atMost(was)
+		b.lowered = b.lowered || own.inForce.MaxOpen < was.MaxOpen
 	}
 	b.applyLimitsLocked(s)
 }

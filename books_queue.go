@@ -225,6 +225,9 @@ func (b *books) claimLocked(ctx context.Context, s *site, r *request, now clock.
 		b.admitLocked(todo)
 	} else {
 		c.fromReserveLocked(false)
+		if b.deficit.Len() > 0 {
+			b.admitLocked(todo) // under MaxIdle there is room for a reserve of another address
+		}
 	}
 	return claim{c: c}
 }

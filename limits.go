@@ -51,6 +51,14 @@ func (l AddrLimits) within(pool AddrLimits) AddrLimits {
 	return l
 }
 
+// atMost is l with no field above that of o.
+func (l AddrLimits) atMost(o AddrLimits) AddrLimits {
+	return AddrLimits{
+		MaxOpen: min(l.MaxOpen, o.MaxOpen), MaxIdle: min(l.MaxIdle, o.MaxIdle), MinIdle: min(l.MinIdle, o.MinIdle),
+		MaxDialing: min(l.MaxDialing, o.MaxDialing), MaxWaiters: min(l.MaxWaiters, o.MaxWaiters),
+	}
+}
+
 // senseless says what is wrong with l, which LimitsFor gave for one address, and what to
 // change; nil if nothing is. handles is how many connections the process's limit on open
 // files allows. Only what l itself says can make no sense: a field that goes beyond a

@@ -60,6 +60,7 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	require.Greater(t, sum.DialErrors, uint64(steps/100))
 	require.Greater(t, sum.Detached, uint64(0))
 	modelHolds.sufficed(t, steps)
+	modelOwn.sufficed(t, steps)
 	for r := ClosedEvicted; r < numCloseReasons; r++ {
 		switch r {
 		case ClosedDirty, ClosedSetupFailed, ClosedResetFailed, ClosedCheckFailed,
@@ -177,6 +178,7 @@ type world struct {
 	doomed []uint64          // must be closed when the step is over
 
 	primes
+	ownLimitsOf
 }
 
 func (w *world) byte() byte {
@@ -240,6 +242,7 @@ func (w *world) reopen() {
 	cfg.Setup = w.setup
 	w.watchHolds(&cfg)
 	w.spareShape(&cfg, of)
+	w.ownShape(&cfg, of)
 	p, err := New(cfg)
 	if err != nil { // the shape makes no sense: the plainest that is near it
 		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull, cfg.MinIdlePerAddr = 0, 0, 0, 0, 0, FullWait, 0
@@ -314,6 +317,9 @@ func (w *world) step() error {
 		return err
 	}
 	if err := w.primesAfter(); err != nil {
+		return err
+	}
+	if err := w.ownLimitsAfter(); err != nil {
 		return err
 	}
 	if err := w.stormed(pool, dials, time.Since(began)); err != nil {
@@ -660,6 +666,7 @@ func (w *world) closePool() {
 		w.failed("Shutdown: %v", err)
 	}
 	st := w.pool.Stats()
+	w.addOwnLimits()
 	modelHollow += w.hollow
 	w.hollow = 0
 	modelTotals.Loans += st.Loans

@@ -25,9 +25,9 @@ import (
 // With [Config.LimitsFor], SetLimits(p.Limits()) says that its answers have changed. When
 // the new limits are in force, SetLimits asks LimitsFor for the addresses that have
 // connections or waiters, and applies each answer in the same way. It does so for a
-// second at most, and not after a call that did not return: the other addresses keep their
-// last answer until the next borrower of each asks. An error of LimitsFor leaves the
-// last answer in force, too; the next borrower gets the error.
+// second at most, and not after a call that did not return. An address for which LimitsFor
+// was not asked, or has failed, keeps its last answer until its next borrower asks; until
+// then none of its limits rises.
 func (p *Pool) SetLimits(l Limits) error {
 	if p.stop == nil {
 		return usage(Addr{}, ErrClosed)
