@@ -529,9 +529,11 @@ func TestSetLimitsDoesNotAskForEver(t *testing.T) {
 				began := time.Now()
 				require.NoError(t, n.p.SetLimits(Limits{MaxIdle: 200}))
 				require.LessOrEqual(t, time.Since(began), tc.bound)
+				a.mu.Lock()
 				for _, k := range a.asked {
 					all += k
 				}
+				a.mu.Unlock()
 				require.LessOrEqual(t, all-before, min(tc.most, 200))
 				if tc.pause == 0 {
 					require.Equal(t, 200, all-before)

@@ -1,0 +1,38 @@
+package connpool_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"strings"
+
+	"github.com/seed-ecb488c9/connpool"
+)
+
+// Two devices in one pool: one takes a single connection, the other four.
+func ExampleConfig_limitsFor() {
+	one, stop := serve(lines(strings.ToUpper))
+	defer stop()
+	other, stop := serve(lines(strings.ToUpper))
+	defer stop()
+	small, large := connpool.MustParseAddr("tcp://"+one), connpool.MustParseAddr("tcp://"+other)
+
+	takes := map[connpool.Addr]int{small: 1, large: 4}
+	limitsFor := func(a connpool.Addr) (connpool.AddrLimits, error) {
+		return connpool.AddrLimits{MaxOpen: takes[a]}, nil // 0, for all others, means MaxPerAddr
+	}
+	pool, err := connpool.New(connpool.Config{MaxPerAddr: 2, LimitsFor: limitsFor})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer pool.Close()
+
+	ctx := context.Background()
+	fmt.Println(pool.Warm(ctx, large, 4))
+	err = pool.Warm(ctx, small, 2)
+	_, why, _ := strings.Cut(err.Error(), one+": ")
+	fmt.Println(why)
+	// Output:
+	// <nil>
+	// 2 connections can never be kept: the MaxOpen that Config.LimitsFor gives allows 1 (warm fewer, or raise it)
+}
