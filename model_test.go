@@ -30,10 +30,10 @@ import (
 // One interpreter serves the long seeded runs, rapid (which shrinks what it
 // finds) and the native fuzzer.
 
-// TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps, 4 with -short
+// TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps, 3 with -short
 // (CONNPOOL_STRESS=n: n times as many seeds).
 func TestModelHoldsOverLongHistories(t *testing.T) {
-	seeds, steps := short.Of(64, 2)*stress(), 10_000
+	seeds, steps := short.Of(64, 3)*stress(), 10_000
 	if raceEnabled {
 		seeds = 4 * stress() // a tenth of the speed
 	}
@@ -466,7 +466,7 @@ func (w *world) run() {
 		time.Sleep(d)
 	case op == 29:
 		w.op = "retire"
-		w.pool.Retire(w.addrs[w.pick(len(w.addrs))])
+		w.retire(w.addrs[w.pick(len(w.addrs))])
 	case op == 30:
 		w.op = "evict"
 		w.pool.EvictLRU()

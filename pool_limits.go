@@ -123,7 +123,7 @@ func (p *Pool) askAgain() {
 func (p *Pool) askAll(end clock.Instant, more bool) (again bool) {
 	p.mu.Lock()
 	version := p.limitsVersion
-	portions := p.inUseLocked()
+	portions := p.addrsLocked(func(s *site) bool { return s.n.kept() > 0 || s.queue.len > 0 || s.prefill.keeps() })
 	p.mu.Unlock()
 	late, same := false, true
 	for i := 0; i < len(portions) && !late && same; i++ {
@@ -153,23 +153,6 @@ func (p *Pool) obeyAll(answers map[Addr]*ownLimits, version uint64) (same bool) 
 	p.mu.Unlock()
 	todo.run(p)
 	return same
-}
-
-// inUseLocked is the addresses that have a connection, a dial, a waiter, a reserve or a
-// Warm, in portions.
-func (p *Pool) inUseLocked() (portions [][]Addr) {
-	eachLocked(p, p.sites.all(), new(agenda), func(s *site) {
-		if s.n.kept() == 0 && s.queue.len == 0 && !s.prefill.keeps() {
-			return
-		}
-		last := len(portions) - 1
-		if last < 0 || len(portions[last]) == atOnce {
-			portions = append(portions, make([]Addr, 0, atOnce))
-			last++
-		}
-		portions[last] = append(portions[last], s.addr)
-	})
-	return portions
 }
 
 // askPortion asks LimitsFor for the limits of some addresses. late says that the time is

@@ -318,6 +318,76 @@ func TestSetLimitsChangesWhatLimitsForLeftOpen(t *testing.T) {
 	}
 }
 
+// ADO-06: the new answer may be lower, so nothing is opened under the old one because the
+// limits of the pool have risen.
+func TestNoLimitOfAnAddressRisesBeforeLimitsForWasAsked(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		a := new(ownAnswers)
+		n := open(t, Config{LimitsFor: a.limitsFor, MaxPerAddr: 2})
+		holders := []*scripted{n.borrow(bg, at("a")), n.borrow(bg, at("a"))}
+		holders[0].conn()
+		holders[1].conn()
+		waiters := n.queue(4, at("a"))
+		a.set("a", AddrLimits{MaxOpen: 1})
+		n.change(func(l *Limits) { l.MaxPerAddr = 6 })
+		require.Equal(t, 2, n.Host("a").Accepts(), "what was open before")
+		a.set("a", AddrLimits{})
+		a.fails(errBoom, nil)
+		n.change(func(l *Limits) { l.MaxPerAddr = 8 })
+		require.Equal(t, 2, n.Host("a").Accepts())
+		a.fails(nil, nil)
+		n.change(func(l *Limits) {})
+		require.Equal(t, 6, n.Host("a").Accepts())
+		for _, b := range append(holders, waiters...) {
+			b.conn()
+			require.NoError(t, b.giveBack())
+		}
+	})
+}
+
+// ADO-06: if SetLimits got no answer, a borrower brings it, also for those who wait already.
+func TestTheAnswerOfABorrowerLetsThoseBeforeItGoOn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		a := new(ownAnswers)
+		a.set("a", AddrLimits{MaxOpen: 1, MaxWaiters: 3})
+		n := open(t, Config{LimitsFor: a.limitsFor})
+		holder := n.borrow(bg, at("a"))
+		holder.conn()
+		waiters := n.queue(3, at("a"))
+		a.fails(errBoom, nil)
+		a.change(n, "a", AddrLimits{MaxOpen: 3, MaxWaiters: 1})
+		n.gauges(1, 0, 3)
+		a.fails(nil, nil)
+		require.ErrorIs(t, n.fail(bg, at("a")), ErrExhausted, "two may wait without a dial")
+		n.gauges(3, 0, 1)
+		require.True(t, waiters[0].holds() && waiters[1].holds())
+		for _, b := range append(waiters, holder) {
+			b.quit()
+		}
+	})
+}
+
+// ADO-06: under MaxIdle, the reserve of an address is filled when the idle connection of
+// another address that was in its way is lent.
+func TestALoanLeavesRoomForTheReserveOfAnotherAddress(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		a := new(ownAnswers)
+		a.set("a", AddrLimits{MinIdle: 1})
+		n := open(t, Config{LimitsFor: a.limitsFor, MaxIdle: 1})
+		n.idle(at("b"), 1)
+		holder := n.borrow(bg, at("a"))
+		holder.conn()
+		n.gauges(1, 1, 0)
+		require.Len(t, n.Host("a").Conns(), 1, "there is no room for its reserve")
+		other := n.borrow(bg, at("b"))
+		other.conn()
+		n.gauges(2, 1, 0)
+		require.Len(t, n.Host("a").Conns(), 2)
+		require.NoError(t, holder.giveBack())
+		require.NoError(t, other.giveBack())
+	})
+}
+
 // ADO-06: a Warm that asks for more than the new answer allows ends.
 func TestANewAnswerRefusesAWarm(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -476,9 +546,13 @@ func TestALateAnswerReplacesNoNewerOne(t *testing.T) {
 		a.set("a", AddrLimits{MaxOpen: 1})
 		a.fails(nil, nil)
 		n.change(func(*Limits) {})
-		n.use(at("a"))
+		holder := n.borrow(bg, at("a"))
+		holder.conn()
 		asked := a.times(at("a"))
 		close(slow)
+		synctest.Wait()
+		require.True(t, late.waits(), "the old answer would let it dial")
+		require.NoError(t, holder.giveBack())
 		late.conn()
 		require.NoError(t, late.giveBack())
 		require.Equal(t, asked, a.times(at("a")), "the books have the newest answer")
