@@ -36,3 +36,26 @@ func ExampleConfig_limitsFor() {
 	// <nil>
 	// 2 connections can never be kept: the MaxOpen that Config.LimitsFor gives allows 1 (warm fewer, or raise it)
 }
+
+// The password of a user has changed: connections that logged in with the old one go, at all
+// servers.
+func ExamplePool_RetireFunc() {
+	address, stop := serve(lines(strings.ToUpper))
+	defer stop()
+	pool, err := connpool.New(connpool.Config{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer pool.Close()
+
+	addr := connpool.MustParseAddr("tcp://" + address)
+	for _, user := range []string{"alice", "bob"} {
+		addr.Scope = user
+		if err := pool.Warm(context.Background(), addr, 2); err != nil {
+			log.Fatal(err)
+		}
+	}
+	n := pool.RetireFunc(func(a connpool.Addr) bool { return a.Scope == "alice" })
+	fmt.Println(n, "had to go,", pool.Stats().Idle, "are left")
+	// Output: 2 had to go, 2 are left
+}

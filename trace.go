@@ -33,7 +33,7 @@ const (
 	ClosedResetFailed             // Config.Reset failed, or took too long
 	ClosedCheckFailed             // Config.Check failed, or took too long
 	ClosedPushFailed              // Config.Push failed, took too long, or read nothing
-	ClosedRetired                 // opened before Pool.Retire of its address
+	ClosedRetired                 // opened before Pool.Retire or RetireFunc of its address
 	ClosedOnRequest               // Pool.CloseIdle was called
 	ClosedWithPool                // Pool.Close or Pool.Shutdown was called
 	ClosedLowHandles              // closed by the pool: the process is running out of file handles

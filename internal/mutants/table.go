@@ -2032,4 +2032,29 @@ var mutants = []mutant{
 		new:   "if false {\n",
 		tests: `TestAWaitInVainNamesTheLimitOfItsAddress`,
 	},
+	// --- many addresses are retired at once ---
+	{
+		name:  "retire-func-beside-match",
+		old:   `return match != nil && !match(a) })`,
+		new:   `return match != nil && !match(a) && false })`,
+		tests: `TestRetireFuncRetiresTheAddressesThatMatch`,
+	},
+	{
+		name:  "retire-func-without-forgotten-addresses",
+		old:   `portions = append(portions, slices.Collect(maps.Keys(left)))`,
+		new:   `_ = maps.Keys(left)`,
+		tests: `TestRetireFuncForgetsTLSSessions`,
+	},
+	{
+		name:  "retire-func-keeps-sessions",
+		old:   `p.sessions.drop(addrs...)`,
+		new:   `_ = p.sessions`,
+		tests: `TestRetireFuncForgetsTLSSessions`,
+	},
+	{
+		name:  "retire-func-leaves-what-is-in-use",
+		old:   "s.epoch++\n\t\t\tp.dropIdleLocked(s, ClosedRetired, &todo)",
+		new:   `p.dropIdleLocked(s, ClosedRetired, &todo)`,
+		tests: `TestRetireFuncRetiresTheAddressesThatMatch`,
+	},
 }
