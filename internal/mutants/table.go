@@ -681,8 +681,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-forgotten-by-retire",
-		old:   "s.dropped++\n\ts.lru.Remove(addr)",
-		new:   `s.dropped++`,
+		old:   `s.lru.Remove(addr)`,
+		new:   `_ = addr`,
 		tests: `TestSessionsAreResumedPerAddressOnly`,
 	},
 	{
@@ -836,8 +836,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-ping-counts-as-lent",
-		old:   `b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking`,
-		new:   `b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing])`,
+		old:   `b.limitsAt(s).MinIdle - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking`,
+		new:   `b.limitsAt(s).MinIdle - int(s.n[phaseIdle]+s.n[phaseDialing])`,
 		tests: `TestAPingOpensNoSpare|TestModelHoldsOverLongHistories|TestTheReserveOutlives`,
 	},
 	{
@@ -866,7 +866,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "all-idle-is-reserve",
-		old:   `return x.reserved() && int(n) <= b.limits.MinIdlePerAddr &&`,
+		old:   `return x.reserved() && int(n) <= b.limitsAt(s).MinIdle &&`,
 		new:   `return x.reserved() &&`,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
 	},
@@ -1379,8 +1379,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-mark-ends",
-		old:   "} else {\n\t\tc.fromReserveLocked(false)\n\t}",
-		new:   "}",
+		old:   "} else {\n\t\tc.fromReserveLocked(false)\n",
+		new:   "} else {\n",
 		tests: `TestAConnectionIsNoReserveAnyMoreWhenThereIsNone`,
 	},
 	{
