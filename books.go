@@ -426,7 +426,7 @@ func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseRea
 	case c.uses >= b.maxUses:
 		return ClosedMaxUses
 	case c.maxAge > 0 && b.clock.Age(c.born, now) >= c.maxAge:
-		return ClosedLifetime
+		return c.whyTooOld()
 	case s.n.kept() > here.MaxOpen, b.n.kept() > limit:
 		return ClosedSurplus
 	case b.limits.MaxIdle == 0 && c.uses > 0, here.MaxIdle == 0 && c.uses > 0:

@@ -175,6 +175,13 @@ type Config struct {
 	// for each user keeps them apart. If state is an io.Closer, it is closed with the
 	// connection.
 	//
+	// If what Setup logged in with ends at some time, as a token does, give state a
+	// method Expires() time.Time. The pool asks it once, after Setup (the zero time means
+	// never), and does not lend the connection after that time, less a random part of up
+	// to a tenth of the time that was left: an idle connection is closed by the next
+	// sweep, one in use when it is given back. If the time is over already, the dial
+	// fails.
+	//
 	// Setup must read all that the peer has sent, and flush what it wrote. If bytes are
 	// left in its state, in crypto/tls or in the socket, the dial fails (with a Push,
 	// bytes to be read go to Push before the first loan). If a peer speaks first, Setup

@@ -172,6 +172,7 @@ type world struct {
 	crooked map[string]bool // hosts that accept and keep nothing, by name
 	vain    map[string]bool // ... of which Setup has seen one do so in this step
 	hollow  int             // connections of which Setup has seen the end
+	setups  int             // every eighth makes a state that expires
 
 	visits []*visit          // the sessions that have not ended
 	kept   map[uint64]*visit // whose session a connection is

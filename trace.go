@@ -40,12 +40,13 @@ const (
 	ClosedMarkedDead              // Pool.MarkDead was called: the caller holds the same socket
 	ClosedLeaked                  // a lease or session became unreachable without being returned
 	ClosedQuarantined             // not closed: another owner has its descriptor now, so the pool never touches it again
+	ClosedExpired                 // by age: the time of its state's Expires has come
 	numCloseReasons
 )
 
 var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeout", "lifetime", "max-uses",
 	"surplus", "stale", "dirty", "fn-error", "panic", "goexit", "canceled", "in-flight", "broken", "timeout",
-	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "push-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined"}
+	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "push-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined", "expired"}
 
 func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 
@@ -58,7 +59,7 @@ func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), 
 func (r CloseReason) clean() bool {
 	switch r {
 	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus,
-		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool:
+		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired:
 		return true
 	}
 	return false
@@ -71,7 +72,7 @@ func (r CloseReason) innocent() bool {
 	switch r {
 	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
 		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
-		ClosedPanic, ClosedGoexit, ClosedLeaked,
+		ClosedPanic, ClosedGoexit, ClosedLeaked, ClosedExpired,
 		ClosedSetupFailed: // recorded as the dial's failure
 		return true
 	}
