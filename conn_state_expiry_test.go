@@ -101,6 +101,21 @@ func TestAStateThatHasExpiredAlreadyFailsTheDial(t *testing.T) {
 	})
 }
 
+// ADO-11: internal/suite/contract has the test of a thousand from outside.
+func TestConnectionsExpireApart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{IdleTimeout: -1, Setup: lasting(time.Hour)})
+		n.idle(at("a"), 20)
+		ages := map[time.Duration]bool{}
+		for _, c := range n.p.every() {
+			require.LessOrEqual(t, c.maxAge, time.Hour)
+			require.GreaterOrEqual(t, c.maxAge, 54*time.Minute-time.Second)
+			ages[c.maxAge] = true
+		}
+		require.Len(t, ages, 20)
+	})
+}
+
 // oddPass does something else in its Expires.
 type oddPass struct{ do func() }
 

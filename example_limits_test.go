@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"net"
 	"strings"
+	"time"
 
 	"github.com/seed-ecb488c9/connpool"
 )
@@ -58,4 +60,39 @@ func ExamplePool_RetireFunc() {
 	n := pool.RetireFunc(func(a connpool.Addr) bool { return a.Scope == "alice" })
 	fmt.Println(n, "had to go,", pool.Stats().Idle, "are left")
 	// Output: 2 had to go, 2 are left
+}
+
+// loggedIn is the state of a connection that logged in with a token.
+type loggedIn struct{ until time.Time }
+
+// Expires tells the pool until when the connection may be lent.
+func (s *loggedIn) Expires() time.Time { return s.until }
+
+// A connection that logged in with a token is not lent after the token has ended.
+func ExampleConfig_expires() {
+	address, stop := serve(lines(strings.ToUpper))
+	defer stop()
+	pool, err := connpool.New(connpool.Config{
+		SweepInterval: -1, // it is found when it is about to be lent
+		Setup: func(context.Context, connpool.Addr, net.Conn) (any, error) {
+			return &loggedIn{until: time.Now().Add(100 * time.Millisecond)}, nil
+		},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer pool.Close()
+
+	addr := connpool.MustParseAddr("tcp://" + address)
+	use := func() {
+		err := pool.With(context.Background(), addr, func(c connpool.Conn) error { return nil })
+		if err != nil {
+			log.Fatal(err)
+		}
+	}
+	use()
+	time.Sleep(100 * time.Millisecond)
+	use()
+	fmt.Println(pool.Stats().Closed[connpool.ClosedExpired], "expired")
+	// Output: 1 expired
 }

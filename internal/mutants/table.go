@@ -2057,4 +2057,41 @@ var mutants = []mutant{
 		new:   `p.dropIdleLocked(s, ClosedRetired, &todo)`,
 		tests: `TestRetireFuncRetiresTheAddressesThatMatch`,
 	},
+	// --- a state that expires ---
+	{
+		name:  "expires-is-not-asked",
+		old:   "state, ok := c.state.(interface{ Expires() time.Time })\n\tif !ok {",
+		new:   "state, ok := c.state.(interface{ Expires() time.Time })\n\tif !ok || true {",
+		tests: `TestAConnectionIsNotLentAfterItsStateHasExpired`,
+	},
+	{
+		name:  "expires-without-a-reason-of-its-own",
+		old:   `e != nil && e.expires {`,
+		new:   `e != nil && e.expires && false {`,
+		tests: `TestExpiresAndMaxLifetimeEachHaveTheirReason`,
+	},
+	{
+		name:  "expires-in-the-past",
+		old:   `if left <= 0 {`,
+		new:   `if false {`,
+		tests: `TestAStateThatHasExpiredAlreadyFailsTheDial`,
+	},
+	{
+		name:  "expires-later-than-max-lifetime",
+		old:   `if c.maxAge == 0 || maxAge < c.maxAge {`,
+		new:   `if true {`,
+		tests: `TestExpiresAndMaxLifetimeEachHaveTheirReason`,
+	},
+	{
+		name:  "expires-all-at-once",
+		old:   `max(1, left-rand.N(left/10+1)-clock.Tick)`,
+		new:   `max(1, left-clock.Tick)`,
+		tests: `TestConnectionsExpireApart`,
+	},
+	{
+		name:  "expires-without-a-name",
+		old:   `a.where = "Expires of the state"`,
+		new:   `_ = a`,
+		tests: `TestWhatExpiresDoesFailsTheDialOnly`,
+	},
 }
