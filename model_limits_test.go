@@ -83,7 +83,9 @@ func (w *world) limitsFor(a Addr) (AddrLimits, error) {
 		how = -1
 	}
 	if how != 0 {
-		w.failedAsks++
+		if w.failedAsks++; w.failedAsks%3 == 0 { // it fails no more
+			w.answers[a], w.failing[a] = AddrLimits{}, 0
+		}
 	}
 	switch how {
 	case 0:

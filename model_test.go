@@ -67,7 +67,11 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 			ClosedLowHandles, ClosedMarkedDead, ClosedQuarantined:
 			continue // this network has no descriptors, these hooks do not fail
 		}
-		require.Greater(t, sum.Closed[r], uint64(steps/20_000), "connections closed as %v", r)
+		least := steps / 20_000
+		if r == ClosedPushFailed {
+			least = steps / 80_000 // most pools have no Push, and most of its failures are those of a dial
+		}
+		require.Greater(t, sum.Closed[r], uint64(least), "connections closed as %v", r)
 	}
 }
 
