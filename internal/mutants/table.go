@@ -2085,7 +2085,7 @@ var mutants = []mutant{
 	{
 		name:  "expires-all-at-once",
 		old:   `max(1, left-rand.N(left/10+1)-clock.Tick)`,
-		new:   `max(1, left-clock.Tick)`,
+		new:   `max(1, left-rand.N(time.Duration(1))-clock.Tick)`,
 		tests: `TestConnectionsExpireApart`,
 	},
 	{
