@@ -22,6 +22,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // What bit other pools and clients, one test for each, named after the
@@ -287,7 +288,7 @@ func TestCVE_2026_4873_PlaintextNeverStandsInForTLS(t *testing.T) {
 	tlBaseline(t)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	var running sync.WaitGroup
+	var running tasks.Group
 	t.Cleanup(func() { ln.Close(); running.Wait() })
 	running.Go(func() { // speaks both on one port
 		for {
@@ -380,7 +381,7 @@ func TestHAProxy_2765_UnixSocketsAreToldApart(t *testing.T) {
 		path := filepath.Join(dir, fmt.Sprint(i))
 		ln, err := net.Listen("unix", path)
 		require.NoError(t, err)
-		var running sync.WaitGroup
+		var running tasks.Group
 		t.Cleanup(func() { ln.Close(); running.Wait() })
 		running.Go(func() {
 			for {
@@ -530,7 +531,7 @@ func TestNoReplyEverReachesAForeignBorrower(t *testing.T) {
 				exchanges = 62_500 * stress()
 			}
 			var clean, foreign atomic.Int64
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			for worker := range 8 {
 				wg.Go(func() {
 					rng := rand.New(rand.NewPCG(uint64(worker), 28858))
@@ -891,7 +892,7 @@ func TestWithoutPoolingEachLoanIsOneAcceptAndOneClose(t *testing.T) {
 					require.EqualValues(t, n+1, id)
 				}
 				// Nor is one handed from borrower to borrower past the idle ones.
-				var wg sync.WaitGroup
+				var wg tasks.Group
 				for range loans {
 					wg.Go(func() {
 						for range each {

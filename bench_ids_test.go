@@ -7,10 +7,12 @@ import (
 	"net"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // What the benchmarks in bench/ measure rests on what is shown here, without a
@@ -94,7 +96,7 @@ func TestWorkersShareAsManyConnectionsAsAreInUseAtOnce(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		const workers, busy, period = 64, 900 * time.Microsecond, 8 * time.Millisecond
 		n := open(t, Config{})
-		var group sync.WaitGroup
+		var group tasks.Group
 		for worker := range workers {
 			group.Go(func() {
 				time.Sleep(period / workers * time.Duration(worker))
@@ -122,7 +124,7 @@ func TestManyAddressesTakeTheTimeOfOne(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			n := open(t, Config{MaxPerAddr: 1})
 			require.Equal(t, 100*time.Millisecond, took(func() {
-				var group sync.WaitGroup
+				var group tasks.Group
 				for user := range users {
 					group.Go(func() {
 						for range 100 {
@@ -159,7 +161,7 @@ func TestApachesOwnStressEndsAsItsAuthorsExpected(t *testing.T) {
 			defer mu.Unlock()
 			return rnd.IntN(n)
 		}
-		var group sync.WaitGroup
+		var group tasks.Group
 		for range threads {
 			group.Go(func() {
 				for range uses {
@@ -220,7 +222,7 @@ func TestAPoolIsFasterThanOnePerCallAndSmallerThanOnePerUser(t *testing.T) {
 		run := func(cfg Config, addr func(user int) Addr) (time.Duration, Stats) {
 			n := slow(t, dial, cfg)
 			d := took(func() {
-				var group sync.WaitGroup
+				var group tasks.Group
 				for user := range users {
 					group.Go(func() {
 						for range calls {

@@ -7,13 +7,14 @@ import (
 	"runtime"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // TDBC-11
@@ -674,7 +675,7 @@ func TestStressReservesUnderTraffic(t *testing.T) {
 	p, err := New(Config{MinIdlePerAddr: 2, MaxOpen: 12, SweepInterval: 5 * time.Millisecond, IdleTimeout: 20 * time.Millisecond})
 	require.NoError(t, err)
 	addr := Addr{Transport: TCP, Host: s.Host(), Port: s.Port()}
-	var workers sync.WaitGroup
+	var workers tasks.Group
 	for w := range 6 {
 		workers.Go(func() {
 			for i := range short.Of(200, 40) * stress() {

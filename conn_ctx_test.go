@@ -10,13 +10,14 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // How the ctx of a loan governs its I/O: not before it matters, and never too late.
@@ -324,7 +325,7 @@ func TestRaceOfCancelAndReturn(t *testing.T) {
 				if i%3 == 1 {
 					ctx, cancel = context.WithDeadline(ctx, time.Now().Add(time.Duration(i%200)*time.Microsecond))
 				}
-				var others sync.WaitGroup
+				var others tasks.Group
 				err := p.With(ctx, n.addr, func(c Conn) error {
 					if i%4 > 1 {
 						p.young.Beat() // so that the watch may begin at any moment

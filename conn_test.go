@@ -9,14 +9,14 @@ import (
 	"net"
 	"os"
 	"strings"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // everyOperation is what can be tried with a handle.
@@ -77,7 +77,7 @@ func TestAHandleCarriedOutOfFnIsDeadAndHarmless(t *testing.T) {
 				return err
 			}
 			// In the middle of the exchange, and from many sides.
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			for range 4 {
 				wg.Go(func() {
 					for range 25 {

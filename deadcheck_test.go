@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // eachProbed runs f over the transports whose connections can be looked into.
@@ -74,7 +74,7 @@ func TestARestartedServerFailsNobody(t *testing.T) {
 		}
 		require.NoError(t, n.srv.Restart())
 		stirs(t, p, n.addr)
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		var failed atomic.Int32
 		for range 40 {
 			wg.Go(func() {

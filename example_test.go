@@ -16,10 +16,10 @@ import (
 	"math/big"
 	"net"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The examples talk to servers of their own. serve runs handle for each
@@ -29,7 +29,7 @@ func serve(handle func(net.Conn)) (address string, stop func()) {
 	if err != nil {
 		log.Fatal(err)
 	}
-	var running sync.WaitGroup
+	var running tasks.Group
 	running.Go(func() {
 		for {
 			nc, err := l.Accept()
@@ -305,7 +305,7 @@ func ExampleError() {
 
 // ExampleConfig_dialers pools connections that never leave the process.
 func ExampleConfig_dialers() {
-	var serving sync.WaitGroup
+	var serving tasks.Group
 	defer serving.Wait()
 	pool, err := connpool.New(connpool.Config{
 		Dialers: map[connpool.Transport]connpool.DialFunc{

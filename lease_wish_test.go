@@ -4,9 +4,7 @@ import (
 	"context"
 	"net"
 	"runtime"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -14,6 +12,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The end of a lease, wished for at each moment of a Do.
@@ -136,7 +136,7 @@ func TestOfALeaseThatWasDiscardedBesideADoNothingIsKept(t *testing.T) {
 	for i := 0; i < rounds && time.Now().Before(until); i++ {
 		l, err := p.Lease(bg, at("a"))
 		require.NoError(t, err)
-		var other sync.WaitGroup
+		var other tasks.Group
 		in := make(chan struct{})
 		var discarded, returned, detached error
 		var nc net.Conn

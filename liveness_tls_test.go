@@ -19,7 +19,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -27,6 +26,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // What a connection looks like to the pool when it is alive, dead or dirty,
@@ -83,7 +84,7 @@ type tlServer struct {
 	ln      net.Listener
 	tls     *tls.Config // nil: plain TCP
 	early   []byte      // sent before the handshake
-	running sync.WaitGroup
+	running tasks.Group
 
 	mu    sync.Mutex // guards conns
 	conns []*tlConn
@@ -704,7 +705,7 @@ func TestDeathOfAllParkedConnectionsCostsNobodyAnError(t *testing.T) {
 					p := tlPool(t, watched, how.config)
 					const parked = 5
 					together := func() {
-						var wg sync.WaitGroup
+						var wg tasks.Group
 						all := make(chan struct{})
 						var in atomic.Int32
 						for range parked {
@@ -1070,7 +1071,7 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			s := how.serve(t)
 			p := tlPool(t, true, how.config)
 			open := func(n int) {
-				var wg sync.WaitGroup
+				var wg tasks.Group
 				all := make(chan struct{})
 				var in atomic.Int32
 				for range n {
@@ -1180,7 +1181,7 @@ func TestLeakedConnIsRefusedAndDebugModeNamesBothSides(t *testing.T) {
 			var leaked Conn
 			require.NoError(t, tlBorrowsAndLeaks(p, s.addr(), &leaked))
 			_, err := tlWith(t, p, s.addr(), func(c Conn) error {
-				var users sync.WaitGroup
+				var users tasks.Group
 				for range 2 {
 					users.Go(func() {
 						if err := tlUsesWhatWasLeaked(leaked); !errors.Is(err, ErrReturned) {

@@ -11,12 +11,13 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // BETA-37, BETA-10
@@ -166,7 +167,7 @@ func TestWhatIsDialedIsClosedExactlyOnce(t *testing.T) {
 				return nil
 			},
 		})
-		var all sync.WaitGroup
+		var all tasks.Group
 		for range 10 {
 			all.Go(func() {
 				for range 100 {
@@ -402,7 +403,7 @@ func (h nosyHandler) WithGroup(string) slog.Handler             { return h }
 
 func TestStressAHundredPoolsAreClosedUnderTraffic(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		var all sync.WaitGroup
+		var all tasks.Group
 		for i := range 100 {
 			n := newTestnet(t)
 			n.open(Config{MaxOpen: 3, MaxPerAddr: 2, SweepInterval: time.Millisecond, IdleTimeout: 2 * time.Millisecond})

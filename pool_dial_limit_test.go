@@ -4,14 +4,14 @@ import (
 	"context"
 	"net"
 	"strconv"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The limit of each address alone would let twelve dials run here.
@@ -26,7 +26,7 @@ func TestMaxDialingBoundsTheDialsToAllAddressesTogether(t *testing.T) {
 		}})
 		require.NoError(t, err)
 		const round = silence * 4 / 5 // addresses that take longer have to share, at the price of dials that are broken off
-		var all sync.WaitGroup
+		var all tasks.Group
 		for n := range 12 {
 			host := "h" + strconv.Itoa(n%4)
 			mem.Host(host).SetLatency(round)

@@ -6,16 +6,16 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 func TestFailRefusesAtOnce(t *testing.T) {
@@ -136,7 +136,7 @@ func TestConnectionsFollowLoansNotGoroutines(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{})
 		var inside, peak atomic.Int64
-		var all sync.WaitGroup
+		var all tasks.Group
 		for range 1000 {
 			all.Go(func() {
 				for i := range 10 {
@@ -187,7 +187,7 @@ func TestStressTheLimitIsNeverExceeded(t *testing.T) {
 			}}})
 		var left atomic.Int64
 		left.Store(int64(ops))
-		var all sync.WaitGroup
+		var all tasks.Group
 		for range workers {
 			all.Go(func() {
 				for left.Add(-1) >= 0 {
@@ -242,7 +242,7 @@ func TestAJumpInLoadIsNoStormOfDials(t *testing.T) {
 		n.Host("a").SetLatency(30 * time.Millisecond)
 		n.Host("b").SetLatency(30 * time.Millisecond)
 		var served atomic.Int64
-		var all sync.WaitGroup
+		var all tasks.Group
 		for i := range 500 {
 			all.Go(func() {
 				addr := at([]string{"a", "b"}[i%2])

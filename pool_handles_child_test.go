@@ -14,7 +14,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -26,6 +25,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // File handles run out only in processes of their own, see inChild; what can be
@@ -541,7 +541,7 @@ func stormHandles(t *testing.T, peers map[string]Addr, span time.Duration, hoard
 	ctx, cancel := context.WithTimeout(context.Background(), span)
 	defer cancel()
 	var (
-		all    sync.WaitGroup
+		all    tasks.Group
 		served atomic.Int64
 		opened atomic.Int64
 		failed = make(chan error, 1)

@@ -6,15 +6,15 @@ import (
 	"math"
 	"math/rand/v2"
 	"reflect"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // change is SetLimits of what is in force, changed.
@@ -333,7 +333,7 @@ func TestStressLimitsMoveUnderTraffic(t *testing.T) {
 	require.NoError(t, err)
 	addr := Addr{Transport: TCP, Host: s.Host(), Port: s.Port()}
 	stop := make(chan struct{})
-	var movers, workers sync.WaitGroup
+	var movers, workers tasks.Group
 	for w := range 2 {
 		movers.Go(func() {
 			rng := rand.New(rand.NewPCG(uint64(w), 7))

@@ -11,10 +11,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // Limits of one address (Config.LimitsFor).
@@ -656,7 +658,7 @@ func TestStressAnswersOfLimitsForChangeUnderTraffic(t *testing.T) {
 			return AddrLimits{MaxOpen: int(k%5) - 1, MaxIdle: int(k%3) - 1}, nil
 		}
 	}})
-	var wg, mover sync.WaitGroup
+	var wg, mover tasks.Group
 	stop := make(chan struct{})
 	mover.Go(func() {
 		for {

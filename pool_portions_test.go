@@ -13,12 +13,13 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // lying is a connection of nobody's, which only lies in a pool.
@@ -120,7 +121,7 @@ func TestLoansAndWorkInPortionsDisturbEachOtherInNothing(t *testing.T) {
 	p := crowd(t, k, Config{MaxPerAddr: 2})
 	var left atomic.Int64
 	left.Store(int64(short.Of(2000, 400)))
-	var group sync.WaitGroup
+	var group tasks.Group
 	for g := range 4 {
 		group.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(g), 1))

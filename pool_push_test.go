@@ -14,13 +14,14 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // pushNets are those whose idle connections can be seen to have something.
@@ -527,7 +528,7 @@ func pushableListener(t *testing.T) (*pushable, func()) {
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
 	s := &pushable{addr: Addr{Transport: TCP, Host: "127.0.0.1", Port: uint16(ln.Addr().(*net.TCPAddr).Port)}}
-	var running sync.WaitGroup
+	var running tasks.Group
 	running.Go(func() {
 		for {
 			nc, err := ln.Accept()

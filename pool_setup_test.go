@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -18,6 +17,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // What Setup leaves behind.
@@ -54,7 +54,7 @@ func newGreeter(t *testing.T, transport Transport) *greeter {
 	if transport != Unix {
 		g.addr.Port = uint16(ln.Addr().(*net.TCPAddr).Port)
 	}
-	var all sync.WaitGroup
+	var all tasks.Group
 	t.Cleanup(func() {
 		ln.Close()
 		all.Wait()

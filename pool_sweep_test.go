@@ -7,10 +7,8 @@ import (
 	"net"
 	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 	"unsafe"
 
@@ -18,6 +16,8 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // TDBC-09
@@ -434,7 +434,7 @@ func TestStressSweepsUnderTraffic(t *testing.T) {
 				return nil
 			},
 		})
-		var all sync.WaitGroup
+		var all tasks.Group
 		for range 8 {
 			all.Go(func() {
 				for range 300 {

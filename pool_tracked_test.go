@@ -11,17 +11,17 @@ import (
 	"os"
 	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // target is what package net calls the server.
@@ -58,7 +58,7 @@ func TestDialContextFitsWhereADialFunctionIsExpected(t *testing.T) {
 		require.NoError(t, err)
 		transport := &http.Transport{DialContext: p.DialContext, MaxConnsPerHost: 4, MaxIdleConnsPerHost: 4}
 		client := &http.Client{Transport: transport}
-		var all sync.WaitGroup
+		var all tasks.Group
 		for w := range 8 {
 			all.Go(func() {
 				for i := range 25 {

@@ -10,12 +10,13 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // APR-X07
@@ -49,7 +50,7 @@ func TestFewConnectionsServeMany(t *testing.T) {
 			n.Host("a").SetDelay(time.Millisecond)
 			n.Host("a").SetLatency(5 * time.Millisecond)
 			var inside, served atomic.Int64
-			var all sync.WaitGroup
+			var all tasks.Group
 			for w := range 50 {
 				all.Go(func() {
 					for i := range 5 {
@@ -459,7 +460,7 @@ func TestABusyAddressCannotStarveAnOlderWaiter(t *testing.T) {
 		const limit = 3
 		n := open(t, Config{MaxOpen: limit})
 		stop := make(chan struct{})
-		var busy sync.WaitGroup
+		var busy tasks.Group
 		for range 10 * limit { // a always has waiters
 			busy.Go(func() {
 				for {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"log/slog"
 	"runtime"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // loggerFunc is a slog.Handler.
@@ -199,7 +199,7 @@ func TestWatchersThatEndRaceWithDialsAndNothingIsLost(t *testing.T) {
 	n := startSock(t, "tcp", faultnet.Options{})
 	p := n.pool(t, func(c *Config) { c.SweepInterval = -1 })
 	stop := make(chan struct{})
-	var sweeps sync.WaitGroup
+	var sweeps tasks.Group
 	sweeps.Go(func() {
 		for {
 			select {
@@ -211,7 +211,7 @@ func TestWatchersThatEndRaceWithDialsAndNothingIsLost(t *testing.T) {
 			}
 		}
 	})
-	var all sync.WaitGroup
+	var all tasks.Group
 	for w := range 4 {
 		all.Go(func() {
 			for range 50 {

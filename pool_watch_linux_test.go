@@ -18,6 +18,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // In this file the sweep is off: what is noticed is noticed by the watcher.
@@ -172,7 +173,7 @@ func silentListener(t *testing.T) (Addr, func()) {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
-	var running sync.WaitGroup
+	var running tasks.Group
 	var ends []net.Conn
 	running.Go(func() {
 		for {
@@ -398,7 +399,7 @@ func TestHangUpsRaceWithLoansAndNothingIsLost(t *testing.T) {
 	s, addr := watchServer(t, "tcp")
 	p := watchPool(t, Config{MaxPerAddr: 4}, nil)
 	stop := make(chan struct{})
-	var chaos, workers sync.WaitGroup
+	var chaos, workers tasks.Group
 	chaos.Go(func() {
 		for i := 0; ; i++ {
 			select {

@@ -8,12 +8,13 @@ import (
 	"os"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // TDBC-01, BETA-X15, APR-13
@@ -35,7 +36,7 @@ func TestRaceOfSixtyFourGoroutinesAndEveryOperation(t *testing.T) {
 		}
 		sorry := errors.New("sorry")
 		var detached sync.Map
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		for w := range 64 {
 			wg.Go(func() {
 				rng := rand.New(rand.NewPCG(uint64(w), 99))

@@ -8,15 +8,15 @@ import (
 	"net"
 	"os"
 	"runtime"
-	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // Each pair of operations that may meet is made to meet, over and over, with a
@@ -121,7 +121,7 @@ func (a *arena) open(cfg Config) {
 
 // meet lets all of them go at once, but for a moment.
 func (a *arena) meet(fs ...func()) {
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	start := make(chan struct{})
 	for _, f := range fs {
 		yields, spins := a.rng.IntN(3), a.rng.IntN(300)

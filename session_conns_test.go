@@ -5,14 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The end of a session beside the end of a use: whichever comes first, and
@@ -154,7 +154,7 @@ func TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut(t *testing.T
 		func(i int) {
 			parent, cancel := context.WithCancel(bg)
 			ctx, end := p.Session(parent)
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			wg.Go(func() { spin(i % 40); cancel() })
 			_ = p.With(ctx, at("a"), nop)
 			wg.Wait()
@@ -163,7 +163,7 @@ func TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut(t *testing.T
 		// A handler returns before a goroutine of its own.
 		func(i int) {
 			ctx, end := p.Session(bg)
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			wg.Go(func() {
 				for range 3 {
 					_ = p.With(ctx, at("a"), nop)
@@ -179,7 +179,7 @@ func TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut(t *testing.T
 			inner, cancel := context.WithCancel(ctx)
 			defer cancel()
 			in, goOn := make(chan struct{}), make(chan struct{})
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			wg.Go(func() { _ = p.With(ctx, at("a"), func(Conn) error { close(in); <-goOn; return nil }) })
 			<-in
 			wg.Go(func() { _ = p.With(inner, at("a"), nop) })
@@ -191,7 +191,7 @@ func TestSixtyThousandSessionsThatEndBesideTheirUsesLeaveNothingOut(t *testing.T
 		// One use inside another, and the connection is lost on the way.
 		func(i int) {
 			ctx, end := p.Session(bg)
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			wg.Go(func() { spin(i % 70); end() })
 			_ = p.With(ctx, at("a"), func(Conn) error {
 				return p.With(ctx, at("a"), func(c Conn) error {

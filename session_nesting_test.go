@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // below calls f below the marks of a use of that number.
@@ -56,7 +58,7 @@ func TestAUseIsUnderwayBelowItsOwnNumber(t *testing.T) {
 	require.False(t, underway(1))
 	// Another goroutine, and another stack, is elsewhere.
 	below(7, func() {
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		wg.Go(func() { require.False(t, underway(7)) })
 		wg.Wait()
 		next, stop := iter.Pull(func(yield func(bool) bool) { yield(underway(7)) })
@@ -79,7 +81,7 @@ func TestAUseIsUnderwayBelowItsOwnNumber(t *testing.T) {
 func TestNumbersOfUsesAreTheirOwn(t *testing.T) {
 	var mu sync.Mutex
 	out := make(map[uint64]bool)
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for range 8 {
 		wg.Go(func() {
 			var mine []*uint64

@@ -4,15 +4,15 @@ import (
 	"context"
 	"math/rand/v2"
 	"runtime"
-	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // useUnder borrows under ctx, and says which connection it was.
@@ -176,7 +176,7 @@ func TestTwoGoroutinesOfASessionTakeTurns(t *testing.T) {
 		n.Host("a").Serve(echoLines)
 		ctx, end := n.session(bg)
 		var inside, most, total atomic.Int64
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		for range 20 {
 			wg.Go(func() {
 				for range 20 {

@@ -9,11 +9,11 @@ import (
 	"net"
 	"net/textproto"
 	"testing"
-	"testing/synctest"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
 // Kinds of states, as protocols have them, and the writer in each.

@@ -17,12 +17,13 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // ORA-45
@@ -85,7 +86,7 @@ func TestEverySnapshotIsConsistent(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := open(t, Config{MaxOpen: 5, MaxPerAddr: 3, IdleTimeout: 5 * time.Millisecond, SweepInterval: time.Millisecond})
 		n.Host("a").SetLatency(100 * time.Microsecond)
-		var all sync.WaitGroup
+		var all tasks.Group
 		for w := range 8 {
 			all.Go(func() {
 				for i := range 100 {
@@ -124,7 +125,7 @@ func TestTimeInTheQueueIsCounted(t *testing.T) {
 		n := open(t, Config{MaxPerAddr: 1})
 		n.use(at("a"))
 		before := n.p.Stats()
-		var all sync.WaitGroup
+		var all tasks.Group
 		for range 5 {
 			all.Go(func() {
 				n.p.With(bg, at("a"), func(Conn) error { time.Sleep(100 * time.Millisecond); return nil })
@@ -522,7 +523,7 @@ func TestAPanicInTraceOrLogLosesNothing(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				armed.Store(true)
 				n := open(t, Config{MaxPerAddr: 1, Trace: trace, Logger: slog.New(nosyHandler{boom})})
-				var all sync.WaitGroup
+				var all tasks.Group
 				for range 5 {
 					all.Go(func() {
 						b := n.borrow(bg, at("a"))

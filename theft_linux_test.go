@@ -29,6 +29,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The tests of this file close descriptors behind Go's back. A mistake in one
@@ -88,7 +89,7 @@ type namedServer struct {
 	addr Addr
 	tls  *tls.Config
 
-	running sync.WaitGroup
+	running tasks.Group
 	mu      sync.Mutex // guards what follows
 	ln      net.Listener
 	open    map[net.Conn]int // number of each
@@ -685,7 +686,7 @@ func TestThievesAndThePoolNeverHurtInnocentOpeners(t *testing.T) {
 		return
 	}
 	stop := make(chan struct{})
-	var innocent sync.WaitGroup
+	var innocent tasks.Group
 	opened := 0
 	wrong := make(chan error, 1)
 	innocent.Go(func() {
@@ -972,7 +973,7 @@ func TestNobodyIsAnsweredByAWrongPeerInARestlessTopology(t *testing.T) {
 			peers[name] = s.addr
 		}
 		ctx, cancel := context.WithCancel(context.Background())
-		var chaos sync.WaitGroup
+		var chaos tasks.Group
 		chaos.Go(func() {
 			tick := time.NewTicker(2 * time.Millisecond)
 			defer tick.Stop()
@@ -1013,8 +1014,8 @@ func TestNobodyIsAnsweredByAWrongPeerInARestlessTopology(t *testing.T) {
 	p := newWatched(t, Config{MaxOpen: 100, MaxPerAddr: 3, SweepInterval: 50 * time.Millisecond, DialTimeout: 2 * time.Second})
 	var (
 		ctx, cancel = context.WithTimeout(context.Background(), span+bounded)
-		workers     sync.WaitGroup
-		keepers     sync.WaitGroup
+		workers     tasks.Group
+		keepers     tasks.Group
 		strangers   = make(chan *stranger, 256)
 		served      atomic.Int64
 		stolen      atomic.Int64

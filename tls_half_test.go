@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // A loan that only read, and in vain, may leave something inside crypto/tls.
@@ -61,7 +61,7 @@ func serveHalves(t *testing.T, version uint16, first int) *recordHalves {
 	h := &recordHalves{client: &tls.Config{RootCAs: ca.Pool()}, begin: make(chan struct{}), release: make(chan struct{})}
 	h.addr = Addr{Transport: TLS, Host: "127.0.0.1", Port: uint16(ln.Addr().(*net.TCPAddr).Port)}
 	over := make(chan struct{})
-	var running sync.WaitGroup
+	var running tasks.Group
 	running.Go(func() {
 		for {
 			nc, err := ln.Accept()

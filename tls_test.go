@@ -18,6 +18,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 var bothTLS = []string{"tls12", "tls13"}
@@ -172,7 +173,7 @@ func TestEachScopeKeepsItsClientCertificate(t *testing.T) {
 					return of(a.Scope), nil
 				}
 			})
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			failures := make(chan error, 8)
 			for w := range 8 {
 				wg.Go(func() {

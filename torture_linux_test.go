@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The other half of the torture: the same over real sockets, with the k-th
@@ -156,7 +156,7 @@ func (x *tortureSystem) run(plain, secret *faultnet.Server) error {
 			}
 		}
 	}
-	var group sync.WaitGroup
+	var group tasks.Group
 	for range 6 { // two at a time
 		group.Go(func() { p.With(ctx, addrs[0], token) })
 	}

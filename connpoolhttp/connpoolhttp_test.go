@@ -22,6 +22,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -137,7 +138,7 @@ func TestTwoRequestsShareNothing(t *testing.T) {
 	var mu sync.Mutex
 	serials := make(map[int]int)
 	const k = 8
-	var barrier sync.WaitGroup
+	var barrier tasks.Group
 	barrier.Add(k)
 	srv := httptest.NewServer(Middleware(b.pool)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		for i := range 3 {
@@ -155,7 +156,7 @@ func TestTwoRequestsShareNothing(t *testing.T) {
 		}
 	})))
 	defer srv.Close()
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for range k {
 		wg.Go(func() { get(t, srv.Client(), srv.URL) })
 	}
@@ -301,7 +302,7 @@ func TestConcurrentRequestsOfOneClientTakeTurns(t *testing.T) {
 	srv.StartTLS()
 	defer srv.Close()
 	require.Equal(t, "2 1", get(t, srv.Client(), srv.URL)) // so that all of them share one connection
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for range 16 {
 		wg.Go(func() {
 			if body := get(t, srv.Client(), srv.URL); body != "2 1" {
@@ -401,7 +402,7 @@ func TestAClientThatGoesAwayAsItsRequestEndsLeavesNothingOut(t *testing.T) {
 	for i := range rounds {
 		ctx, cancel := context.WithCancel(t.Context())
 		r := httptest.NewRequestWithContext(ctx, "GET", "/", nil)
-		var gone sync.WaitGroup
+		var gone tasks.Group
 		gone.Go(func() {
 			for range i % 64 {
 				runtime.KeepAlive(i)

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // noWork is for servers that answer at once.
@@ -34,7 +36,7 @@ func workersOf(text string) (work func(), err error) {
 type echoServer struct {
 	l       net.Listener
 	work    func() // done for each line
-	running sync.WaitGroup
+	running tasks.Group
 
 	mu     sync.Mutex // guards open and closed; nothing blocks under it
 	open   map[net.Conn]struct{}

@@ -27,6 +27,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // As a child of a test this binary is the command itself, or a client that knows only an
@@ -155,7 +156,7 @@ func TestClientsAndGatewayAreSeparateProcesses(t *testing.T) {
 	require.NoError(t, err)
 	defer srv.Close()
 	g := startGateway(t, "-framing", "line", "-listen", "tcp://127.0.0.1:0", "-to", fmt.Sprintf("tcp://127.0.0.1:%d", srv.Port()), "-max-open", "2")
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for range 3 {
 		wg.Go(func() {
 			cmd := exec.Command(os.Args[0], "tcp", g.at)

@@ -8,13 +8,13 @@ import (
 	"io"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
 // ORA-77: pooled against unpooled, on a user's own peer.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // way is how a request gets a connection.
@@ -155,7 +156,7 @@ func (o loadOptions) turn(ctx context.Context, w way, round int, live *notices) 
 		mu      sync.Mutex // guards all, at the end of each worker
 		left    atomic.Int64
 		count   atomic.Uint64
-		running sync.WaitGroup
+		running tasks.Group
 	)
 	all.errors = make(map[string]uint64)
 	span := o.span / time.Duration(3*o.rounds)

@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // startServer serves each connection on a free port of the loopback. Everything ends with
@@ -29,7 +30,7 @@ func startServer(t *testing.T, serve func(net.Conn)) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	var (
-		running sync.WaitGroup
+		running tasks.Group
 		mu      sync.Mutex // guards open
 		open    = make(map[net.Conn]bool)
 	)

@@ -2,10 +2,11 @@ package clock
 
 import (
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
 func TestEachValueIsVisitedOnceAtTheNextTick(t *testing.T) {

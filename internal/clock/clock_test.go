@@ -4,11 +4,12 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 	"unsafe"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
 func newClock() *Clock { return &Clock{Read: time.Now} }

@@ -3,11 +3,12 @@ package faultnet
 import (
 	"crypto/x509"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
 func TestCertificatesHoldForTheirNamesAndUses(t *testing.T) {

@@ -11,16 +11,17 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"golang.org/x/net/nettest"
+
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -279,7 +280,7 @@ func TestConcurrentWritesDoNotMix(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := NewMem()
 		client, server := dial(t, m)
-		var writers sync.WaitGroup
+		var writers tasks.Group
 		for _, letter := range []byte("abc") {
 			writers.Go(func() { server.Write(bytes.Repeat([]byte{letter}, 2*window)) })
 		}
@@ -312,7 +313,7 @@ func TestChangingADeadlineWakesBlockedCalls(t *testing.T) {
 				if tc.first != 0 {
 					require.NoError(t, client.SetDeadline(start.Add(tc.first)))
 				}
-				var blocked sync.WaitGroup
+				var blocked tasks.Group
 				blocked.Go(func() {
 					_, err := client.Read(make([]byte, 1))
 					assert.ErrorIs(t, err, os.ErrDeadlineExceeded)
@@ -439,7 +440,7 @@ func TestEveryEndWakesBlockedCalls(t *testing.T) {
 				m := NewMem()
 				client, server := dial(t, m)
 				write(t, client, strings.Repeat("x", window))
-				var blocked sync.WaitGroup
+				var blocked tasks.Group
 				blocked.Go(func() {
 					_, err := client.Read(make([]byte, 1))
 					assert.ErrorIs(t, err, tc.read)
@@ -560,7 +561,7 @@ func TestOneReaderOneWriterAndADeadlineAreOneOwner(t *testing.T) {
 	m := NewMem()
 	m.Host("a").Serve(func(c *Conn) { io.Copy(c, c) })
 	client, _ := dial(t, m)
-	var users sync.WaitGroup
+	var users tasks.Group
 	users.Go(func() {
 		for range 100 {
 			client.Write([]byte("x"))
@@ -586,7 +587,7 @@ func TestTwoOwnersAreARace(t *testing.T) {
 	if name := os.Getenv(variable); name != "" {
 		m := NewMem()
 		client, _ := dial(t, m)
-		var owners sync.WaitGroup
+		var owners tasks.Group
 		for range 2 {
 			owners.Go(func() { uses[name](client) })
 		}

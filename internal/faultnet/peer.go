@@ -7,8 +7,9 @@ import (
 	"io"
 	"net"
 	"slices"
-	"sync"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // Cut is a way to end a connection from the server's side.
@@ -169,7 +170,7 @@ const maxLine = 4096
 // that came before the reply. It answers these lines too, in order.
 func Tokens(p *Peer) {
 	requests := make(chan string, 16)
-	var replies sync.WaitGroup
+	var replies tasks.Group
 	replies.Go(func() { p.answer(requests) })
 	if p.readLines(requests) != io.EOF {
 		p.Close() // else the client ended its direction, and still gets its replies

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // Options shapes a [Server]. The zero Options serve [Tokens] over TCP.
@@ -57,7 +59,7 @@ type Server struct {
 	roots *x509.CertPool
 	dir   string // made by Start, so Close removes it
 
-	running sync.WaitGroup // accept loops and peers
+	running tasks.Group // accept loops and peers
 
 	// mu guards the fields below, and the counts of every Peer. Under mu there is no
 	// system call, and no wait except on settled.

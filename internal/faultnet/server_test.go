@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // eachNetwork runs f on every network that this machine has.
@@ -376,7 +377,7 @@ func TestOverlapsNeverCountsWhoWaitsForTheReply(t *testing.T) {
 	for _, network := range []string{"tcp", "tls"} {
 		t.Run(network, func(t *testing.T) {
 			s := start(t, Options{Network: network, Chunk: 3})
-			var clients sync.WaitGroup
+			var clients tasks.Group
 			for range 4 {
 				c := connect(t, s)
 				clients.Go(func() {
@@ -582,7 +583,7 @@ func TestFaultsUnderTraffic(t *testing.T) {
 			s := start(t, Options{Network: network, Record: true, ReplyDelay: func(_, seq int) time.Duration {
 				return time.Duration(seq%3) * 100 * time.Microsecond
 			}})
-			var clients, faults sync.WaitGroup
+			var clients, faults tasks.Group
 			done := make(chan struct{})
 			for id := range 4 {
 				clients.Go(func() {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/seed-ecb488c9/connpool"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // Gateway serves one listener and one server. Make it with New, open its sockets with
@@ -64,7 +65,7 @@ type Gateway struct {
 
 	mu      sync.Mutex // guards clients; under it only deadlines are set and sockets closed, neither of which blocks
 	clients map[*client]struct{}
-	serving sync.WaitGroup // a count for each client
+	serving tasks.Group // a count for each client
 	started time.Time
 }
 
@@ -197,7 +198,7 @@ func (g *Gateway) Close() error {
 // unlisten closes both sockets and removes their files, so that a successor can have them
 // while this gateway drains. Open connections to the status page stay.
 func (g *Gateway) unlisten() {
-	var both sync.WaitGroup
+	var both tasks.Group
 	for _, s := range []*socket{g.listener, g.statusListener} {
 		if s == nil {
 			continue
@@ -272,7 +273,7 @@ const (
 // left. A done hurry ends the drain early. The error says how much had to be cut off.
 func (g *Gateway) Serve(ctx, hurry context.Context) error {
 	defer g.journal.flush(lastLines)
-	var rest sync.WaitGroup
+	var rest tasks.Group
 	helpers, stop := context.WithCancel(context.Background())
 	if g.statusListener != nil {
 		rest.Go(func() { g.serveStatus(helpers) })

@@ -8,16 +8,16 @@ import (
 	"log/slog"
 	"net"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // protocol is what the tests of greetings need to know about a framing.
@@ -163,7 +163,7 @@ func (p protocol) ask(t *testing.T, g *running, clients, total int) (right int64
 	t.Helper()
 	var foreign atomic.Pointer[string]
 	var numbers, done, good atomic.Int64
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for range clients {
 		wg.Go(func() {
 			var nc net.Conn

@@ -6,13 +6,13 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 func TestEveryPartOfAnIdentityIsPartOfItsScope(t *testing.T) {
@@ -54,7 +54,7 @@ func TestScopesDoNotTellCredentials(t *testing.T) {
 // log in at the same moment.
 func TestClaimsAreTriedOnConnectionsThatServeNobodyElse(t *testing.T) {
 	g, _ := redisGateway(t, func(c *Config) { c.MaxOpen = 4 })
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for i := range 40 {
 		c := g.call()
 		wg.Go(func() {
@@ -83,7 +83,7 @@ func TestClaimsAreTriedOnConnectionsThatServeNobodyElse(t *testing.T) {
 // arrive at any moment of the connection's release.
 func TestACommandThatMeetsTheReleaseIsNotLost(t *testing.T) {
 	g, _ := redisGateway(t, nil)
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for range 8 { // keep the machine busy, so that the two coincide at all
 		c := g.call()
 		wg.Go(func() {

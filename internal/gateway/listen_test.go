@@ -13,6 +13,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // PLT-18
@@ -123,7 +124,7 @@ func TestOneOfManyGatewaysTakesAStaleSocket(t *testing.T) {
 		dead.Close()
 		var mu sync.Mutex
 		var won []net.Listener
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		for range 8 {
 			wg.Go(func() {
 				if l, err := listenUnix(t.Context(), path, 0o600, func(string) {}); err == nil {

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"io"
-	"sync"
 	"testing"
 	"time"
 
@@ -12,6 +11,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // readRegisters is a request for count holding registers.
@@ -68,7 +68,7 @@ func TestModbusMastersShareADeviceAndEachGetsItsOwnRegisters(t *testing.T) {
 		return reply
 	})})
 	g := begin(t, Config{Framing: "modbus", To: to, MaxOpen: 1})
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for m := range 20 {
 		c := g.call()
 		wg.Go(func() {

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -18,6 +17,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The desync oracle through the gateway: no client ever reads a reply to another client's
@@ -149,7 +149,7 @@ func oracleOver(t *testing.T, network string, patience time.Duration) bool {
 			}
 			var foreign atomic.Pointer[string]
 			var whole, partial, failed, done atomic.Int64
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			for w := range 16 {
 				wg.Go(func() {
 					d := &dier{rand.New(rand.NewPCG(uint64(w), 7)), "tcp", g.Addr().String(), &foreign, &whole, &partial, &failed}
@@ -179,7 +179,7 @@ func TestDesyncNoRedisClientEverReadsAReplyThatIsNotItsOwn(t *testing.T) {
 	total := oracleTotal()
 	var foreign atomic.Pointer[string]
 	var whole, partial, done atomic.Int64
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for w := range 16 {
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(uint64(w), 11))
@@ -409,7 +409,7 @@ func TestDesyncNoClientReadsAnothersReplyBeforeAServerThatSpeaksFirstNowAndThen(
 		RequestTimeout: 5 * time.Second, ErrorReply: "ERR\n", IdleTimeout: forever})
 	var foreign atomic.Pointer[string]
 	var whole, partial, failed, done atomic.Int64
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for w := range 16 {
 		wg.Go(func() {
 			d := &dier{rand.New(rand.NewPCG(uint64(w), 13)), "tcp", g.Addr().String(), &foreign, &whole, &partial, &failed}

@@ -7,7 +7,6 @@ import (
 	"io"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // PLT-09, PLT-11, PLT-17
@@ -64,7 +64,7 @@ func TestAHundredSilentClientsHoldNoConnection(t *testing.T) {
 	}
 	soon(t, "all clients are in", func() bool { return g.Status().Clients == 100 })
 	require.Zero(t, srv.Accepts(), "nobody has said anything")
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	for i, c := range callers {
 		wg.Go(func() {
 			for j := range 5 {

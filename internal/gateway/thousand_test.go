@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // PLT-07, PLT-10, PLT-11: 1,000 clients on 8 connections, each with data of its own; no
@@ -24,7 +24,7 @@ func TestAThousandRedisClientsOnEightConnections(t *testing.T) {
 	g, r := redisGateway(t, func(c *Config) { c.MaxOpen = 8 })
 	var wrong atomic.Pointer[string]
 	var replies atomic.Int64
-	var ready, wg sync.WaitGroup
+	var ready, wg tasks.Group
 	start := make(chan bool)
 	const clients = 1000
 	exchanges := short.Of(20, 5)

@@ -39,6 +39,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // mutant is one defence removed.
@@ -201,7 +203,7 @@ func run(ctx context.Context, in string, chosen []mutant, jobs int, timeout time
 	}
 
 	fmt.Printf("%-28s %-9s %6s  %s\n", "without", "", "", "noticed by")
-	var group sync.WaitGroup
+	var group tasks.Group
 	var mu sync.Mutex // orders the lines of the table, and guards faults
 	next := make(chan mutant)
 	for range jobs {

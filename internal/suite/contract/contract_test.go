@@ -14,7 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -25,6 +24,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // memPool makes a pool over a network in memory, for a bubble.
@@ -68,7 +69,7 @@ func TestTenThousandUsersNeedAHundredConnections(t *testing.T) {
 		if race.Enabled {
 			users = 2000 // the race detector's memory
 		}
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		for u := range users {
 			wg.Go(func() {
 				rng := rand.New(rand.NewPCG(uint64(u), 3))
@@ -122,7 +123,7 @@ func TestOverloadDoesNotSlowTheServerDown(t *testing.T) {
 			p, addr := memPool(t, mem, cfg)
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			for range users {
 				wg.Go(func() {
 					for ctx.Err() == nil {
@@ -250,7 +251,7 @@ func TestTenServletsShareOnePool(t *testing.T) {
 			}
 		})
 	}
-	var wg sync.WaitGroup
+	var wg tasks.Group
 	var bad atomic.Int32
 	for i := range 200 {
 		wg.Go(func() {
@@ -300,7 +301,7 @@ func TestWhatWasOpenedIsClosedUnderLoadAndFailures(t *testing.T) {
 					return closer{&torn}, nil
 				}
 			})
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			for w := range 16 {
 				wg.Go(func() {
 					rng := rand.New(rand.NewPCG(uint64(w), 13))

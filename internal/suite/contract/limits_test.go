@@ -4,7 +4,6 @@ import (
 	"context"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -12,6 +11,8 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // ADO-06: one device takes one connection, another four, in one pool with a hundred
@@ -32,7 +33,7 @@ func TestADeviceThatTakesOneAndOneThatTakesFourShareAPool(t *testing.T) {
 		devices := []string{"one", "four", "unknown"}
 		var mu sync.Mutex
 		longest, loans := map[string]time.Duration{}, map[string]int{}
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		for w := range workers {
 			wg.Go(func() {
 				for i := range rounds {

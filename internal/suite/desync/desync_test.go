@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -23,6 +22,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The oracle against desynchronisation, the mistake that hands one user's data
@@ -89,7 +89,7 @@ func TestDesyncNobodyEverReadsAReplyThatIsNotTheirs(t *testing.T) {
 					return &history{out: bufio.NewWriter(nc)}, nil
 				}
 			})
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			for w := range workers {
 				wg.Go(func() {
 					rng := rand.New(rand.NewPCG(uint64(w), uint64(total)))
@@ -182,7 +182,7 @@ func TestDesyncNorIfThePeerGreetsHangsUpOrIsDeaf(t *testing.T) {
 				k := d.exchanges.Add(1)
 				return k <= int64(total) || k <= int64(100*total) && d.p.Stats().Closed[connpool.ClosedCanceled] == 0
 			}
-			var wg sync.WaitGroup
+			var wg tasks.Group
 			for w := range 8 {
 				wg.Go(func() {
 					rng := rand.New(rand.NewPCG(uint64(w), uint64(total)))

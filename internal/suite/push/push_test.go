@@ -11,7 +11,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -23,6 +22,8 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/race"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
+	"github.com/seed-ecb488c9/connpool/internal/synctest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // BETA-19: 10,000 rounds of a borrow and, at the same time, a message. Every
@@ -50,7 +51,7 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 						return err
 					}
 				})
-				var all sync.WaitGroup
+				var all tasks.Group
 				for w := range connections {
 					all.Go(func() {
 						rng := rand.New(rand.NewPCG(uint64(w), 18))
@@ -88,7 +89,7 @@ func TestTenThousandMessagesBesideAsManyLoans(t *testing.T) {
 // next exchange.
 func chatter(p *faultnet.Peer) {
 	var mu sync.Mutex // one writer at a time
-	var talking sync.WaitGroup
+	var talking tasks.Group
 	defer talking.Wait()
 	said := 0
 	for i := 0; ; i++ {
@@ -185,7 +186,7 @@ func TestDesyncNobodyGetsAnothersReplyBesideMessages(t *testing.T) {
 				}
 			})
 			stop := make(chan struct{})
-			var talking, workers sync.WaitGroup
+			var talking, workers tasks.Group
 			talking.Go(func() {
 				for i := 0; ; i++ {
 					select {

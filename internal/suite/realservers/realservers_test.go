@@ -26,6 +26,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // What servers do to idle connections, shown with real ones: each is the
@@ -422,7 +423,7 @@ func (s *realServer) ask(p *connpool.Pool, addr connpool.Addr, hold func()) (nam
 // n idle ones.
 func (s *realServer) askAll(t *testing.T, p *connpool.Pool, addr connpool.Addr, n int) (names []string) {
 	t.Helper()
-	var all, asked sync.WaitGroup
+	var all, asked tasks.Group
 	var mu sync.Mutex
 	asked.Add(n)
 	for range n {

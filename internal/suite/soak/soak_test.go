@@ -22,6 +22,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The soak: a small pool, more borrowers than it has room for, servers on real
@@ -126,7 +127,7 @@ func (s *soak) once(rng *rand.Rand, name string) {
 
 	deed := rng.IntN(40)
 	var leaked connpool.Conn
-	var running sync.WaitGroup // what fn leaves running
+	var running tasks.Group // what fn leaves running
 	ran := false
 	err := s.pool.With(ctx, addr, func(c connpool.Conn) error {
 		ran, leaked = true, c
@@ -217,7 +218,7 @@ func (s *soak) borrow(stop <-chan struct{}, number int) {
 			return
 		default:
 		}
-		var one sync.WaitGroup
+		var one tasks.Group
 		one.Add(1)
 		go func() {
 			defer one.Done()
@@ -355,7 +356,7 @@ func TestSoak(t *testing.T) {
 	require.NoError(t, err)
 
 	stop := make(chan struct{})
-	var everybody sync.WaitGroup
+	var everybody tasks.Group
 	for number := range 24 {
 		everybody.Go(func() { s.borrow(stop, number) })
 	}

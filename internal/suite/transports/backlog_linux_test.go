@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -17,6 +16,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // shortBacklog listens on a Unix socket that keeps next to nobody waiting.
@@ -38,7 +38,7 @@ func TestAFullBacklogOfAUnixSocketIsWaitedFor(t *testing.T) {
 	patience.NothingLeaks(t)
 	ln, addr := shortBacklog(t)
 	accept := make(chan struct{})
-	var serving sync.WaitGroup
+	var serving tasks.Group
 	defer serving.Wait()
 	serving.Go(func() {
 		<-accept
@@ -54,9 +54,9 @@ func TestAFullBacklogOfAUnixSocketIsWaitedFor(t *testing.T) {
 	p, err := pooltest.New(connpool.Config{})
 	require.NoError(t, err)
 	defer p.Close()
-	var borrowers sync.WaitGroup
+	var borrowers tasks.Group
 	const n = 20
-	var served sync.WaitGroup // so that no dial becomes surplus, and is given up
+	var served tasks.Group // so that no dial becomes surplus, and is given up
 	served.Add(n)
 	for range n {
 		borrowers.Go(func() {

@@ -20,6 +20,7 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
 	"github.com/seed-ecb488c9/connpool/internal/short"
+	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
 // The same behaviour, over every transport. What only a look into the socket
@@ -166,7 +167,7 @@ func TestSixtyFourBorrowersGetTheirOwnRepliesOnly(t *testing.T) {
 	pooltest.EachSockNet(t, o, func(t *testing.T, n *pooltest.SockNet) {
 		p := n.Pool(t, func(c *connpool.Config) { c.MaxPerAddr = 9 })
 		var users sync.Map // of each connection: who is on it
-		var wg sync.WaitGroup
+		var wg tasks.Group
 		failures := make(chan error, 64)
 		for i := range 64 {
 			wg.Go(func() {
@@ -269,7 +270,7 @@ func TestHostsAreFoldedAndPortsAreChecked(t *testing.T) {
 // TDBC-20
 func TestABareConnFromADialerIsPooledWithoutAProbe(t *testing.T) {
 	patience.NothingLeaks(t)
-	var server sync.WaitGroup
+	var server tasks.Group
 	cfg := connpool.Config{Dialers: map[connpool.Transport]connpool.DialFunc{"pipe": func(context.Context, connpool.Addr) (net.Conn, error) {
 		here, there := net.Pipe()
 		server.Go(func() {
