@@ -25,42 +25,45 @@ import (
 type books struct {
 	rules // these fields never change
 
-	limits Limits // the limits in use: resolved, as New or SetLimits has set them
-	given  Limits // the same limits as the caller gave them, for Pool.Limits
+	limits        Limits     // the limits in use: resolved, as New or SetLimits has set them
+	given         Limits     // the same limits as the caller gave them, for Pool.Limits
+	perAddr       AddrLimits // those of limits that are one for each address; limitsAt reads them
+	limitsVersion uint64     // how often limits was set; 0 for ever without Config.LimitsFor
 
-	closed     bool
-	sites      siteTable
-	recency    recency
-	byFD       map[uintptr]*conn  // the connections with a descriptor, by descriptor, from the dial to the removal
-	n          tally              // numbers of connections by phase
-	ready      siteHeap           // the sites with want > 0, without those of DialContext
-	readyOwn   siteHeap           // the sites of DialContext with want > 0; only DialOverflow lets these exceed MaxOpen, whatever WhenFull says
-	want       int                // dials that could start if there was room: the sum of site.want
-	eager      int                // how many of these dials idle connections make room for: the sum of site.eager
-	unheard    map[*site]struct{} // the sites with a rank above 1, see books_silence.go; nil before the first
-	unneeded   map[*site]struct{} // the sites with a dial for which nobody waits, see books_silence.go; nil before the first
-	displaced  int                // dials that the pool broke off for other addresses and that have not ended
-	overtook   int                // connections given to a younger waiter since a slot was last given away
-	lastSeq    uint64             // sequence number of the newest waiter
-	lastID     uint64             // ID of the newest connection
-	counts     Stats              // the statistics, without the gauges that Pool.Stats computes from n
-	closedBy   [numCloseReasons]uint64
-	pressure   pressure           // pressure on file handles, as the last dial that got a descriptor found it
-	pressedAt  clock.Instant      // when pressure was set
-	starving   int                // dials that wait for a file handle
-	freed      chan struct{}      // closed and replaced when a file handle may have become free
-	swept      bool               // a sweep is due or running
-	slow       int                // connections whose close has taken longer than closePatience
-	checking   int                // idle connections being checked, of addresses with a reserve
-	left       chan struct{}      // closed and replaced when, after Close, a connection or a goroutine leaves the pool
-	deficit    list.List          // the sites that want dials for which nobody waits, see books_minidle.go
-	overflows  int                // running calls of functions that DialOverflow returned
-	wrongMove  string             // the last forbidden change of phase; "" if there was none
-	lowered    bool               // SetLimits has lowered a limit, and what was in use may exceed it
-	relimiting int                // calls of SetLimits that have not told all addresses of the limits yet, see admitLocked
-	auditIn    int                // critical sections to come before the next audit; in debug mode only
-	admitted   int                // the limit on connections by which admitLocked last judged; in debug mode only
-	unpooled   map[*site]struct{} // the sites of DialContext, one for each connection or dial; nil before the first
+	closed      bool
+	sites       siteTable
+	recency     recency
+	byFD        map[uintptr]*conn  // the connections with a descriptor, by descriptor, from the dial to the removal
+	n           tally              // numbers of connections by phase
+	ready       siteHeap           // the sites with want > 0, without those of DialContext
+	readyOwn    siteHeap           // the sites of DialContext with want > 0; only DialOverflow lets these exceed MaxOpen, whatever WhenFull says
+	want        int                // dials that could start if there was room: the sum of site.want
+	eager       int                // how many of these dials idle connections make room for: the sum of site.eager
+	unheard     map[*site]struct{} // the sites with a rank above 1, see books_silence.go; nil before the first
+	unneeded    map[*site]struct{} // the sites with a dial for which nobody waits, see books_silence.go; nil before the first
+	displaced   int                // dials that the pool broke off for other addresses and that have not ended
+	overtook    int                // connections given to a younger waiter since a slot was last given away
+	lastSeq     uint64             // sequence number of the newest waiter
+	lastID      uint64             // ID of the newest connection
+	counts      Stats              // the statistics, without the gauges that Pool.Stats computes from n
+	closedBy    [numCloseReasons]uint64
+	pressure    pressure           // pressure on file handles, as the last dial that got a descriptor found it
+	pressedAt   clock.Instant      // when pressure was set
+	starving    int                // dials that wait for a file handle
+	freed       chan struct{}      // closed and replaced when a file handle may have become free
+	swept       bool               // a sweep is due or running
+	slow        int                // connections whose close has taken longer than closePatience
+	checking    int                // idle connections being checked, of addresses with a reserve
+	left        chan struct{}      // closed and replaced when, after Close, a connection or a goroutine leaves the pool
+	deficit     list.List          // the sites that want dials for which nobody waits, see books_minidle.go
+	overflows   int                // running calls of functions that DialOverflow returned
+	wrongMove   string             // the last forbidden change of phase; "" if there was none
+	lowered     bool               // SetLimits has lowered a limit, and what was in use may exceed it
+	relimiting  int                // calls of SetLimits that have not told all addresses of the limits yet, see admitLocked
+	askingAgain bool               // a SetLimits is asking LimitsFor
+	auditIn     int                // critical sections to come before the next audit; in debug mode only
+	admitted    int                // the limit on connections by which admitLocked last judged; in debug mode only
+	unpooled    map[*site]struct{} // the sites of DialContext, one for each connection or dial; nil before the first
 }
 
 // rules are the settings that the books use and that never change: fields of Config, and
@@ -71,6 +74,7 @@ type rules struct {
 	idleTimeout   time.Duration
 	sweepInterval time.Duration
 	debug         bool
+	asksLimits    bool // there is a Config.LimitsFor
 
 	clock   *clock.Clock
 	handles *handleBudget
@@ -78,14 +82,15 @@ type rules struct {
 
 func rulesOf(cfg *Config, k *clock.Clock, handles *handleBudget) rules {
 	return rules{
-		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, sweepInterval: cfg.SweepInterval, debug: cfg.Debug,
+		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, sweepInterval: cfg.SweepInterval, debug: cfg.Debug, asksLimits: cfg.LimitsFor != nil,
 		clock: k, handles: handles,
 	}
 }
 
 // begin makes the books of a new pool, without any connection or address.
 func (b *books) begin(r rules, given, resolved Limits) {
-	b.rules, b.given, b.limits = r, given, resolved
+	b.rules = r
+	b.setLimitsLocked(given, resolved)
 	b.sites = newSiteTable()
 	b.byFD = make(map[uintptr]*conn)
 	b.left, b.freed = make(chan struct{}), make(chan struct{})
@@ -123,7 +128,7 @@ func (b *books) limitLocked() int {
 func (b *books) roomLocked() int { return b.limitLocked() - b.n.open() }
 
 // roomAtLocked is how many connections to s may still be opened under MaxPerAddr.
-func (b *books) roomAtLocked(s *site) int { return b.limits.MaxPerAddr - s.n.open() }
+func (b *books) roomAtLocked(s *site) int { return b.limitsAt(s).MaxOpen - s.n.open() }
 
 // fullLocked names the limit that forbids a dial to s; "" if none does. Three kinds of
 // connections count as free: those being closed, idle connections that could be evicted,
@@ -132,7 +137,7 @@ func (b *books) roomAtLocked(s *site) int { return b.limits.MaxPerAddr - s.n.ope
 // and in all queues.
 func (b *books) fullLocked(s *site, aheadHere, ahead int) string {
 	switch {
-	case s.n.kept()+aheadHere >= b.limits.MaxPerAddr:
+	case s.n.kept()+aheadHere >= b.limitsAt(s).MaxOpen:
 		return "MaxPerAddr"
 	case b.n.kept()-int(b.n[phaseIdle])-b.displaced+ahead >= b.limitLocked():
 		return "MaxOpen"
@@ -158,7 +163,7 @@ func (b *books) refreshLocked(s *site) {
 		if s.backingOff() {
 			want = 1
 		}
-		want = int32(min(int(want), b.limits.MaxDialingPerAddr-int(s.n[phaseDialing])))
+		want = int32(min(int(want), b.limitsAt(s).MaxDialing-int(s.n[phaseDialing])))
 		if b.whenFull != FullOverflow {
 			want = int32(min(int(want), b.roomAtLocked(s)))
 		}
@@ -352,7 +357,7 @@ func (b *books) releaseLocked(c *conn, u origin, now clock.Instant, todo *agenda
 	}
 	b.countLoanLocked(c)
 	reserve := u == fromCheck && b.reservedLocked(s, 1, now)
-	if b.limits.MinIdlePerAddr > 0 {
+	if b.limitsAt(s).MinIdle > 0 {
 		if u == fromLoan || s.queue.head != nil {
 			b.noteLentLocked(s, now)
 		}
@@ -403,6 +408,7 @@ func (b *books) releaseLocked(c *conn, u origin, now clock.Instant, todo *agenda
 // whyUnwantedLocked says why c may not stay in the pool; ClosedUnknown if it may.
 func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseReason {
 	s, limit := c.site, b.limitLocked()
+	here := b.limitsAt(s)
 	marked, _ := c.condemned()
 	switch {
 	case b.closed:
@@ -420,14 +426,14 @@ func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseRea
 	case c.uses >= b.maxUses:
 		return ClosedMaxUses
 	case c.maxAge > 0 && b.clock.Age(c.born, now) >= c.maxAge:
-		return ClosedLifetime
-	case s.n.kept() > b.limits.MaxPerAddr, b.n.kept() > limit:
+		return c.whyTooOld()
+	case s.n.kept() > here.MaxOpen, b.n.kept() > limit:
 		return ClosedSurplus
-	case b.limits.MaxIdle == 0 && c.uses > 0, b.limits.MaxIdlePerAddr == 0 && c.uses > 0:
+	case b.limits.MaxIdle == 0 && c.uses > 0, here.MaxIdle == 0 && c.uses > 0:
 		return ClosedSurplus
 	}
 	if s.queue.head == nil {
-		if int(b.n[phaseIdle]) >= b.limits.MaxIdle || int(s.n[phaseIdle]) >= b.limits.MaxIdlePerAddr {
+		if int(b.n[phaseIdle]) >= b.limits.MaxIdle || int(s.n[phaseIdle]) >= here.MaxIdle {
 			return ClosedSurplus
 		}
 		if b.pressure >= handlesLow {

@@ -72,8 +72,9 @@ func (b *books) contradictionLocked() error {
 			}
 			n[ph] += s.n[ph]
 		}
-		if b.whenFull != FullOverflow && s.n.open() > b.limits.MaxPerAddr && (!lowered || s.n[phaseIdle] > 0 && s.n.kept() > b.limits.MaxPerAddr) {
-			return fmt.Errorf("3: %d of %d open for %v", s.n.open(), b.limits.MaxPerAddr, addr)
+		most := b.limitsAt(s).MaxOpen
+		if b.whenFull != FullOverflow && s.n.open() > most && (!lowered || s.n[phaseIdle] > 0 && s.n.kept() > most) {
+			return fmt.Errorf("3: %d of %d open for %v", s.n.open(), most, addr)
 		}
 		q := s.queue
 		dials := 0
@@ -192,6 +193,9 @@ func (b *books) auditUnasked(s *site, looked int) error {
 		if looked+spare > 0 {
 			return fmt.Errorf("%v: %d are being looked at, %d opened for nobody, and no books of it", s.addr, looked, spare)
 		}
+		if b.asksLimits && !s.unpooled() {
+			return fmt.Errorf("%v has no limits of its own", s.addr)
+		}
 		return nil
 	}
 	own := 0
@@ -213,14 +217,28 @@ func (b *books) auditUnasked(s *site, looked int) error {
 		return fmt.Errorf("%v counts %d dials for nobody, there are %d, of which %d are Warm's", s.addr, x.dials, spare, own)
 	case (x.dials > 0 && s.queue.dials > s.queue.len) != b.dialsForNobody(s):
 		return fmt.Errorf("%v dials for nobody: %v", s.addr, !b.dialsForNobody(s))
-	case x.reserve && (b.limits.MinIdlePerAddr == 0 || b.closed || s.unpooled()):
+	case x.reserve && (b.limitsAt(s).MinIdle == 0 || b.closed || s.unpooled()):
 		return fmt.Errorf("%v keeps a reserve", s.addr)
+	case x.limits != nil && b.relimiting == 0 && x.limits.inForce != b.limitsDue(x.limits):
+		return fmt.Errorf("%v obeys %+v, but LimitsFor gave %+v", s.addr, x.limits.inForce, x.limits.given)
+	case x.limits == nil && b.asksLimits && !s.unpooled(), x.limits != nil && s.unpooled():
+		return fmt.Errorf("%v has limits of its own: %v", s.addr, x.limits != nil)
 	case (x.missing > 0) != (x.inDeficit != nil):
 		return fmt.Errorf("%v wants %d spare ones, in the list: %v", s.addr, x.missing, x.inDeficit != nil)
 	case x.missing > 0 && s.queue.nextToDial != nil:
 		return fmt.Errorf("%v wants %d spare ones before its waiters are served", s.addr, x.missing)
 	}
 	return nil
+}
+
+// limitsDue is what must be in force of own: what LimitsFor gave, or, if SetLimits was called
+// since, nothing above that.
+func (b *books) limitsDue(own *ownLimits) AddrLimits {
+	due := own.given.within(b.perAddr)
+	if own.version != b.limitsVersion {
+		due = due.atMost(own.inForce)
+	}
+	return due
 }
 
 // auditDeficitLocked looks at the list of those that are short. It does not ask whether a

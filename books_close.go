@@ -26,13 +26,13 @@ func (r *rules) sweepPeriod() time.Duration {
 }
 
 // aged says whether a connection that has been idle for idleFor has expired: by
-// IdleTimeout or by MaxLifetime.
+// IdleTimeout, by MaxLifetime, or by what its state said.
 func (r *rules) aged(c *conn, idleFor time.Duration, now clock.Instant) CloseReason {
 	switch {
 	case r.idleTimeout > 0 && idleFor >= r.idleTimeout:
 		return ClosedIdleTimeout
 	case c.maxAge > 0 && r.clock.Age(c.born, now) >= c.maxAge:
-		return ClosedLifetime
+		return c.whyTooOld()
 	}
 	return ClosedUnknown
 }
@@ -88,7 +88,8 @@ func (b *books) noteFreedLocked() {
 // least recently used first.
 func (b *books) dropSurplusLocked(s *site, todo *agenda) {
 	idle := int(s.n[phaseIdle])
-	surplus := min(idle, max(idle-b.limits.MaxIdlePerAddr, s.n.kept()-b.limits.MaxPerAddr))
+	here := b.limitsAt(s)
+	surplus := min(idle, max(idle-here.MaxIdle, s.n.kept()-here.MaxOpen))
 	if surplus <= 0 {
 		return
 	}

@@ -26,34 +26,14 @@ func (b *books) failedAtLocked(s *site, stage Stage, err error, start clock.Inst
 		return e
 	}
 	if vain, ok := err.(*inVain); ok {
-		e.LimitName = vain.full
+		b.blameLocked(e, s, vain.full)
 	} else {
-		e.LimitName = b.fullLocked(s, 0, 0)
+		b.blameLocked(e, s, b.fullLocked(s, 0, 0))
 	}
-	e.Limit = b.limitOfLocked(e.LimitName)
 	if e.LimitName == "MaxOpen" {
 		e.Open, e.InUse, e.Idle = b.n.open(), int(b.n[phaseBorrowed]), int(b.n[phaseIdle])
 	}
 	return e
-}
-
-// limitOfLocked is the value of the limit with this name; 0 for "".
-func (b *books) limitOfLocked(name string) int {
-	switch name {
-	case "MaxOpen":
-		return b.limitLocked()
-	case "MaxPerAddr":
-		return b.limits.MaxPerAddr
-	case "MaxDialing":
-		return b.limits.MaxDialing
-	case "MaxDialingPerAddr":
-		return b.limits.MaxDialingPerAddr
-	case "MaxIdle":
-		return b.limits.MaxIdle
-	case "MaxWaiters":
-		return b.limits.MaxWaiters
-	}
-	return 0
 }
 
 // blockerLocked names the limit that keeps w, which is in the queue of s, from a
@@ -67,7 +47,7 @@ func (b *books) blockerLocked(s *site, w *waiter) string {
 		return full
 	case w == nil || bare == nil || w.seq < bare.seq: // w has a dial
 		return ""
-	case int(s.n[phaseDialing]) >= b.limits.MaxDialingPerAddr:
+	case int(s.n[phaseDialing]) >= b.limitsAt(s).MaxDialing:
 		return "MaxDialingPerAddr"
 	case int(b.n[phaseDialing]) >= b.limits.MaxDialing:
 		return "MaxDialing"

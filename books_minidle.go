@@ -52,7 +52,7 @@ func (b *books) missingLocked(s *site) int {
 		}
 	}
 	if x.reserve && s.queue.len == 0 && (!x.unstable && !s.failing() || x.retryOnce) {
-		short := b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking
+		short := b.limitsAt(s).MinIdle - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking
 		if s.failing() {
 			short = min(short, 1)
 		}
@@ -61,7 +61,7 @@ func (b *books) missingLocked(s *site) int {
 	if s.backingOff() {
 		want = min(want, 1)
 	}
-	return max(0, min(want, b.limits.MaxDialingPerAddr-int(s.n[phaseDialing]), b.roomAtLocked(s)))
+	return max(0, min(want, b.limitsAt(s).MaxDialing-int(s.n[phaseDialing]), b.roomAtLocked(s)))
 }
 
 // openMissingLocked starts dials for which nobody waits. It is the last part of
@@ -167,7 +167,7 @@ func (b *books) setCheckingLocked(c *conn, yes bool) {
 // IdleTimeout does not apply to a reserve.
 func (b *books) reservedLocked(s *site, n int32, now clock.Instant) bool {
 	x := s.prefill
-	return x.reserved() && int(n) <= b.limits.MinIdlePerAddr && b.clock.Age(x.usedAt, now) < b.reserveMemory()
+	return x.reserved() && int(n) <= b.limitsAt(s).MinIdle && b.clock.Age(x.usedAt, now) < b.reserveMemory()
 }
 
 // sweepReserveLocked is the part of a sweep for an address with a reserve: it drops the
@@ -183,7 +183,7 @@ func (b *books) sweepReserveLocked(s *site, now clock.Instant) {
 		b.dropIfEmptyLocked(s)
 		return
 	}
-	if x.unstable && !s.failing() && int(s.n[phaseIdle])+x.checking >= b.limits.MinIdlePerAddr {
+	if x.unstable && !s.failing() && int(s.n[phaseIdle])+x.checking >= b.limitsAt(s).MinIdle {
 		x.unstable = false
 	}
 	x.retryOnce = s.failing() || x.unstable

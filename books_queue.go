@@ -182,24 +182,29 @@ func (b *books) noteWaitedLocked(w *waiter, failed bool) {
 }
 
 // request is a borrow under way. A request stays on the borrower's stack, and so does the
-// address. A ctx in the request, which goes into the waiter, would move both to the heap.
+// address. A ctx in the request, which goes into the waiter, would move both to the heap; so
+// would an answer of LimitsFor, which goes into the site.
 type request struct {
 	addr  *Addr
 	hash  uint64        // hash of addr
 	known bool          // addr is canonical
 	start clock.Instant // when the wait began; 0 for a borrow that need not wait
 	seq   uint64        // the borrower's place in the queue; 0 until it has one
+
+	version uint64 // limitsVersion when the borrower last had to ask LimitsFor, see books_limits.go
+	asked   int    // how often LimitsFor was asked
 }
 
 // claim is what a borrower got in its critical section: a connection, which the borrower
 // owns now; or a place in the queue; or an error, which still has to be classified. It is
 // none of these if the pool is closed, or if the address is not known and has to be checked
-// first.
+// first, or if the borrower must ask LimitsFor first.
 type claim struct {
 	c       *conn
 	w       *waiter
 	refused *Error
 	closed  bool
+	ask     bool
 }
 
 // claimLocked gives a borrower an idle connection of s or a place in the queue of s, or
@@ -214,12 +219,15 @@ func (b *books) claimLocked(ctx context.Context, s *site, r *request, now clock.
 	}
 	b.takeLocked(c)
 	c.lendAtLocked(now)
-	if b.limits.MinIdlePerAddr > 0 {
+	if b.limitsAt(s).MinIdle > 0 {
 		b.noteTakenLocked(c, now)
 		b.refreshLocked(s)
 		b.admitLocked(todo)
 	} else {
 		c.fromReserveLocked(false)
+		if b.deficit.Len() > 0 {
+			b.admitLocked(todo) // under MaxIdle there is room for a reserve of another address
+		}
 	}
 	return claim{c: c}
 }
@@ -249,13 +257,13 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 	if bare := s.queue.nextToDial; !again && bare != nil && w.seq >= bare.seq { // w has no dial
 		here := s.queue.len - s.queue.dials // waiters without a dial, w included
 		full := b.whenFull == FullFail && b.fullLocked(s, here-1, b.want-int(s.want)+here-1) != ""
-		crowded := here > b.limits.MaxWaiters
+		crowded := here > b.limitsAt(s).MaxWaiters
 		if full || crowded {
 			s.queue.remove(w)
 			b.refreshLocked(s)
 			err := b.failedAtLocked(s, StageWait, ErrExhausted, r.start)
 			if !full {
-				err.LimitName, err.Limit = "MaxWaiters", b.limitOfLocked("MaxWaiters")
+				b.blameLocked(err, s, "MaxWaiters")
 			}
 			b.dropIfEmptyLocked(s)
 			b.counts.Exhausted++

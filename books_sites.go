@@ -23,7 +23,7 @@ type site struct {
 	queue     *queue   // never nil, see noQueue
 	dial      *attempt // the youngest dial under way that waiters count on
 	backoff   *backoff // nil after a dial that succeeded
-	prefill   *prefill // nil unless Warm, MinIdlePerAddr or DialContext is used
+	prefill   *prefill // nil unless Warm, MinIdlePerAddr, LimitsFor or DialContext is used
 
 	loans, dials, dialErrors uint64
 }

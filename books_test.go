@@ -407,3 +407,35 @@ func TestAContextOfDialContextMayUseThePool(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, nc.Close())
 }
+
+// A limit that an address may have of its own is read through limitsAt: read in Limits, it
+// would be that of all addresses.
+func TestLimitsOfAnAddressAreReadInOnePlace(t *testing.T) {
+	limits := strings.Fields("MaxPerAddr MaxIdlePerAddr MaxDialingPerAddr MaxWaiters MinIdlePerAddr")
+	found := 0
+	for _, f := range source(t, ".") {
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			name := nameOfFunc(fn)
+			ast.Inspect(fn, func(n ast.Node) bool {
+				sel, ok := n.(*ast.SelectorExpr)
+				if !ok || !slices.Contains(limits, sel.Sel.Name) {
+					return true
+				}
+				found++
+				switch x, _ := sel.X.(*ast.SelectorExpr); {
+				case strings.HasPrefix(name, "Limits."), strings.HasPrefix(name, "Config."):
+				case name == "Pool.SetLimits": // compares what was with what is to be
+				case x == nil || x.Sel.Name != "limits": // a field of AddrLimits
+				default:
+					t.Errorf("%s reads limits.%s: the limit in force for a site is in limitsAt", name, sel.Sel.Name)
+				}
+				return true
+			})
+		}
+	}
+	require.Greater(t, found, 20, "the search finds selectors")
+}

@@ -11,9 +11,11 @@ import (
 
 // The state of Warm: the calls under way, and when each of them ends.
 
-// prefill is the state of Warm and MinIdlePerAddr for an address; nil for an address that
-// uses neither.
+// prefill is the state of Warm, MinIdlePerAddr and LimitsFor for an address; nil for an
+// address that uses none of them.
 type prefill struct {
+	limits *ownLimits // nil without LimitsFor, see books_limits.go
+
 	warm      []*warming    // calls of Warm under way
 	dials     int           // dials under way for which nobody waits
 	missing   int           // dials for which nobody waits and that the limits of this site would let start
@@ -90,7 +92,7 @@ func (b *books) refuseWarmingsLocked(s *site) {
 		return
 	}
 	for _, w := range slices.Clone(s.prefill.warm) {
-		if err := b.warmableLocked(w.n); err != nil {
+		if err := b.warmableLocked(s, w.n); err != nil {
 			w.err = usage(s.addr, err)
 			b.endWarmingLocked(s, w)
 		}
@@ -120,8 +122,7 @@ func (b *books) noteWarmDialedLocked(a *attempt, failure *dialError, closed Clos
 func (b *books) warmFailedLocked(s *site, err error) *Error {
 	e := b.failedLocked(s.addr, StageWait, err, 0)
 	if !b.closed && e.LimitName == "" {
-		e.LimitName = b.warmBlockerLocked(s)
-		e.Limit = b.limitOfLocked(e.LimitName)
+		b.blameLocked(e, s, b.warmBlockerLocked(s))
 	}
 	return e
 }
@@ -142,22 +143,18 @@ func (b *books) noteWarmLostLocked(c *conn, lost error) {
 // fullForPrefillLocked reports whether a limit leaves no room for a connection to s,
 // unless an open connection is closed.
 func (b *books) fullForPrefillLocked(s *site) bool {
-	return b.n.kept() >= b.limitLocked() || s.n.kept() >= b.limits.MaxPerAddr
+	return b.n.kept() >= b.limitLocked() || s.n.kept() >= b.limitsAt(s).MaxOpen
 }
 
-// warmableLocked says why an address can never have n unused connections; nil if it can.
-func (b *books) warmableLocked(n int) error {
-	for _, l := range [...]struct {
-		name  string
-		limit int
-	}{
-		{"MaxIdlePerAddr", b.limits.MaxIdlePerAddr},
-		{"MaxIdle", b.limits.MaxIdle},
-		{"MaxPerAddr", b.limits.MaxPerAddr},
-		{"MaxOpen", b.limitLocked()},
-	} {
-		if n > l.limit {
-			return fmt.Errorf("%d connections can never be kept: %s allows %d (warm fewer, or raise it)", n, l.name, l.limit)
+// warmableLocked says why s can never have n unused connections; nil if it can.
+func (b *books) warmableLocked(s *site, n int) error {
+	for _, name := range [...]string{"MaxIdlePerAddr", "MaxIdle", "MaxPerAddr", "MaxOpen"} {
+		limit, own := b.limitOfLocked(s, name)
+		if own {
+			name = ownName(name)
+		}
+		if n > limit {
+			return fmt.Errorf("%d connections can never be kept: %s allows %d (warm fewer, or raise it)", n, name, limit)
 		}
 	}
 	return nil

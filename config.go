@@ -36,8 +36,8 @@ func (f FullPolicy) String() string { return nameOf([]string{"wait", "fail", "ov
 // feature off. New refuses a positive duration below a millisecond, since usually its
 // unit was forgotten. New copies the Config; later changes have no effect. The fields
 // are in six blocks: limits, time, opening a connection, keeping it clean, watching,
-// and rare ones. [Pool.SetLimits] changes the fields of the first block except MaxUses
-// and WhenFull.
+// and rare ones. [Pool.SetLimits] changes the limits of the first block, all that are
+// numbers but MaxUses.
 type Config struct {
 	// # Limits on connections: how many connections, dials, waiters and loans there may be
 	//
@@ -84,6 +84,19 @@ type Config struct {
 	// IdleTimeout (20 minutes if IdleTimeout is off) loses its reserve. 0 or negative:
 	// none.
 	MinIdlePerAddr int
+
+	// LimitsFor gives an address limits of its own, in the place of those that are the
+	// same for every address: one device takes one connection, another four. A field of
+	// its answer that is 0 is the pool's, so the zero AddrLimits changes nothing. The
+	// limits of the whole pool (MaxOpen, MaxIdle, MaxDialing) hold over all addresses
+	// together. LimitsFor is asked with the canonical address when the pool gets to know
+	// it, at its first borrow or Warm, again when the pool has forgotten it in the
+	// meantime, and after each [Pool.SetLimits]. It must give the same answer until then, must
+	// be quick (it gets a quarter of a second), and must not borrow from the pool. If it
+	// fails, panics, does not return, or answers what contradicts itself, that borrower
+	// gets an [*Error] of [StageLimits], and the next one asks again. It does not apply
+	// to DialContext. nil: no address has limits of its own.
+	LimitsFor func(Addr) (AddrLimits, error)
 
 	// MaxUses limits how often one connection is lent. 0 or negative: no limit. With 1
 	// every use dials, which is the right setting for a protocol that matches replies
@@ -179,6 +192,13 @@ type Config struct {
 	//
 	// For a client that reads nc all the time, Setup returns [Resident]. For a client that
 	// dials for itself, the dialer returns [Carry].
+	//
+	// If what Setup logged in with ends at some time, as a token does, give state a
+	// method Expires() time.Time. The pool asks it once, after Setup (the zero time means
+	// never), and does not lend the connection after that time, less a random part of up
+	// to a tenth of the time that was left: an idle connection is closed by the next
+	// sweep, one in use when it is given back. If the time is over already, the dial
+	// fails.
 	//
 	// Setup must read all that the peer has sent, and flush what it wrote. If bytes are
 	// left in its state, in crypto/tls or in the socket, the dial fails (with a Push,

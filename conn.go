@@ -85,7 +85,7 @@ type conn struct {
 	state  any // what Setup returned
 	id     uint64
 	born   clock.Instant
-	maxAge time.Duration              // MaxLifetime less the jitter, drawn once; 0: no limit
+	maxAge time.Duration              // MaxLifetime less the jitter, drawn once, or less if the state expires earlier; 0: no limit
 	cold   atomic.Pointer[coldFields] // nil for most connections, see coldFields
 }
 
@@ -117,7 +117,8 @@ var loanStates sync.Pool // of *loanState
 
 // coldFields are the fields of a conn that most connections never need: those of
 // MinIdlePerAddr, Push, Conn.Context, clients with I/O of their own, slow closes, a Close in a
-// hook, a goodbye, and a peer that hung up during Setup. They are allocated on first use, so that a plain connection
+// hook, a goodbye, a state that expires, and a peer that hung up during Setup. They are
+// allocated on first use, so that a plain connection
 // stays small.
 type coldFields struct {
 	checking    bool          // the connection is being probed; Pool.mu
@@ -130,6 +131,7 @@ type coldFields struct {
 	earlyClose  chan struct{} // set when closeUnderHook closes the socket during a hook's loan; closed when the socket is closed; dmu
 	slow        bool          // its close takes long; Pool.mu
 	recentLoans []pastLoan    // the latest loans, in debug mode; dmu
+	expires     bool          // maxAge follows from the state's Expires; fixed once the dial has ended
 	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
 }
 
@@ -263,11 +265,11 @@ const (
 const flagsLived = flagWrote | flagRead
 
 // flagsLasting are the flags that one loan leaves to the next. The operations of a client with I/O
-// of its own (flagResident) last, too, see lasting.
+// of its own (flagResident) last, too, see carriedOver.
 const flagsLasting = flagHungUp | flagStolen | flagBroken | flagShut | flagWrote | flagRead | flagListed | flagResident
 
-// lasting returns what of the state word one loan leaves to the next.
-func lasting(word uint64) uint64 {
+// carriedOver returns what of the state word one loan leaves to the next.
+func carriedOver(word uint64) uint64 {
 	if word&flagResident != 0 {
 		return word & (flagsLasting | inFlight)
 	}
@@ -373,6 +375,14 @@ func (c *conn) ensureCold() *coldFields {
 			return e
 		}
 	}
+}
+
+// whyTooOld says why c, which has reached its maxAge, is closed.
+func (c *conn) whyTooOld() CloseReason {
+	if e := c.cold.Load(); e != nil && e.expires {
+		return ClosedExpired
+	}
+	return ClosedLifetime
 }
 
 // setFlag sets flag: flagStolen, or flagBroken for a connection whose socket other code uses

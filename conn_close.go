@@ -78,9 +78,14 @@ func (c *conn) seal() (first, own bool) {
 			return w&flagShut == 0, true
 		}
 	}
+	c.disown()
+	return false, false
+}
+
+// disown puts c, whose descriptor is another socket's, into quarantine.
+func (c *conn) disown() {
 	c.word.Or(flagStolen) // the guard of a client must not go on
 	quarantine.add(c.nc)
-	return false, false
 }
 
 // wake makes operations return that are blocked in a connection that must not be
@@ -101,8 +106,8 @@ func (c *conn) closeUnderHook() {
 	e := c.ensureCold()
 	c.dmu.Lock()
 	bye, done := e.goodbye, make(chan struct{})
-	early := e.earlyClose != nil
-	if bye == nil && !early {
+	begun := e.earlyClose != nil
+	if bye == nil && !begun {
 		e.earlyClose = done
 	}
 	c.dmu.Unlock()
@@ -110,7 +115,7 @@ func (c *conn) closeUnderHook() {
 	case bye != nil:
 		bye.closeSocket(c)
 		return
-	case early:
+	case begun:
 		return
 	}
 	defer close(done)
@@ -244,8 +249,7 @@ const goodbyePatience = 250 * time.Millisecond
 func (g *goodbye) closeSocket(c *conn) {
 	g.once.Do(func() {
 		if c.sock.isStolen() {
-			c.word.Or(flagStolen)
-			quarantine.add(c.nc)
+			c.disown()
 			c.wake()
 			return
 		}

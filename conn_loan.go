@@ -68,7 +68,7 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 		if gen = (w>>genShift + 1) & lastGen; gen == 0 {
 			gen = 1 // 0 is the generation of the guard
 		}
-		if c.word.CompareAndSwap(w, gen<<genShift|lasting(w)|flagLent|flags) {
+		if c.word.CompareAndSwap(w, gen<<genShift|carriedOver(w)|flagLent|flags) {
 			if flags&flagListed > w&flagListed {
 				c.site.env.young.Add(c)
 			}

@@ -2,7 +2,12 @@ package connpool
 
 import (
 	"bufio"
+	"fmt"
+	"math/rand/v2"
 	"reflect"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // held counts the bytes in the state of c. It calls methods of the state on the
@@ -53,6 +58,36 @@ func (c *conn) heldSoon() (h holdings, _ error) {
 		return h, err
 	}
 	return <-got, nil
+}
+
+// askExpiry asks the state of c, which Setup has just returned, or the client of Carry, until when c may be lent, and
+// sets maxAge. Of the time that is left, a random part of up to a tenth is subtracted, drawn
+// once, so that connections which expire at the same time are not closed and dialled at the
+// same time; and a tick, by which the clock of a loan may lag.
+func (c *conn) askExpiry() error {
+	holder := c.state
+	if r := c.resident(); r != nil && holder == nil {
+		holder = r.client
+	}
+	state, ok := holder.(interface{ Expires() time.Time })
+	if !ok {
+		return nil
+	}
+	end := state.Expires()
+	if end.IsZero() {
+		return nil
+	}
+	left := min(time.Until(end), century)
+	if left <= 0 {
+		return &brokenContract{fmt.Sprintf("Expires of the state is %v ago: Config.Setup must make a state that lasts", -left)}
+	}
+	age := c.site.env.clock.Exactly().Sub(c.born)
+	maxAge := age + max(1, left-rand.N(left/10+1)-clock.Tick)
+	if c.maxAge == 0 || maxAge < c.maxAge {
+		c.maxAge = maxAge
+		c.ensureCold().expires = true
+	}
+	return nil
 }
 
 // search counts the bytes in the state of c, whose type has the given shape.

@@ -22,7 +22,7 @@ const (
 	contractTest = "contract_test.go"
 )
 
-var contractID = regexp.MustCompile(`\b(?:BETA|TDBC|APR|ORA|PLT|G|TRY|USE)-X?\d+\b`)
+var contractID = regexp.MustCompile(`\b(?:BETA|TDBC|APR|ORA|PLT|G|TRY|USE|ADO)-X?\d+\b`)
 
 func TestEveryContractLineMarkedDoneIsNamedByATest(t *testing.T) {
 	faults, err := contractFaults(os.DirFS("."))

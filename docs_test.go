@@ -309,7 +309,7 @@ func TestTheGuideHasEveryOptionOfAnAddress(t *testing.T) {
 // one. Names of other packages have that in front, or are listed here.
 func TestTheNamesOfTheDocsAreTheCodes(t *testing.T) {
 	elsewhere := []string{"Read", "Write", "ServerName", "ClientSessionCache",
-		"VerifyPeerCertificate", "GetClientCertificate", "Buffered", "NetConn", "SetDeadline", "Middleware", "PerConnection"}
+		"VerifyPeerCertificate", "GetClientCertificate", "Buffered", "Expires", "NetConn", "SetDeadline", "Middleware", "PerConnection"}
 	known := make(map[string]bool)
 	names, err := fs.Glob(os.DirFS("."), "*.go")
 	require.NoError(t, err)

@@ -65,10 +65,11 @@ const (
 	StageHandshake                  // the TLS handshake
 	StageSetup                      // Config.Setup
 	StageSession                    // the session of ctx: its connection is lost, or another goroutine of the session still uses it
+	StageLimits                     // Config.LimitsFor: nothing else was tried
 )
 
 var stageNames = [...]string{StageUsage: "usage", StageWait: "wait", StageBackoff: "back-off",
-	StageDial: "dial", StageHandshake: "handshake", StageSetup: "setup", StageSession: "session"}
+	StageDial: "dial", StageHandshake: "handshake", StageSetup: "setup", StageSession: "session", StageLimits: "limits"}
 
 func (s Stage) String() string { return nameOf(stageNames[:], s) }
 
@@ -130,6 +131,7 @@ type Error struct {
 	Err error // never nil
 
 	elsewhere bool // handles ran out while the pool had nothing open
+	ownLimit  bool // Config.LimitsFor set the limit
 }
 
 // Error describes in one line what failed, how long the borrow tried, and what to change.
@@ -163,16 +165,20 @@ func (e *Error) Error() string {
 
 // adviseOnLimit writes how full the limit is that was in the way, and how to avoid that.
 func (e *Error) adviseOnLimit(b *strings.Builder) {
+	name := e.LimitName
+	if e.ownLimit {
+		name = ownName(name)
+	}
 	switch e.LimitName {
 	case "MaxWaiters":
-		fmt.Fprintf(b, " (%d of %d waiting; raise MaxWaiters", e.Waiting, e.Limit)
+		fmt.Fprintf(b, " (%d of %d waiting; raise %s", e.Waiting, e.Limit, name)
 	case "MaxDialing", "MaxDialingPerAddr":
-		fmt.Fprintf(b, " (%d dials of %d under way, %d waiting; raise %s", e.Limit, e.Limit, e.Waiting, e.LimitName)
+		fmt.Fprintf(b, " (%d dials of %d under way, %d waiting; raise %s", e.Limit, e.Limit, e.Waiting, name)
 	case "MaxIdle":
-		fmt.Fprintf(b, " (no more than %d may be idle; raise %s, or warm fewer)", e.Limit, e.LimitName)
+		fmt.Fprintf(b, " (no more than %d may be idle; raise %s, or warm fewer)", e.Limit, name)
 		return
 	default:
-		fmt.Fprintf(b, " (%d of %d in use, %d waiting; raise %s", e.InUse, e.Limit, e.Waiting, e.LimitName)
+		fmt.Fprintf(b, " (%d of %d in use, %d waiting; raise %s", e.InUse, e.Limit, e.Waiting, name)
 	}
 	switch {
 	case errors.Is(e.Err, ErrExhausted):
@@ -182,6 +188,12 @@ func (e *Error) adviseOnLimit(b *strings.Builder) {
 	default:
 		b.WriteString(", or borrow for a shorter time)")
 	}
+}
+
+// ownName is what LimitsFor calls the limit of an address that Config calls name.
+func ownName(name string) string {
+	own := map[string]string{"MaxPerAddr": "MaxOpen", "MaxIdlePerAddr": "MaxIdle", "MaxDialingPerAddr": "MaxDialing", "MaxWaiters": "MaxWaiters"}
+	return "the " + own[name] + " that Config.LimitsFor gives"
 }
 
 func (e *Error) Unwrap() error { return e.Err }

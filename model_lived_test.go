@@ -50,8 +50,13 @@ func (w *world) mend(i int) {
 func (w *world) setup(_ context.Context, a Addr, nc net.Conn) (any, error) {
 	w.mu.Lock()
 	crooked := w.crooked[a.Host]
+	w.setups++
+	lasts := w.setups%8 == 0
 	w.mu.Unlock()
 	if !crooked {
+		if lasts {
+			return pass{time.Now().Add(20 * time.Second)}, nil
+		}
 		return nil, nil
 	}
 	time.Sleep(time.Millisecond)

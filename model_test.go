@@ -30,10 +30,10 @@ import (
 // One interpreter serves the long seeded runs, rapid (which shrinks what it
 // finds) and the native fuzzer.
 
-// TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps, 4 with -short
+// TestModelHoldsOverLongHistories runs 64 seeds of 10,000 steps, 3 with -short
 // (CONNPOOL_STRESS=n: n times as many seeds).
 func TestModelHoldsOverLongHistories(t *testing.T) {
-	seeds, steps := short.Of(64, 2)*stress(), 10_000
+	seeds, steps := short.Of(64, 3)*stress(), 10_000
 	if raceEnabled {
 		seeds = 4 * stress() // a tenth of the speed
 	}
@@ -60,13 +60,18 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	require.Greater(t, sum.DialErrors, uint64(steps/100))
 	require.Greater(t, sum.Detached, uint64(0))
 	modelHolds.sufficed(t, steps)
+	modelOwn.sufficed(t, steps)
 	for r := ClosedEvicted; r < numCloseReasons; r++ {
 		switch r {
 		case ClosedDirty, ClosedSetupFailed, ClosedResetFailed, ClosedCheckFailed,
 			ClosedLowHandles, ClosedMarkedDead, ClosedQuarantined:
 			continue // this network has no descriptors, these hooks do not fail
 		}
-		require.Greater(t, sum.Closed[r], uint64(steps/20_000), "connections closed as %v", r)
+		least := steps / 20_000
+		if r == ClosedPushFailed {
+			least = steps / 80_000 // most pools have no Push, and most of its failures are those of a dial
+		}
+		require.Greater(t, sum.Closed[r], uint64(least), "connections closed as %v", r)
 	}
 }
 
@@ -171,12 +176,14 @@ type world struct {
 	crooked map[string]bool // hosts that accept and keep nothing, by name
 	vain    map[string]bool // ... of which Setup has seen one do so in this step
 	hollow  int             // connections of which Setup has seen the end
+	setups  int             // every eighth makes a state that expires
 
 	visits []*visit          // the sessions that have not ended
 	kept   map[uint64]*visit // whose session a connection is
 	doomed []uint64          // must be closed when the step is over
 
 	primes
+	ownLimitsOf
 }
 
 func (w *world) byte() byte {
@@ -240,6 +247,7 @@ func (w *world) reopen() {
 	cfg.Setup = w.setup
 	w.watchHolds(&cfg)
 	w.spareShape(&cfg, of)
+	w.ownShape(&cfg, of)
 	p, err := New(cfg)
 	if err != nil { // the shape makes no sense: the plainest that is near it
 		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull, cfg.MinIdlePerAddr = 0, 0, 0, 0, 0, FullWait, 0
@@ -314,6 +322,9 @@ func (w *world) step() error {
 		return err
 	}
 	if err := w.primesAfter(); err != nil {
+		return err
+	}
+	if err := w.ownLimitsAfter(); err != nil {
 		return err
 	}
 	if err := w.stormed(pool, dials, time.Since(began)); err != nil {
@@ -460,7 +471,7 @@ func (w *world) run() {
 		time.Sleep(d)
 	case op == 29:
 		w.op = "retire"
-		w.pool.Retire(w.addrs[w.pick(len(w.addrs))])
+		w.retire(w.addrs[w.pick(len(w.addrs))])
 	case op == 30:
 		w.op = "evict"
 		w.pool.EvictLRU()
@@ -660,6 +671,7 @@ func (w *world) closePool() {
 		w.failed("Shutdown: %v", err)
 	}
 	st := w.pool.Stats()
+	w.addOwnLimits()
 	modelHollow += w.hollow
 	w.hollow = 0
 	modelTotals.Loans += st.Loans

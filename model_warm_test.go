@@ -232,8 +232,9 @@ func (w *world) changeLimits() {
 			l.MinIdlePerAddr = v
 		}
 	}
-	before := w.pool.Limits()
+	before, done := w.pool.Limits(), w.changeOwnLimits()
 	err := w.pool.SetLimits(l)
+	done(err)
 	switch now := w.pool.Limits(); {
 	case err != nil && now != before:
 		w.failed("SetLimits failed, and changed %+v to %+v", before, now)
@@ -257,6 +258,7 @@ func (w *world) sizes() (all int, perAddr map[Addr]int) {
 // primesBefore and primesAfter frame each step.
 func (w *world) primesBefore() {
 	w.open, w.perAddr = w.sizes()
+	w.ownLimitsBefore()
 	w.mu.Lock()
 	w.pushedNow = make(map[uint64]bool)
 	if w.sincePush == nil {
@@ -284,8 +286,8 @@ func (w *world) primesAfter() error {
 		return fmt.Errorf("%d open, %d before, %d allowed", open, w.open, l.MaxOpen)
 	}
 	for a, n := range perAddr {
-		if l.MaxPerAddr > 0 && n > max(l.MaxPerAddr, w.perAddr[a]) {
-			return fmt.Errorf("%d open for %v, %d before, %d allowed", n, a, w.perAddr[a], l.MaxPerAddr)
+		if limit := w.mostOpen(a, l.MaxPerAddr); limit > 0 && n > max(limit, w.perAddr[a]) {
+			return fmt.Errorf("%d open for %v, %d before, %d allowed", n, a, w.perAddr[a], limit)
 		}
 	}
 	return nil

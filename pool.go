@@ -112,20 +112,41 @@ func New(cfg Config) (*Pool, error) {
 // room, and queueing are one critical section, or a waiter could wait while a connection of
 // its site is idle (invariant 4). todo holds the connection that was found unfit in the last
 // round. Its slot must not be free before the borrower is in the queue again, or a younger
-// borrower would get the slot.
-func (p *Pool) claim(ctx context.Context, r *request, now clock.Instant, todo *agenda) claim {
+// borrower would get the slot. own is what LimitsFor has answered this borrower, if it was
+// asked.
+func (p *Pool) claim(ctx context.Context, r *request, own *ownLimits, now clock.Instant, todo *agenda) claim {
 	p.mu.Lock()
 	for _, o := range todo.closes {
 		p.moveLocked(o.c, phaseClosing)
 	}
 	s := p.sites.get(r.hash, r.addr)
-	if s == nil && r.known && !p.closed {
-		s = p.newSite(*r.addr)
-		p.addSiteLocked(s, todo)
+	if s == nil || p.limitsVersion != 0 {
+		// A borrower in a later round does not ask: it has a connection to close first.
+		if (s != nil || r.known) && len(todo.closes) == 0 && p.mustAskLocked(s, r, own) {
+			p.mu.Unlock()
+			return claim{ask: true}
+		}
+		s = p.siteLocked(s, r, own, todo)
 	}
 	got := p.claimLocked(ctx, s, r, now, todo)
 	p.mu.Unlock()
 	return got
+}
+
+// siteLocked is s, the site of r.addr, made if there is none and the address is canonical, and
+// with the limits that LimitsFor has answered this borrower.
+func (p *Pool) siteLocked(s *site, r *request, own *ownLimits, todo *agenda) *site {
+	if p.closed || s == nil && !r.known {
+		return s
+	}
+	if s == nil {
+		s = p.newSite(*r.addr)
+		p.addSiteLocked(s, todo)
+	}
+	if own != nil && p.obeyLocked(s, own, todo) {
+		p.admitLocked(todo) // older waiters first
+	}
+	return s
 }
 
 // borrow makes the caller the owner of a connection that may be lent.
@@ -133,6 +154,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 	var (
 		todo   agenda // begins with the connection that was found unfit in the last round
 		hollow int    // new connections that the peer gave up before they were of use, see pool_lived.go
+		own    *ownLimits
 	)
 	if ctx.Err() != nil {
 		return nil, 0, p.tooLate(ctx, *addr)
@@ -143,7 +165,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		if t != nil {
 			now = p.clock.Exactly()
 		}
-		got := p.claim(ctx, &r, now, &todo)
+		got := p.claim(ctx, &r, own, now, &todo)
 		c, unproven := got.c, false
 		switch {
 		case c != nil:
@@ -171,6 +193,12 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 		case got.closed:
 			todo.run(p)
 			return nil, 0, p.failed(*r.addr, StageWait, ErrClosed, r.start)
+		case got.ask:
+			var err error
+			if own, err = p.askLimits(&r); err != nil {
+				return nil, 0, p.failed(*r.addr, StageLimits, err, r.start)
+			}
+			continue
 		default:
 			// Keys are canonical, so an addr that is found needs no check. This addr was not
 			// found, so the books have nothing of it, and todo is empty.

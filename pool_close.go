@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,15 +37,65 @@ func (p *Pool) Retire(addr Addr) {
 	if err != nil {
 		return
 	}
-	p.sessions.drop(addr)
-	var todo agenda
+	p.retire([]Addr{addr})
+}
+
+// RetireFunc does what [Pool.Retire] does, for each address that the pool knows and for
+// which match returns true; match may be nil, which means every address. It returns how
+// many connections have to go: those that were idle, in use, or being opened. A connection
+// that is in use counts again in each call until it is given back.
+//
+// match is called once for each address, without a lock, before anything is retired; it may
+// use the pool. If match panics, the panic is the caller's, and nothing was retired. An
+// address that the pool gets to know during the call may be left out.
+func (p *Pool) RetireFunc(match func(Addr) bool) int {
+	if p.stop == nil {
+		return 0
+	}
 	p.mu.Lock()
-	if s := p.sites.find(addr); s != nil {
-		s.epoch++
-		p.dropIdleLocked(s, ClosedRetired, &todo)
+	portions := p.addrsLocked(func(*site) bool { return true })
+	p.mu.Unlock()
+	// TLS sessions outlive the books of their address.
+	left := p.sessions.addrs()
+	for _, addrs := range portions {
+		for _, addr := range addrs {
+			delete(left, addr)
+		}
+	}
+	portions = append(portions, slices.Collect(maps.Keys(left)))
+	for i, addrs := range portions {
+		portions[i] = slices.DeleteFunc(addrs, func(a Addr) bool { return match != nil && !match(a) })
+	}
+	n := 0
+	for _, addrs := range portions {
+		n += p.retire(addrs)
+	}
+	return n
+}
+
+// retire retires the connections of addrs, a portion, and returns how many these are. The TLS
+// sessions go first: a dial that begins later resumes none of them, and one that began before
+// makes a connection that is retired.
+func (p *Pool) retire(addrs []Addr) (n int) {
+	p.sessions.drop(addrs...)
+	var todo agenda
+	visited := 0
+	p.mu.Lock()
+	for _, addr := range addrs {
+		if s := p.sites.find(addr); s != nil {
+			n += s.n.kept()
+			visited += int(s.n[phaseIdle])
+			s.epoch++
+			p.dropIdleLocked(s, ClosedRetired, &todo)
+		}
+		if visited >= atOnce {
+			visited = 0
+			p.yieldLocked(&todo)
+		}
 	}
 	p.mu.Unlock()
 	todo.run(p)
+	return n
 }
 
 // CloseIdle closes all connections that are idle when it is called. Borrowed connections and

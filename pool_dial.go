@@ -218,7 +218,8 @@ func (a *attempt) open(ctx context.Context) error {
 	}
 	c.registerFD()
 	if setup == nil {
-		return nil
+		a.where = "Expires of the state"
+		return c.askExpiry()
 	}
 	a.state, err = setup(ctx, c.site.addr, Conn{c, 0})
 	err = cmp.Or(err, a.takeClient(err == nil))

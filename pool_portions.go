@@ -55,3 +55,20 @@ func (p *Pool) evictAllLocked(reason CloseReason, todo *agenda, more func(*conn)
 		}
 	}
 }
+
+// addrsLocked is the addresses of the sites that match, in portions: one slice could not grow
+// while the lock is held for a short time only.
+func (p *Pool) addrsLocked(match func(*site) bool) (portions [][]Addr) {
+	eachLocked(p, p.sites.all(), new(agenda), func(s *site) {
+		if !match(s) {
+			return
+		}
+		last := len(portions) - 1
+		if last < 0 || len(portions[last]) == atOnce {
+			portions = append(portions, make([]Addr, 0, atOnce))
+			last++
+		}
+		portions[last] = append(portions[last], s.addr)
+	})
+	return portions
+}

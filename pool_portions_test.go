@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -60,6 +61,7 @@ func TestWhatClosesManyConnectionsLetsBorrowersPass(t *testing.T) {
 	const k = 20 * atOnce
 	for name, act := range map[string]func(p *Pool){
 		"CloseIdle":                (*Pool).CloseIdle,
+		"RetireFunc":               func(p *Pool) { require.Equal(t, k, p.RetireFunc(nil)) },
 		"SetLimits MaxIdle":        func(p *Pool) { require.NoError(t, p.SetLimits(Limits{MaxOpen: -1, MaxIdle: -1})) },
 		"SetLimits MaxIdlePerAddr": func(p *Pool) { require.NoError(t, p.SetLimits(Limits{MaxOpen: -1, MaxIdlePerAddr: -1})) },
 		"SetLimits MaxOpen":        func(p *Pool) { require.NoError(t, p.SetLimits(Limits{MaxOpen: 3})) },
@@ -89,8 +91,9 @@ func TestWhatClosesManyConnectionsLetsBorrowersPass(t *testing.T) {
 // rest undone.
 func TestWorkInPortionsIsDoneToItsEnd(t *testing.T) {
 	for name, act := range map[string]func(p *Pool){
-		"CloseIdle": (*Pool).CloseIdle,
-		"SetLimits": func(p *Pool) { p.SetLimits(Limits{MaxOpen: -1, MaxIdlePerAddr: -1}) },
+		"CloseIdle":  (*Pool).CloseIdle,
+		"RetireFunc": func(p *Pool) { p.RetireFunc(nil) },
+		"SetLimits":  func(p *Pool) { p.SetLimits(Limits{MaxOpen: -1, MaxIdlePerAddr: -1}) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			var once sync.Once
@@ -144,6 +147,10 @@ func TestLoansAndWorkInPortionsDisturbEachOtherInNothing(t *testing.T) {
 			require.NoError(t, p.SetLimits(l))
 		},
 		func() { p.Retire(at(fmt.Sprint(rand.IntN(k)))) },
+		func() {
+			some := fmt.Sprint(rand.IntN(10))
+			p.RetireFunc(func(a Addr) bool { return strings.HasSuffix(a.Host, some) })
+		},
 	} {
 		group.Go(func() {
 			for left.Load() > 0 {

@@ -50,7 +50,7 @@ func (c *conn) unread() (bool, error) {
 func (c *conn) push() {
 	p := c.site.env.pool
 	p.mu.Lock()
-	if p.limits.MinIdlePerAddr > 0 {
+	if p.limitsAt(c.site).MinIdle > 0 {
 		p.setCheckingLocked(c, true) // a connection in Push counts for the reserve
 		p.refreshLocked(c.site)
 	}
@@ -160,8 +160,6 @@ func (p *Pool) readable(fd uintptr) {
 		p.mu.Unlock()
 		return
 	}
-	if c.phase == phaseIdle {
-		idleRef{c, c.generation()}.examineAsideLocked()
-	}
+	c.examineIdleLocked()
 	p.mu.Unlock()
 }

@@ -38,6 +38,10 @@ func (a *attempt) setUp() error {
 	if late { // the dial was given up; whoever finds that out closes the connection, see dial
 		return nil
 	}
+	a.where = "Expires of the state"
+	if err := c.askExpiry(); err != nil {
+		return err
+	}
 	if c.isResident() { // what the peer sends is the client's
 		return nil
 	}

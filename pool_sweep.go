@@ -252,9 +252,7 @@ func (p *Pool) hangUp(fd uintptr) {
 		return
 	}
 	c.word.Or(flagHungUp)
-	if c.phase == phaseIdle {
-		idleRef{c, c.generation()}.examineAsideLocked()
-	}
+	c.examineIdleLocked()
 	p.mu.Unlock()
 }
 
@@ -264,6 +262,11 @@ func (c *conn) noteClientEnded() {
 	p := c.site.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	c.examineIdleLocked()
+}
+
+// examineIdleLocked has c examined, if c is idle, because something has happened to it.
+func (c *conn) examineIdleLocked() {
 	if c.phase == phaseIdle {
 		idleRef{c, c.generation()}.examineAsideLocked()
 	}

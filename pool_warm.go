@@ -48,20 +48,29 @@ func (p *Pool) Warm(ctx context.Context, addr Addr, n int) error {
 		return p.tooLate(ctx, addr)
 	}
 	w := &warming{ctx: ctx, n: n, since: start, ready: make(chan struct{})}
-	var todo agenda
+	r := request{addr: &addr, hash: p.sites.hash(&addr), known: true}
+	var (
+		todo agenda
+		own  *ownLimits // what LimitsFor has answered
+	)
 	p.mu.Lock()
+	for p.mustAskLocked(p.sites.find(addr), &r, own) {
+		p.mu.Unlock()
+		if own, err = p.askLimits(&r); err != nil {
+			return p.failed(addr, StageLimits, err, start)
+		}
+		p.mu.Lock()
+	}
 	if p.closed {
 		p.mu.Unlock()
 		return p.failed(addr, StageWait, ErrClosed, start)
 	}
-	if err := p.warmableLocked(n); err != nil {
+	s := p.siteLocked(p.sites.find(addr), &r, own, &todo)
+	if err := p.warmableLocked(s, n); err != nil {
+		p.dropIfEmptyLocked(s)
 		p.mu.Unlock()
+		todo.run(p)
 		return usage(addr, err)
-	}
-	s := p.sites.find(addr)
-	if s == nil {
-		s = p.newSite(addr)
-		p.addSiteLocked(s, &todo)
 	}
 	s.prefillLocked().warm = append(s.prefill.warm, w)
 	p.refreshLocked(s)

@@ -352,7 +352,12 @@ func TestEveryCloseIsToldOnceWithTheReasonThatStatsCounts(t *testing.T) {
 		}
 		n := open(t, Config{
 			MaxOpen: 4, MaxIdle: 2, MaxUses: 50, MaxLifetime: time.Hour, IdleTimeout: 50 * time.Minute, CheckAfterIdle: time.Minute, SweepInterval: -1,
-			Setup: func(context.Context, Addr, net.Conn) (any, error) { return nil, is(&failSetup) },
+			Setup: func(_ context.Context, a Addr, _ net.Conn) (any, error) {
+				if a == at("expiring") {
+					return pass{time.Now().Add(time.Minute)}, nil
+				}
+				return nil, is(&failSetup)
+			},
 			Reset: func(context.Context, Conn) error { return is(&failReset) },
 			Check: func(context.Context, Conn) error { return is(&failCheck) },
 			Trace: &Trace{Closed: func(i CloseInfo) {
@@ -402,6 +407,9 @@ func TestEveryCloseIsToldOnceWithTheReasonThatStatsCounts(t *testing.T) {
 		for range 50 {
 			with(ok)
 		}
+		n.use(at("expiring"))
+		time.Sleep(time.Minute)
+		n.use(at("expiring"))
 		n.idle(at("a"), 3)
 		n.p.EvictLRU()
 		n.p.Retire(at("a"))

@@ -171,7 +171,7 @@ func (s *tlsSocket) SetWriteDeadline(t time.Time) error {
 type sessionCaches struct {
 	mu      sync.Mutex // guards what follows; nothing else happens under it
 	lru     *simplelru.LRU[Addr, tlsOfAddr]
-	dropped uint64 // number of calls of Retire
+	dropped uint64 // how often addresses were retired
 }
 
 // tlsOfAddr is the tls.Config of one identity.
@@ -189,7 +189,7 @@ func newSessionCaches() *sessionCaches {
 	return &sessionCaches{lru: lru}
 }
 
-// age returns the number of Retires so far. A dial reads it before it asks for its
+// age returns how often addresses were retired so far. A dial reads it before it asks for its
 // tls.Config, see configFor.
 func (s *sessionCaches) age() uint64 {
 	s.mu.Lock()
@@ -226,10 +226,23 @@ func resumes(cfg *tls.Config) bool {
 	return cfg.ClientSessionCache != nil || cfg.VerifyPeerCertificate == nil && cfg.GetClientCertificate == nil
 }
 
-// drop ends the identity of addr: Retire was called.
-func (s *sessionCaches) drop(addr Addr) {
+// drop ends the identities of addrs: they are retired.
+func (s *sessionCaches) drop(addrs ...Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.dropped++
-	s.lru.Remove(addr)
+	for _, addr := range addrs {
+		s.lru.Remove(addr)
+	}
+}
+
+// addrs returns the addresses that have a session cache.
+func (s *sessionCaches) addrs() map[Addr]struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := make(map[Addr]struct{}, s.lru.Len())
+	for _, addr := range s.lru.Keys() {
+		all[addr] = struct{}{}
+	}
+	return all
 }

@@ -33,19 +33,20 @@ const (
 	ClosedResetFailed             // Config.Reset failed, or took too long
 	ClosedCheckFailed             // Config.Check failed, or took too long
 	ClosedPushFailed              // Config.Push failed, took too long, or read nothing
-	ClosedRetired                 // opened before Pool.Retire of its address
+	ClosedRetired                 // opened before Pool.Retire or RetireFunc of its address
 	ClosedOnRequest               // Pool.CloseIdle was called
 	ClosedWithPool                // Pool.Close or Pool.Shutdown was called
 	ClosedLowHandles              // closed by the pool: the process is running out of file handles
 	ClosedMarkedDead              // Pool.MarkDead was called: the caller holds the same socket
 	ClosedLeaked                  // a lease or session became unreachable without being returned
 	ClosedQuarantined             // not closed: another owner has its descriptor now, so the pool never touches it again
+	ClosedExpired                 // by age: the time of its state's Expires has come
 	numCloseReasons
 )
 
 var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeout", "lifetime", "max-uses",
 	"surplus", "stale", "dirty", "fn-error", "panic", "goexit", "canceled", "in-flight", "broken", "timeout",
-	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "push-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined"}
+	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "push-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined", "expired"}
 
 func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 
@@ -58,7 +59,7 @@ func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), 
 func (r CloseReason) clean() bool {
 	switch r {
 	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus,
-		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool:
+		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired:
 		return true
 	}
 	return false
@@ -77,7 +78,7 @@ func (r CloseReason) innocent() bool {
 	switch r {
 	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
 		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
-		ClosedPanic, ClosedGoexit, ClosedLeaked,
+		ClosedPanic, ClosedGoexit, ClosedLeaked, ClosedExpired,
 		ClosedSetupFailed: // recorded as the dial's failure
 		return true
 	}

@@ -30,14 +30,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "stolen-outlives-begin",
-		old:   `gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead|flagListed)|flagLent|flags`,
-		new:   `gen<<genShift|w&(flagHungUp|flagBroken|flagWrote|flagRead|flagListed)|flagLent|flags`,
+		old:   `gen<<genShift|carriedOver(w)|flagLent|flags`,
+		new:   `gen<<genShift|carriedOver(w)&^flagStolen|flagLent|flags`,
 		tests: `TestDisownedBetweenTheLookAndTheLoanIsStillStolen`,
 	},
 	{
 		name:  "hung-up-outlives-begin",
-		old:   `gen<<genShift|w&(flagHungUp|flagStolen|flagBroken|flagWrote|flagRead|flagListed)|flagLent|flags`,
-		new:   `gen<<genShift|w&(flagStolen|flagBroken|flagWrote|flagRead|flagListed)|flagLent|flags`,
+		old:   `gen<<genShift|carriedOver(w)|flagLent|flags`,
+		new:   `gen<<genShift|carriedOver(w)&^flagHungUp|flagLent|flags`,
 		tests: `TestAHangUpBetweenTheLookAndTheLoanIsNotForgotten`,
 	},
 	{
@@ -311,7 +311,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "in-flight-discards",
-		old:   "case word&inFlight != 0:\n\t\treturn ClosedInFlight",
+		old:   "case operating(word):\n\t\treturn ClosedInFlight",
 		new:   "case false:\n\t\treturn ClosedInFlight",
 		tests: `TestVerdictOfEachEnd`,
 	},
@@ -681,8 +681,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "session-forgotten-by-retire",
-		old:   "s.dropped++\n\ts.lru.Remove(addr)",
-		new:   `s.dropped++`,
+		old:   `s.lru.Remove(addr)`,
+		new:   `_ = addr`,
 		tests: `TestSessionsAreResumedPerAddressOnly`,
 	},
 	{
@@ -719,7 +719,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "push-is-not-told-of-what-came-during-the-loan",
-		old:   "if at.c.site.env.cfg.Push != nil {\n\t\tat.c.rearmWatch()",
+		old:   "if at.c.site.env.cfg.Push != nil && !at.c.isResident() {\n\t\tat.c.rearmWatch()",
 		new:   "if false {\n\t\tat.c.rearmWatch()",
 		tests: `TestAMessageToAnIdleConnectionReachesPush`,
 	},
@@ -836,8 +836,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-ping-counts-as-lent",
-		old:   `b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking`,
-		new:   `b.limits.MinIdlePerAddr - int(s.n[phaseIdle]+s.n[phaseDialing])`,
+		old:   `b.limitsAt(s).MinIdle - int(s.n[phaseIdle]+s.n[phaseDialing]) - x.checking`,
+		new:   `b.limitsAt(s).MinIdle - int(s.n[phaseIdle]+s.n[phaseDialing])`,
 		tests: `TestAPingOpensNoSpare|TestModelHoldsOverLongHistories|TestTheReserveOutlives`,
 	},
 	{
@@ -866,7 +866,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "all-idle-is-reserve",
-		old:   `return x.reserved() && int(n) <= b.limits.MinIdlePerAddr &&`,
+		old:   `return x.reserved() && int(n) <= b.limitsAt(s).MinIdle &&`,
 		new:   `return x.reserved() &&`,
 		tests: `TestTheReserveOutlivesIdleTimeoutAndIsChecked|TestOnlyTheReserveIsLentBeyondIdleTimeout`,
 	},
@@ -1088,7 +1088,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "lease-do-alone",
-		old:   `if w&(inFlight|flagGone) != 0 ||`,
+		old:   `if operating(w) || w&flagGone != 0 ||`,
 		new:   `if w&flagGone != 0 ||`,
 		tests: `TestDoNeedsTheConnectionAlone`,
 	},
@@ -1267,9 +1267,51 @@ var mutants = []mutant{
 		tests: `TestAGoodbyeOfAnyKind`, in: "internal/suite/clients",
 	},
 	{
+		name:  "a-stolen-client-is-stopped",
+		old:   "c.word.Or(flagStolen) // the guard of a client must not go on",
+		new:   "",
+		tests: `TestAStolenResident`, in: "internal/suite/clients",
+	},
+	{
+		name:  "the-descriptor-is-checked-after-a-goodbye",
+		old:   "g.once.Do(func() {\n\t\tif c.sock.isStolen() {",
+		new:   "g.once.Do(func() {\n\t\tif false {",
+		tests: `TestATheftDuringAGoodbye`, in: "internal/suite/clients",
+	},
+	{
+		name:  "a-client-that-closes-its-socket-is-no-victim",
+		old:   `if old := p.byFD[c.sock.fd()]; old != nil && old == gone {`,
+		new:   `if old := p.byFD[c.sock.fd()]; false {`,
+		tests: `TestACarriedClientThatClosesItsSocket`, in: "internal/suite/clients",
+	},
+	{
+		name:  "one-socket-may-be-registered-twice",
+		old:   `!(c.isCarried() && old.site.unpooled() && old.sameSocket(c))`,
+		new:   `true`,
+		tests: `TestACarriedClientOverDialContext`, in: "internal/suite/clients",
+	},
+	{
+		name:  "a-copy-is-io-of-both-loans",
+		old:   `if err := dst.c.enterIO(dst.gen); err != nil {`,
+		new:   `if err := dst.c.enter(dst.gen); err != nil {`,
+		tests: `TestACopyBetween`, in: "internal/suite/clients",
+	},
+	{
+		name:  "the-deadline-of-setup-ends-the-dial",
+		old:   `if !limit.IsZero() && !c.site.env.clock.Read().Before(limit) {`,
+		new:   `if limit.IsZero() && false {`,
+		tests: `TestAReaderThatTimesOutAsSetup`, in: "internal/suite/clients",
+	},
+	{
+		name:  "an-exchange-that-is-cut-off-closes-the-socket-first",
+		old:   "if !inStep {\n\t\t\tk.socket.Close()",
+		new:   "if false {\n\t\t\tk.socket.Close()",
+		tests: `TestACtxEndsACarriedClient`, in: "internal/suite/clients",
+	},
+	{
 		name:  "a-carried-client-is-closed-once",
-		old:   `reflect.TypeOf(a.state).Comparable() && a.state == carried.client:`,
-		new:   `reflect.TypeOf(a.state).Comparable() && false:`,
+		old:   `if carried != nil && same(a.state, carried.client) {`,
+		new:   `if false {`,
 		tests: `TestASetupFinds`, in: "internal/suite/clients",
 	},
 	{
@@ -1445,8 +1487,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "reserve-mark-ends",
-		old:   "} else {\n\t\tc.fromReserveLocked(false)\n\t}",
-		new:   "}",
+		old:   "} else {\n\t\tc.fromReserveLocked(false)\n",
+		new:   "} else {\n",
 		tests: `TestAConnectionIsNoReserveAnyMoreWhenThereIsNone`,
 	},
 	{
@@ -1988,5 +2030,176 @@ var mutants = []mutant{
 		old:   "if c.sock.foreign {\n\t\tat = answer",
 		new:   "if c.sock.foreign && false {\n\t\tat = answer",
 		tests: `TestInfoOfAConnectionThatDoesNotAnswerEndsWithCtx`,
+	},
+	// --- the limits of one address ---
+	{
+		name:  "own-limits-are-the-pools",
+		old:   "\tif x := s.prefill; x != nil && x.limits != nil {\n\t\treturn &x.limits.inForce",
+		new:   "\tif x := s.prefill; x != nil && x.limits != nil && false {\n\t\treturn &x.limits.inForce",
+		tests: `TestAnAddressHasTheLimitsThatLimitsForGives`,
+	},
+	{
+		name:  "own-limits-are-never-asked-for-again",
+		old:   `x.limits.version >= own.version {`,
+		new:   `true {`,
+		tests: `TestSetLimitsAppliesNewAnswersAtOnce`,
+	},
+	{
+		name:  "own-limits-by-a-late-answer",
+		old:   `if x.limits != nil && x.limits.version >= own.version {`,
+		new:   `if false {`,
+		tests: `TestALateAnswerReplacesNoNewerOne`,
+	},
+	{
+		name:  "own-limits-from-before-set-limits",
+		old:   `case own != nil && (own.version == b.limitsVersion || r.asked >= maxAsked):`,
+		new:   `case own != nil:`,
+		tests: `TestAnAnswerFromBeforeSetLimitsIsNotUsed`,
+	},
+	{
+		name:  "own-limits-asked-for-ever",
+		old:   `(own.version == b.limitsVersion || r.asked >= maxAsked)`,
+		new:   `own.version == b.limitsVersion`,
+		tests: `TestALimitsForThatUsesThePoolComesToAnEnd`,
+	},
+	{
+		name:  "own-limits-set-limits-asks-for-ever",
+		old:   `p.askingAgain = more && !late`,
+		new:   `p.askingAgain = !late`,
+		tests: `TestALimitsForThatUsesThePoolComesToAnEnd`,
+	},
+	{
+		name:  "own-limits-set-limits-asks-nobody",
+		old:   "if p.cfg.LimitsFor != nil {\n\t\tp.askAgain()",
+		new:   "if p.cfg.LimitsFor != nil && false {\n\t\tp.askAgain()",
+		tests: `TestSetLimitsAppliesNewAnswersAtOnce`,
+	},
+	{
+		name:  "own-limits-set-limits-waits-as-long-as-it-takes",
+		old:   `if p.clock.Exactly() >= end {`,
+		new:   `if false {`,
+		tests: `TestSetLimitsDoesNotAskForEver`,
+	},
+	{
+		name:  "own-limits-set-limits-waits-for-each-that-hangs",
+		old:   "case isLate(err):\n\t\t\treturn answers, true",
+		new:   "case isLate(err):",
+		tests: `TestSetLimitsDoesNotAskForEver`,
+	},
+	{
+		name:  "own-limits-without-a-bound",
+		old:   `err := briefly(where, foreignPatience, func() (err error) {`,
+		new:   `err := briefly(where, 1<<62, func() (err error) {`,
+		tests: `TestWhatLimitsForDoesCostsItsBorrowerOnly`,
+	},
+	{
+		name:  "own-limits-without-sense",
+		old:   `if err := given.senseless(p.cfg.WhenFull, int(p.handles.Load())); err != nil {`,
+		new:   `if err := given.senseless(p.cfg.WhenFull, int(p.handles.Load())); err != nil && false {`,
+		tests: `TestASenselessAnswerIsTheBorrowersError`,
+	},
+	{
+		name:  "own-limits-leave-the-surplus",
+		old:   "b.applyLimitsLocked(s)\n\tb.dropSurplusLocked(s, todo)\n",
+		new:   "b.applyLimitsLocked(s)\n",
+		tests: `TestSetLimitsAppliesNewAnswersAtOnce`,
+	},
+	{
+		name:  "own-limits-keep-a-reserve",
+		old:   `if b.limitsAt(s).MinIdle == 0 && s.prefill != nil {`,
+		new:   `if b.limits.MinIdlePerAddr == 0 && s.prefill != nil && s.prefill.limits == nil {`,
+		tests: `TestSetLimitsAppliesNewAnswersAtOnce`,
+	},
+	{
+		name:  "own-limits-do-not-follow-the-pool",
+		old:   `own.inForce = own.given.within(b.perAddr).atMost(was)`,
+		new:   `_ = own.given`,
+		tests: `TestSetLimitsChangesWhatLimitsForLeftOpen`,
+	},
+	{
+		name:  "own-limits-rise-before-they-are-asked-for",
+		old:   `own.inForce = own.given.within(b.perAddr).atMost(was)`,
+		new:   `own.inForce = own.given.within(b.perAddr)`,
+		tests: `TestNoLimitOfAnAddressRisesBeforeLimitsForWasAsked`,
+	},
+	{
+		name:  "own-limits-min-idle-beyond-the-others",
+		old:   `l.MinIdle = min(l.MinIdle, l.MaxIdle, l.MaxOpen-1)`,
+		new:   `_ = l`,
+		tests: `TestAnAddressHasTheLimitsThatLimitsForGives`,
+	},
+	{
+		name:  "a-reserve-elsewhere-is-not-told-of-room",
+		old:   `b.admitLocked(todo) // under MaxIdle there is room for a reserve of another address`,
+		new:   `_ = c`,
+		tests: `TestALoanLeavesRoomForTheReserveOfAnotherAddress`,
+	},
+	{
+		name:  "own-limits-in-the-text",
+		old:   "if e.ownLimit {\n",
+		new:   "if false {\n",
+		tests: `TestAWaitInVainNamesTheLimitOfItsAddress`,
+	},
+	// --- many addresses are retired at once ---
+	{
+		name:  "retire-func-beside-match",
+		old:   `return match != nil && !match(a) })`,
+		new:   `return match != nil && !match(a) && false })`,
+		tests: `TestRetireFuncRetiresTheAddressesThatMatch`,
+	},
+	{
+		name:  "retire-func-without-forgotten-addresses",
+		old:   `portions = append(portions, slices.Collect(maps.Keys(left)))`,
+		new:   `_ = maps.Keys(left)`,
+		tests: `TestRetireFuncForgetsTLSSessions`,
+	},
+	{
+		name:  "retire-func-keeps-sessions",
+		old:   `p.sessions.drop(addrs...)`,
+		new:   `_ = p.sessions`,
+		tests: `TestRetireFuncForgetsTLSSessions`,
+	},
+	{
+		name:  "retire-func-leaves-what-is-in-use",
+		old:   "s.epoch++\n\t\t\tp.dropIdleLocked(s, ClosedRetired, &todo)",
+		new:   `p.dropIdleLocked(s, ClosedRetired, &todo)`,
+		tests: `TestRetireFuncRetiresTheAddressesThatMatch`,
+	},
+	// --- a state that expires ---
+	{
+		name:  "expires-is-not-asked",
+		old:   "state, ok := holder.(interface{ Expires() time.Time })\n\tif !ok {",
+		new:   "state, ok := holder.(interface{ Expires() time.Time })\n\tif !ok || true {",
+		tests: `TestAConnectionIsNotLentAfterItsStateHasExpired`,
+	},
+	{
+		name:  "expires-without-a-reason-of-its-own",
+		old:   `e != nil && e.expires {`,
+		new:   `e != nil && e.expires && false {`,
+		tests: `TestExpiresAndMaxLifetimeEachHaveTheirReason`,
+	},
+	{
+		name:  "expires-in-the-past",
+		old:   `if left <= 0 {`,
+		new:   `if false {`,
+		tests: `TestAStateThatHasExpiredAlreadyFailsTheDial`,
+	},
+	{
+		name:  "expires-later-than-max-lifetime",
+		old:   `if c.maxAge == 0 || maxAge < c.maxAge {`,
+		new:   `if true {`,
+		tests: `TestExpiresAndMaxLifetimeEachHaveTheirReason`,
+	},
+	{
+		name:  "expires-all-at-once",
+		old:   `max(1, left-rand.N(left/10+1)-clock.Tick)`,
+		new:   `max(1, left-rand.N(time.Duration(1))-clock.Tick)`,
+		tests: `TestConnectionsExpireApart`,
+	},
+	{
+		name:  "expires-without-a-name",
+		old:   "a.where = \"Expires of the state\"\n\tif err",
+		new:   "if err",
+		tests: `TestWhatExpiresDoesFailsTheDialOnly`,
 	},
 }
