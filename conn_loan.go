@@ -58,7 +58,8 @@ func (c *conn) begin(ctx context.Context, flags uint64) Conn {
 	if l := c.loan.Load(); l != nil { // left over from the loan that this one, a hook's, is part of
 		l.limit, l.limited, l.firstErr, l.foreignErr, l.over, l.watching, l.unwatch = time.Time{}, false, nil, false, nil, nil, nil
 	}
-	c.setCtx(nil)
+	var none context.Context
+	c.setCtx(none)
 	if ctx != context.Background() {
 		flags |= c.beginUnder(ctx)
 	}

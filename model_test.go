@@ -47,6 +47,9 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 			}
 		})
 	}
+	if !synctest.Available {
+		return // none was played
+	}
 	// The histories are worth something only if everything happened in them.
 	sum := &modelTotals
 	t.Logf("%d loans, %d reused, %d waits, %d dials (%d failed), closed %v", sum.Loans, sum.Reused, sum.Waits, sum.Dials, sum.DialErrors, sum.Closed)

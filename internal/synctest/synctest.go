@@ -9,6 +9,9 @@ import (
 	"testing/synctest"
 )
 
+// Available reports whether tests can have bubbles.
+const Available = true
+
 // Test is [synctest.Test]: it runs f in a bubble.
 func Test(t *testing.T, f func(t *testing.T)) {
 	t.Helper()

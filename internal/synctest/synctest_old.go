@@ -6,6 +6,9 @@ package synctest
 
 import "testing"
 
+// Available reports whether tests can have bubbles.
+const Available = false
+
 // Test skips the test.
 func Test(t *testing.T, _ func(t *testing.T)) {
 	t.Helper()
