@@ -138,7 +138,8 @@ type coldFields struct {
 // goodbye is the part of a close in which the state may use the connection.
 type goodbye struct {
 	reason CloseReason
-	once   sync.Once // closes the socket
+	begun  atomic.Bool   // somebody closes the socket, or has closed it
+	closed chan struct{} // closed when that has ended
 }
 
 // connCtx is the ctx of a connection's time in the pool. It is made on the first call

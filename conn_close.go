@@ -247,21 +247,24 @@ const goodbyePatience = 250 * time.Millisecond
 // closeSocket closes the socket of c: when the goodbye is over, or when the state closes its
 // connection in the middle of it. A goodbye takes its time, so the descriptor is checked again.
 func (g *goodbye) closeSocket(c *conn) {
-	g.once.Do(func() {
-		if c.sock.isStolen() {
-			c.disown()
-			c.wake()
-			return
+	if g.begun.Swap(true) {
+		<-g.closed
+		return
+	}
+	defer close(g.closed)
+	if c.sock.isStolen() {
+		c.disown()
+		c.wake()
+		return
+	}
+	closed := false
+	defer func() {
+		if !closed { // Close panicked, or ended the goroutine
+			go c.closeBelow()
 		}
-		closed := false
-		defer func() {
-			if !closed { // Close panicked, or ended the goroutine
-				go c.closeBelow()
-			}
-		}()
-		c.closeSocket(g.reason)
-		closed = true
-	})
+	}()
+	c.closeSocket(g.reason)
+	closed = true
 }
 
 // sayGoodbye runs end, the Close of the state, in a loan of its own, so that the net.Conn that
@@ -269,7 +272,7 @@ func (g *goodbye) closeSocket(c *conn) {
 func (c *conn) sayGoodbye(reason CloseReason, end func()) {
 	e := c.ensureCold()
 	c.dmu.Lock()
-	bye := &goodbye{reason: reason}
+	bye := &goodbye{reason: reason, closed: make(chan struct{})}
 	e.goodbye = bye
 	early := e.earlyClose != nil
 	c.dmu.Unlock()

@@ -1274,8 +1274,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "the-descriptor-is-checked-after-a-goodbye",
-		old:   "g.once.Do(func() {\n\t\tif c.sock.isStolen() {",
-		new:   "g.once.Do(func() {\n\t\tif false {",
+		old:   "defer close(g.closed)\n\tif c.sock.isStolen() {",
+		new:   "defer close(g.closed)\n\tif false {",
 		tests: `TestATheftDuringAGoodbye`, in: "internal/suite/clients",
 	},
 	{
