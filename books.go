@@ -449,8 +449,9 @@ func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseRea
 	// queue, and an older borrower waits for a first connection to B. The next
 	// three connections that are given back go to borrowers of A: overtook is 1,
 	// 2, 3. The pool closes the fourth, and its slot goes to the oldest waiter
-	// without a dial: the borrower of B.
-	if b.eager > 0 && b.n.open() >= limit && b.nextLocked().queue.nextToDial.seq < s.queue.head.seq {
+	// without a dial: the borrower of B. As long as an idle connection could make room, it is
+	// not the slots that keep that borrower waiting, but MaxDialing.
+	if b.eager > 0 && b.n[phaseIdle] == 0 && b.n.open() >= limit && b.nextLocked().queue.nextToDial.seq < s.queue.head.seq {
 		if b.overtook++; b.overtook > limit {
 			b.overtook = 0
 			return ClosedEvicted
