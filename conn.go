@@ -118,8 +118,7 @@ var loanStates sync.Pool // of *loanState
 // coldFields are the fields of a conn that most connections never need: those of
 // MinIdlePerAddr, Push, Conn.Context, clients with I/O of their own, slow closes, a Close in a
 // hook, a goodbye, a state that expires, and a peer that hung up during Setup. They are
-// allocated on first use, so that a plain connection
-// stays small.
+// allocated on first use, so that a plain connection stays small.
 type coldFields struct {
 	checking    bool          // the connection is being probed; Pool.mu
 	fromReserve bool          // it was lent from the reserve of its address, so its idle time does not count; only the owner uses it

@@ -210,22 +210,14 @@ func (c *conn) closeFully(reason CloseReason, first bool, at *atomic.Value) {
 	c.closeSocketFully(reason, at)
 }
 
-// closeSocketFully closes the socket, also if the Close of a foreign connection does not reach
-// it.
+// closeSocketFully closes the socket, after a goodbye or without one.
 func (c *conn) closeSocketFully(reason CloseReason, at *atomic.Value) {
-	closed := false
-	defer func() {
-		if !closed { // Close panicked, or ended the goroutine
-			go c.closeBelow()
-		}
-	}()
 	c.closeOne(at, "Close of the connection", func() {
 		if bye := c.farewell(); bye != nil {
 			bye.closeSocket(c)
 		} else {
 			c.closeSocket(reason)
 		}
-		closed = true
 	})
 }
 
@@ -257,14 +249,7 @@ func (g *goodbye) closeSocket(c *conn) {
 		c.wake()
 		return
 	}
-	closed := false
-	defer func() {
-		if !closed { // Close panicked, or ended the goroutine
-			go c.closeBelow()
-		}
-	}()
 	c.closeSocket(g.reason)
-	closed = true
 }
 
 // sayGoodbye runs end, the Close of the state, in a loan of its own, so that the net.Conn that
@@ -302,8 +287,15 @@ func (c *conn) closeOne(at *atomic.Value, what string, f func()) {
 }
 
 // closeSocket closes the socket. Before that it sends close_notify if there is TLS and
-// the reason says that the peer is in step.
+// the reason says that the peer is in step. If the Close of a foreign connection does not return
+// as a Close should, the socket below is closed.
 func (c *conn) closeSocket(reason CloseReason) {
+	closed := false
+	defer func() {
+		if !closed { // Close panicked, or ended the goroutine
+			go c.closeBelow()
+		}
+	}()
 	t := c.sock.tls
 	k, carried := c.nc.(*carrier)
 	switch {
@@ -324,6 +316,7 @@ func (c *conn) closeSocket(reason CloseReason) {
 		}
 		t.NetConn().Close()
 	}
+	closed = true
 }
 
 // closeBelow closes the innermost socket of a connection whose own Close failed to

@@ -53,9 +53,8 @@ func (c *conn) beginUnder(ctx context.Context) (flags uint64) {
 }
 
 // limitLoan sets the deadline of the loan's ctx on the socket, if that has not been done, and if
-// the deadlines of the connection are not those of its client. A
-// connection that refuses the deadline is lent all the same, and the pool closes it when the
-// ctx is done.
+// the deadlines of the connection are not those of its client. A connection that refuses the
+// deadline is lent all the same, and the pool closes it when the ctx is done.
 func (c *conn) limitLoan() {
 	if c.isResident() {
 		return

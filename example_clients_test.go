@@ -18,9 +18,8 @@ func (Arith) Double(n int, twice *int) error {
 	return nil
 }
 
-func serveRPC() (addr connpool.Addr, stop func()) {
-	srv := rpc.NewServer()
-	srv.Register(Arith{})
+// listen serves each connection to a new address with serve.
+func listen(serve func(net.Conn)) (addr connpool.Addr, stop func()) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		panic(err)
@@ -31,15 +30,18 @@ func serveRPC() (addr connpool.Addr, stop func()) {
 			if err != nil {
 				return
 			}
-			go srv.ServeConn(nc)
+			go serve(nc)
 		}
 	}()
-	return connpool.Addr{Transport: connpool.TCP, Host: "127.0.0.1", Port: uint16(ln.Addr().(*net.TCPAddr).Port)}, func() { ln.Close() }
+	at := ln.Addr().(*net.TCPAddr)
+	return connpool.Addr{Transport: connpool.TCP, Host: at.IP.String(), Port: uint16(at.Port)}, func() { ln.Close() }
 }
 
 // An rpc.Client reads its connection all the time, and matches replies by a sequence number.
 func ExampleResident() {
-	addr, stop := serveRPC()
+	srv := rpc.NewServer()
+	srv.Register(Arith{})
+	addr, stop := listen(func(nc net.Conn) { srv.ServeConn(nc) })
 	defer stop()
 	pool, err := connpool.New(connpool.Config{
 		Setup: func(_ context.Context, _ connpool.Addr, nc net.Conn) (any, error) {
@@ -97,7 +99,12 @@ func (g *greeter) Close() error { return g.nc.Close() }
 
 // A client that dials for itself comes from a dialer of a transport of its own.
 func ExampleCarry() {
-	host, port, stop := greetings()
+	addr, stop := listen(func(nc net.Conn) {
+		defer nc.Close()
+		for in := bufio.NewScanner(nc); in.Scan(); {
+			fmt.Fprintln(nc, "hello", in.Text())
+		}
+	})
 	defer stop()
 	pool, err := connpool.New(connpool.Config{
 		Dialers: map[connpool.Transport]connpool.DialFunc{
@@ -114,7 +121,7 @@ func ExampleCarry() {
 		panic(err)
 	}
 	defer pool.Close()
-	addr := connpool.Addr{Transport: "greeter", Host: host, Port: port}
+	addr.Transport = "greeter"
 	for _, name := range []string{"Ada", "Grace"} {
 		err = pool.With(context.Background(), addr, func(c connpool.Conn) error {
 			reply, err := connpool.State[*greeter](c).Greet(name)
@@ -130,26 +137,4 @@ func ExampleCarry() {
 	// hello Ada
 	// hello Grace
 	// 1 dial
-}
-
-func greetings() (host string, port uint16, stop func()) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		panic(err)
-	}
-	go func() {
-		for {
-			nc, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer nc.Close()
-				for in := bufio.NewScanner(nc); in.Scan(); {
-					fmt.Fprintln(nc, "hello", in.Text())
-				}
-			}()
-		}
-	}()
-	return "127.0.0.1", uint16(ln.Addr().(*net.TCPAddr).Port), func() { ln.Close() }
 }

@@ -301,9 +301,10 @@ func (h Conn) Addr() Addr {
 }
 
 // State returns what Config.Setup returned for the connection of h: its codec, its
-// session, its prepared statements, its [Resident] client; or the client of [Carry]. It returns the zero T if there was no Setup, if
-// Setup returned nil, or after the loan. If Setup returned a value that is not a T,
-// State panics with the names of both types.
+// session, its prepared statements, its [Resident] client; or the client of [Carry]. It goes
+// on to return that in a loan whose connection is closed. It returns the zero T if there
+// was no Setup, if Setup returned nil, after the loan, and after Detach. If Setup returned a
+// value that is not a T, State panics with the names of both types.
 func State[T any](h Conn) T {
 	state := h.state()
 	v, ok := state.(T)

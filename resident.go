@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync/atomic"
@@ -22,12 +23,13 @@ import (
 //	the end of the ctx   interrupts fn's I/O          closes the connection            closes the client
 //	hears of the end     the watcher, the probe       its failed I/O, the watcher,     alive
 //	                                                  alive
-//	closes               the pool: goodbye, socket    the pool: goodbye, socket        the pool: goodbye; Close
-//	                     then the state               then the state                   of the client
+//	a clean close        Close of the state, then     Close of the client, then the    Close of the client, then
+//	                     the socket                   socket                           its socket if it is known
+//	any other close      the socket, then Close of    the socket, then Close of the    its socket if it is known,
+//	                     the state                    client                           then Close of the client
 //
-// The last line is conn_close.go: before a clean close the client's Close runs while the
-// client's connection still works, and the socket is closed after that, or when the client
-// closes its connection.
+// The last two lines are conn_close.go. In a clean close the client's connection works while its
+// Close runs; if Close closes that connection, the socket is closed then.
 //
 // flagResident in the state word says that a connection has such a client. It is set once, at
 // the end of the dial. From then on the guard (the net.Conn that Setup got) works whether there
@@ -52,8 +54,9 @@ import (
 // Setup to the close of the connection, also between loans. A failed Read or Write of client,
 // other than a Read whose deadline passed, is the end of the connection: if it is idle, the pool
 // closes it at once. alive, if it is not nil, is asked before each loan and in each sweep; an
-// error closes the connection, and the borrower gets another. (A panic is the borrower's.) alive
-// must not block.
+// error closes the connection, and the borrower gets another. A panic in alive goes on to the
+// borrower. alive must not block; it has a quarter of a second. The pool never calls it twice at
+// the same time for one client, and never in a loan.
 //
 // For such a connection the pool does not look for unread bytes, neither in the socket nor in
 // client, and calls no Config.Push: what the peer sends is client's. So use Resident only for a
@@ -65,11 +68,12 @@ import (
 // errors.ErrUnsupported. A ctx that ends during a loan closes the connection, since the
 // deadlines of the connection are client's. Conn.Close does, too, and so does client when it
 // closes its net.Conn. State returns client to the end of the loan, also when the connection is
-// closed; client's I/O fails then. If client is an io.Closer, its Close runs before a clean close, and
-// may say goodbye to the peer: see Config.Setup. Close may be called beside other methods of client, in
-// the middle of a loan whose ctx has ended, and after client has closed its net.Conn. Deadlines that are
-// set in Setup end with Setup. Everything else is as for other connections:
-// limits, MaxUses, lifetimes, Reset, Check, Keep, Retire, and the check of the descriptor.
+// closed; client's I/O fails then. If client is an io.Closer, its Close runs before a clean
+// close, and may say goodbye to the peer: see Config.Setup. Close may be called beside other
+// methods of client, in the middle of a loan whose ctx has ended, and after client has closed its
+// net.Conn. Deadlines that are set in Setup end with Setup. Everything else is as for other
+// connections: limits, MaxUses, lifetimes, Reset, Check, Keep, Retire, and the check of the
+// descriptor.
 func Resident(client any, alive func() error) any { return &resident{client: client, alive: alive} }
 
 // Carry returns what a dialer (Config.Dialers) may return for a client that dials for itself
@@ -77,7 +81,7 @@ func Resident(client any, alive func() error) any { return &resident{client: cli
 //
 //	Dialers: map[connpool.Transport]connpool.DialFunc{
 //		"redis": func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
-//			c, err := redis.DialContext(ctx, "tcp", addr.HostPort())
+//			c, err := redis.DialContext(ctx, "tcp", net.JoinHostPort(addr.Host, fmt.Sprint(addr.Port)))
 //			if err != nil {
 //				return nil, err
 //			}
@@ -94,8 +98,8 @@ func Resident(client any, alive func() error) any { return &resident{client: cli
 //
 // socket is the connection below client, if client shows it, else nil. With it the pool hears at
 // once when the peer hangs up (on Linux), and checks the descriptor before each loan. The pool
-// closes socket after client, or before client if an exchange was broken off. A connection without socket and without alive is judged by its age
-// only.
+// closes socket after client, or before client if an exchange was broken off. A connection
+// without socket and without alive is judged by its age only.
 func Carry(client any, alive func() error, socket net.Conn) net.Conn {
 	if isNil(socket) {
 		socket = nil
@@ -119,12 +123,7 @@ func (r *resident) ended() error {
 }
 
 // errResident is the error of I/O over the Conn of a loan whose connection has a client.
-var errResident = &residentError{"connpool: a resident or carried client does the I/O of this connection: use State, which returns the client"}
-
-type residentError struct{ text string }
-
-func (e *residentError) Error() string   { return e.text }
-func (e *residentError) Is(t error) bool { return t == errors.ErrUnsupported }
+var errResident = fmt.Errorf("connpool: a resident or carried client does the I/O of this connection: use State, which returns the client (%w)", errors.ErrUnsupported)
 
 // carrier is the net.Conn of a client that does its own I/O.
 type carrier struct {

@@ -1309,6 +1309,12 @@ var mutants = []mutant{
 		tests: `TestACtxEndsACarriedClient`, in: "internal/suite/clients",
 	},
 	{
+		name:  "a-slot-that-somebody-waits-for-outlasts-no-goodbye",
+		old:   `(reason == ClosedEvicted || c.farewell() != nil)`,
+		new:   `reason == ClosedEvicted`,
+		tests: `TestASlotThatSomebodyWaitsFor`, in: "internal/suite/clients",
+	},
+	{
 		name:  "a-carried-client-is-closed-once",
 		old:   `if carried != nil && same(a.state, carried.client) {`,
 		new:   `if false {`,

@@ -141,6 +141,26 @@ func TestAGoodbyeOfAnyKindFreesTheSlot(t *testing.T) {
 	}
 }
 
+// ADO-03: whatever ended a connection, who waits for its slot does not wait for a state that hangs.
+func TestASlotThatSomebodyWaitsForIsFreeSoonThoughAGoodbyeHangs(t *testing.T) {
+	pooltest.Bubble(t, func(t *testing.T) {
+		hung := make(chan struct{})
+		n := pooltest.Open(t, connpool.Config{MaxOpen: 1, MaxUses: 1, Setup: func(_ context.Context, addr connpool.Addr, nc net.Conn) (any, error) {
+			return &codec{nc, func() error {
+				if addr.Host == "a" {
+					<-hung
+				}
+				return nil
+			}}, nil
+		}})
+		n.Use(pooltest.At("a"))
+		soon, cancel := context.WithTimeout(bg, time.Second)
+		defer cancel()
+		require.NoError(t, n.Pool.With(soon, pooltest.At("b"), nothing))
+		close(hung)
+	})
+}
+
 // ADO-03: a goodbye that the peer does not take is given up after a quarter of a second.
 func TestAGoodbyeIsBounded(t *testing.T) {
 	pooltest.Bubble(t, func(t *testing.T) {
