@@ -559,3 +559,30 @@ func TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly(t *test
 		n.check()
 	})
 }
+
+// While an idle connection could make room, it is not the slots that keep the older borrower of
+// another address waiting, but MaxDialing. So no connection is closed for that borrower.
+func TestNoConnectionIsClosedForWhoWaitsForADialOnly(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := open(t, Config{MaxOpen: 3, MaxDialing: 1, IdleTimeout: -1, SweepInterval: -1})
+		n.idle(at("idle"), 1)
+		holder := n.borrow(bg, at("busy"))
+		holder.conn()
+		n.Host("hole").BlackHole(true)
+		ctx, cancel := context.WithCancel(bg)
+		defer cancel()
+		n.borrow(ctx, at("hole")) // has the only dial
+		synctest.Wait()
+		older := n.borrow(ctx, at("other"))
+		synctest.Wait()
+		require.True(t, older.waits())
+		for range 6 { // more often than there are slots
+			next := n.queue(1, at("busy"))[0]
+			require.NoError(t, holder.giveBack())
+			next.conn()
+			holder = next
+		}
+		n.closed(reasons{})
+		require.NoError(t, holder.giveBack())
+	})
+}

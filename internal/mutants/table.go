@@ -1315,6 +1315,12 @@ var mutants = []mutant{
 		tests: `TestASlotThatSomebodyWaitsFor`, in: "internal/suite/clients",
 	},
 	{
+		name:  "who-waits-for-a-dial-costs-no-connection",
+		old:   `if b.eager > 0 && b.n[phaseIdle] == 0 && b.n.open() >= limit`,
+		new:   `if b.eager > 0 && b.n.open() >= limit`,
+		tests: `TestNoConnectionIsClosedForWhoWaitsForADialOnly`,
+	},
+	{
 		name:  "a-carried-client-is-closed-once",
 		old:   `if carried != nil && same(a.state, carried.client) {`,
 		new:   `if false {`,
