@@ -1300,7 +1300,7 @@ var mutants = []mutant{
 		name:  "the-deadline-of-setup-ends-the-dial",
 		old:   `if !limit.IsZero() && !c.site.env.clock.Read().Before(limit) {`,
 		new:   `if limit.IsZero() && false {`,
-		tests: `TestAReaderThatTimesOutAsSetup`, in: "internal/suite/clients",
+		tests: `TestAClientThatMayHaveTimedOutInSetup`,
 	},
 	{
 		name:  "an-exchange-that-is-cut-off-closes-the-socket-first",
