@@ -20,6 +20,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
+
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 )
 
 // fullAddr has every field set that TLS allows.
@@ -629,7 +631,7 @@ func TestCanonicalAddrCostsNoAllocation(t *testing.T) {
 		"tcp://[::ffff:192.0.2.1]:80", "unix:/run/x.sock", "unix:@x", "mem://X.Y:1?server-name=Z",
 	} {
 		a := MustParseAddr(text)
-		assert.Zero(t, testing.AllocsPerRun(100, func() {
+		assert.Zero(t, patience.Allocs(100, func() {
 			if c, err := a.canonical(); err != nil || c != a {
 				panic(text)
 			}

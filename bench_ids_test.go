@@ -11,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
@@ -259,7 +260,7 @@ func TestALoanAllocatesNothingAndADialDoes(t *testing.T) {
 	allocs := func(cfg Config) float64 {
 		n := open(t, cfg)
 		n.use(at("a"))
-		return testing.AllocsPerRun(200, func() {
+		return patience.Allocs(200, func() {
 			if err := n.p.With(bg, at("a"), func(Conn) error { return nil }); err != nil {
 				t.Error(err)
 			}

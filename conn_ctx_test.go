@@ -16,6 +16,7 @@ import (
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
@@ -279,14 +280,14 @@ func TestALoanUnderACtxAllocatesNothing(t *testing.T) {
 				"Background": context.Background(), "TODO": context.TODO(), "cancelable": cancelable, "a deadline": late, "ten deep": deep,
 			} {
 				loan(t, p, n.addr)
-				require.Zero(t, testing.AllocsPerRun(1000, func() {
+				require.Zero(t, patience.Allocs(1000, func() {
 					if err := p.With(ctx, n.addr, func(Conn) error { return nil }); err != nil {
 						t.Error(err)
 					}
 				}), what)
 			}
 			// What fn uses of its caller may stay on the stack of the caller.
-			require.Zero(t, testing.AllocsPerRun(1000, func() {
+			require.Zero(t, patience.Allocs(1000, func() {
 				var reply [64]byte
 				lent := Conn{}
 				if err := p.With(cancelable, n.addr, func(c Conn) error { lent = c; reply[0]++; return nil }); err != nil || lent == (Conn{}) || reply[0] != 1 {
@@ -294,14 +295,14 @@ func TestALoanUnderACtxAllocatesNothing(t *testing.T) {
 				}
 			}))
 			// A ctx that was made for the loan: the pool must not make it allocate its channel.
-			alone := testing.AllocsPerRun(1000, func() {
+			alone := patience.Allocs(1000, func() {
 				ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 				if ctx.Err() != nil {
 					t.Error(ctx.Err())
 				}
 				cancel()
 			})
-			with := testing.AllocsPerRun(1000, func() {
+			with := patience.Allocs(1000, func() {
 				ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 				if err := p.With(ctx, n.addr, func(Conn) error { return nil }); err != nil {
 					t.Error(err)

@@ -24,6 +24,12 @@ func (c *conn) isCarried() bool {
 	return yes
 }
 
+// clientClosedSocket reports whether the client of c dialled for itself, showed its socket, and has
+// closed that socket. It makes no system call.
+func (c *conn) clientClosedSocket() bool {
+	return c.isCarried() && c.sock.raw != nil && c.sock.raw.Control(func(uintptr) {}) != nil
+}
+
 // enterIO is enter for an operation that transfers bytes or sets a deadline.
 func (c *conn) enterIO(gen uint64) error {
 	if c != nil && c.isResident() && (gen != 0 || c.isCarried()) {

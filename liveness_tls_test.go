@@ -24,6 +24,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/short"
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
@@ -1126,7 +1127,7 @@ func TestConnectionsAndLooksNeedNoGoroutineAndNoDescriptor(t *testing.T) {
 			if !raceEnabled {
 				c := all[0]
 				c.sock.sys = &realSystem
-				require.Zero(t, testing.AllocsPerRun(100, func() { c.sock.probe(&p.cfg, c.nc) }), "a timer, a goroutine, a closure: all of them allocate")
+				require.Zero(t, patience.Allocs(100, func() { c.sock.probe(&p.cfg, c.nc) }), "a timer, a goroutine, a closure: all of them allocate")
 			}
 		})
 	}

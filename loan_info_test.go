@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
@@ -27,13 +28,13 @@ func TestInfoAllocatesNothingOnTheSocketsOfThePool(t *testing.T) {
 		p := n.pool(t, nil)
 		var info ConnInfo
 		require.NoError(t, p.With(t.Context(), n.addr, func(c Conn) error {
-			require.Zero(t, testing.AllocsPerRun(100, func() { info = c.Info() }))
+			require.Zero(t, patience.Allocs(100, func() { info = c.Info() }))
 			return nil
 		}))
 		require.EqualValues(t, 1, info.ID)
 		l, err := p.Lease(t.Context(), n.addr)
 		require.NoError(t, err)
-		require.Zero(t, testing.AllocsPerRun(100, func() { info = l.Info() }))
+		require.Zero(t, patience.Allocs(100, func() { info = l.Info() }))
 		require.Equal(t, 2, info.Uses)
 		require.NoError(t, l.Return())
 	})

@@ -175,6 +175,8 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 		return ClosedHalfClosed, nil
 	case word&flagTimedOut != 0 && !forgiven:
 		return ClosedTimeout, c.failure()
+	case word&flagResident != 0 && c.clientClosedSocket():
+		return ClosedStale, errClientClosed
 	}
 	return ClosedUnknown, nil
 }

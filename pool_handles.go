@@ -26,7 +26,7 @@ func (p *Pool) carriedAndClosed(fd uintptr) *conn {
 	p.mu.Lock()
 	c := p.byFD[fd]
 	p.mu.Unlock()
-	if c == nil || !c.isCarried() || c.sock.raw.Control(func(uintptr) {}) == nil {
+	if c == nil || !c.clientClosedSocket() {
 		return nil
 	}
 	return c

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
@@ -592,7 +593,7 @@ func TestAHookCostsOneAllocation(t *testing.T) {
 	} {
 		p := n.pool(t, cfg)
 		loan(t, p, n.addr)
-		require.LessOrEqual(t, testing.AllocsPerRun(200, func() {
+		require.LessOrEqual(t, patience.Allocs(200, func() {
 			if err := p.With(context.Background(), n.addr, func(Conn) error { return nil }); err != nil {
 				t.Error(err)
 			}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
@@ -639,7 +640,7 @@ func TestALoanWithLimitsForAllocatesNothing(t *testing.T) {
 	addr := at("a")
 	n.use(addr)
 	fn := func(Conn) error { return nil }
-	require.Zero(t, testing.AllocsPerRun(100, func() { n.p.With(bg, addr, fn) }))
+	require.Zero(t, patience.Allocs(100, func() { n.p.With(bg, addr, fn) }))
 	require.Equal(t, 1, a.times(addr))
 }
 

@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
@@ -149,7 +150,7 @@ func TestWarmLoanAllocatesNothing(t *testing.T) {
 		n := open(t, cfg)
 		addr := at("a")
 		fn := func(Conn) error { return nil }
-		require.Zero(t, testing.AllocsPerRun(1000, func() {
+		require.Zero(t, patience.Allocs(1000, func() {
 			if n.p.With(bg, addr, fn) != nil {
 				panic("With failed")
 			}

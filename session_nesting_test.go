@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
 
@@ -150,10 +151,10 @@ func TestAUseInASessionDoesNotReadTheStack(t *testing.T) {
 		}
 	}
 	use()
-	require.LessOrEqual(t, testing.AllocsPerRun(1000, use), 1.0)
+	require.LessOrEqual(t, patience.Allocs(1000, use), 1.0)
 	nested := func(Conn) error { return n.p.With(ctx, at("a"), fn) }
 	require.NoError(t, n.p.With(ctx, at("a"), nested))
-	require.LessOrEqual(t, testing.AllocsPerRun(1000, func() {
+	require.LessOrEqual(t, patience.Allocs(1000, func() {
 		if n.p.With(ctx, at("a"), nested) != nil {
 			panic("With failed")
 		}

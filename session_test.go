@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 	"github.com/seed-ecb488c9/connpool/internal/tasks"
 )
@@ -455,7 +456,7 @@ func TestASessionElsewhereCostsALoanNoAllocation(t *testing.T) {
 	defer end()
 	fn := func(Conn) error { return nil }
 	ctx := context.WithValue(bg, sessionKey{nil}, 1) // something to walk past
-	require.Zero(t, testing.AllocsPerRun(1000, func() {
+	require.Zero(t, patience.Allocs(1000, func() {
 		if n.p.With(ctx, at("a"), fn) != nil {
 			panic("With failed")
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
@@ -293,7 +294,7 @@ func TestTheLookIntoAStateAllocatesNothing(t *testing.T) {
 		s, _, _ := codec(here)
 		c := &conn{state: s}
 		c.held()
-		require.Zero(t, testing.AllocsPerRun(100, func() { c.held() }), kind)
+		require.Zero(t, patience.Allocs(100, func() { c.held() }), kind)
 	}
 }
 

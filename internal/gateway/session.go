@@ -164,7 +164,9 @@ func (cl *client) relay(c connpool.Conn, first, buf []byte) {
 	down := make(chan struct{})
 	go func() {
 		err := carry(cl.conn, c, make([]byte, sessionBuffer), 0, true)
-		if err == nil {
+		if why := failed.Load(); why != nil { // what looks like the end of the server may be the end that sever made
+			err = *why
+		} else if err == nil {
 			err = closeWrite(cl.conn)
 		}
 		if err != nil { // the other direction cannot go on alone

@@ -1327,6 +1327,12 @@ var mutants = []mutant{
 		tests: `TestASetupFinds`, in: "internal/suite/clients",
 	},
 	{
+		name:  "a-carried-client-that-closed-its-socket-is-not-kept",
+		old:   `case word&flagResident != 0 && c.clientClosedSocket():`,
+		new:   `case false && c.clientClosedSocket():`,
+		tests: `TestACarriedClientThatClosesItsSocketIsDead`, in: "internal/suite/clients",
+	},
+	{
 		name:  "session-closed-pool-refuses",
 		old:   "case <-b.p.ctx.Done():\n\t\terr = ErrClosed",
 		new:   "case <-(chan int)(nil):\n\t\terr = ErrClosed",

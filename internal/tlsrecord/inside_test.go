@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
+	"github.com/seed-ecb488c9/connpool/internal/patience"
 )
 
 // The layout of the toolchain that runs the tests is known, so that a new version of Go is
@@ -135,7 +136,7 @@ func TestATLSConnThatFailedIsNotQuiet(t *testing.T) {
 
 func TestQuietAllocatesNothing(t *testing.T) {
 	client, _, _ := talk(t, tls.VersionTLS13)
-	require.Zero(t, testing.AllocsPerRun(100, func() { require.True(t, Quiet(client)) }))
+	require.Zero(t, patience.Allocs(100, func() { require.True(t, Quiet(client)) }))
 }
 
 func BenchmarkQuiet(b *testing.B) {

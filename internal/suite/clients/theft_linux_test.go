@@ -130,6 +130,8 @@ func TestACarriedClientThatClosesItsSocketIsDead(t *testing.T) {
 		return p.With(bg, pooltest.Scoped(n.Addr, "the next to get the number"), nothing)
 	}))
 	patience.Soon(t, "it is closed", func() bool { return p.Stats().Open == 1 })
+	require.NoError(t, p.With(bg, n.Addr, func(c connpool.Conn) error { return connpool.State[*codec](c).nc.Close() }))
+	patience.Soon(t, "so is one whose number nobody has got", func() bool { return p.Stats().Open == 1 })
 	require.Zero(t, p.Stats().Closed[connpool.ClosedQuarantined])
 }
 
