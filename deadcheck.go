@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"reflect"
 	"sync"
 	"syscall"
 	"time"
@@ -375,15 +374,6 @@ func (p *socket) readThroughNow(mode tlsMode, patience time.Duration, scratch *[
 		sock.record.Reset()
 	}
 	return ClosedUnknown, nil
-}
-
-// isNil reports whether nc is nil, or a nil pointer in an interface.
-func isNil(nc any) bool {
-	if nc == nil {
-		return true
-	}
-	v := reflect.ValueOf(nc)
-	return v.Kind() == reflect.Pointer && v.IsNil()
 }
 
 // aLongTimeAgo is a deadline that makes blocked operations return at once.

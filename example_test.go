@@ -279,6 +279,38 @@ func ExampleParseAddr() {
 	// connpool: ParseAddr("tls://db.example:5432?dscp=99"): dscp: use a whole number, 0 to 63 (at "dscp=99")
 }
 
+func ExampleNetAddr() {
+	a, err := connpool.NetAddr("tcp", "[2001:DB8::1]:https")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(a)
+	a.Transport = connpool.TLS
+	fmt.Println(a)
+
+	_, err = connpool.NetAddr("tcp", ":80")
+	fmt.Println(err)
+	// Output:
+	// tcp://[2001:db8::1]:443
+	// tls://[2001:db8::1]:443
+	// connpool: NetAddr("tcp", ":80"): the host is left out: name it, as in localhost:80
+}
+
+func ExampleAddrOf() {
+	a, err := connpool.AddrOf(&net.TCPAddr{IP: net.IPv4(10, 0, 0, 7), Port: 502})
+	fmt.Println(a, err)
+	// Output:
+	// tcp://10.0.0.7:502 <nil>
+}
+
+func ExampleAddr_HostPort() {
+	fmt.Println(connpool.MustParseAddr("tls://[::1]:5432?scope=tenant7").HostPort())
+	fmt.Println(connpool.MustParseAddr("unix:/run/x.sock").HostPort())
+	// Output:
+	// [::1]:5432
+	// /run/x.sock
+}
+
 func ExampleError() {
 	address, stop := serve(lines(func(string) string { return "" }))
 	defer stop()

@@ -3,7 +3,6 @@ package connpool
 import (
 	"errors"
 	"net"
-	"strconv"
 	"strings"
 )
 
@@ -13,12 +12,9 @@ import (
 // DialContext; if they are "", opError takes them from e.Addr.
 func (e *Error) opError(network, address string) *net.OpError {
 	if network == "" {
-		network, address = string(e.Addr.Transport), e.Addr.Host
+		network, address = string(e.Addr.Transport), e.Addr.HostPort()
 		if e.Addr.Transport == TLS {
 			network = string(TCP)
-		}
-		if e.Addr.Port != 0 {
-			address = net.JoinHostPort(e.Addr.Host, strconv.Itoa(int(e.Addr.Port)))
 		}
 	}
 	op := &net.OpError{Op: "dial", Net: network, Err: &dialFailure{e}}

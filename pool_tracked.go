@@ -7,7 +7,6 @@ import (
 	"math"
 	"net"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -120,40 +119,12 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 
 // trackedAddr is the Addr for the network and address that package net would dial.
 func (cfg *Config) trackedAddr(ctx context.Context, network, address string) (Addr, error) {
-	wrong := func(err error) (Addr, error) {
-		return Addr{}, usage(Addr{}, fmt.Errorf("dial %s %s: %w", network, address, err))
+	addr, err := parseNet(ctx, network, address, "localhost") // as in package net
+	if err == nil && cfg.Dialers[TCP] != nil && oneFamily(network, addr.Host) != nil {
+		err = fmt.Errorf("Config.Dialers[%q] cannot be told to dial %s: use network tcp", TCP, network)
 	}
-	addr := Addr{Transport: TCP}
-	switch network {
-	case "unix":
-		addr.Transport, addr.Host = Unix, address
-	case "tcp", "tcp4", "tcp6":
-		host, service, err := net.SplitHostPort(address)
-		if err != nil {
-			return wrong(err)
-		}
-		port, err := strconv.Atoi(service)
-		if err != nil {
-			if port, err = net.DefaultResolver.LookupPort(ctx, network, service); err != nil {
-				return wrong(err)
-			}
-		}
-		if port < 1 || port > 65535 {
-			return wrong(errors.New("the port must be from 1 to 65535"))
-		}
-		if host == "" {
-			host = "localhost" // as in package net
-		}
-		addr.Host, addr.Port = host, uint16(port)
-		if ip := net.ParseIP(host); network != "tcp" && cfg.Dialers[TCP] != nil && (ip == nil || (ip.To4() != nil) != (network == "tcp4")) {
-			return wrong(fmt.Errorf("Config.Dialers[%q] cannot be told to dial %s: use network tcp", TCP, network))
-		}
-	default:
-		return wrong(errors.New(`the network must be "tcp", "tcp4", "tcp6" or "unix"`))
-	}
-	addr, err := addr.canonical()
 	if err != nil {
-		return wrong(err)
+		return Addr{}, usage(Addr{}, fmt.Errorf("dial %s %s: %w", network, address, err))
 	}
 	return addr, nil
 }
@@ -169,7 +140,7 @@ func absolute(network, address string) bool {
 // dial is sys.dial for one family of addresses.
 func (f family) dial(ctx context.Context, base *net.Dialer, addr Addr) (net.Conn, error) {
 	network := map[family]string{family4: "tcp4", family6: "tcp6"}[f]
-	return sock.Options{}.DialFrom(ctx, base, network, net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port))))
+	return sock.Options{}.DialFrom(ctx, base, network, addr.HostPort())
 }
 
 // trackedLoan is the part that all forms of a connection of DialContext share.

@@ -81,7 +81,7 @@ func Resident(client any, alive func() error) any { return &resident{client: cli
 //
 //	Dialers: map[connpool.Transport]connpool.DialFunc{
 //		"redis": func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
-//			c, err := redis.DialContext(ctx, "tcp", net.JoinHostPort(addr.Host, fmt.Sprint(addr.Port)))
+//			c, err := redis.DialContext(ctx, "tcp", addr.HostPort())
 //			if err != nil {
 //				return nil, err
 //			}

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"runtime"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -67,7 +66,7 @@ func awaitBacklog(ctx context.Context, err error, dial func() (net.Conn, error))
 func target(addr Addr, abstract bool) (network, address string, err error) {
 	switch addr.Transport {
 	case TCP, TLS:
-		return "tcp", net.JoinHostPort(addr.Host, strconv.Itoa(int(addr.Port))), nil
+		return "tcp", addr.HostPort(), nil
 	case Unix:
 		if strings.HasPrefix(addr.Host, "@") && !abstract {
 			return "", "", fmt.Errorf("%s has no abstract Unix sockets: give a path in Host (%w)", runtime.GOOS, errors.ErrUnsupported)

@@ -203,7 +203,7 @@ func TestRedigoIsCarried(t *testing.T) {
 	srv := realserver.Start(t, realserver.Redis())
 	p, err := connpool.New(connpool.Config{MaxOpen: 4, Dialers: map[connpool.Transport]connpool.DialFunc{
 		"redis": func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
-			c, err := redis.DialContext(ctx, "tcp", net.JoinHostPort(addr.Host, fmt.Sprint(addr.Port)))
+			c, err := redis.DialContext(ctx, "tcp", addr.HostPort())
 			if err != nil {
 				return nil, err
 			}

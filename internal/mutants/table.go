@@ -3,6 +3,38 @@ package main
 // mutants are the defences, each removed. The text must stand exactly once in
 // the package, so that the list stays true when the code changes.
 var mutants = []mutant{
+	// --- the address ---
+	{
+		name:  "netaddr-without-a-host",
+		old:   `parseNet(context.Background(), network, address, "")`,
+		new:   `parseNet(context.Background(), network, address, "localhost")`,
+		tests: `TestNetAddrRefusesInWords`,
+	},
+	{
+		name:  "netaddr-forgets-the-family",
+		old:   "if err == nil {\n\t\terr = oneFamily(network, addr.Host)\n\t}",
+		new:   "",
+		tests: `TestNetAddrRefusesInWords`,
+	},
+	{
+		name:  "netaddr-shows-credentials",
+		old:   `address = "xxxxx" + address[end:]`,
+		new:   `address += ""`,
+		tests: `TestNetAddrRefusesInWords`,
+	},
+	{
+		name:  "netaddr-repeats-the-address",
+		old:   `err = errors.New(wrong.Err)`,
+		new:   `_ = wrong.Err`,
+		tests: `TestNetAddrRefusesInWords`,
+	},
+	{
+		name:  "netaddr-of-a-nil-pointer",
+		old:   "if isNil(a) {\n\t\treturn Addr{}, &netAddrError",
+		new:   "if a == nil {\n\t\treturn Addr{}, &netAddrError",
+		tests: `TestAddrOfIsWhereTheOtherEndListens`,
+	},
+
 	// --- whose socket it is ---
 	{
 		name:  "identity-at-loan",
