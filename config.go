@@ -217,6 +217,19 @@ type Config struct {
 
 	// # Keeping it clean: what is done with an open connection between two loans
 	//
+	// KeepErr says which errors of a protocol leave a connection in step, such as "no
+	// such key": true has the effect of [Keep] around err, but forgives no time-out. It
+	// is asked when fn returned an error that holds no mark of Keep, and nothing else
+	// speaks against the connection: no operation failed, timed out or is still running,
+	// and ctx is not done. It is not asked for an error that holds an [Error], which is
+	// about another use. The borrower gets fn's error in any case. Several calls may run
+	// at once. KeepErr must not block: if it takes longer than a quarter of a second,
+	// panics or ends its goroutine, the pool closes the connection and reports that to
+	// Logger. If fn passes on the error of a use of another connection, KeepErr is asked
+	// about fn's connection; so a fn that has begun an exchange must not return such an
+	// error as it is. nil: only Keep keeps a connection.
+	KeepErr func(addr Addr, err error) bool
+
 	// Reset runs when a connection is given back in good order, before the connection
 	// becomes idle or goes to the next borrower, and the borrower waits for it. It is
 	// there to roll back, or to restore a session's defaults. If it fails, or takes

@@ -121,6 +121,33 @@ func ExampleKeep() {
 	// true - idle: 0
 }
 
+func ExampleConfig_keepErr() {
+	address, stop := serve(lines(func(string) string { return "NONE\n" }))
+	defer stop()
+	errNotFound := errors.New("not found")
+	pool, err := connpool.New(connpool.Config{
+		KeepErr: func(_ connpool.Addr, err error) bool { return errors.Is(err, errNotFound) },
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer pool.Close()
+
+	err = pool.With(context.Background(), connpool.MustParseAddr("tcp://"+address), func(c connpool.Conn) error {
+		if _, err := io.WriteString(c, "GET colour\n"); err != nil {
+			return err
+		}
+		var reply [5]byte
+		if _, err := io.ReadFull(c, reply[:]); err != nil {
+			return err
+		}
+		return errNotFound // no Keep
+	})
+	fmt.Println(err == errNotFound, "- idle:", pool.Stats().Idle)
+	// Output:
+	// true - idle: 1
+}
+
 // codec is that of a connection, with a buffer for each direction.
 type codec struct {
 	in   *bufio.Reader

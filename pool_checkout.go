@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/clock"
@@ -165,7 +166,7 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 		return ClosedQuarantined, errStolen
 	case word&flagCut != 0 || ctx.Err() != nil:
 		return ClosedCanceled, causeOf(ctx)
-	case err != nil && !forgiven:
+	case err != nil && !forgiven && !c.isHarmless(ctx, word, err):
 		return ClosedFnError, err
 	case operating(word):
 		return ClosedInFlight, nil
@@ -179,6 +180,31 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 		return ClosedStale, errClientClosed
 	}
 	return ClosedUnknown, nil
+}
+
+// disorder are the flags of a loan after which Config.KeepErr is not asked.
+const disorder = flagStolen | flagCut | flagGone | flagBroken | flagHalfClosed | flagTimedOut | inFlight
+
+// isHarmless reports whether Config.KeepErr says that err, which fn returned and which has no
+// mark of Keep, leaves the connection in step. The caller owns the connection, and word is
+// its state word.
+func (c *conn) isHarmless(ctx context.Context, word uint64, err error) bool {
+	env := c.site.env
+	keep, addr := env.cfg.KeepErr, c.site.addr
+	if keep == nil || word&disorder != 0 || ctx.Err() != nil {
+		return false
+	}
+	said := make(chan bool, 1)
+	failed := briefly("Config.KeepErr", foreignPatience, func() error {
+		var other *Error
+		said <- !errors.As(err, &other) && keep(addr, err)
+		return nil
+	})
+	if failed != nil {
+		env.report.outlived(failed, addr)
+		return false
+	}
+	return <-said
 }
 
 // unclean says why a connection may not be used again although nothing failed in the loan,

@@ -160,7 +160,7 @@ func (st *sessionConn) nested(ctx context.Context, fn func(Conn) error) error {
 	// After a failure the connection may be in the middle of an exchange.
 	switch {
 	case err == nil:
-	case !isKept(err):
+	case !isKept(err) && !c.isHarmless(ctx, c.word.Load(), err):
 		st.spoiled, st.why = ClosedFnError, err
 	case before&flagTimedOut == 0: // fn kept the connection, so a time-out inside fn does not count
 		c.word.And(^uint64(flagTimedOut))

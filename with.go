@@ -21,7 +21,7 @@ import (
 // and does not lend it again if fn returned any other error, panicked (With passes
 // the panic on), called runtime.Goexit, or called Conn.Close; if ctx is done; if an
 // operation on the connection is still running, failed, or timed out (only Keep
-// forgives a time-out); if it was closed for writing; if bytes are left unread in
+// forgives a time-out; Config.KeepErr may forgive an error); if it was closed for writing; if bytes are left unread in
 // the connection, in crypto/tls or in the state's buffer, or unflushed in that buffer;
 // or if Config.Reset fails. Conn.Detach takes the connection out of the pool for
 // good. A panic of Reset, Check or a Prober that runs on the borrower's time reaches

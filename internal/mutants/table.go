@@ -3,6 +3,44 @@ package main
 // mutants are the defences, each removed. The text must stand exactly once in
 // the package, so that the list stays true when the code changes.
 var mutants = []mutant{
+	// --- KeepErr ---
+	{
+		name:  "keeperr-asked-in-disorder",
+		old:   `if keep == nil || word&disorder != 0 || ctx.Err() != nil {`,
+		new:   `if keep == nil {`,
+		tests: `TestKeepErrIsAskedOnlyWhereItDecides`,
+	},
+	{
+		name:  "keeperr-asked-about-another-use",
+		old:   `said <- !errors.As(err, &other) && keep(addr, err)`,
+		new:   `said <- keep(addr, err) && other == nil`,
+		tests: `TestKeepErrKeepsWhatTheProtocolCallsHarmless`,
+	},
+	{
+		name:  "keeperr-that-fails-is-silent",
+		old:   "env.report.outlived(failed, addr)\n\t\treturn false",
+		new:   "return false",
+		tests: `TestAKeepErrThatDoesNotAnswerDiscards`,
+	},
+	{
+		name:  "keeperr-that-fails-keeps",
+		old:   "env.report.outlived(failed, addr)\n\t\treturn false",
+		new:   "env.report.outlived(failed, addr)\n\t\treturn true",
+		tests: `TestAKeepErrThatDoesNotAnswerDiscards`,
+	},
+	{
+		name:  "keeperr-without-a-bound",
+		old:   `briefly("Config.KeepErr", foreignPatience, func`,
+		new:   `briefly("Config.KeepErr", 1000*foreignPatience, func`,
+		tests: `TestAKeepErrThatDoesNotAnswerDiscards`,
+	},
+	{
+		name:  "keeperr-forgotten-in-a-nested-use",
+		old:   `case !isKept(err) && !c.isHarmless(ctx, c.word.Load(), err):`,
+		new:   `case !isKept(err):`,
+		tests: `TestKeepErrKeepsWhatTheProtocolCallsHarmless`,
+	},
+
 	// --- the address ---
 	{
 		name:  "netaddr-without-a-host",
