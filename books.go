@@ -73,6 +73,7 @@ type rules struct {
 	maxUses       int
 	idleTimeout   time.Duration
 	sweepInterval time.Duration
+	maxBackoff    time.Duration // as in Config: 0 is the default, negative is off
 	debug         bool
 	asksLimits    bool // there is a Config.LimitsFor
 
@@ -82,7 +83,8 @@ type rules struct {
 
 func rulesOf(cfg *Config, k *clock.Clock, handles *handleBudget) rules {
 	return rules{
-		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, sweepInterval: cfg.SweepInterval, debug: cfg.Debug, asksLimits: cfg.LimitsFor != nil,
+		whenFull: cfg.WhenFull, maxUses: cfg.MaxUses, idleTimeout: cfg.IdleTimeout, sweepInterval: cfg.SweepInterval,
+		maxBackoff: cfg.MaxBackoff, debug: cfg.Debug, asksLimits: cfg.LimitsFor != nil,
 		clock: k, handles: handles,
 	}
 }

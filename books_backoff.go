@@ -15,7 +15,8 @@ import (
 //
 // An example: the third dial in a row fails. The pause is 25 to 50 ms, then one dial
 // starts. It fails too: the next pause is 50 to 100 ms, then 100 to 200 ms, and so on, up
-// to 0.5 to 1 s. A dial that succeeds ends the back-off.
+// to 0.5 to 1 s. A dial that succeeds ends the back-off. Config.MaxBackoff takes the place
+// of backoffMax and hollowMax, or switches the back-off off.
 const (
 	backoffAfter = 3
 	backoffMin   = 50 * time.Millisecond
@@ -73,7 +74,9 @@ func (b *books) noteFailureLocked(s *site, why error, now clock.Instant, id uint
 		t.since = id
 	}
 	t.lastErr = why
-	t.failures++
+	if b.maxBackoff >= 0 || t.failures < backoffAfter-1 { // without back-off the count stays below backoffAfter
+		t.failures++
+	}
 	t.hollow, t.accepts = t.hollow || hollow, hollow
 	t.failedAt = now
 }
@@ -87,7 +90,7 @@ func (b *books) pauseLocked(s *site, todo *agenda) {
 	if s.backoff.pause != nil || b.closed {
 		return
 	}
-	after := s.backoff.patience()
+	after := s.backoff.patience(b.maxBackoff)
 	b.beginPauseLocked(s, after-rand.N(after/2), todo)
 }
 
@@ -98,11 +101,15 @@ func (b *books) beginPauseLocked(s *site, after time.Duration, todo *agenda) {
 	todo.retry(s, s.backoff.pause, after)
 }
 
-// patience is the length of the pause before the random part is taken away.
-func (t *backoff) patience() time.Duration {
-	longest := backoffMax
-	if t.accepts {
+// patience is the length of the pause before the random part is taken away. longest is
+// Config.MaxBackoff; 0 stands for its defaults.
+func (t *backoff) patience(longest time.Duration) time.Duration {
+	switch {
+	case longest > 0:
+	case t.accepts:
 		longest = hollowMax
+	default:
+		longest = backoffMax
 	}
 	return min(longest, backoffMin<<min(t.failures-backoffAfter, 16))
 }
@@ -144,7 +151,7 @@ func (b *books) pauseOverLocked(s *site, over *pause, todo *agenda) {
 	// The pause began with the third hollow connection. If more connections of the same
 	// burst turned out hollow meanwhile, the pause has to be longer.
 	now := b.clock.Exactly()
-	if rest := min(2*backoffMax, t.patience()) - now.Sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !b.closed {
+	if rest := min(2*backoffMax, t.patience(b.maxBackoff)) - now.Sub(t.failedAt); t.accepts && t.failures > t.paused && rest > 0 && !b.closed {
 		b.beginPauseLocked(s, rest, todo)
 	}
 }

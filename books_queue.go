@@ -21,6 +21,7 @@ type waiter struct {
 
 	prev, next *waiter
 	queued     bool
+	forSlot    bool // no dial counted for the waiter when it joined the queue
 	stalled    bool // the waiter may use the overflow of its site, see DialOverflow
 
 	// What the waiter was served; written before ready is signaled.
@@ -175,7 +176,11 @@ func (b *books) deliverLocked(s *site, c *conn, fresh bool, err error) {
 
 // noteWaitedLocked records the end of a wait.
 func (b *books) noteWaitedLocked(w *waiter, failed bool) {
-	b.counts.WaitDuration += b.clock.Exactly().Sub(w.since)
+	waited := b.clock.Exactly().Sub(w.since)
+	b.counts.WaitDuration += waited
+	if w.forSlot {
+		b.counts.SlotWaitDuration += waited
+	}
 	if failed {
 		b.counts.WaitsFailed++
 	}
@@ -270,8 +275,12 @@ func (b *books) enqueueLocked(ctx context.Context, s *site, r *request, todo *ag
 			return claim{refused: err}
 		}
 	}
+	w.forSlot = s.queue.nextToDial != nil && w.seq >= s.queue.nextToDial.seq
 	if !again {
 		b.counts.Waits++
+		if w.forSlot {
+			b.counts.SlotWaits++
+		}
 	}
 	w.met = s.queue.len
 	return claim{w: w}

@@ -124,6 +124,22 @@ type Config struct {
 	// together. 0: 10 seconds; negative: no bound.
 	DialTimeout time.Duration
 
+	// WaitTimeout bounds the wait of a borrower in the queue, for a slot or for a dial,
+	// whatever its ctx says; the time before it takes effect runs from the moment when
+	// the borrower began to wait. Then the borrow fails with an *[Error] of StageWait that
+	// is a time-out, is context.DeadlineExceeded, and says what the wait was for. A dial
+	// under way goes on, for the next borrower. WaitTimeout holds for DialContext, too,
+	// and for no other wait: Check before a loan has HookTimeout, the turn of a session
+	// and Warm have their ctx. 0 or negative: no bound, only ctx ends the wait.
+	WaitTimeout time.Duration
+
+	// MaxBackoff is the longest pause between two dials to an address that failed three
+	// times in a row. The pauses begin with 50 milliseconds (or MaxBackoff, if that is
+	// shorter) and double; up to half of each is taken away at random. 0: 1 second, and 8
+	// seconds where the peer accepts and hangs up at once. Negative: no pauses: each
+	// borrower's dial starts as soon as the limits allow.
+	MaxBackoff time.Duration
+
 	// SweepInterval is the period of the sweep, which looks for idle connections that
 	// died or expired. 0: 20 seconds; negative: no sweep, so such a connection is found
 	// only when it is about to be lent.
@@ -351,6 +367,8 @@ func (cfg *Config) meant() error {
 		{"IdleTimeout", cfg.IdleTimeout},
 		{"MaxLifetime", cfg.MaxLifetime},
 		{"DialTimeout", cfg.DialTimeout},
+		{"WaitTimeout", cfg.WaitTimeout},
+		{"MaxBackoff", cfg.MaxBackoff},
 		{"SweepInterval", cfg.SweepInterval},
 		{"CheckAfterIdle", cfg.CheckAfterIdle},
 		{"HookTimeout", cfg.HookTimeout},
@@ -381,9 +399,9 @@ func takesEntries(to *pprof.Profile) (yes bool) {
 }
 
 // resolved returns cfg with every default filled in: a limit that is off is
-// math.MaxInt, a duration that is off is 0, and none is longer than a century. Only
-// MaxOpen keeps its 0, which stands for the limit that follows from the limit on file
-// handles.
+// math.MaxInt, a duration that is off is 0, and none is longer than a century. MaxOpen
+// keeps its 0, which stands for the limit that follows from the limit on file handles;
+// MaxBackoff keeps its 0, which stands for two defaults, and a negative value.
 func (cfg Config) resolved() (Config, error) {
 	senseless := func(a, b, why string) (Config, error) {
 		return Config{}, fmt.Errorf("connpool: Config.%s and Config.%s contradict each other: %s", a, b, why)
@@ -425,6 +443,8 @@ func (cfg Config) resolved() (Config, error) {
 	span(&cfg.IdleTimeout, defaultIdleTimeout)
 	span(&cfg.MaxLifetime, 0)
 	span(&cfg.DialTimeout, defaultDialTimeout)
+	span(&cfg.WaitTimeout, 0)
+	cfg.MaxBackoff = min(cfg.MaxBackoff, century)
 	span(&cfg.SweepInterval, defaultSweepInterval)
 	span(&cfg.HookTimeout, defaultHookTimeout)
 	span(&cfg.HoldWarn, 0)

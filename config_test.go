@@ -80,17 +80,17 @@ func TestZeroIsTheDefaultAndNegativeIsOff(t *testing.T) {
 		}},
 		"negative": {Config{
 			MaxOpen: -1, MaxPerAddr: -2, MaxIdle: -3, MaxIdlePerAddr: -4, MaxDialing: -5, MaxDialingPerAddr: -6, MaxWaiters: -7, MaxUses: -8, MinIdlePerAddr: -9,
-			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, SweepInterval: -4, HookTimeout: -5, HoldWarn: -6,
+			IdleTimeout: -1, MaxLifetime: -2, DialTimeout: -3, SweepInterval: -4, HookTimeout: -5, HoldWarn: -6, WaitTimeout: -7, MaxBackoff: -8,
 		}, Config{
 			MaxOpen: none, MaxPerAddr: none, MaxIdle: 0, MaxIdlePerAddr: 0, MaxDialing: none, MaxDialingPerAddr: none, MaxWaiters: none, MaxUses: none,
-			CheckAfterIdle: 20 * time.Second,
+			CheckAfterIdle: 20 * time.Second, MaxBackoff: -8,
 		}},
 		"positive": {Config{
 			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinIdlePerAddr: 3,
-			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, SweepInterval: 4, HookTimeout: 5, HoldWarn: 6,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, SweepInterval: 4, HookTimeout: 5, HoldWarn: 6, WaitTimeout: 7, MaxBackoff: 8,
 		}, Config{
 			MaxOpen: 20, MaxPerAddr: 10, MaxIdle: 9, MaxIdlePerAddr: 8, MaxDialing: 7, MaxDialingPerAddr: 6, MaxWaiters: 5, MaxUses: 4, MinIdlePerAddr: 3,
-			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, SweepInterval: 4, HookTimeout: 5, HoldWarn: 6, CheckAfterIdle: 4,
+			IdleTimeout: 1, MaxLifetime: 2, DialTimeout: 3, SweepInterval: 4, HookTimeout: 5, HoldWarn: 6, CheckAfterIdle: 4, WaitTimeout: 7, MaxBackoff: 8,
 		}},
 		"odd MaxDialing": {Config{MaxDialing: 1}, Config{
 			MaxOpen: 0, MaxPerAddr: none, MaxIdle: none, MaxIdlePerAddr: none, MaxDialing: 1, MaxDialingPerAddr: 1, MaxWaiters: none, MaxUses: none,
@@ -120,7 +120,7 @@ func TestEveryLimitOfConfigIsInTheTable(t *testing.T) {
 			numbers++
 		}
 	}
-	require.Equal(t, 16, numbers)
+	require.Equal(t, 18, numbers)
 }
 
 func TestNewCopiesTheConfig(t *testing.T) {
@@ -162,7 +162,7 @@ func TestADurationWithoutAUnitIsRefused(t *testing.T) {
 			require.ErrorContains(t, err, "Config."+f.Name+" is "+n.String()+", less than a millisecond", "%v", n)
 		}
 	}
-	require.Equal(t, 7, durations)
+	require.Equal(t, 9, durations)
 }
 
 // TRY-37: a reserve that no limit could ever hold is refused, by New and by

@@ -174,7 +174,7 @@ func (p *Pool) borrow(ctx context.Context, addr *Addr, t *Trace) (_ *conn, waite
 			r.seq = got.w.seq
 			got.w.announce(t, &todo)
 			var err error
-			c, err = got.w.await(ctx)
+			c, err = got.w.await(ctx, r.start)
 			if t != nil {
 				waited = p.clock.Exactly().Sub(r.start)
 			}

@@ -103,7 +103,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	if s.overflow > 0 {
 		defer time.AfterFunc(ownPatience, func() { got.w.noteStalled() }).Stop()
 	}
-	c, err := got.w.await(ctx)
+	c, err := got.w.await(ctx, start)
 	if err != nil {
 		stage, err := stageAndCause(err)
 		p.mu.Lock()

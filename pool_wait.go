@@ -2,8 +2,12 @@ package connpool
 
 import (
 	"context"
+	"fmt"
 	"reflect"
 	"runtime"
+	"time"
+
+	"github.com/seed-ecb488c9/connpool/internal/clock"
 )
 
 // The part of a borrower's wait that blocks. The queue itself is in books_queue.go.
@@ -25,9 +29,34 @@ func (w *waiter) announce(t *Trace, todo *agenda) {
 	told = true
 }
 
-// await blocks until w is served or ctx is done. On return w is in no queue; exactly one of the
+// waitTimeout is the error of a borrower whose wait lasted for Config.WaitTimeout. It is
+// context.DeadlineExceeded.
+type waitTimeout time.Duration
+
+func (d waitTimeout) Error() string {
+	return fmt.Sprintf("no connection within Config.WaitTimeout, %v", time.Duration(d))
+}
+func (waitTimeout) Timeout() bool   { return true }
+func (waitTimeout) Temporary() bool { return true }
+func (waitTimeout) Unwrap() error   { return context.DeadlineExceeded }
+
+// waitEnds returns a channel that signals the end of Config.WaitTimeout for a wait that
+// began at start, and what releases its timer. Without a WaitTimeout the channel is nil.
+func (e *env) waitEnds(start clock.Instant) (over <-chan time.Time, stop func() bool) {
+	d := e.cfg.WaitTimeout
+	if d == 0 {
+		return nil, func() bool { return false }
+	}
+	t := time.NewTimer(d - e.clock.Exactly().Sub(start))
+	return t.C, t.Stop
+}
+
+// await blocks until w is served, ctx is done, or the wait that began at start has lasted
+// for Config.WaitTimeout. On return w is in no queue; exactly one of the
 // connection and the error is set, and with a connection the caller owns the connection.
-func (w *waiter) await(ctx context.Context) (*conn, error) {
+func (w *waiter) await(ctx context.Context, start clock.Instant) (*conn, error) {
+	late, stop := w.site.env.waitEnds(start)
+	defer stop()
 	served, over := false, false
 	defer func() {
 		switch {
@@ -54,6 +83,12 @@ func (w *waiter) await(ctx context.Context) (*conn, error) {
 			return nil, err
 		}
 		return nil, w.gaveUp(causeOf(ctx))
+	case <-late:
+		over = true
+		if err := w.leaveQueue(); err != nil {
+			return nil, err
+		}
+		return nil, w.gaveUp(waitTimeout(w.site.env.cfg.WaitTimeout))
 	}
 }
 

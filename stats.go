@@ -30,18 +30,20 @@ type Stats struct {
 	Unprobed  int // open connections whose liveness cannot be checked, see Prober
 	Residents int // open connections whose client does the I/O, see Resident and Carry
 
-	Loans          uint64        // loans that have ended
-	Reused         uint64        // those of a connection that had been lent before
-	Dials          uint64        // dials that were started
-	DialErrors     uint64        // dials (with handshake) that failed or were given up because nobody needed them any more; failed Setups count in Closed
-	Detached       uint64        // connections that left by Conn.Detach
-	Leaked         uint64        // leases and sessions that became unreachable and were taken back
-	Pushes         uint64        // calls of Config.Push
-	AbandonedCalls uint64        // foreign code given up because it did not end in time: dials, hooks, closes, observers, calls on a connection that its deadline or close did not end
-	Waits          uint64        // borrowers that had to queue
-	WaitDuration   time.Duration // time spent in queues
-	WaitsFailed    uint64        // borrowers that left the queue with an error, including the error of their own ctx
-	Exhausted      uint64        // borrowers refused with ErrExhausted
+	Loans            uint64        // loans that have ended
+	Reused           uint64        // those of a connection that had been lent before
+	Dials            uint64        // dials that were started
+	DialErrors       uint64        // dials (with handshake) that failed or were given up because nobody needed them any more; failed Setups count in Closed
+	Detached         uint64        // connections that left by Conn.Detach
+	Leaked           uint64        // leases and sessions that became unreachable and were taken back
+	Pushes           uint64        // calls of Config.Push
+	AbandonedCalls   uint64        // foreign code given up because it did not end in time: dials, hooks, closes, observers, calls on a connection that its deadline or close did not end
+	Waits            uint64        // borrowers that had to queue
+	WaitDuration     time.Duration // time spent in queues
+	SlotWaits        uint64        // those of Waits who joined a queue while no dial could start for them: they waited for a connection to come back, for a slot, or for the end of a back-off's pause; the others waited for a dial
+	SlotWaitDuration time.Duration // the part of WaitDuration that these spent
+	WaitsFailed      uint64        // borrowers that left the queue with an error, including the error of their own ctx
+	Exhausted        uint64        // borrowers refused with ErrExhausted
 
 	Closed map[CloseReason]uint64 // connections closed, by reason; reasons that never happened are absent
 }

@@ -55,29 +55,29 @@ func TestStatsAreExactAtEveryStageOfALoad(t *testing.T) {
 		second := n.borrow(bg, at("a"))
 		second.conn()
 		third := n.borrow(bg, at("a"))
-		now(Stats{Open: 2, InUse: 2, Waiting: 1, PeakOpen: 2, Addrs: 1, Dials: 2, Waits: 3, WaitDuration: 2 * time.Second})
+		now(Stats{Open: 2, InUse: 2, Waiting: 1, PeakOpen: 2, Addrs: 1, Dials: 2, Waits: 3, SlotWaits: 1, WaitDuration: 2 * time.Second})
 		time.Sleep(time.Second)
 		require.NoError(t, first.giveBack())
 		third.conn()
-		now(Stats{Open: 2, InUse: 2, PeakOpen: 2, Addrs: 1, Loans: 1, Dials: 2, Waits: 3, WaitDuration: 3 * time.Second})
+		now(Stats{Open: 2, InUse: 2, PeakOpen: 2, Addrs: 1, Loans: 1, Dials: 2, Waits: 3, SlotWaits: 1, WaitDuration: 3 * time.Second, SlotWaitDuration: time.Second})
 		require.NoError(t, third.giveBack())
-		now(Stats{Open: 2, InUse: 1, Idle: 1, PeakOpen: 2, Addrs: 1, Loans: 2, Reused: 1, Dials: 2, Waits: 3, WaitDuration: 3 * time.Second})
+		now(Stats{Open: 2, InUse: 1, Idle: 1, PeakOpen: 2, Addrs: 1, Loans: 2, Reused: 1, Dials: 2, Waits: 3, SlotWaits: 1, WaitDuration: 3 * time.Second, SlotWaitDuration: time.Second})
 		require.Equal(t, errBoom, second.finish(discard))
-		now(Stats{Open: 2, Idle: 1, Closing: 1, PeakOpen: 2, Addrs: 1, Loans: 3, Reused: 1, Dials: 2, Waits: 3, WaitDuration: 3 * time.Second})
+		now(Stats{Open: 2, Idle: 1, Closing: 1, PeakOpen: 2, Addrs: 1, Loans: 3, Reused: 1, Dials: 2, Waits: 3, SlotWaits: 1, WaitDuration: 3 * time.Second, SlotWaitDuration: time.Second})
 		time.Sleep(time.Second)
 		closed := reasons{ClosedFnError: 1}
-		now(Stats{Open: 1, Idle: 1, PeakOpen: 2, Addrs: 1, Loans: 3, Reused: 1, Dials: 2, Waits: 3, WaitDuration: 3 * time.Second, Closed: closed})
+		now(Stats{Open: 1, Idle: 1, PeakOpen: 2, Addrs: 1, Loans: 3, Reused: 1, Dials: 2, Waits: 3, SlotWaits: 1, WaitDuration: 3 * time.Second, SlotWaitDuration: time.Second, Closed: closed})
 		n.Host("b").FailNext(syscall.ECONNREFUSED)
 		n.fail(bg, at("b"))
-		now(Stats{Open: 1, Idle: 1, PeakOpen: 2, Addrs: 2, Loans: 3, Reused: 1, Dials: 3, DialErrors: 1, Waits: 4, WaitsFailed: 1,
-			WaitDuration: 3 * time.Second, Closed: closed})
+		now(Stats{Open: 1, Idle: 1, PeakOpen: 2, Addrs: 2, Loans: 3, Reused: 1, Dials: 3, DialErrors: 1, Waits: 4, SlotWaits: 1, WaitsFailed: 1,
+			WaitDuration: 3 * time.Second, SlotWaitDuration: time.Second, Closed: closed})
 		require.NoError(t, n.p.With(bg, at("a"), func(c Conn) error {
 			nc, err := c.Detach()
 			require.NoError(t, err)
 			return nc.Close()
 		}))
-		now(Stats{PeakOpen: 2, Addrs: 1, Loans: 4, Reused: 2, Dials: 3, DialErrors: 1, Detached: 1, Waits: 4, WaitsFailed: 1,
-			WaitDuration: 3 * time.Second, Closed: closed})
+		now(Stats{PeakOpen: 2, Addrs: 1, Loans: 4, Reused: 2, Dials: 3, DialErrors: 1, Detached: 1, Waits: 4, SlotWaits: 1, WaitsFailed: 1,
+			WaitDuration: 3 * time.Second, SlotWaitDuration: time.Second, Closed: closed})
 	})
 }
 

@@ -3,6 +3,50 @@ package main
 // mutants are the defences, each removed. The text must stand exactly once in
 // the package, so that the list stays true when the code changes.
 var mutants = []mutant{
+	// --- WaitTimeout, MaxBackoff ---
+	{
+		name:  "wait-timeout-never-ends",
+		old:   "case <-late:\n\t\tover = true",
+		new:   "case <-make(chan time.Time):\n\t\t_ = late\n\t\tover = true",
+		tests: `TestWaitTimeoutEndsAWaitAndNothingElse`,
+	},
+	{
+		name:  "wait-timeout-from-the-last-round",
+		old:   `time.NewTimer(d - e.clock.Exactly().Sub(start))`,
+		new:   `time.NewTimer(d - 0*e.clock.Exactly().Sub(start))`,
+		tests: `TestWaitTimeoutCountsFromTheFirstWait`,
+	},
+	{
+		name:  "wait-timeout-is-no-deadline",
+		old:   `func (waitTimeout) Unwrap() error   { return context.DeadlineExceeded }`,
+		new:   `func (waitTimeout) Unwrap() error   { return nil }`,
+		tests: `TestTheErrorOfWaitTimeoutIsATimeoutAndSaysWhatWasWaitedFor`,
+	},
+	{
+		name:  "wait-timeout-says-nothing",
+		old:   `return nil, w.gaveUp(waitTimeout(w.site.env.cfg.WaitTimeout))`,
+		new:   `return nil, waitTimeout(w.site.env.cfg.WaitTimeout)`,
+		tests: `TestTheErrorOfWaitTimeoutIsATimeoutAndSaysWhatWasWaitedFor`,
+	},
+	{
+		name:  "max-backoff-ignored",
+		old:   `s.backoff.patience(b.maxBackoff)`,
+		new:   `s.backoff.patience(0)`,
+		tests: `TestMaxBackoffIsTheLongestPause`,
+	},
+	{
+		name:  "back-off-cannot-be-switched-off",
+		old:   `if b.maxBackoff >= 0 || t.failures < backoffAfter-1 {`,
+		new:   `if true {`,
+		tests: `TestANegativeMaxBackoffSwitchesBackOffOff`,
+	},
+	{
+		name:  "slot-waits-count-dials",
+		old:   `w.forSlot = s.queue.nextToDial != nil && w.seq >= s.queue.nextToDial.seq`,
+		new:   `w.forSlot = true`,
+		tests: `TestStatsTellWaitingForASlotFromWaitingForADial`,
+	},
+
 	// --- KeepErr ---
 	{
 		name:  "keeperr-asked-in-disorder",
@@ -13,7 +57,7 @@ var mutants = []mutant{
 	{
 		name:  "keeperr-asked-about-another-use",
 		old:   `said <- !errors.As(err, &other) && keep(addr, err)`,
-		new:   `said <- keep(addr, err) && other == nil`,
+		new:   "_ = errors.As(err, &other)\n\t\tsaid <- keep(addr, err)",
 		tests: `TestKeepErrKeepsWhatTheProtocolCallsHarmless`,
 	},
 	{
