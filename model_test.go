@@ -247,6 +247,11 @@ func (w *world) reopen() {
 	if of(0, 1) == 1 {
 		cfg.Check = func(ctx context.Context, c Conn) error { return nil }
 	}
+	if n := len(w.program); n > 0 { // from the end: a byte of the front would change what every known program does
+		last := int(w.program[n-1]) + n
+		cfg.WaitTimeout = time.Duration([]int{0, 0, 0, 0, 2, 20}[last%6]) * time.Second
+		cfg.MaxBackoff = time.Duration([]int{0, 0, -1, 100, 5000}[last/6%5]) * time.Millisecond
+	}
 	cfg.Setup = w.setup
 	w.watchHolds(&cfg)
 	w.spareShape(&cfg, of)
