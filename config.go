@@ -124,13 +124,12 @@ type Config struct {
 	// together. 0: 10 seconds; negative: no bound.
 	DialTimeout time.Duration
 
-	// WaitTimeout bounds the wait of a borrower in the queue, for a slot or for a dial,
-	// whatever its ctx says; the time before it takes effect runs from the moment when
-	// the borrower began to wait. Then the borrow fails with an *[Error] of StageWait that
-	// is a time-out, is context.DeadlineExceeded, and says what the wait was for. A dial
-	// under way goes on, for the next borrower. WaitTimeout holds for DialContext, too,
-	// and for no other wait: Check before a loan has HookTimeout, the turn of a session
-	// and Warm have their ctx. 0 or negative: no bound, only ctx ends the wait.
+	// WaitTimeout bounds how long a borrower waits in the queue, for a slot or for a dial,
+	// if its ctx does not end sooner. Then the borrow fails with an *[Error] of StageWait
+	// that is a time-out and context.DeadlineExceeded, and says what the wait was for. A
+	// dial under way goes on, for the next borrower. DialContext has the same bound. Other
+	// waits have their own: a Check before a loan HookTimeout, the turn of a session and
+	// Warm their ctx. 0 or negative: only ctx ends the wait.
 	WaitTimeout time.Duration
 
 	// MaxBackoff is the longest pause between two dials to an address that failed three

@@ -22,7 +22,8 @@ import (
 //
 // The connection takes a slot of MaxOpen. To make room, the pool closes the least
 // recently used idle connection; if there is none, DialContext waits for a slot, in one
-// queue with the pool's borrowers, until ctx is done. The dial counts in MaxDialing, is
+// queue with the pool's borrowers, until ctx is done. Config.WaitTimeout bounds the wait for
+// the slot and the dial together. The dial counts in MaxDialing, is
 // bounded by ctx and by DialTimeout, and is repeated when file handles run out, as the
 // pool's own dials are. MaxPerAddr and MaxDialingPerAddr do not apply, because the
 // library decides how many connections it needs. TLS is the library's business too, and
