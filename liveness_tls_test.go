@@ -56,7 +56,7 @@ func tlBaseline(t *testing.T) {
 	}
 	goroutines, files := runtime.NumGoroutine(), tlFiles()
 	t.Cleanup(func() {
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for runtime.NumGoroutine() > goroutines || tlFiles() > files {
 			if time.Now().After(deadline) {
 				buf := make([]byte, 1<<20)
@@ -331,7 +331,7 @@ func tlArrived(c Conn) error {
 }
 
 func tlSomething(raw syscall.RawConn) error {
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); runtime.Gosched() {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); runtime.Gosched() {
 		seen := sock.Seen{}
 		if err := raw.Control(func(fd uintptr) { seen = sock.Peek(fd) }); err != nil {
 			return err
@@ -568,7 +568,7 @@ func (f tlFault) run(t *testing.T, how tlSecure, nth int, watched bool) {
 	require.Equal(t, 2, s.accepts())
 	want := map[CloseReason]uint64{f.reason: 1}
 	var closed map[CloseReason]uint64
-	for deadline := time.Now().Add(10 * time.Second); len(closed) == 0 && time.Now().Before(deadline); runtime.Gosched() {
+	for deadline := time.Now().Add(time.Minute); len(closed) == 0 && time.Now().Before(deadline); runtime.Gosched() {
 		closed = p.Stats().Closed // a foreign connection is closed in the background
 	}
 	if f.also != ClosedUnknown && closed[f.also] > 0 {

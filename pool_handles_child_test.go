@@ -466,7 +466,7 @@ func TestOutOfHandlesTheLeastRecentlyUsedMakeRoomInExactOrder(t *testing.T) {
 		want = append(want, serials[i])
 		visit(1000 + k)
 		require.Equal(t, room, p.Stats().Open)
-		comesTrue(t, "the server sees "+strings.Join(want, ","), func() bool {
+		soon(t, "the server sees "+strings.Join(want, ","), func() bool {
 			reply, err := enquire(control, "gone?")
 			require.NoError(t, err)
 			return strings.HasSuffix(reply, " "+strings.Join(want, ","))
@@ -626,7 +626,7 @@ func stormHandles(t *testing.T, peers map[string]Addr, span time.Duration, hoard
 		require.Contains(t, []CloseReason{ClosedEvicted, ClosedLowHandles}, reason)
 	}
 	require.NoError(t, p.Close())
-	comesTrue(t, "all handles are back", func() bool { return descriptorsOpen(t) <= before })
+	soon(t, "all handles are back", func() bool { return descriptorsOpen(t) <= before })
 }
 
 // TRY-14: a want of handles that is told when there are handles in plenty.

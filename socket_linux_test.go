@@ -174,7 +174,7 @@ func captureSYN(t *testing.T, addr Addr) syn {
 	nc := dialed(t, addr)
 	from := nc.LocalAddr().(*net.TCPAddr).Port
 	packet := make([]byte, 256)
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		n, _, err := unix.Recvfrom(fd, packet, 0)
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
 			continue
