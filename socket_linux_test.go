@@ -184,7 +184,7 @@ func captureSYN(t *testing.T, addr Addr) syn {
 			return s
 		}
 	}
-	require.Fail(t, "the SYN did not pass the loopback within 10 s")
+	require.Fail(t, "the SYN did not pass the loopback within a minute")
 	return syn{}
 }
 
