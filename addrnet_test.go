@@ -143,22 +143,20 @@ func TestHostPortIsWhatADialerOfOnesOwnNeeds(t *testing.T) {
 // One function reads an address of package net, for NetAddr and for DialContext. Only
 // DialContext can say a family, and takes an address without a host for this machine.
 func TestDialContextReadsWhatNetAddrReads(t *testing.T) {
-	var plain Config
-	own := Config{Dialers: map[Transport]DialFunc{TCP: nil}}
-	own.Dialers[TCP] = (&testnet{}).dial
+	own := (&testnet{}).dial
 	for _, c := range []struct{ network, address string }{{"tcp", ":80"}, {"tcp4", "localhost:80"}} {
-		got, err := plain.trackedAddr(bg, c.network, c.address)
+		got, err := trackedAddr(bg, c.network, c.address, nil)
 		require.NoError(t, err)
 		require.Equal(t, MustParseAddr("tcp://localhost:80"), got)
 		_, err = NetAddr(c.network, c.address)
 		require.Error(t, err)
 	}
-	_, err := own.trackedAddr(bg, "tcp4", "localhost:80")
+	_, err := trackedAddr(bg, "tcp4", "localhost:80", own)
 	require.ErrorContains(t, err, `Config.Dialers["tcp"] cannot be told to dial tcp4: use network tcp`)
-	zoned, err := own.trackedAddr(bg, "tcp6", "[fe80::1%eth0]:80")
+	zoned, err := trackedAddr(bg, "tcp6", "[fe80::1%eth0]:80", own)
 	require.NoError(t, err)
 	require.Equal(t, "fe80::1%eth0", zoned.Host)
-	_, err = plain.trackedAddr(bg, "udp", "localhost:80")
+	_, err = trackedAddr(bg, "udp", "localhost:80", nil)
 	require.ErrorContains(t, err, "dial udp localhost:80: the network must be")
 	var usage *Error
 	require.True(t, errors.As(err, &usage) && usage.Stage == StageUsage)

@@ -143,6 +143,16 @@ func pages(ctx context.Context, pool *connpool.Pool, addr connpool.Addr, request
 	{
 		client := http.Client{Transport: &http.Transport{DialContext: pool.DialContext}}
 		_ = client
+		local := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}
+		dial := pool.DialThrough((&net.Dialer{LocalAddr: local}).DialContext, 0)
+		_ = dial
+	}
+	{
+		var client struct {
+			Dial func(ctx context.Context, network, address string) (net.Conn, error)
+		}
+		client.Dial = pool.LeaseContext
+		client.Dial = pool.LeaseDialer(connpool.Addr{Transport: connpool.TLS})
 	}
 	{
 		err := pool.With(ctx, addr, request)

@@ -183,4 +183,36 @@ func ExamplePool_DialContext() {
 	// you asked for /x; 1 connection
 }
 
+// A library that dials for each call, and closes, works over warm connections.
+func ExamplePool_LeaseContext() {
+	addr, stop := listen(func(nc net.Conn) { io.Copy(nc, nc) })
+	defer stop()
+	pool, err := connpool.New(connpool.Config{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer pool.Close()
+
+	type client struct { // of the library
+		Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	}
+	call := func(k client, request string) {
+		nc, err := k.Dial(context.Background(), "tcp", addr.HostPort())
+		if err != nil {
+			log.Fatal(err)
+		}
+		defer nc.Close()
+		fmt.Fprint(nc, request)
+		reply := make([]byte, len(request))
+		io.ReadFull(nc, reply)
+		fmt.Printf("%s; %d dialed\n", reply, pool.Stats().Dials)
+	}
+	k := client{Dial: pool.LeaseContext}
+	call(k, "one")
+	call(k, "two")
+	// Output:
+	// one; 1 dialed
+	// two; 1 dialed
+}
+
 var _ func(context.Context, string, string) (net.Conn, error) = new(connpool.Pool).DialContext

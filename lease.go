@@ -77,7 +77,10 @@ var (
 // wait for the connection; the values of ctx serve for the whole lease. The error is as
 // for [Pool.With]. A lease ignores a [Pool.Session] in ctx: it always has a connection
 // of its own.
-func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
+func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) { return p.lease(ctx, addr, 1) }
+
+// lease is Lease for a caller that is skip frames below the one to report if the lease leaks.
+func (p *Pool) lease(ctx context.Context, addr Addr, skip int) (*Lease, error) {
 	switch {
 	case p.stop == nil:
 		return nil, usage(addr, ErrClosed)
@@ -90,7 +93,7 @@ func (p *Pool) Lease(ctx context.Context, addr Addr) (*Lease, error) {
 		return nil, err
 	}
 	defer k.rescue()
-	k.record(1)
+	k.record(skip + 1)
 	l := &Lease{c: k.c, values: valuesOf{ctx}, trace: k.trace}
 	l.gen = k.start(context.Background()).gen // the ctx of a lease can never be done
 	k.got()

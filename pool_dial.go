@@ -320,21 +320,13 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 		addr.Host += "."
 	}
 	a.enter(StageDial)
-	own := p.cfg.Dialers[addr.Transport]
-	below, name := own, addr.Transport
-	if addr.Transport == TLS && own == nil {
-		below, name = p.cfg.Dialers[TCP], TCP
-	}
-	a.ours = below == nil
-	if below == nil {
-		below = p.ownDial(a.c.site.family)
-	}
-	if addr.Transport == TLS && own == nil {
+	byPool := addr.Transport == TLS && p.cfg.Dialers[TLS] == nil // the handshake
+	if byPool {
 		if err := p.sys.loadRoots(&p.cfg); err != nil {
 			return nil, err
 		}
 	}
-	a.where = "Config.Dialers[\"" + string(name) + "\"]"
+	below := a.dialer(ctx)
 	nc, err := below(ctx, addr)
 	switch {
 	case err != nil:
@@ -346,7 +338,7 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 		return nil, &brokenContract{a.where + " returned neither a connection nor an error"}
 	}
 	a.hold(nc)
-	if addr.Transport != TLS || own != nil {
+	if !byPool {
 		return nc, nil
 	}
 	a.enter(StageHandshake)
@@ -356,6 +348,27 @@ func (a *attempt) connectOnce(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	return tc, nil
+}
+
+// dialer returns what opens the socket, and notes whose that is.
+func (a *attempt) dialer(ctx context.Context) DialFunc {
+	s, cfg := a.c.site, &a.c.site.env.cfg
+	name := s.addr.Transport
+	if name == TLS && cfg.Dialers[TLS] == nil {
+		name = TCP
+	}
+	if s.unpooled() {
+		if own, ok := ctx.Value(throughKey{s}).(*dialThrough); ok {
+			a.ours, a.where = false, "the dial function of DialThrough"
+			return func(ctx context.Context, _ Addr) (net.Conn, error) { return own.dial(ctx, own.network, own.address) }
+		}
+	}
+	below := cfg.Dialers[name]
+	a.ours, a.where = below == nil, "Config.Dialers[\""+string(name)+"\"]"
+	if below == nil {
+		below = s.env.pool.ownDial(s.family)
+	}
+	return below
 }
 
 // ownDial is the pool's own dialer of sockets.

@@ -32,8 +32,8 @@ func (p *Pool) carriedAndClosed(fd uintptr) *conn {
 	return c
 }
 
-// sameSocket reports whether c and d have one socket: a client of Carry may have dialled with
-// DialContext.
+// sameSocket reports whether c and d have one socket: a dialer, or a client of Carry, may have
+// dialled with DialContext.
 func (c *conn) sameSocket(d *conn) bool {
 	return c.sock.known && d.sock.known && c.sock.who == d.sock.who
 }
@@ -60,7 +60,7 @@ func (c *conn) registerFD() {
 	}
 	if old := p.byFD[c.sock.fd()]; old != nil && old == gone {
 		old.word.Or(flagHungUp)
-	} else if old != nil && !(c.isCarried() && old.site.unpooled() && old.sameSocket(c)) {
+	} else if old != nil && !(old.site.unpooled() && old.sameSocket(c)) {
 		p.markStolenLocked(old, &todo)
 	}
 	p.byFD[c.sock.fd()] = c

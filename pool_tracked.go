@@ -48,26 +48,31 @@ import (
 // and Shutdown waits for it and names it. An error is a *[net.OpError], as that of
 // package net's dialer, and wraps an *[Error].
 func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return p.dialCounted(ctx, network, address, 0)
+	return p.dialCounted(ctx, network, address, 0, nil)
 }
 
-// dialCounted is DialContext, and the function that DialOverflow returns.
-func (p *Pool) dialCounted(ctx context.Context, network, address string, overflow int) (net.Conn, error) {
-	nc, err := p.dialTracked(ctx, network, address, overflow)
+// dialCounted is DialContext, and what DialOverflow and DialThrough return. through is nil if the
+// pool's own dialer, or that of the transport, makes the connection.
+func (p *Pool) dialCounted(ctx context.Context, network, address string, overflow int, through *dialThrough) (net.Conn, error) {
+	nc, err := p.dialTracked(ctx, network, address, overflow, through)
 	if pe, ok := err.(*Error); ok {
 		return nil, pe.opError(network, address)
 	}
 	return nc, err
 }
 
-func (p *Pool) dialTracked(ctx context.Context, network, address string, overflow int) (net.Conn, error) {
+func (p *Pool) dialTracked(ctx context.Context, network, address string, overflow int, through *dialThrough) (net.Conn, error) {
 	switch {
 	case p.stop == nil:
 		return nil, usage(Addr{}, ErrClosed)
 	case ctx == nil:
 		return nil, usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
-	addr, err := p.cfg.trackedAddr(ctx, network, address)
+	dialer := p.cfg.Dialers[TCP]
+	if through != nil {
+		dialer = nil // through is told the network
+	}
+	addr, err := trackedAddr(ctx, network, address, dialer)
 	if err != nil {
 		return nil, err
 	}
@@ -79,6 +84,9 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
 	s.overflow = uint8(max(0, min(overflow, math.MaxUint8)))
+	if through != nil {
+		ctx = context.WithValue(ctx, throughKey{s}, through)
+	}
 	t := p.trace(ctx) // trace calls a method of ctx, which is foreign code: not under the lock
 	var todo agenda
 	p.mu.Lock()
@@ -118,10 +126,11 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	return track(c), nil
 }
 
-// trackedAddr is the Addr for the network and address that package net would dial.
-func (cfg *Config) trackedAddr(ctx context.Context, network, address string) (Addr, error) {
+// trackedAddr is the Addr for the network and address that package net would dial. dialer is that
+// of Config.Dialers for TCP if it is to dial, else nil.
+func trackedAddr(ctx context.Context, network, address string, dialer DialFunc) (Addr, error) {
 	addr, err := parseNet(ctx, network, address, "localhost") // as in package net
-	if err == nil && cfg.Dialers[TCP] != nil && oneFamily(network, addr.Host) != nil {
+	if err == nil && dialer != nil && oneFamily(network, addr.Host) != nil {
 		err = fmt.Errorf("Config.Dialers[%q] cannot be told to dial %s: use network tcp", TCP, network)
 	}
 	if err != nil {
@@ -198,9 +207,39 @@ const ownPatience = 250 * time.Millisecond
 // 255 count as 255. With n of 0 or less the function is DialContext.
 func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		return p.dialCounted(ctx, network, address, n)
+		return p.dialCounted(ctx, network, address, n, nil)
 	}
 }
+
+// DialThrough returns a DialContext whose connections are opened by dial, and not by the pool's
+// own dialer: a [net.Dialer] with a LocalAddr for this library alone, or the dialer of a proxy.
+// dial gets network and address as the returned function got them, and a ctx with the bounds of
+// DialContext. If dial returns a *net.TCPConn or *net.UnixConn, the result has the methods of
+// that type; otherwise the result is as with a dialer of Config.Dialers. Config.Dialers and
+// Config.Dialer are not used. dial may be called again for one call of the function, if file
+// handles run out, and by several goroutines at once. If dial itself uses [Pool.DialContext],
+// its connection takes a second slot.
+//
+// n is that of [Pool.DialOverflow]: how many connections may be open beyond MaxOpen; 0 for none.
+// dial must not be nil.
+func (p *Pool) DialThrough(dial func(ctx context.Context, network, address string) (net.Conn, error), n int) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		if dial == nil {
+			return nil, usage(Addr{}, errors.New("the dial function of DialThrough is nil")).opError(network, address)
+		}
+		return p.dialCounted(ctx, network, address, n, &dialThrough{dial, network, address})
+	}
+}
+
+// dialThrough is a dial through the caller's own function.
+type dialThrough struct {
+	dial             func(ctx context.Context, network, address string) (net.Conn, error)
+	network, address string
+}
+
+// throughKey is the key of the *dialThrough of a site in the ctx of its dial. A dial function that
+// passes its ctx on to DialContext has another site there.
+type throughKey struct{ s *site }
 
 // noteStalled records that w, of a DialOverflow, has waited for ownPatience.
 func (w *waiter) noteStalled() {

@@ -1400,7 +1400,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "one-socket-may-be-registered-twice",
-		old:   `!(c.isCarried() && old.site.unpooled() && old.sameSocket(c))`,
+		old:   `!(old.site.unpooled() && old.sameSocket(c))`,
 		new:   `true`,
 		tests: `TestACarriedClientOverDialContext`, in: "internal/suite/clients",
 	},
@@ -1439,6 +1439,48 @@ var mutants = []mutant{
 		old:   `if carried != nil && same(a.state, carried.client) {`,
 		new:   `if false {`,
 		tests: `TestASetupFinds`, in: "internal/suite/clients",
+	},
+	{
+		name:  "a-library-that-gave-up-a-reply-leaves-no-connection",
+		old:   "d.owed.Store(true)\n\treturn d.Lease.Write(b)",
+		new:   "return d.Lease.Write(b)",
+		tests: `TestAReplyThatMayStillCome`,
+	},
+	{
+		name:  "a-library-that-gave-up-a-reply-to-readfrom",
+		old:   "d.owed.Store(true)\n\treturn d.Lease.ReadFrom(r)",
+		new:   "return d.Lease.ReadFrom(r)",
+		tests: `TestAReplyThatMayStillCome`,
+	},
+	{
+		name:  "a-raw-write-is-a-write",
+		old:   `r.d.owed.Store(true)`,
+		new:   `_ = r.d`,
+		tests: `TestARawWriteIsAWrite`,
+	},
+	{
+		name:  "a-lease-dialer-lends-its-address-only",
+		old:   `if err == nil && (a.Host != to.Host || a.Port != to.Port) {`,
+		new:   `if false {`,
+		tests: `TestLeaseDialerLends|TestALeaseInTheShapeOfADialRefuses`,
+	},
+	{
+		name:  "a-lease-dialer-keeps-unix-apart",
+		old:   `if (a.Transport == Unix) != (to.Transport == Unix) {`,
+		new:   `if false {`,
+		tests: `TestALeaseInTheShapeOfADialRefuses`,
+	},
+	{
+		name:  "a-dial-function-is-that-of-its-call",
+		old:   `ctx = context.WithValue(ctx, throughKey{s}, through)`,
+		new:   `ctx = context.WithValue(ctx, throughKey{nil}, through)`,
+		tests: `TestADialThrough|TestADialFunction`,
+	},
+	{
+		name:  "two-connections-of-the-books-may-share-a-socket",
+		old:   `!(old.site.unpooled() && old.sameSocket(c))`,
+		new:   `!(c.isCarried() && old.site.unpooled() && old.sameSocket(c))`,
+		tests: `TestADialerMayUseTheDialContextOfThePool`,
 	},
 	{
 		name:  "a-carried-client-that-closed-its-socket-is-not-kept",
