@@ -36,7 +36,7 @@ import (
 // the login, let [Pool.LeaseDialer] do TLS, or use [Pool.DialContext], which counts the
 // library's connections and lends none again.
 func (p *Pool) LeaseContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return p.leaseDialed(ctx, network, address, nil)
+	return (&leaseDialer{p: p}).dial(ctx, network, address)
 }
 
 // LeaseDialer is [Pool.LeaseContext] for connections with the Transport, Scope, QoS and
@@ -47,12 +47,18 @@ func (p *Pool) LeaseContext(ctx context.Context, network, address string) (net.C
 // be valid ([Addr.Validate]); if it is not, each call fails.
 func (p *Pool) LeaseDialer(addr Addr) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		return p.leaseDialed(ctx, network, address, &addr)
+		return (&leaseDialer{p, &addr}).dial(ctx, network, address)
 	}
 }
 
-func (p *Pool) leaseDialed(ctx context.Context, network, address string, like *Addr) (net.Conn, error) {
-	l, err := p.leaseLike(ctx, network, address, like)
+// leaseDialer is a dialer that lends.
+type leaseDialer struct {
+	p    *Pool
+	like *Addr // of LeaseDialer; nil for LeaseContext
+}
+
+func (d *leaseDialer) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	l, err := d.lease(ctx, network, address)
 	if pe, ok := err.(*Error); ok {
 		return nil, pe.opError(network, address)
 	}
@@ -62,7 +68,7 @@ func (p *Pool) leaseDialed(ctx context.Context, network, address string, like *A
 	return &dialedLease{Lease: l}, nil
 }
 
-func (p *Pool) leaseLike(ctx context.Context, network, address string, like *Addr) (*Lease, error) {
+func (d *leaseDialer) lease(ctx context.Context, network, address string) (*Lease, error) {
 	if ctx == nil {
 		return nil, usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
@@ -70,13 +76,13 @@ func (p *Pool) leaseLike(ctx context.Context, network, address string, like *Add
 	if err == nil {
 		err = oneFamily(network, addr.Host)
 	}
-	if err == nil && like != nil {
-		addr, err = like.dialedAs(addr)
+	if err == nil && d.like != nil {
+		addr, err = d.like.dialedAs(addr)
 	}
 	if err != nil {
 		return nil, usage(Addr{}, fmt.Errorf("dial %s %s: %w", network, address, err))
 	}
-	return p.lease(ctx, addr, 3)
+	return d.p.lease(ctx, addr, 3)
 }
 
 // dialedAs is the Addr that LeaseDialer(a) lends for a dial of to. to is canonical.

@@ -17,7 +17,7 @@ func TestImportingCostsLittle(t *testing.T) {
 	mod, err := os.ReadFile("go.mod")
 	require.NoError(t, err)
 	require.Regexp(t, regexp.MustCompile(`(?m)^go 1\.24\.1$`), string(mod))
-	for _, line := range []string{"golang-lru/v2 v2.0.7", "golang.org/x/sync v0.7.0", "golang.org/x/sys v0.28.0"} {
+	for _, line := range []string{"golang-lru/v2 v2.0.1\n", "golang.org/x/sync v0.1.0\n", "golang.org/x/sys v0.1.0\n"} {
 		require.Contains(t, string(mod), line)
 	}
 	goTool, err := exec.LookPath("go")

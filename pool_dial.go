@@ -358,25 +358,25 @@ func (a *attempt) dialer(ctx context.Context) DialFunc {
 		name = TCP
 	}
 	if s.unpooled() {
-		if own, ok := ctx.Value(throughKey{s}).(*dialThrough); ok {
+		if through, ok := ctx.Value(throughKey{s}).(DialFunc); ok {
 			a.ours, a.where = false, "the dial function of DialThrough"
-			return func(ctx context.Context, _ Addr) (net.Conn, error) { return own.dial(ctx, own.network, own.address) }
+			return through
 		}
 	}
 	below := cfg.Dialers[name]
 	a.ours, a.where = below == nil, "Config.Dialers[\""+string(name)+"\"]"
 	if below == nil {
-		below = s.env.pool.ownDial(s.family)
+		below = s.ownDial()
 	}
 	return below
 }
 
-// ownDial is the pool's own dialer of sockets.
-func (p *Pool) ownDial(f family) DialFunc {
-	base := p.cfg.Dialer
+// ownDial is the pool's own dialer of sockets, for the addresses of s.
+func (s *site) ownDial() DialFunc {
+	f, base := s.family, s.env.cfg.Dialer
 	if base == nil {
 		if f <= familyAny {
-			return p.sys.dial
+			return s.env.sys.dial
 		}
 		base = new(net.Dialer)
 	}

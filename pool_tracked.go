@@ -48,20 +48,30 @@ import (
 // and Shutdown waits for it and names it. An error is a *[net.OpError], as that of
 // package net's dialer, and wraps an *[Error].
 func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return p.dialCounted(ctx, network, address, 0, nil)
+	return (&trackedDialer{p: p}).dial(ctx, network, address)
 }
 
-// dialCounted is DialContext, and what DialOverflow and DialThrough return. through is nil if the
-// pool's own dialer, or that of the transport, makes the connection.
-func (p *Pool) dialCounted(ctx context.Context, network, address string, overflow int, through *dialThrough) (net.Conn, error) {
-	nc, err := p.dialTracked(ctx, network, address, overflow, through)
+// trackedDialer is what the functions DialContext, and those that DialOverflow and DialThrough
+// return, have in common.
+type trackedDialer struct {
+	p        *Pool
+	overflow int
+	through  dialFunc // nil: the pool's own dialer, or that of the transport
+}
+
+// dialFunc has the signature of DialContext.
+type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
+
+func (d *trackedDialer) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	nc, err := d.open(ctx, network, address)
 	if pe, ok := err.(*Error); ok {
 		return nil, pe.opError(network, address)
 	}
 	return nc, err
 }
 
-func (p *Pool) dialTracked(ctx context.Context, network, address string, overflow int, through *dialThrough) (net.Conn, error) {
+func (d *trackedDialer) open(ctx context.Context, network, address string) (net.Conn, error) {
+	p := d.p
 	switch {
 	case p.stop == nil:
 		return nil, usage(Addr{}, ErrClosed)
@@ -69,7 +79,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 		return nil, usage(Addr{}, errors.New("ctx is nil: pass context.Background()"))
 	}
 	dialer := p.cfg.Dialers[TCP]
-	if through != nil {
+	if d.through != nil {
 		dialer = nil // through is told the network
 	}
 	addr, err := trackedAddr(ctx, network, address, dialer)
@@ -83,9 +93,11 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	// The site is for this call only: no other borrower may use what is opened here.
 	s := p.newSite(addr)
 	s.family, s.absolute = familyOf(network), absolute(network, address)
-	s.overflow = uint8(max(0, min(overflow, math.MaxUint8)))
-	if through != nil {
-		ctx = context.WithValue(ctx, throughKey{s}, through)
+	s.overflow = uint8(max(0, min(d.overflow, math.MaxUint8)))
+	if d.through != nil {
+		ctx = context.WithValue(ctx, throughKey{s}, DialFunc(func(ctx context.Context, _ Addr) (net.Conn, error) {
+			return d.through(ctx, network, address)
+		}))
 	}
 	t := p.trace(ctx) // trace calls a method of ctx, which is foreign code: not under the lock
 	var todo agenda
@@ -100,7 +112,7 @@ func (p *Pool) dialTracked(ctx context.Context, network, address string, overflo
 	p.unpooled[s] = struct{}{}
 	if s.overflow > 0 {
 		p.overflows++
-		defer p.noteOverflowDialEnded()
+		defer d.noteOverflowEnded()
 	}
 	got := p.enqueueLocked(ctx, s, &request{start: start}, &todo)
 	p.mu.Unlock()
@@ -206,9 +218,7 @@ const ownPatience = 250 * time.Millisecond
 // the number of queries that are canceled at once. Further dials wait for these. More than
 // 255 count as 255. With n of 0 or less the function is DialContext.
 func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address string) (net.Conn, error) {
-	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		return p.dialCounted(ctx, network, address, n, nil)
-	}
+	return (&trackedDialer{p: p, overflow: n}).dial
 }
 
 // DialThrough returns a DialContext whose connections are opened by dial, and not by the pool's
@@ -223,22 +233,16 @@ func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address st
 // n is that of [Pool.DialOverflow]: how many connections may be open beyond MaxOpen; 0 for none.
 // dial must not be nil.
 func (p *Pool) DialThrough(dial func(ctx context.Context, network, address string) (net.Conn, error), n int) func(ctx context.Context, network, address string) (net.Conn, error) {
-	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		if dial == nil {
+	if dial == nil {
+		return func(_ context.Context, network, address string) (net.Conn, error) {
 			return nil, usage(Addr{}, errors.New("the dial function of DialThrough is nil")).opError(network, address)
 		}
-		return p.dialCounted(ctx, network, address, n, &dialThrough{dial, network, address})
 	}
+	return (&trackedDialer{p, n, dial}).dial
 }
 
-// dialThrough is a dial through the caller's own function.
-type dialThrough struct {
-	dial             func(ctx context.Context, network, address string) (net.Conn, error)
-	network, address string
-}
-
-// throughKey is the key of the *dialThrough of a site in the ctx of its dial. A dial function that
-// passes its ctx on to DialContext has another site there.
+// throughKey is the key, in the ctx of a dial, of the dial function of DialThrough. The dials that
+// this function makes itself, under its ctx, are of other sites.
 type throughKey struct{ s *site }
 
 // noteStalled records that w, of a DialOverflow, has waited for ownPatience.
@@ -254,11 +258,11 @@ func (w *waiter) noteStalled() {
 	todo.run(p)
 }
 
-// noteOverflowDialEnded records that a call of DialOverflow's function has ended.
-func (p *Pool) noteOverflowDialEnded() {
-	p.mu.Lock()
-	p.overflows--
-	p.mu.Unlock()
+// noteOverflowEnded records that a call of DialOverflow's function has ended.
+func (d *trackedDialer) noteOverflowEnded() {
+	d.p.mu.Lock()
+	d.p.overflows--
+	d.p.mu.Unlock()
 }
 
 // track wraps c for the caller, with the methods of its kind of connection.

@@ -114,19 +114,23 @@ func (h Harness) Run(t *testing.T, script Script) (err error) {
 		panic(fmt.Sprintf("connpooltest: the script %q has not ended in a minute: does the client wait while it holds a mutex? Then set Harness.Loopback", script))
 	})
 	defer stuck.Stop()
+	played := false
 	defer func() {
 		p := recover()
 		if p == nil {
 			return
 		}
-		if !strings.HasPrefix(fmt.Sprint(p), "deadlock: main bubble goroutine has exited") {
+		if !played || !strings.HasPrefix(fmt.Sprint(p), "deadlock: ") {
 			panic(p)
 		}
 		if err == nil { // else the failure says more
 			err = &Failure{Kind: Leaked, Text: "goroutines are left of the client:\n" + leftInBubble(), Script: script, Step: -1}
 		}
 	}()
-	synctest.Test(t, func(*testing.T) { err = h.play(script, synctest.Wait) })
+	synctest.Test(t, func(*testing.T) {
+		err = h.play(script, synctest.Wait)
+		played = true
+	})
 	return err
 }
 
@@ -150,7 +154,7 @@ func leftInBubble() string {
 	return left
 }
 
-var bubbleOf = regexp.MustCompile(`^goroutine \d+ \[.*synctest bubble (\d+)\]`)
+var bubbleOf = regexp.MustCompile(`^goroutine \d+ \[.*synctest (?:bubble|group) (\d+)\]`)
 
 // call is a step that has begun.
 type call struct {

@@ -93,7 +93,7 @@ func TestInterruptEndsEveryCommandAndLeavesNothing(t *testing.T) {
 				began := time.Now()
 				status = run(ctx, c.args, &out, &errs)
 				cancel()
-				assert.Less(t, time.Since(began), d+30*time.Second)
+				assert.Less(t, time.Since(began), 2*time.Minute)
 				if c.status < 0 || status == c.status {
 					break
 				}

@@ -18,7 +18,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
-	"golang.org/x/net/nettest"
 
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 	"github.com/seed-ecb488c9/connpool/internal/tasks"
@@ -66,29 +65,6 @@ func read(t *testing.T, c net.Conn, want string) {
 	_, err := io.ReadFull(c, b)
 	require.NoError(t, err)
 	require.Equal(t, want, string(b))
-}
-
-func TestConnKeepsTheContractOfNetConn(t *testing.T) {
-	for name, script := range map[string]func(*Host){
-		"plain":    func(*Host) {},
-		"delayed":  func(h *Host) { h.SetDelay(10 * time.Microsecond) },
-		"dripping": func(h *Host) { h.Drip(200, 0) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel() // it waits for time-outs
-			nettest.TestConn(t, func() (net.Conn, net.Conn, func(), error) {
-				m := NewMem()
-				m.Shared(true)
-				script(m.Host("a"))
-				client, err := m.Dial(t.Context(), "a")
-				if err != nil {
-					return nil, nil, nil, err
-				}
-				server := m.Host("a").Conns()[0]
-				return client, server, func() { client.Close(); server.Close() }, nil
-			})
-		})
-	}
 }
 
 func TestDialTakesTheLatency(t *testing.T) {

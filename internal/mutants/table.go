@@ -1472,8 +1472,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-dial-function-is-that-of-its-call",
-		old:   `ctx = context.WithValue(ctx, throughKey{s}, through)`,
-		new:   `ctx = context.WithValue(ctx, throughKey{nil}, through)`,
+		old:   `ctx = context.WithValue(ctx, throughKey{s}, DialFunc(`,
+		new:   `ctx = context.WithValue(ctx, throughKey{nil}, DialFunc(`,
 		tests: `TestADialThrough|TestADialFunction`,
 	},
 	{

@@ -7,76 +7,19 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
-	"os/exec"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/net/nettest"
 
 	"github.com/seed-ecb488c9/connpool"
 	"github.com/seed-ecb488c9/connpool/internal/faultnet"
-	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/pooltest"
-	"github.com/seed-ecb488c9/connpool/internal/short"
 )
 
 // What a borrower holds is a complete net.Conn.
-
-const conformTLS = "CONNPOOL_TEST_CONFORM_TLS"
-
-// BETA-14
-func TestALoanPassesTheConformanceTestOfNetConn(t *testing.T) {
-	for _, name := range short.Of([]string{"tcp", "unix", "tls12", "tls13"}, []string{"tcp", "tls13"}) {
-		t.Run(name, func(t *testing.T) {
-			if strings.HasPrefix(name, "tls") && os.Getenv(conformTLS) == "" {
-				// Three parts of the test want to go on after a write that
-				// timed out. After that a crypto/tls connection writes no
-				// more, so it does not pass them either, and there is no way
-				// to leave them out but the command line.
-				run := "^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$" +
-					"/^(BasicIO|PingPong|RacyRead|RacyWrite|ReadTimeout|WriteTimeout|PresentTimeout|CloseTimeout)$"
-				child := exec.CommandContext(t.Context(), os.Args[0], "-test.run="+run, "-test.count=1", "-test.v", "-test.timeout=2m")
-				child.Env = append(os.Environ(), conformTLS+"=1")
-				out, err := child.CombinedOutput()
-				require.NoError(t, err, "%s", out)
-				require.Equal(t, 8, strings.Count(string(out), "--- PASS: "+t.Name()+"/"), "%s", out)
-				return
-			}
-			patience.NothingLeaks(t)
-			nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
-				peers, over := make(chan *faultnet.Peer, 1), make(chan struct{})
-				n := pooltest.StartSock(t, name, faultnet.Options{Handler: func(p *faultnet.Peer) {
-					peers <- p
-					<-over
-				}})
-				p, err := pooltest.New(n.Config)
-				if err != nil {
-					return nil, nil, nil, err
-				}
-				h := pooltest.Hold(t, p, n.Addr)
-				peer := <-peers
-				return h, peer, func() {
-					h.Close()
-					peer.Close()
-					close(over)
-					if err := h.End(nil); err != nil {
-						t.Error(err)
-					}
-					pooltest.Check(t, p)
-					if err := p.Close(); err != nil {
-						t.Error(err)
-					}
-					n.Server.Close()
-				}, nil
-			})
-		})
-	}
-}
 
 // BETA-14
 func TestCopyBetweenTwoLoansMovesEveryByte(t *testing.T) {
