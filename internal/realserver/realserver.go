@@ -8,6 +8,9 @@ package realserver
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"net"
 	"os"
@@ -148,6 +151,51 @@ service stats {
 			return []string{"-F", "-c", conf}
 		},
 	}
+}
+
+// Unbound is a DNS server over TCP, or over TLS if there is a certificate. It knows the names
+// n0.test. to n2047.test., each with its number as TXT, and refuses what is below refused.test.
+func Unbound(cert *tls.Certificate) Kind {
+	return Kind{
+		Program: "unbound", Package: "unbound", Stop: syscall.SIGTERM,
+		Prepare: func(dir string, _ func(argv ...string) error) error {
+			if cert == nil {
+				return nil
+			}
+			return writePEM(dir, *cert)
+		},
+		Args: func(dir string, port int) []string {
+			conf := fmt.Appendf(nil, "server:\n interface: 127.0.0.1@%d\n port: %[1]d\n do-udp: no\n num-threads: 1\n"+
+				" incoming-num-tcp: 100\n use-syslog: no\n username: \"\"\n chroot: \"\"\n directory: %q\n pidfile: \"\"\n"+
+				" module-config: \"iterator\"\n local-zone: test. static\n local-zone: refused.test. refuse\n", port, dir)
+			if cert != nil {
+				conf = fmt.Appendf(conf, " tls-port: %d\n tls-service-pem: cert.pem\n tls-service-key: key.pem\n", port)
+			}
+			for i := range 2048 {
+				conf = fmt.Appendf(conf, " local-data: 'n%d.test. 60 TXT \"%[1]d\"'\n", i)
+			}
+			conf = append(conf, "remote-control:\n control-enable: no\n"...)
+			os.WriteFile(filepath.Join(dir, "unbound.conf"), conf, 0o644)
+			return []string{"-d", "-c", filepath.Join(dir, "unbound.conf")}
+		},
+	}
+}
+
+// writePEM writes a certificate and its key to the files cert.pem and key.pem.
+func writePEM(dir string, cert tls.Certificate) error {
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		return err
+	}
+	var chain []byte
+	for _, der := range cert.Certificate {
+		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cert.pem"), chain, 0o644); err != nil {
+		return err
+	}
+	// The key of a test, in a folder of the test, which the server reads as another user.
+	return os.WriteFile(filepath.Join(dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o644)
 }
 
 // Find returns the path of a program, from PATH or from where Debian puts servers. Of
