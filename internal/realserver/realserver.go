@@ -1,7 +1,7 @@
 //go:build unix
 
 // Package realserver starts the distribution's servers for tests: on loopback, on a port
-// that was free, in a folder of their own, and never as root. A server ends with its
+// that was free, in a folder of their own, and never as root (but for Itself). A server ends with its
 // test; on Linux it also ends when the test's process is killed.
 package realserver
 
@@ -50,6 +50,10 @@ type Kind struct {
 	Prepare func(dir string, run func(argv ...string) error) error
 	// Args are the arguments for a server on 127.0.0.1:port.
 	Args func(dir string, port int) []string
+	// Env is more of the environment of such a server. It may be nil.
+	Env func(port int) []string
+
+	asWeAre bool // as our own user, since no other may read the program
 }
 
 // Redis is a redis-server that stores nothing on disk, with more arguments if given.
@@ -181,6 +185,20 @@ func Unbound(cert *tls.Certificate) Kind {
 	}
 }
 
+// Itself is the program that runs the test, once more: its TestMain finds env in the environment
+// and is the server.
+func Itself(t testing.TB, env func(port int) []string) Kind {
+	t.Helper()
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Kind{
+		Program: program, Stop: syscall.SIGTERM, asWeAre: true, Env: env,
+		Args: func(string, int) []string { return nil },
+	}
+}
+
 // writePEM writes a certificate and its key to the files cert.pem and key.pem.
 func writePEM(dir string, cert tls.Certificate) error {
 	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
@@ -227,7 +245,7 @@ func Start(t testing.TB, k Kind) *Server {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	as := process()
-	if os.Geteuid() == 0 {
+	if os.Geteuid() == 0 && !k.asWeAre {
 		nobody, err := user.Lookup("nobody")
 		if err != nil {
 			t.Skipf("we are root, and there is no other user to run %s: %v", k.Program, err)
@@ -264,7 +282,13 @@ func Start(t testing.TB, k Kind) *Server {
 			t.Fatal(err)
 		}
 		s := &Server{Addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), Dir: dir, stop: k.Stop}
-		s.again = func() *exec.Cmd { return command(path, k.Args(dir, port)...) }
+		s.again = func() *exec.Cmd {
+			cmd := command(path, k.Args(dir, port)...)
+			if k.Env != nil {
+				cmd.Env = append(cmd.Env, k.Env(port)...)
+			}
+			return cmd
+		}
 		if err = s.run(s.again()); err == nil {
 			t.Cleanup(s.Stop)
 			return s
