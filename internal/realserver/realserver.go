@@ -53,7 +53,8 @@ type Kind struct {
 	// Env is more of the environment of such a server. It may be nil.
 	Env func(port int) []string
 
-	asWeAre bool // as our own user, since no other may read the program
+	module  string // a module of Python without which there is no server; "": none
+	asWeAre bool   // as our own user, since no other may read the program
 }
 
 // Redis is a redis-server that stores nothing on disk, with more arguments if given.
@@ -185,6 +186,64 @@ func Unbound(cert *tls.Certificate) Kind {
 	}
 }
 
+// python is the system's, for which the distribution's packages are.
+const python = "/usr/bin/python3"
+
+// SMTP is a mail server that offers STARTTLS if there is a certificate, and knows the user "user"
+// with the password "secret". It refuses recipients whose name begins with "nobody", and messages
+// that contain "spam"; the reply to any other message ends with its last line. It logs each QUIT.
+func SMTP(cert *tls.Certificate) Kind {
+	return Kind{
+		Program: python, Package: "python3-aiosmtpd", Stop: syscall.SIGTERM, module: "aiosmtpd",
+		Prepare: func(dir string, _ func(argv ...string) error) error {
+			if cert != nil {
+				if err := writePEM(dir, *cert); err != nil {
+					return err
+				}
+			}
+			return os.WriteFile(filepath.Join(dir, "server.py"), []byte(smtpServer), 0o644)
+		},
+		Args: func(dir string, port int) []string { return []string{"server.py", strconv.Itoa(port)} },
+	}
+}
+
+const smtpServer = `import asyncio, os, ssl, sys
+from aiosmtpd.smtp import SMTP, AuthResult
+
+class Handler:
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if address.startswith("nobody"):
+            return "550 5.1.1 no such user"
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 OK"
+
+    async def handle_DATA(self, server, session, envelope):
+        if b"spam" in envelope.content:
+            return "554 5.6.0 refused"
+        return "250 2.0.0 taken as " + envelope.content.decode().split()[-1]
+
+    async def handle_QUIT(self, server, session, envelope):
+        print("QUIT", flush=True)
+        return "221 2.0.0 bye"
+
+def authenticate(server, session, envelope, mechanism, data):
+    return AuthResult(handled=False, success=data.login == b"user" and data.password == b"secret")
+
+async def main():
+    tls = None
+    if os.path.exists("cert.pem"):
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain("cert.pem", "key.pem")
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: SMTP(Handler(), tls_context=tls, require_starttls=tls is not None, hostname="localhost",
+                     authenticator=authenticate, auth_required=tls is not None, loop=loop),
+        "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+
+asyncio.run(main())
+`
+
 // Itself is the program that runs the test, once more: its TestMain finds env in the environment
 // and is the server.
 func Itself(t testing.TB, env func(port int) []string) Kind {
@@ -239,6 +298,9 @@ func Find(t testing.TB, program, pkg string) string {
 func Start(t testing.TB, k Kind) *Server {
 	t.Helper()
 	path := Find(t, k.Program, k.Package)
+	if k.module != "" && exec.Command(path, "-c", "import "+k.module).Run() != nil {
+		t.Skipf("%s has no module %s: install the package %s", path, k.module, k.Package)
+	}
 	dir, err := os.MkdirTemp("", "rs") // short: a Unix socket's path has 107 bytes at most
 	if err != nil {
 		t.Fatal(err)
