@@ -244,6 +244,29 @@ async def main():
 asyncio.run(main())
 `
 
+// Modbus is a Modbus/TCP device with 2048 holding registers, each of which holds its own address.
+// Other addresses are illegal.
+func Modbus() Kind {
+	return Kind{
+		Program: python, Package: "python3-pymodbus, with python3-serial-asyncio", Stop: syscall.SIGTERM, module: "pymodbus.server",
+		Prepare: func(dir string, _ func(argv ...string) error) error {
+			return os.WriteFile(filepath.Join(dir, "server.py"), []byte(modbusServer), 0o644)
+		},
+		Args: func(dir string, port int) []string { return []string{"server.py", strconv.Itoa(port)} },
+	}
+}
+
+const modbusServer = `import asyncio, sys
+from pymodbus.datastore import ModbusSequentialDataBlock, ModbusServerContext, ModbusSlaveContext
+from pymodbus.server import StartAsyncTcpServer
+
+registers = ModbusSequentialDataBlock(0, list(range(2048)))
+device = ModbusSlaveContext(hr=registers, zero_mode=True)
+asyncio.run(StartAsyncTcpServer(
+    context=ModbusServerContext(slaves=device, single=True),
+    address=("127.0.0.1", int(sys.argv[1])), allow_reuse_address=True))
+`
+
 // Itself is the program that runs the test, once more: its TestMain finds env in the environment
 // and is the server.
 func Itself(t testing.TB, env func(port int) []string) Kind {
