@@ -81,7 +81,7 @@ func answering(t *testing.T, reply func(*dns.Msg) *dns.Msg) (*pooldns.Client, *c
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	started := make(chan struct{})
-	srv := &dns.Server{Listener: l, NotifyStartedFunc: func() { close(started) },
+	srv := &dns.Server{Listener: l, TsigSecret: map[string]string{"key.": "b3RoZXI="}, NotifyStartedFunc: func() { close(started) },
 		Handler: dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) { w.WriteMsg(reply(m)) })}
 	go srv.ActivateAndServe()
 	<-started
@@ -129,10 +129,23 @@ func TestAQueryThatCannotBeSentCostsNoConnection(t *testing.T) {
 		require.Error(t, err)
 	}
 	require.EqualValues(t, 1, pool.Stats().Dials)
+}
+
+// ADO-14: a reply with a wrong signature was read to its end.
+func TestAWrongSignatureCostsNoConnection(t *testing.T) {
+	client, pool := answering(t, func(m *dns.Msg) *dns.Msg {
+		reply := new(dns.Msg).SetReply(m)
+		reply.SetTsig("key.", dns.HmacSHA256, 300, time.Now().Unix())
+		return reply
+	})
 	client.Options.TsigSecret = map[string]string{"key.": "c2VjcmV0"}
-	m := new(dns.Msg).SetQuestion("a.test.", dns.TypeTXT)
-	m.SetTsig("another.", dns.HmacSHA256, 300, time.Now().Unix())
-	_, err := client.Exchange(t.Context(), m)
-	require.ErrorIs(t, err, dns.ErrSecret)
+	for range 3 {
+		for key, want := range map[string]error{"key.": dns.ErrSig, "another.": dns.ErrSecret} {
+			m := new(dns.Msg).SetQuestion("a.test.", dns.TypeTXT)
+			m.SetTsig(key, dns.HmacSHA256, 300, time.Now().Unix())
+			_, err := client.Exchange(t.Context(), m)
+			require.ErrorIs(t, err, want)
+		}
+	}
 	require.EqualValues(t, 1, pool.Stats().Dials)
 }
