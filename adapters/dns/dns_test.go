@@ -57,14 +57,18 @@ func TestDNSOverPooledConnections(t *testing.T) {
 				addr := connpool.Addr{Transport: transport, Host: host, Port: port}
 				c := pooldns.New(pool, addr)
 				c.Options.Timeout = time.Minute
+				hasty := pooldns.New(pool, addr)
+				hasty.Options.Timeout = 20 * time.Millisecond
+				exchange := func(ctx context.Context, c *pooldns.Client, n int) error {
+					got, err := ask(ctx, c, fmt.Sprintf("n%d.test.", n))
+					if err == nil && got != fmt.Sprint(n) {
+						err = fmt.Errorf("asked for %d, got %s", n, got)
+					}
+					return err
+				}
 				return adaptertest.Client{Pool: pool, Addr: addr,
-					Exchange: func(ctx context.Context, n int) error {
-						got, err := ask(ctx, c, fmt.Sprintf("n%d.test.", n))
-						if err == nil && got != fmt.Sprint(n) {
-							err = fmt.Errorf("asked for %d, got %s", n, got)
-						}
-						return err
-					},
+					Exchange: func(ctx context.Context, n int) error { return exchange(ctx, c, n) },
+					Hasty:    func(ctx context.Context, n int) error { return exchange(ctx, hasty, n) },
 					Refused: func(ctx context.Context) error {
 						_, err := ask(ctx, c, "n1.refused.test.")
 						return err

@@ -41,6 +41,12 @@ type Client struct {
 	Refused func(ctx context.Context) error
 	// IsRefusal says whether that is what Refused should return.
 	IsRefusal func(error) bool
+	// Hasty is like Exchange, with a time-out of the client's own of some milliseconds. nil: the
+	// client has no time-out of its own.
+	Hasty func(ctx context.Context, n int) error
+	// IgnoresCtx says that the end of a ctx does not end an exchange that has begun. Then there
+	// must be a Hasty.
+	IgnoresCtx bool
 	// Resident says that the client reads its connection all the time. The pool hears of the
 	// end from the client then, and this takes a moment.
 	Resident bool
@@ -104,6 +110,9 @@ func Run(t *testing.T, hostPort string, restart func(testing.TB), open func(t *t
 	}
 	t.Run("a ctx is cancelled in the middle of an exchange", func(t *testing.T) {
 		c, w := wired(t)
+		if c.IgnoresCtx {
+			t.Skip("it does not end the exchange")
+		}
 		for n := range 10 {
 			c.fill(t, w)
 			release := w.hold()
@@ -122,12 +131,29 @@ func Run(t *testing.T, hostPort string, restart func(testing.TB), open func(t *t
 	})
 	t.Run("the time of a ctx runs out before the reply comes", func(t *testing.T) {
 		c, w := wired(t)
+		if c.IgnoresCtx {
+			t.Skip("it does not end the exchange")
+		}
 		c.fill(t, w)
 		for n := range 5 {
 			release := w.hold()
 			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 			require.ErrorIs(t, c.Exchange(ctx, n), context.DeadlineExceeded)
 			cancel()
+			release()
+			c.exchangeAll(t, 100*(n+1), 2*connections)
+		}
+	})
+	t.Run("the client's own time runs out before the reply comes", func(t *testing.T) {
+		c, w := wired(t)
+		if c.Hasty == nil {
+			require.False(t, c.IgnoresCtx, "something must end an exchange")
+			t.Skip("the client has no time-out of its own")
+		}
+		c.fill(t, w)
+		for n := range 5 {
+			release := w.hold()
+			require.Error(t, c.Hasty(t.Context(), n))
 			release()
 			c.exchangeAll(t, 100*(n+1), 2*connections)
 		}
