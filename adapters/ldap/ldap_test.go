@@ -4,6 +4,7 @@ package ldap_test
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"github.com/seed-ecb488c9/connpool"
 	poolldap "github.com/seed-ecb488c9/connpool/adapters/ldap"
 	"github.com/seed-ecb488c9/connpool/internal/adaptertest"
+	"github.com/seed-ecb488c9/connpool/internal/faultnet"
 	"github.com/seed-ecb488c9/connpool/internal/patience"
 	"github.com/seed-ecb488c9/connpool/internal/realserver"
 )
@@ -26,11 +28,10 @@ const (
 
 func login(_ connpool.Addr, l *ldap.Conn) error { return l.Bind(admin, "secret") }
 
-func newClient(t *testing.T, cfg connpool.Config, host string, port uint16) (*poolldap.Client, *connpool.Pool, connpool.Addr) {
+func newClient(t *testing.T, cfg connpool.Config, addr connpool.Addr) (*poolldap.Client, *connpool.Pool, connpool.Addr) {
 	cfg.Setup = poolldap.Setup(login)
 	pool, err := connpool.New(cfg)
 	require.NoError(t, err)
-	addr := connpool.Addr{Transport: connpool.TCP, Host: host, Port: port}
 	return poolldap.New(pool, addr), pool, addr
 }
 
@@ -38,10 +39,14 @@ func search(base string) *ldap.SearchRequest {
 	return ldap.NewSearchRequest(base, ldap.ScopeBaseObject, ldap.NeverDerefAliases, 0, 0, false, "(objectClass=*)", nil, nil)
 }
 
-// directory is a slapd with some units.
-func directory(t *testing.T) *realserver.Server {
-	srv := realserver.Start(t, realserver.Slapd())
-	l, err := ldap.DialURL("ldap://" + srv.Addr)
+// directory is a slapd with some units, which speaks TLS if there is an authority.
+func directory(t *testing.T, ca *faultnet.CA) *realserver.Server {
+	kind, scheme, trust := realserver.Slapd(), "ldap://", new(tls.Config)
+	if ca != nil {
+		kind, scheme, trust.RootCAs = realserver.SlapdTLS(ca.Server("127.0.0.1")), "ldaps://", ca.Pool()
+	}
+	srv := realserver.Start(t, kind)
+	l, err := ldap.DialURL(scheme+srv.Addr, ldap.DialWithTLSConfig(trust))
 	require.NoError(t, err)
 	defer l.Close()
 	require.NoError(t, login(connpool.Addr{}, l))
@@ -59,11 +64,17 @@ func directory(t *testing.T) *realserver.Server {
 	return srv
 }
 
-// ADO-14: LDAP, with slapd.
+// ADO-14: LDAP in the clear and over TLS, with slapd.
 func TestLDAPOverPooledConnections(t *testing.T) {
-	srv := directory(t)
+	t.Run("tcp", func(t *testing.T) { runAll(t, directory(t, nil), connpool.TCP, nil) })
+	ca := faultnet.NewCA()
+	t.Run("tls", func(t *testing.T) { runAll(t, directory(t, ca), connpool.TLS, &tls.Config{RootCAs: ca.Pool()}) })
+}
+
+func runAll(t *testing.T, srv *realserver.Server, transport connpool.Transport, trust *tls.Config) {
 	adaptertest.Run(t, srv.Addr, srv.Restart, func(t *testing.T, cfg connpool.Config, host string, port uint16) adaptertest.Client {
-		c, pool, addr := newClient(t, cfg, host, port)
+		cfg.TLS = trust
+		c, pool, addr := newClient(t, cfg, connpool.Addr{Transport: transport, Host: host, Port: port})
 		return adaptertest.Client{Pool: pool, Addr: addr, Resident: true,
 			Exchange: func(ctx context.Context, n int) error {
 				want := fmt.Sprintf("ou=%d,dc=test", n%people)
@@ -80,7 +91,11 @@ func TestLDAPOverPooledConnections(t *testing.T) {
 			IsRefusal: func(err error) bool { return ldap.IsErrorWithCode(err, ldap.LDAPResultNoSuchObject) },
 		}
 	})
+}
 
+// ADO-14: which answers keep a connection, and which do not.
+func TestWhatAnswersMeanForTheConnection(t *testing.T) {
+	srv := directory(t, nil)
 	t.Run("an answer costs no connection, whatever it is", func(t *testing.T) {
 		patience.NothingLeaks(t)
 		c, pool := one(t, srv)
@@ -137,7 +152,7 @@ func TestLDAPOverPooledConnections(t *testing.T) {
 // one is a client of a pool of one connection.
 func one(t *testing.T, srv *realserver.Server) (*poolldap.Client, *connpool.Pool) {
 	addr := connpool.MustParseAddr("tcp://" + srv.Addr)
-	c, pool, _ := newClient(t, connpool.Config{MaxOpen: 1}, addr.Host, addr.Port)
+	c, pool, _ := newClient(t, connpool.Config{MaxOpen: 1}, addr)
 	t.Cleanup(func() { require.NoError(t, pool.Shutdown(context.Background())) })
 	return c, pool
 }

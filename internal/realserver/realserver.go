@@ -83,23 +83,36 @@ func Postgres() Kind {
 
 // Slapd is an OpenLDAP server with the suffix dc=test, whose administrator cn=admin,dc=test has
 // the password "secret". Everybody may read.
-func Slapd() Kind {
+func Slapd() Kind { return slapd(nil) }
+
+// SlapdTLS is a Slapd that speaks TLS from the first byte.
+func SlapdTLS(cert tls.Certificate) Kind { return slapd(&cert) }
+
+func slapd(cert *tls.Certificate) Kind {
+	scheme, files := "ldap", ""
+	if cert != nil {
+		scheme, files = "ldaps", "TLSCertificateFile cert.pem\nTLSCertificateKeyFile key.pem\n"
+	}
 	return Kind{
 		Program: "slapd", Package: "slapd", Stop: syscall.SIGTERM,
 		Prepare: func(dir string, _ func(argv ...string) error) error {
-			for _, d := range []string{"data"} {
-				if err := os.Mkdir(filepath.Join(dir, d), 0o777); err != nil {
-					return err
-				}
-				if err := os.Chmod(filepath.Join(dir, d), 0o777); err != nil {
+			if cert != nil {
+				if err := writePEM(dir, *cert); err != nil {
 					return err
 				}
 			}
-			return os.WriteFile(filepath.Join(dir, "slapd.conf"), []byte("include /etc/ldap/schema/core.schema\n"+
-				"database ldif\ndirectory "+filepath.Join(dir, "data")+"\nsuffix dc=test\nrootdn cn=admin,dc=test\nrootpw secret\n"), 0o644)
+			data := filepath.Join(dir, "data")
+			if err := os.Mkdir(data, 0o777); err != nil {
+				return err
+			}
+			if err := os.Chmod(data, 0o777); err != nil {
+				return err
+			}
+			return os.WriteFile(filepath.Join(dir, "slapd.conf"), []byte("include /etc/ldap/schema/core.schema\n"+files+
+				"database ldif\ndirectory "+data+"\nsuffix dc=test\nrootdn cn=admin,dc=test\nrootpw secret\n"), 0o644)
 		},
 		Args: func(dir string, port int) []string {
-			return []string{"-d", "0", "-f", filepath.Join(dir, "slapd.conf"), "-h", fmt.Sprintf("ldap://127.0.0.1:%d", port)}
+			return []string{"-d", "0", "-f", filepath.Join(dir, "slapd.conf"), "-h", fmt.Sprintf("%s://127.0.0.1:%d", scheme, port)}
 		},
 	}
 }
