@@ -77,17 +77,19 @@ var WarmNet = sync.OnceFunc(func() {
 })
 
 // NothingLeaks fails the test if, when everything that is cleaned up after this
-// call has been, there are more descriptors or goroutines than now.
-func NothingLeaks(t *testing.T) {
+// call has been, there are more descriptors or goroutines than now, but for those that others
+// excuses.
+func NothingLeaks(t *testing.T, others ...goleak.Option) {
 	t.Helper()
 	WarmNet()
-	before, others := OpenDescriptors(), goleak.IgnoreCurrent()
+	before := OpenDescriptors()
+	others = append(others, goleak.IgnoreCurrent())
 	t.Cleanup(func() {
 		if t.Failed() {
 			return
 		}
 		for end := time.Now().Add(Bounded); ; { // goleak alone has less patience than a loaded machine needs
-			if err := goleak.Find(others); err == nil {
+			if err := goleak.Find(others...); err == nil {
 				break
 			} else if time.Now().After(end) {
 				t.Fatal(err)

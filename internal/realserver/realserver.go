@@ -1,13 +1,16 @@
 //go:build unix
 
 // Package realserver starts the distribution's servers for tests: on loopback, on a port
-// that was free, in a folder of their own, and never as root. A server ends with its
+// that was free, in a folder of their own, and never as root (but for Itself). A server ends with its
 // test; on Linux it also ends when the test's process is killed.
 package realserver
 
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"net"
 	"os"
@@ -47,6 +50,11 @@ type Kind struct {
 	Prepare func(dir string, run func(argv ...string) error) error
 	// Args are the arguments for a server on 127.0.0.1:port.
 	Args func(dir string, port int) []string
+	// Env is more of the environment of such a server. It may be nil.
+	Env func(port int) []string
+
+	module  string // a module of Python without which there is no server; "": none
+	asWeAre bool   // as our own user, since no other may read the program
 }
 
 // Redis is a redis-server that stores nothing on disk, with more arguments if given.
@@ -75,23 +83,36 @@ func Postgres() Kind {
 
 // Slapd is an OpenLDAP server with the suffix dc=test, whose administrator cn=admin,dc=test has
 // the password "secret". Everybody may read.
-func Slapd() Kind {
+func Slapd() Kind { return slapd(nil) }
+
+// SlapdTLS is a Slapd that speaks TLS from the first byte.
+func SlapdTLS(cert tls.Certificate) Kind { return slapd(&cert) }
+
+func slapd(cert *tls.Certificate) Kind {
+	scheme, files := "ldap", ""
+	if cert != nil {
+		scheme, files = "ldaps", "TLSCertificateFile cert.pem\nTLSCertificateKeyFile key.pem\n"
+	}
 	return Kind{
 		Program: "slapd", Package: "slapd", Stop: syscall.SIGTERM,
 		Prepare: func(dir string, _ func(argv ...string) error) error {
-			for _, d := range []string{"data"} {
-				if err := os.Mkdir(filepath.Join(dir, d), 0o777); err != nil {
-					return err
-				}
-				if err := os.Chmod(filepath.Join(dir, d), 0o777); err != nil {
+			if cert != nil {
+				if err := writePEM(dir, *cert); err != nil {
 					return err
 				}
 			}
-			return os.WriteFile(filepath.Join(dir, "slapd.conf"), []byte("include /etc/ldap/schema/core.schema\n"+
-				"database ldif\ndirectory "+filepath.Join(dir, "data")+"\nsuffix dc=test\nrootdn cn=admin,dc=test\nrootpw secret\n"), 0o644)
+			data := filepath.Join(dir, "data")
+			if err := os.Mkdir(data, 0o777); err != nil {
+				return err
+			}
+			if err := os.Chmod(data, 0o777); err != nil {
+				return err
+			}
+			return os.WriteFile(filepath.Join(dir, "slapd.conf"), []byte("include /etc/ldap/schema/core.schema\n"+files+
+				"database ldif\ndirectory "+data+"\nsuffix dc=test\nrootdn cn=admin,dc=test\nrootpw secret\n"), 0o644)
 		},
 		Args: func(dir string, port int) []string {
-			return []string{"-d", "0", "-f", filepath.Join(dir, "slapd.conf"), "-h", fmt.Sprintf("ldap://127.0.0.1:%d", port)}
+			return []string{"-d", "0", "-f", filepath.Join(dir, "slapd.conf"), "-h", fmt.Sprintf("%s://127.0.0.1:%d", scheme, port)}
 		},
 	}
 }
@@ -150,6 +171,146 @@ service stats {
 	}
 }
 
+// Unbound is a DNS server over TCP, or over TLS if there is a certificate. It knows the names
+// n0.test. to n2047.test., each with its number as TXT, and refuses what is below refused.test.
+func Unbound(cert *tls.Certificate) Kind {
+	return Kind{
+		Program: "unbound", Package: "unbound", Stop: syscall.SIGTERM,
+		Prepare: func(dir string, _ func(argv ...string) error) error {
+			if cert == nil {
+				return nil
+			}
+			return writePEM(dir, *cert)
+		},
+		Args: func(dir string, port int) []string {
+			conf := fmt.Appendf(nil, "server:\n interface: 127.0.0.1@%d\n port: %[1]d\n do-udp: no\n num-threads: 1\n"+
+				" incoming-num-tcp: 100\n use-syslog: no\n username: \"\"\n chroot: \"\"\n directory: %q\n pidfile: \"\"\n"+
+				" module-config: \"iterator\"\n local-zone: test. static\n local-zone: refused.test. refuse\n", port, dir)
+			if cert != nil {
+				conf = fmt.Appendf(conf, " tls-port: %d\n tls-service-pem: cert.pem\n tls-service-key: key.pem\n", port)
+			}
+			for i := range 2048 {
+				conf = fmt.Appendf(conf, " local-data: 'n%d.test. 60 TXT \"%[1]d\"'\n", i)
+			}
+			conf = append(conf, "remote-control:\n control-enable: no\n"...)
+			os.WriteFile(filepath.Join(dir, "unbound.conf"), conf, 0o644)
+			return []string{"-d", "-c", filepath.Join(dir, "unbound.conf")}
+		},
+	}
+}
+
+// python is the system's, for which the distribution's packages are.
+const python = "/usr/bin/python3"
+
+// SMTP is a mail server that offers STARTTLS if there is a certificate, and knows the user "user"
+// with the password "secret". It refuses recipients whose name begins with "nobody", and messages
+// that contain "spam"; the reply to any other message ends with its last line. It logs each QUIT.
+func SMTP(cert *tls.Certificate) Kind {
+	return Kind{
+		Program: python, Package: "python3-aiosmtpd", Stop: syscall.SIGTERM, module: "aiosmtpd",
+		Prepare: func(dir string, _ func(argv ...string) error) error {
+			if cert != nil {
+				if err := writePEM(dir, *cert); err != nil {
+					return err
+				}
+			}
+			return os.WriteFile(filepath.Join(dir, "server.py"), []byte(smtpServer), 0o644)
+		},
+		Args: func(dir string, port int) []string { return []string{"server.py", strconv.Itoa(port)} },
+	}
+}
+
+const smtpServer = `import asyncio, os, ssl, sys
+from aiosmtpd.smtp import SMTP, AuthResult
+
+class Handler:
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if address.startswith("nobody"):
+            return "550 5.1.1 no such user"
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 OK"
+
+    async def handle_DATA(self, server, session, envelope):
+        if b"spam" in envelope.content:
+            return "554 5.6.0 refused"
+        return "250 2.0.0 taken as " + envelope.content.decode().split()[-1]
+
+    async def handle_QUIT(self, server, session, envelope):
+        print("QUIT", flush=True)
+        return "221 2.0.0 bye"
+
+def authenticate(server, session, envelope, mechanism, data):
+    return AuthResult(handled=False, success=data.login == b"user" and data.password == b"secret")
+
+async def main():
+    tls = None
+    if os.path.exists("cert.pem"):
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain("cert.pem", "key.pem")
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: SMTP(Handler(), tls_context=tls, require_starttls=tls is not None, hostname="localhost",
+                     authenticator=authenticate, auth_required=tls is not None, loop=loop),
+        "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+
+asyncio.run(main())
+`
+
+// Modbus is a Modbus/TCP device with 2048 holding registers, each of which holds its own address.
+// Other addresses are illegal.
+func Modbus() Kind {
+	return Kind{
+		Program: python, Package: "python3-pymodbus, with python3-serial-asyncio", Stop: syscall.SIGTERM, module: "pymodbus.server",
+		Prepare: func(dir string, _ func(argv ...string) error) error {
+			return os.WriteFile(filepath.Join(dir, "server.py"), []byte(modbusServer), 0o644)
+		},
+		Args: func(dir string, port int) []string { return []string{"server.py", strconv.Itoa(port)} },
+	}
+}
+
+const modbusServer = `import asyncio, sys
+from pymodbus.datastore import ModbusSequentialDataBlock, ModbusServerContext, ModbusSlaveContext
+from pymodbus.server import StartAsyncTcpServer
+
+registers = ModbusSequentialDataBlock(0, list(range(2048)))
+device = ModbusSlaveContext(hr=registers, zero_mode=True)
+asyncio.run(StartAsyncTcpServer(
+    context=ModbusServerContext(slaves=device, single=True),
+    address=("127.0.0.1", int(sys.argv[1])), allow_reuse_address=True))
+`
+
+// Itself is the program that runs the test, once more: its TestMain finds env in the environment
+// and is the server.
+func Itself(t testing.TB, env func(port int) []string) Kind {
+	t.Helper()
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Kind{
+		Program: program, Stop: syscall.SIGTERM, asWeAre: true, Env: env,
+		Args: func(string, int) []string { return nil },
+	}
+}
+
+// writePEM writes a certificate and its key to the files cert.pem and key.pem.
+func writePEM(dir string, cert tls.Certificate) error {
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		return err
+	}
+	var chain []byte
+	for _, der := range cert.Certificate {
+		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cert.pem"), chain, 0o644); err != nil {
+		return err
+	}
+	// The key of a test, in a folder of the test, which the server reads as another user.
+	return os.WriteFile(filepath.Join(dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o644)
+}
+
 // Find returns the path of a program, from PATH or from where Debian puts servers. Of
 // several versions it returns the newest. If the program is missing, Find skips the test.
 func Find(t testing.TB, program, pkg string) string {
@@ -173,13 +334,16 @@ func Find(t testing.TB, program, pkg string) string {
 func Start(t testing.TB, k Kind) *Server {
 	t.Helper()
 	path := Find(t, k.Program, k.Package)
+	if k.module != "" && exec.Command(path, "-c", "import "+k.module).Run() != nil {
+		t.Skipf("%s has no module %s: install the package %s", path, k.module, k.Package)
+	}
 	dir, err := os.MkdirTemp("", "rs") // short: a Unix socket's path has 107 bytes at most
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	as := process()
-	if os.Geteuid() == 0 {
+	if os.Geteuid() == 0 && !k.asWeAre {
 		nobody, err := user.Lookup("nobody")
 		if err != nil {
 			t.Skipf("we are root, and there is no other user to run %s: %v", k.Program, err)
@@ -216,7 +380,13 @@ func Start(t testing.TB, k Kind) *Server {
 			t.Fatal(err)
 		}
 		s := &Server{Addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), Dir: dir, stop: k.Stop}
-		s.again = func() *exec.Cmd { return command(path, k.Args(dir, port)...) }
+		s.again = func() *exec.Cmd {
+			cmd := command(path, k.Args(dir, port)...)
+			if k.Env != nil {
+				cmd.Env = append(cmd.Env, k.Env(port)...)
+			}
+			return cmd
+		}
 		if err = s.run(s.again()); err == nil {
 			t.Cleanup(s.Stop)
 			return s
