@@ -49,6 +49,8 @@ type Pool struct {
 
 	hookCalls sync.Pool // of *hookCall
 
+	follow follower // for Config.FollowDNS
+
 	checkers chan struct{} // holds an element for each running ping of a sweep, see examineInTurn
 
 	// mu guards the books, the fields of site, conn and waiter that say so, and

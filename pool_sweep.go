@@ -66,6 +66,7 @@ func (p *Pool) sweep() {
 	todo.run(p)
 
 	pings := make(map[*site][]idleRef)
+	var names followedNames
 	for mark := new(conn); p.cfg.SweepInterval > 0; {
 		p.mu.Lock()
 		met := p.recency.walk(mark, atOnce)
@@ -75,6 +76,9 @@ func (p *Pool) sweep() {
 			break
 		}
 		here.todo.run(p)
+		if p.cfg.FollowDNS {
+			names.add(met)
+		}
 		for _, at := range here.seen {
 			switch at.peek() {
 			case peekUnfit:
@@ -91,6 +95,9 @@ func (p *Pool) sweep() {
 		}
 	}
 	p.examineAll(pings)
+	if p.cfg.FollowDNS {
+		p.lookUpAll(names)
+	}
 	p.rewatch()
 
 	p.mu.Lock()

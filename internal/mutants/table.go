@@ -3,6 +3,128 @@ package main
 // mutants are the defences, each removed. The text must stand exactly once in
 // the package, so that the list stays true when the code changes.
 var mutants = []mutant{
+	// --- connections follow their name ---
+	{
+		name:  "follow-one-answer",
+		old:   `missingAtLeast = 2 `,
+		new:   `missingAtLeast = 1 `,
+		tests: `TestConnectionsFollowTheirName|TestWhoIsGoneFromTheAnswers`,
+	},
+	{
+		name:  "follow-subsets-as-switches",
+		old:   `if !a.calm() {`,
+		new:   `if false {`,
+		tests: `TestAnswersWithSomeOfManyAddressesRetireNobody|TestWhoIsGoneFromTheAnswers`,
+	},
+	{
+		name:  "follow-answers-that-differ",
+		old:   ` && a.n-a.since+1 >= least`,
+		new:   ``,
+		tests: `TestRandomSubsetsOfTheAddressesCloseNoConnection`,
+	},
+	{
+		name:  "follow-parts-as-the-whole",
+		old:   `a.since, a.partly = a.n, kept > 0`,
+		new:   `a.since, a.partly = a.n, false`,
+		tests: `TestAnswersWithSomeOfManyAddressesRetireNobody`,
+	},
+	{
+		name:  "follow-forgets-the-gaps",
+		old:   `return missing >= patientAnswers+gapFactor*a.gap`,
+		new:   `return missing >= patientAnswers`,
+		tests: `TestAnswersWithSomeOfManyAddressesRetireNobody`,
+	},
+	{
+		name:  "follow-the-dial-is-no-answer",
+		old:   `at.c.id > q.lastID || !q.knows(at.ip)`,
+		new:   `!q.knows(at.ip)`,
+		tests: `TestAConnectionIsJudgedByAnswersAfterItsDial`,
+	},
+	{
+		name:  "follow-both-families-at-once",
+		old:   `ips, err := r.LookupNetIP(ctx, own, name.host)`,
+		new:   `ips, err := r.LookupNetIP(ctx, own[:2], name.host)`,
+		tests: `TestAFamilyThatIsNeverAnsweredDoesNotCount`,
+	},
+	{
+		name:  "follow-failures-as-empty-answers",
+		old:   `if err != nil && !hasNone(err) {`,
+		new:   `if false {`,
+		tests: `TestAFailedLookUpChangesNothing`,
+	},
+	{
+		name:  "follow-no-address-at-all",
+		old:   `otherErr != nil || len(rest) == 0`,
+		new:   `false && (otherErr != nil || len(rest) == 0)`,
+		tests: `TestAFailedLookUpChangesNothing`,
+	},
+	{
+		name:  "follow-through-proxies",
+		old:   `case s.unpooled(), cfg.Dialers[TCP] != nil:`,
+		new:   `case s.unpooled():`,
+		tests: `TestOnlyNamesOfThePoolsOwnDialsAreLookedUp`,
+	},
+	{
+		name:  "follow-literal-addresses",
+		old:   `if _, err := netip.ParseAddr(s.addr.Host); err == nil {`,
+		new:   `if false {`,
+		tests: `TestOnlyNamesOfThePoolsOwnDialsAreLookedUp`,
+	},
+	{
+		name:  "follow-mapped-addresses",
+		old:   `return ip.Unmap().WithZone("")`,
+		new:   `return ip.WithZone("")`,
+		tests: `TestAddressesAreComparedInOneForm`,
+	},
+	{
+		name:  "follow-beside-itself",
+		old:   `if q.met = f.sweeps; q.busy {`,
+		new:   `if q.met = f.sweeps; false {`,
+		tests: `TestAHangingLookUpHoldsUpNothing|TestTheLookUpsAtOnceAreBounded`,
+	},
+	{
+		name:  "follow-behind-one-that-hangs",
+		old:   `start = min(len(f.queue), maxLookups-f.workers)`,
+		new:   `start = max(0, min(len(f.queue), maxLookups)-f.workers)`,
+		tests: `TestAHangingLookUpHoldsUpNothing`,
+	},
+	{
+		name:  "follow-without-a-limit",
+		old:   `start = min(len(f.queue), maxLookups-f.workers)`,
+		new:   `start = len(f.queue)`,
+		tests: `TestTheLookUpsAtOnceAreBounded`,
+	},
+	{
+		name:  "follow-without-a-bound",
+		old:   `ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)`,
+		new:   `ctx, cancel := context.WithTimeout(p.ctx, 100*lookupTimeout)`,
+		tests: `TestALookUpIsBounded`,
+	},
+	{
+		name:  "follow-after-the-pool",
+		old:   `ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)`,
+		new:   `ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)`,
+		tests: `TestAHangingLookUpHoldsUpNothing`,
+	},
+	{
+		name:  "follow-idle-ones-only",
+		old:   "c.ensureCold().retired = why\n\t\t\tc.epoch--",
+		new:   "c.ensureCold().retired = why",
+		tests: `TestConnectionsFollowTheirName`,
+	},
+	{
+		name:  "follow-remembers-every-name",
+		old:   `if unused > maxForgotten || f.sweeps-q.met >= followedMemory {`,
+		new:   `if f.sweeps-q.met >= followedMemory {`,
+		tests: `TestNamesAreForgotten`,
+	},
+	{
+		name:  "follow-remembers-every-address",
+		old:   `if len(a.seen) > maxSeen {`,
+		new:   `if false {`,
+		tests: `TestTheAddressesOfANameAreBounded`,
+	},
+
 	// --- whose socket it is ---
 	{
 		name:  "identity-at-loan",
