@@ -193,6 +193,30 @@ type Config struct {
 	// session is ever resumed.
 	TLSFor func(Addr) (*tls.Config, error)
 
+	// TLSExpiry makes a TLS connection end with the certificates it was made with: the
+	// client certificate that its handshake presented, if the server asked for one, with
+	// its intermediates, and the chain by which the server was verified. The connection is
+	// not lent after the first of them has expired, less a random part of up to a tenth of
+	// the time that was left, so that connections do not expire together; the reason is
+	// ClosedExpired. A dial fails if the leaf of the client certificate has expired
+	// already, even if the server does not mind. An intermediate that has expired already
+	// does not count, nor does a server's chain that was not verified
+	// (InsecureSkipVerify).
+	//
+	// If TLSFor or GetClientCertificate of TLS is set, each sweep also asks them which
+	// certificate would be presented now, with the request of the connection's handshake,
+	// whose Context is done; TLSFor once more for each address and certificate. A
+	// connection with another leaf is retired: it is closed now if it is idle, and when
+	// it is given back if it is in use; the reason is ClosedRetired. An error, an answer
+	// without a certificate and one that takes longer than 5 seconds change nothing.
+	//
+	// TLSExpiry covers the handshakes of the pool, also those over a connection that
+	// Dialers has opened for TCP; a dialer of TLS does its own. A session resumed has the
+	// client certificate of another handshake, and crypto/tls does not say which, so
+	// where a client certificate may be presented no session is resumed. false: off, a
+	// connection outlives its certificates.
+	TLSExpiry bool
+
 	// Setup runs once per connection, before its first loan, to log in or greet. nc
 	// works during Setup and later whenever the connection is lent, and otherwise fails
 	// with ErrReturned: a codec built over nc may live in the returned state for as

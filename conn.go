@@ -130,7 +130,8 @@ type coldFields struct {
 	earlyClose  chan struct{} // set when closeUnderHook closes the socket during a hook's loan; closed when the socket is closed; dmu
 	slow        bool          // its close takes long; Pool.mu
 	recentLoans []pastLoan    // the latest loans, in debug mode; dmu
-	expires     bool          // maxAge follows from the state's Expires; fixed once the dial has ended
+	expires     bool          // maxAge follows from the state's Expires, or from a certificate; fixed once the dial has ended
+	cert        *clientCert   // what the TLS handshake has presented, with Config.TLSExpiry; likewise
 	retired     *retirement   // why it is not lent again although Retire was not called; Pool.mu
 	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
 }

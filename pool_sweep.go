@@ -67,6 +67,8 @@ func (p *Pool) sweep() {
 
 	pings := make(map[*site][]idleRef)
 	var names followedNames
+	var certs certUses
+	rotates := p.cfg.rotates()
 	for mark := new(conn); p.cfg.SweepInterval > 0; {
 		p.mu.Lock()
 		met := p.recency.walk(mark, atOnce)
@@ -78,6 +80,9 @@ func (p *Pool) sweep() {
 		here.todo.run(p)
 		if p.cfg.FollowDNS {
 			names.add(met)
+		}
+		if rotates {
+			certs.add(met)
 		}
 		for _, at := range here.seen {
 			switch at.peek() {
@@ -98,6 +103,7 @@ func (p *Pool) sweep() {
 	if p.cfg.FollowDNS {
 		p.lookUpAll(names)
 	}
+	p.checkCerts(certs)
 	p.rewatch()
 
 	p.mu.Lock()

@@ -33,14 +33,14 @@ const (
 	ClosedResetFailed             // Config.Reset failed, or took too long
 	ClosedCheckFailed             // Config.Check failed, or took too long
 	ClosedPushFailed              // Config.Push failed, took too long, or read nothing
-	ClosedRetired                 // opened before Pool.Retire or RetireFunc of its address
+	ClosedRetired                 // opened before Pool.Retire or RetireFunc of its address, or its client certificate was replaced
 	ClosedOnRequest               // Pool.CloseIdle was called
 	ClosedWithPool                // Pool.Close or Pool.Shutdown was called
 	ClosedLowHandles              // closed by the pool: the process is running out of file handles
 	ClosedMarkedDead              // Pool.MarkDead was called: the caller holds the same socket
 	ClosedLeaked                  // a lease or session became unreachable without being returned
 	ClosedQuarantined             // not closed: another owner has its descriptor now, so the pool never touches it again
-	ClosedExpired                 // by age: the time of its state's Expires has come
+	ClosedExpired                 // by age: the time of its state's Expires, or of one of its certificates, has come
 	ClosedMoved                   // the name of its address does not lead to its peer any more (Config.FollowDNS)
 	numCloseReasons
 )

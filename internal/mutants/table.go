@@ -3,6 +3,80 @@ package main
 // mutants are the defences, each removed. The text must stand exactly once in
 // the package, so that the list stays true when the code changes.
 var mutants = []mutant{
+	// --- TLS connections end with their certificates ---
+	{
+		name:  "certs-of-the-client",
+		old:   `end = earlier(end, cert.NotAfter)`,
+		new:   `_ = cert.NotAfter`,
+		tests: `TestAConnectionEndsWithItsClientCertificate`,
+	},
+	{
+		name:  "certs-of-the-server",
+		old:   `return earlier(end, last), nil`,
+		new:   `return end, nil`,
+		tests: `TestAConnectionEndsWithTheServersCertificate`,
+	},
+	{
+		name:  "certs-expired-already",
+		old:   "case i == 0:\n\t\t\t\treturn time.Time{}, &broken",
+		new:   "case i < 0:\n\t\t\t\treturn time.Time{}, &broken",
+		tests: `TestAClientCertificateThatHasExpiredFailsTheDial`,
+	},
+	{
+		name:  "certs-any-of-many",
+		old:   `if request.SupportsCertificate(&cfg.Certificates[i]) == nil {`,
+		new:   `if true {`,
+		tests: `TestTheCertificateThatWasPresentedCounts`,
+	},
+	{
+		name:  "certs-sessions-resumed",
+		old:   "cfg.ClientSessionCache = nil\n\tcfg.GetClient",
+		new:   "cfg.GetClient",
+		tests: `TestNoSessionIsResumedWhereACertificateMayBePresented`,
+	},
+	{
+		name:  "certs-no-sessions-at-all",
+		old:   `if s.expiry && presents(from) {`,
+		new:   `if s.expiry {`,
+		tests: `TestNoSessionIsResumedWhereACertificateMayBePresented`,
+	},
+	{
+		name:  "certs-one-for-each-connection",
+		old:   "now = p\n\t\t} else {",
+		new:   "\n\t\t} else {",
+		tests: `TestConnectionsOfOneCertificateShareWhatIsKnownOfIt`,
+	},
+	{
+		name:  "certs-never-asked-again",
+		old:   `p.checkCerts(certs)`,
+		new:   `_ = certs`,
+		tests: `TestARotatedCertificateIsUsedWithinASweep`,
+	},
+	{
+		name:  "certs-none-replaces-one",
+		old:   `case now == use.id || now == certID{}:`,
+		new:   `case now == use.id:`,
+		tests: `TestOnlyAnotherCertificateRetiresAConnection`,
+	},
+	{
+		name:  "certs-asked-beside-one-that-hangs",
+		old:   `p.askingCerts || p.certCalls.Load() > 0 || p.closed`,
+		new:   `p.askingCerts || p.closed`,
+		tests: `TestOnlyAnotherCertificateRetiresAConnection`,
+	},
+	{
+		name:  "certs-one-request-for-all",
+		old:   `use := certUse{c.site.addr, e.cert.id}`,
+		new:   `use := certUse{c.site.addr, certID{1}}`,
+		tests: `TestEachConnectionIsComparedForItsOwnRequest`,
+	},
+	{
+		name:  "certs-hold-up-close",
+		old:   "case <-p.ctx.Done():\n\t\treturn certID{}, ErrClosed\n",
+		new:   "",
+		tests: `TestCloseDoesNotWaitForACertificate`,
+	},
+
 	// --- connections follow their name ---
 	{
 		name:  "follow-one-answer",
