@@ -352,7 +352,7 @@ func TestOnlyAnotherCertificateRetiresAConnection(t *testing.T) {
 		"a panic":        func(context.Context) (*tls.Certificate, error) { panic("no") },
 		"Goexit":         func(context.Context) (*tls.Certificate, error) { runtime.Goexit(); return nil, nil },
 		"no answer": func(context.Context) (*tls.Certificate, error) {
-			time.Sleep(9 * defaultSweepInterval)
+			time.Sleep(9*defaultSweepInterval + defaultSweepInterval/2)
 			return nil, errBoom
 		},
 		"its ctx, which ended": func(ctx context.Context) (*tls.Certificate, error) { <-ctx.Done(); return nil, ctx.Err() },
