@@ -367,7 +367,7 @@ func (b *books) releaseLocked(c *conn, u origin, now clock.Instant, todo *agenda
 	news := u == fromLoan && c.word.Load()&flagsLived != flagsLived && b.noteLivedLocked(c, true)
 	if reason := b.whyUnwantedLocked(c, u, now); reason != ClosedUnknown {
 		b.moveLocked(c, phaseClosing)
-		todo.close(c, reason, nil)
+		todo.close(c, reason, c.whyRetiredLocked(reason))
 		b.admitLocked(todo)
 		return false
 	}
@@ -418,7 +418,7 @@ func (b *books) whyUnwantedLocked(c *conn, u origin, now clock.Instant) CloseRea
 	case marked != ClosedUnknown:
 		return marked
 	case c.epoch != s.epoch:
-		return ClosedRetired
+		return c.retiredForLocked()
 	case u == fromDial && s.queue.head != nil:
 		// c was opened for a borrower that waits. Whatever limit c exceeds, another
 		// dial would give the same result.

@@ -111,6 +111,42 @@ func (b *books) dropIdleLocked(s *site, reason CloseReason, todo *agenda) {
 	}
 }
 
+// retirement is why one connection is retired, beside others of its address that are not.
+type retirement struct {
+	reason CloseReason
+	err    error // for CloseInfo.Err
+}
+
+// retireLocked makes c unfit to be lent again: it is closed now if it is idle, and else when its
+// owner gives it back.
+func (b *books) retireLocked(c *conn, why *retirement, todo *agenda) {
+	switch c.phase {
+	case phaseIdle:
+		b.evictLocked(c, why.reason, why.err, todo)
+	case phaseBorrowed:
+		if c.epoch == c.site.epoch {
+			c.ensureCold().retired = why
+			c.epoch--
+		}
+	}
+}
+
+// retiredForLocked says why c, whose epoch is not that of its site, is closed.
+func (c *conn) retiredForLocked() CloseReason {
+	if e := c.cold.Load(); e != nil && e.retired != nil {
+		return e.retired.reason
+	}
+	return ClosedRetired
+}
+
+// whyRetiredLocked is the error of a close for this reason.
+func (c *conn) whyRetiredLocked(reason CloseReason) error {
+	if e := c.cold.Load(); e != nil && e.retired != nil && e.retired.reason == reason {
+		return e.retired.err
+	}
+	return nil
+}
+
 // shutSiteLocked is the part of Close for one address: the idle connections are closed, and
 // the waiters get ErrClosed.
 func (b *books) shutSiteLocked(s *site, todo *agenda) {

@@ -46,6 +46,9 @@ type attempt struct {
 	ended bool // open has returned (rather than panicked)
 	state any  // what Setup returned
 
+	cert  *clientCert   // what the handshake has presented, and how long it lasts, with Config.TLSExpiry
+	lasts time.Duration // how long the certificates of the connection last; 0: it has none
+
 	mu      sync.Mutex // guards the fields below; no I/O and no other lock under it
 	socket  net.Conn   // what was dialed and c has not adopted: whoever records a failure closes it
 	adopted bool       // c has its socket, and Setup may use c

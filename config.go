@@ -144,6 +144,25 @@ type Config struct {
 	// only when it is about to be lent.
 	SweepInterval time.Duration
 
+	// FollowDNS makes connections follow the host name of their address. In each sweep,
+	// the pool looks up the names that have open connections, once for each name and
+	// family (IPv4, IPv6) of these. A connection whose own peer is missing in two good
+	// answers in a row is retired: it is closed now if it is idle, and when it is given
+	// back if it is in use. The reason is ClosedMoved. A look-up that fails, that ends
+	// without any address, or that takes longer than 10 seconds, changes nothing, so a
+	// name that is deleted keeps its connections. Some servers answer with a few of many
+	// addresses at a time. When the answers of a name keep exchanging addresses, a
+	// connection is retired only if its peer is missing for several times longer than
+	// any address was that came back.
+	//
+	// The resolver is that of Dialer, or net.DefaultResolver. It is asked with the host
+	// as a dial is; 16 look-ups may run at once. Only connections that the pool's own
+	// dialer opened for TCP and TLS are followed. One of Dialers may lead through a
+	// proxy; a connection of DialContext belongs to a library; an IP address and a Unix
+	// socket have no name. New refuses FollowDNS without a sweep. false: off, a name is
+	// looked up in each dial only.
+	FollowDNS bool
+
 	// # Opening a connection: how it is made, and what is done before its first loan
 	//
 	// Dialers open the connections of the transports that are named, instead of the
@@ -188,6 +207,30 @@ type Config struct {
 	// the same pointer for as long as nothing changes; with a new one for each dial no
 	// session is ever resumed.
 	TLSFor func(Addr) (*tls.Config, error)
+
+	// TLSExpiry makes a TLS connection end with the certificates it was made with: the
+	// client certificate that its handshake presented, if the server asked for one, with
+	// its intermediates, and the chain by which the server was verified. The connection is
+	// not lent after the first of them has expired, less a random part of up to a tenth of
+	// the time that was left, so that connections do not expire together; the reason is
+	// ClosedExpired. A dial fails if the leaf of the client certificate has expired
+	// already, even if the server does not mind. An intermediate that has expired already
+	// does not count, nor does a server's chain that was not verified
+	// (InsecureSkipVerify).
+	//
+	// If TLSFor or GetClientCertificate of TLS is set, each sweep also asks them which
+	// certificate would be presented now, with the request of the connection's handshake,
+	// whose Context is done; TLSFor once more for each address and certificate. A
+	// connection with another leaf is retired: it is closed now if it is idle, and when
+	// it is given back if it is in use; the reason is ClosedRetired. An error, an answer
+	// without a certificate and one that takes longer than 5 seconds change nothing.
+	//
+	// TLSExpiry covers the handshakes of the pool, also those over a connection that
+	// Dialers has opened for TCP; a dialer of TLS does its own. A session resumed has the
+	// client certificate of another handshake, and crypto/tls does not say which, so
+	// where a client certificate may be presented no session is resumed. false: off, a
+	// connection outlives its certificates.
+	TLSExpiry bool
 
 	// Setup runs once per connection, before its first loan, to log in or greet. nc
 	// works during Setup and later whenever the connection is lent, and otherwise fails
@@ -410,6 +453,8 @@ func (cfg Config) resolved() (Config, error) {
 		return Config{}, fmt.Errorf("connpool: Config.WhenFull is %d: use FullWait, FullFail or FullOverflow", cfg.WhenFull)
 	case cfg.Push != nil && cfg.NoProbe:
 		return senseless("Push", "NoProbe", "without a look nobody sees what there is to push")
+	case cfg.FollowDNS && cfg.SweepInterval < 0:
+		return senseless("FollowDNS", "SweepInterval", "names are looked up in the sweep")
 	case cfg.CheckAfterIdle != 0 && cfg.Check == nil:
 		return senseless("CheckAfterIdle", "Check", "there is no Check to leave out")
 	}

@@ -117,7 +117,7 @@ var loanStates sync.Pool // of *loanState
 
 // coldFields are the fields of a conn that most connections never need: those of
 // MinIdlePerAddr, Push, Conn.Context, clients with I/O of their own, slow closes, a Close in a
-// hook, a goodbye, a state that expires, and a peer that hung up during Setup. They are
+// hook, a goodbye, a state that expires, a retirement of its own, and a peer that hung up during Setup. They are
 // allocated on first use, so that a plain connection stays small.
 type coldFields struct {
 	checking    bool          // the connection is being probed; Pool.mu
@@ -130,7 +130,9 @@ type coldFields struct {
 	earlyClose  chan struct{} // set when closeUnderHook closes the socket during a hook's loan; closed when the socket is closed; dmu
 	slow        bool          // its close takes long; Pool.mu
 	recentLoans []pastLoan    // the latest loans, in debug mode; dmu
-	expires     bool          // maxAge follows from the state's Expires; fixed once the dial has ended
+	expires     bool          // maxAge follows from the state's Expires, or from a certificate; fixed once the dial has ended
+	cert        *clientCert   // what the TLS handshake has presented, with Config.TLSExpiry; likewise
+	retired     *retirement   // why it is not lent again although Retire was not called; Pool.mu
 	end         error         // how the peer ended the connection, if the probe after Setup found that, see conn.ended; only the owner uses it
 }
 

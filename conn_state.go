@@ -81,13 +81,20 @@ func (c *conn) askExpiry() error {
 	if left <= 0 {
 		return &brokenContract{fmt.Sprintf("Expires of the state is %v ago: Config.Setup must make a state that lasts", -left)}
 	}
+	c.expireAfter(left)
+	return nil
+}
+
+// expireAfter sets maxAge for a connection that may be lent for the time left, less a random part of
+// it, see askExpiry.
+func (c *conn) expireAfter(left time.Duration) {
+	left = min(left, century)
 	age := c.site.env.clock.Exactly().Sub(c.born)
 	maxAge := age + max(1, left-rand.N(left/10+1)-clock.Tick)
 	if c.maxAge == 0 || maxAge < c.maxAge {
 		c.maxAge = maxAge
 		c.ensureCold().expires = true
 	}
-	return nil
 }
 
 // search counts the bytes in the state of c, whose type has the given shape.

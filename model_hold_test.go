@@ -149,7 +149,7 @@ func (w *world) closedWhileKept(i CloseInfo) {
 	}
 	delete(w.kept, i.ID)
 	switch i.Reason {
-	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus, ClosedRetired, ClosedOnRequest, ClosedLeaked:
+	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus, ClosedRetired, ClosedMoved, ClosedOnRequest, ClosedLeaked:
 		w.fail("connection %d was closed as %v while a session had it", i.ID, i.Reason)
 	}
 }

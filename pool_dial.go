@@ -198,6 +198,12 @@ func (a *attempt) open(ctx context.Context) error {
 	}
 	a.where = "SyscallConn or NetConn of the connection"
 	c.adopt(nc)
+	if a.cert != nil {
+		c.ensureCold().cert = a.cert
+	}
+	if a.lasts > 0 {
+		c.expireAfter(a.lasts)
+	}
 	a.enter(StageSetup)
 	a.where = "Config.Setup"
 	setup := p.cfg.Setup

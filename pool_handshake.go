@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/seed-ecb488c9/connpool/internal/sock"
 )
@@ -45,6 +46,10 @@ func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) 
 	}
 	a.where = "a callback of tls.Config or the connection below"
 	tc := tls.Client(under, cfg)
+	var slot *certSlot
+	if env.cfg.TLSExpiry {
+		ctx, slot = withSlot(ctx)
+	}
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
@@ -52,6 +57,19 @@ func (a *attempt) handshake(ctx context.Context, nc net.Conn) (net.Conn, error) 
 	// So the record tracking starts as lost, and the end of the first loan asks
 	// crypto/tls.
 	state := tc.ConnectionState()
+	if slot != nil {
+		now := time.Now
+		if cfg.Time != nil {
+			now = cfg.Time
+		}
+		end, err := certsLast(slot.presented, state, now())
+		if err != nil {
+			return nil, err
+		}
+		if a.cert = slot.presented; !end.IsZero() {
+			a.lasts = max(1, end.Sub(now()))
+		}
+	}
 	under.renegotiates = state.Version < tls.VersionTLS13 && cfg.Renegotiation != tls.RenegotiateNever
 	if under.record.Lost(); !under.renegotiates {
 		under.record.Start(state)
@@ -65,7 +83,17 @@ var zeroTLS tls.Config // never changed, only cloned
 // the address.
 func (a *attempt) tlsConfig() (*tls.Config, error) {
 	env, addr := a.c.site.env, a.c.site.addr
-	cfg, before := env.cfg.TLS, env.sessions.age()
+	before := env.sessions.age()
+	from, err := env.tlsSource(addr)
+	if err != nil {
+		return nil, err
+	}
+	return env.sessions.configFor(addr, from, before), nil
+}
+
+// tlsSource returns the tls.Config that the user has given for addr.
+func (env *env) tlsSource(addr Addr) (*tls.Config, error) {
+	cfg := env.cfg.TLS
 	if env.cfg.TLSFor != nil {
 		own, err := env.cfg.TLSFor(addr)
 		if err != nil {
@@ -81,5 +109,5 @@ func (a *attempt) tlsConfig() (*tls.Config, error) {
 	if cfg == nil {
 		cfg = &zeroTLS
 	}
-	return env.sessions.configFor(addr, cfg, before), nil
+	return cfg, nil
 }

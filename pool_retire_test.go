@@ -16,8 +16,19 @@ import (
 	"github.com/seed-ecb488c9/connpool/internal/synctest"
 )
 
-// retire retires a, in every other step through RetireFunc, whose count it checks.
+// retire retires a, in every other step through RetireFunc, whose count it checks, or some of the
+// connections of a, each by itself (ADO-12).
 func (w *world) retire(a Addr) {
+	if w.steps%8 < 3 {
+		var some []followedConn
+		for i, c := range w.pool.every() {
+			if c.site.addr == a && i%3 > 0 {
+				some = append(some, followedConn{c: c})
+			}
+		}
+		(&followed{name: followedName{host: a.Host}}).retireMoved(w.pool, some)
+		return
+	}
 	if w.steps%2 == 0 {
 		w.pool.Retire(a)
 		return

@@ -66,6 +66,9 @@ func (p *Pool) sweep() {
 	todo.run(p)
 
 	pings := make(map[*site][]idleRef)
+	var names followedNames
+	var certs certUses
+	rotates := p.cfg.rotates()
 	for mark := new(conn); p.cfg.SweepInterval > 0; {
 		p.mu.Lock()
 		met := p.recency.walk(mark, atOnce)
@@ -75,6 +78,12 @@ func (p *Pool) sweep() {
 			break
 		}
 		here.todo.run(p)
+		if p.cfg.FollowDNS {
+			names.add(met)
+		}
+		if rotates {
+			certs.add(met)
+		}
 		for _, at := range here.seen {
 			switch at.peek() {
 			case peekUnfit:
@@ -91,6 +100,10 @@ func (p *Pool) sweep() {
 		}
 	}
 	p.examineAll(pings)
+	if p.cfg.FollowDNS {
+		p.follow.lookUpAll(p, names)
+	}
+	certs.check(p)
 	p.rewatch()
 
 	p.mu.Lock()

@@ -427,7 +427,7 @@ func TestEveryCloseIsToldOnceWithTheReasonThatStatsCounts(t *testing.T) {
 				missing = append(missing, r.String())
 			}
 		}
-		require.Equal(t, []string{"dirty", "push-failed", "low-handles", "marked-dead", "quarantined"}, missing, "(what takes descriptors to happen)")
+		require.Equal(t, []string{"dirty", "push-failed", "low-handles", "marked-dead", "quarantined", "moved"}, missing, "(what takes descriptors to happen)")
 	})
 }
 

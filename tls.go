@@ -172,6 +172,8 @@ type sessionCaches struct {
 	mu      sync.Mutex // guards what follows; nothing else happens under it
 	lru     *simplelru.LRU[Addr, tlsOfAddr]
 	dropped uint64 // how often addresses were retired
+
+	expiry bool // the configs record which client certificate a handshake presents, see tls_cert.go; never changes
 }
 
 // tlsOfAddr is the tls.Config of one identity.
@@ -211,6 +213,9 @@ func (s *sessionCaches) configFor(addr Addr, from *tls.Config, before uint64) *t
 	cfg.ServerName = serverName(addr, from)
 	if cfg.ClientSessionCache = nil; resumes(from) {
 		cfg.ClientSessionCache = tls.NewLRUClientSessionCache(4)
+	}
+	if s.expiry && presents(from) {
+		recorded(cfg, from)
 	}
 	if !late {
 		s.lru.Add(addr, tlsOfAddr{from, cfg})

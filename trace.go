@@ -33,20 +33,21 @@ const (
 	ClosedResetFailed             // Config.Reset failed, or took too long
 	ClosedCheckFailed             // Config.Check failed, or took too long
 	ClosedPushFailed              // Config.Push failed, took too long, or read nothing
-	ClosedRetired                 // opened before Pool.Retire or RetireFunc of its address
+	ClosedRetired                 // opened before Pool.Retire or RetireFunc of its address, or its client certificate was replaced
 	ClosedOnRequest               // Pool.CloseIdle was called
 	ClosedWithPool                // Pool.Close or Pool.Shutdown was called
 	ClosedLowHandles              // closed by the pool: the process is running out of file handles
 	ClosedMarkedDead              // Pool.MarkDead was called: the caller holds the same socket
 	ClosedLeaked                  // a lease or session became unreachable without being returned
 	ClosedQuarantined             // not closed: another owner has its descriptor now, so the pool never touches it again
-	ClosedExpired                 // by age: the time of its state's Expires has come
+	ClosedExpired                 // by age: the time of its state's Expires, or of one of its certificates, has come
+	ClosedMoved                   // the name of its address does not lead to its peer any more (Config.FollowDNS)
 	numCloseReasons
 )
 
 var closeReasonNames = [numCloseReasons]string{"unknown", "evicted", "idle-timeout", "lifetime", "max-uses",
 	"surplus", "stale", "dirty", "fn-error", "panic", "goexit", "canceled", "in-flight", "broken", "timeout",
-	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "push-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined", "expired"}
+	"half-closed", "by-borrower", "setup-failed", "reset-failed", "check-failed", "push-failed", "retired", "on-request", "with-pool", "low-handles", "marked-dead", "leaked", "quarantined", "expired", "moved"}
 
 func (r CloseReason) String() string { return nameOf(closeReasonNames[:], r) }
 
@@ -59,7 +60,7 @@ func (r CloseReason) MarshalText() ([]byte, error) { return []byte(r.String()), 
 func (r CloseReason) clean() bool {
 	switch r {
 	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus,
-		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired:
+		ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired, ClosedMoved:
 		return true
 	}
 	return false
@@ -78,7 +79,7 @@ func (r CloseReason) innocent() bool {
 	switch r {
 	case ClosedUnknown, ClosedEvicted, ClosedOnRequest, ClosedLowHandles, ClosedRetired, ClosedWithPool,
 		ClosedSurplus, ClosedIdleTimeout, ClosedMaxUses, ClosedMarkedDead, ClosedQuarantined, ClosedCanceled,
-		ClosedPanic, ClosedGoexit, ClosedLeaked, ClosedExpired,
+		ClosedPanic, ClosedGoexit, ClosedLeaked, ClosedExpired, ClosedMoved,
 		ClosedSetupFailed: // recorded as the dial's failure
 		return true
 	}

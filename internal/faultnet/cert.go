@@ -27,10 +27,14 @@ var (
 )
 
 // NewCA makes an authority with a fresh key. Two authorities do not trust each other.
-func NewCA() *CA {
+func NewCA() *CA { return NewNamedCA("faultnet CA") }
+
+// NewNamedCA is NewCA for an authority of this name. A client chooses among its certificates by
+// the name of their authority.
+func NewNamedCA(name string) *CA {
 	ca := &CA{key: newKey()}
 	template := &x509.Certificate{
-		Subject:               pkix.Name{CommonName: "faultnet CA"},
+		Subject:               pkix.Name{CommonName: name},
 		IsCA:                  true,
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageCertSign,
@@ -58,8 +62,38 @@ func (ca *CA) Client(name string) tls.Certificate {
 	return ca.issue(x509.ExtKeyUsageClientAuth, []string{name})
 }
 
-func (ca *CA) issue(usage x509.ExtKeyUsage, names []string) tls.Certificate {
+// ServerUntil is Server with a certificate that ends at end.
+func (ca *CA) ServerUntil(end time.Time, names ...string) tls.Certificate {
+	return ca.issueUntil(end, x509.ExtKeyUsageServerAuth, names)
+}
+
+// ClientUntil is Client with a certificate that ends at end.
+func (ca *CA) ClientUntil(end time.Time, name string) tls.Certificate {
+	return ca.issueUntil(end, x509.ExtKeyUsageClientAuth, []string{name})
+}
+
+// Intermediate makes an authority whose certificate, which ends at end, is issued by ca. Its
+// certificates have it in their chain instead of a root.
+func (ca *CA) Intermediate(end time.Time) *CA {
+	below := &CA{key: newKey()}
 	template := &x509.Certificate{
+		NotAfter:              end,
+		Subject:               pkix.Name{CommonName: "faultnet intermediate CA"},
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		KeyUsage:              x509.KeyUsageCertSign,
+	}
+	below.cert = sign(template, ca.cert, below.key.Public(), ca.key)
+	return below
+}
+
+func (ca *CA) issue(usage x509.ExtKeyUsage, names []string) tls.Certificate {
+	return ca.issueUntil(notAfter, usage, names)
+}
+
+func (ca *CA) issueUntil(end time.Time, usage x509.ExtKeyUsage, names []string) tls.Certificate {
+	template := &x509.Certificate{
+		NotAfter:    end,
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{usage},
 	}
@@ -89,7 +123,10 @@ func newKey() *ecdsa.PrivateKey {
 }
 
 func sign(template, parent *x509.Certificate, public crypto.PublicKey, signer crypto.Signer) *x509.Certificate {
-	template.NotBefore, template.NotAfter = notBefore, notAfter
+	template.NotBefore = notBefore
+	if template.NotAfter.IsZero() {
+		template.NotAfter = notAfter
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, public, signer)
 	must(err)
 	cert, err := x509.ParseCertificate(der)

@@ -94,8 +94,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "netaddr-forgets-the-family",
-		old:   "if err == nil {\n\t\terr = oneFamily(network, addr.Host)\n\t}",
-		new:   "",
+		old:   "if err == nil {\n\t\terr = oneFamily(network, addr.Host)\n\t}\n\tif err != nil {\n\t\treturn Addr{}, &netAddrError",
+		new:   "if err != nil {\n\t\treturn Addr{}, &netAddrError",
 		tests: `TestNetAddrRefusesInWords`,
 	},
 	{
@@ -115,6 +115,202 @@ var mutants = []mutant{
 		old:   "if isNil(a) {\n\t\treturn Addr{}, &netAddrError",
 		new:   "if a == nil {\n\t\treturn Addr{}, &netAddrError",
 		tests: `TestAddrOfIsWhereTheOtherEndListens`,
+	},
+
+	// --- TLS connections end with their certificates ---
+	{
+		name:  "certs-of-the-client",
+		old:   `end = earlier(end, cert.NotAfter)`,
+		new:   `_ = cert.NotAfter`,
+		tests: `TestAConnectionEndsWithItsClientCertificate`,
+	},
+	{
+		name:  "certs-of-the-server",
+		old:   `return earlier(end, last), nil`,
+		new:   `return end, nil`,
+		tests: `TestAConnectionEndsWithTheServersCertificate`,
+	},
+	{
+		name:  "certs-expired-already",
+		old:   "case i == 0:\n\t\t\t\treturn time.Time{}, &broken",
+		new:   "case i < 0:\n\t\t\t\treturn time.Time{}, &broken",
+		tests: `TestAClientCertificateThatHasExpiredFailsTheDial`,
+	},
+	{
+		name:  "certs-any-of-many",
+		old:   `if request.SupportsCertificate(&cfg.Certificates[i]) == nil {`,
+		new:   `if true {`,
+		tests: `TestTheCertificateThatWasPresentedCounts`,
+	},
+	{
+		name:  "certs-sessions-resumed",
+		old:   "cfg.ClientSessionCache = nil\n\tcfg.GetClient",
+		new:   "cfg.GetClient",
+		tests: `TestNoSessionIsResumedWhereACertificateMayBePresented`,
+	},
+	{
+		name:  "certs-no-sessions-at-all",
+		old:   `if s.expiry && presents(from) {`,
+		new:   `if s.expiry {`,
+		tests: `TestNoSessionIsResumedWhereACertificateMayBePresented`,
+	},
+	{
+		name:  "certs-one-for-each-connection",
+		old:   "now = p\n\t\t} else {",
+		new:   "\n\t\t} else {",
+		tests: `TestConnectionsOfOneCertificateShareWhatIsKnownOfIt`,
+	},
+	{
+		name:  "certs-never-asked-again",
+		old:   `certs.check(p)`,
+		new:   `_ = certs`,
+		tests: `TestARotatedCertificateIsUsedWithinASweep`,
+	},
+	{
+		name:  "certs-none-replaces-one",
+		old:   `case now == use.id || now == certID{}:`,
+		new:   `case now == use.id:`,
+		tests: `TestOnlyAnotherCertificateRetiresAConnection`,
+	},
+	{
+		name:  "certs-asked-beside-one-that-hangs",
+		old:   `p.askingCerts || p.certCalls.Load() > 0 || p.closed`,
+		new:   `p.askingCerts || p.closed`,
+		tests: `TestOnlyAnotherCertificateRetiresAConnection`,
+	},
+	{
+		name:  "certs-one-request-for-all",
+		old:   `use := certUse{c.site.addr, e.cert.id}`,
+		new:   `use := certUse{c.site.addr, certID{1}}`,
+		tests: `TestEachConnectionIsComparedForItsOwnRequest`,
+	},
+	{
+		name:  "certs-hold-up-close",
+		old:   "case <-p.ctx.Done():\n\t\treturn certID{}, ErrClosed\n",
+		new:   "",
+		tests: `TestCloseDoesNotWaitForACertificate`,
+	},
+
+	// --- connections follow their name ---
+	{
+		name:  "follow-one-answer",
+		old:   `missingAtLeast = 2 `,
+		new:   `missingAtLeast = 1 `,
+		tests: `TestConnectionsFollowTheirName|TestWhoIsGoneFromTheAnswers`,
+	},
+	{
+		name:  "follow-subsets-as-switches",
+		old:   `if !a.calm() {`,
+		new:   `if false {`,
+		tests: `TestAnswersWithSomeOfManyAddressesRetireNobody|TestWhoIsGoneFromTheAnswers`,
+	},
+	{
+		name:  "follow-answers-that-differ",
+		old:   ` && a.n-a.since+1 >= least`,
+		new:   ``,
+		tests: `TestRandomSubsetsOfTheAddressesCloseNoConnection`,
+	},
+	{
+		name:  "follow-parts-as-the-whole",
+		old:   `a.since, a.partly = a.n, kept > 0`,
+		new:   `a.since, a.partly = a.n, false`,
+		tests: `TestAnswersWithSomeOfManyAddressesRetireNobody`,
+	},
+	{
+		name:  "follow-forgets-the-gaps",
+		old:   `return missing >= patientAnswers+gapFactor*a.gap`,
+		new:   `return missing >= patientAnswers`,
+		tests: `TestAnswersWithSomeOfManyAddressesRetireNobody`,
+	},
+	{
+		name:  "follow-the-dial-is-no-answer",
+		old:   `at.c.id > q.lastID || !q.knows(at.ip)`,
+		new:   `!q.knows(at.ip)`,
+		tests: `TestAConnectionIsJudgedByAnswersAfterItsDial`,
+	},
+	{
+		name:  "follow-both-families-at-once",
+		old:   `ips, err := r.LookupNetIP(ctx, own, n.host)`,
+		new:   `ips, err := r.LookupNetIP(ctx, own[:2], n.host)`,
+		tests: `TestAFamilyThatIsNeverAnsweredDoesNotCount`,
+	},
+	{
+		name:  "follow-failures-as-empty-answers",
+		old:   `if err != nil && !hasNone(err) {`,
+		new:   `if false {`,
+		tests: `TestAFailedLookUpChangesNothing`,
+	},
+	{
+		name:  "follow-no-address-at-all",
+		old:   `otherErr != nil || len(rest) == 0`,
+		new:   `false && (otherErr != nil || len(rest) == 0)`,
+		tests: `TestAFailedLookUpChangesNothing`,
+	},
+	{
+		name:  "follow-through-proxies",
+		old:   `case s.unpooled(), cfg.Dialers[TCP] != nil:`,
+		new:   `case s.unpooled():`,
+		tests: `TestOnlyNamesOfThePoolsOwnDialsAreLookedUp`,
+	},
+	{
+		name:  "follow-literal-addresses",
+		old:   `if _, err := netip.ParseAddr(s.addr.Host); err == nil {`,
+		new:   `if false {`,
+		tests: `TestOnlyNamesOfThePoolsOwnDialsAreLookedUp`,
+	},
+	{
+		name:  "follow-mapped-addresses",
+		old:   `return ip.Unmap().WithZone("")`,
+		new:   `return ip.WithZone("")`,
+		tests: `TestAddressesAreComparedInOneForm`,
+	},
+	{
+		name:  "follow-beside-itself",
+		old:   `if q.met = f.sweeps; q.busy {`,
+		new:   `if q.met = f.sweeps; false {`,
+		tests: `TestAHangingLookUpHoldsUpNothing|TestTheLookUpsAtOnceAreBounded`,
+	},
+	{
+		name:  "follow-behind-one-that-hangs",
+		old:   `start = min(len(f.queue), maxLookups-f.workers)`,
+		new:   `start = max(0, min(len(f.queue), maxLookups)-f.workers)`,
+		tests: `TestAHangingLookUpHoldsUpNothing`,
+	},
+	{
+		name:  "follow-without-a-limit",
+		old:   `start = min(len(f.queue), maxLookups-f.workers)`,
+		new:   `start = len(f.queue)`,
+		tests: `TestTheLookUpsAtOnceAreBounded`,
+	},
+	{
+		name:  "follow-without-a-bound",
+		old:   `ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)`,
+		new:   `ctx, cancel := context.WithTimeout(p.ctx, 100*lookupTimeout)`,
+		tests: `TestALookUpIsBounded`,
+	},
+	{
+		name:  "follow-after-the-pool",
+		old:   `ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)`,
+		new:   `ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)`,
+		tests: `TestAHangingLookUpHoldsUpNothing`,
+	},
+	{
+		name:  "follow-idle-ones-only",
+		old:   "c.ensureCold().retired = why\n\t\t\tc.epoch--",
+		new:   "c.ensureCold().retired = why",
+		tests: `TestConnectionsFollowTheirName`,
+	},
+	{
+		name:  "follow-remembers-every-name",
+		old:   `if unused > maxForgotten || f.sweeps-q.met >= followedMemory {`,
+		new:   `if f.sweeps-q.met >= followedMemory {`,
+		tests: `TestNamesAreForgotten`,
+	},
+	{
+		name:  "follow-remembers-every-address",
+		old:   `if len(a.seen) > maxSeen {`,
+		new:   `if false {`,
+		tests: `TestTheAddressesOfANameAreBounded`,
 	},
 
 	// --- whose socket it is ---
@@ -419,7 +615,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "error-discards",
-		old:   `case err != nil && !forgiven:`,
+		old:   `case err != nil && !forgiven && !c.isHarmless(ctx, word, err):`,
 		new:   `case false:`,
 		tests: `TestVerdictOfEachEnd`,
 	},
@@ -1842,8 +2038,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "a-dialers-error",
-		old:   `return nil, pe.opError(network, address)`,
-		new:   `return nil, pe`,
+		old:   "return nil, pe.opError(network, address)\n\t}\n\treturn nc, err",
+		new:   "return nil, pe\n\t}\n\treturn nc, err",
 		tests: `TestAnErrorOfDialContextIsThatOfADialer`,
 	},
 	// --- no worse than linear ---
