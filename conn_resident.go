@@ -30,6 +30,12 @@ func (c *conn) clientClosedSocket() bool {
 	return c.isCarried() && c.sock.raw != nil && c.sock.raw.Control(func(uintptr) {}) != nil
 }
 
+// endIsSeen reports whether a peek at the socket of c, which has a client, tells something: that
+// the peer has closed it, where no watcher has heard so. The reads of a resident client meet the
+// end themselves; a carried client need not read while it is idle. Bytes that wait are the
+// client's, and say nothing.
+func (c *conn) endIsSeen() bool { return c.isCarried() && !c.site.env.cfg.NoProbe }
+
 // enterIO is enter for an operation that transfers bytes or sets a deadline.
 func (c *conn) enterIO(gen uint64) error {
 	if c != nil && c.isResident() && (gen != 0 || c.isCarried()) {
@@ -105,11 +111,13 @@ func (c *conn) probeResident(r *resident) (CloseReason, error) {
 		return ClosedStale, io.EOF
 	}
 	if c.sock.raw != nil {
-		l := newFDVisit(&c.sock, false)
+		l := newFDVisit(&c.sock, c.endIsSeen())
 		err := c.sock.raw.Control(l.visit)
-		stolen := l.stolen
+		stolen, end := l.stolen, l.seen.Err
 		l.done()
 		switch {
+		case end != nil:
+			return ClosedStale, end
 		case stolen:
 			return ClosedQuarantined, errStolen
 		case err != nil: // a carried client has closed its socket

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/rpc"
+	"time"
 
 	"github.com/seed-ecb488c9/connpool"
 )
@@ -138,3 +139,26 @@ func ExampleCarry() {
 	// hello Grace
 	// 1 dial
 }
+
+// quitter is a client that is not safe for concurrent use, and says goodbye at its end.
+type quitter struct{ *greeter }
+
+func (q *quitter) Quit() error {
+	fmt.Fprintln(q.nc, "QUIT")
+	return q.nc.Close()
+}
+
+// quitClient is a quitter for Carry, which gets socket, too.
+type quitClient struct {
+	*quitter
+	socket net.Conn
+}
+
+func (k *quitClient) Close() error {
+	if err := k.socket.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return err // the pool has closed socket first: a borrower may still be in the client
+	}
+	return k.Quit()
+}
+
+var _ = connpool.Carry(&quitClient{}, nil, nil)

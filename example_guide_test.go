@@ -191,3 +191,27 @@ func pages(ctx context.Context, pool *connpool.Pool, addr connpool.Addr, request
 }
 
 var _ = pages
+
+// throughProxy is a dialer through a proxy at an address, which greet asks for the connection.
+func throughProxy(proxy string, greet func(context.Context, net.Conn, connpool.Addr) error) connpool.Config {
+	return connpool.Config{Dialers: map[connpool.Transport]connpool.DialFunc{
+		connpool.TCP: func(ctx context.Context, addr connpool.Addr) (net.Conn, error) {
+			nc, err := (&net.Dialer{Control: addr.QoS.Control}).DialContext(ctx, "tcp", proxy)
+			if err != nil {
+				return nil, err
+			}
+			stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
+			err = greet(ctx, nc, addr) // asks the proxy for addr
+			if !stop() {
+				err = ctx.Err()
+			}
+			if err != nil {
+				nc.Close()
+				return nil, err
+			}
+			return nc, nil // the socket itself
+		},
+	}}
+}
+
+var _ = throughProxy

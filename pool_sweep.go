@@ -189,7 +189,7 @@ func (at idleRef) peek() peekVerdict {
 	p := at.c.site.env.pool
 	pr, r := &at.c.sock, at.c.resident()
 	if pr.raw != nil {
-		l := newFDVisit(pr, !p.cfg.NoProbe && r == nil)
+		l := newFDVisit(pr, !p.cfg.NoProbe && (r == nil || at.c.endIsSeen()))
 		err := pr.raw.Control(l.visit)
 		taken := l.stolen
 		seen := l.seen

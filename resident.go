@@ -97,9 +97,12 @@ func Resident(client any, alive func() error) any { return &resident{client: cli
 // result of Carry itself: in a wrapper it is a connection that can neither be read nor written.
 //
 // socket is the connection below client, if client shows it, else nil. With it the pool hears at
-// once when the peer hangs up (on Linux), and checks the descriptor before each loan. The pool
-// closes socket after client, or before client if an exchange was broken off. A connection
-// without socket and without alive is judged by its age only.
+// once when the peer hangs up (on Linux), and before each loan and in each sweep it checks the
+// descriptor and looks whether the peer has closed (unless Config.NoProbe is set). The pool
+// closes socket after client, or before client if an exchange was broken off. So Close of a
+// client that is not safe for concurrent use can find out, by an error of SetDeadline of socket,
+// that a borrower may still be in client, and leave client alone then. A connection without
+// socket and without alive is judged by its age only.
 func Carry(client any, alive func() error, socket net.Conn) net.Conn {
 	if isNil(socket) {
 		socket = nil

@@ -1631,6 +1631,24 @@ var mutants = []mutant{
 		tests: `TestNoConnectionIsClosedForWhoWaitsForADialOnly`,
 	},
 	{
+		name:  "the-end-of-a-carried-socket-is-seen",
+		old:   `return c.isCarried() && !c.site.env.cfg.NoProbe`,
+		new:   `return false`,
+		tests: `TestTheEndOfACarriedClientsSocket`,
+	},
+	{
+		name:  "a-sweep-sees-the-end-of-a-carried-socket",
+		old:   `(r == nil || at.c.endIsSeen())`,
+		new:   `r == nil`,
+		tests: `TestTheEndOfACarriedClientsSocket`,
+	},
+	{
+		name:  "no-probe-is-for-carried-clients-too",
+		old:   `return c.isCarried() && !c.site.env.cfg.NoProbe`,
+		new:   `return c.isCarried()`,
+		tests: `TestTheEndOfACarriedClientsSocket`,
+	},
+	{
 		name:  "a-carried-client-is-closed-once",
 		old:   `if carried != nil && same(a.state, carried.client) {`,
 		new:   `if false {`,

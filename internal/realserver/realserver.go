@@ -68,15 +68,16 @@ func Redis(more ...string) Kind {
 	}
 }
 
-// Postgres is a PostgreSQL that lets everybody in as the user "postgres".
-func Postgres() Kind {
+// Postgres is a PostgreSQL that lets everybody in as the user "postgres", with more arguments if
+// given. It listens before it lets anybody in.
+func Postgres(more ...string) Kind {
 	return Kind{
 		Program: "postgres", Package: "postgresql", Stop: syscall.SIGINT,
 		Prepare: func(dir string, run func(argv ...string) error) error {
 			return run("initdb", "-D", filepath.Join(dir, "data"), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
 		},
 		Args: func(dir string, port int) []string {
-			return []string{"-D", filepath.Join(dir, "data"), "-h", "127.0.0.1", "-p", strconv.Itoa(port), "-k", dir, "-F"}
+			return append([]string{"-D", filepath.Join(dir, "data"), "-h", "127.0.0.1", "-p", strconv.Itoa(port), "-k", dir, "-F"}, more...)
 		},
 	}
 }
@@ -309,6 +310,75 @@ func writePEM(dir string, cert tls.Certificate) error {
 	}
 	// The key of a test, in a folder of the test, which the server reads as another user.
 	return os.WriteFile(filepath.Join(dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o644)
+}
+
+// VSFTPD is an FTP server that lets everybody in as the user "anonymous", to read the folder
+// "files" of its own folder. It writes each command that it gets to the file "vsftpd.log" there.
+func VSFTPD() Kind {
+	return Kind{
+		Program: "vsftpd", Package: "vsftpd", Stop: syscall.SIGTERM,
+		Prepare: func(dir string, run func(argv ...string) error) error {
+			if err := os.Mkdir(filepath.Join(dir, "files"), 0o755); err != nil {
+				return err
+			}
+			ours, conf := filepath.Join(dir, "conf"), filepath.Join(dir, "vsftpd.conf")
+			err := os.WriteFile(ours, fmt.Appendf(nil, `listen=YES
+listen_address=127.0.0.1
+background=NO
+run_as_launching_user=YES
+one_process_model=YES
+anonymous_enable=YES
+no_anon_password=YES
+anon_root=%[1]s/files
+local_enable=NO
+connect_from_port_20=NO
+pasv_address=127.0.0.1
+seccomp_sandbox=NO
+isolate=NO
+isolate_network=NO
+secure_chroot_dir=%[1]s/files
+xferlog_enable=YES
+log_ftp_protocol=YES
+vsftpd_log_file=%[1]s/vsftpd.log
+`, dir), 0o644)
+			if err != nil {
+				return err
+			}
+			return run("cp", ours, conf) // it reads only a file of its own user
+		},
+		Args: func(dir string, port int) []string {
+			return []string{filepath.Join(dir, "vsftpd.conf"), fmt.Sprintf("-olisten_port=%d", port)}
+		},
+	}
+}
+
+// MicroSOCKS is a SOCKS5 proxy that connects to everything. With a user, it asks for that user
+// and password.
+func MicroSOCKS(user, password string) Kind {
+	return Kind{
+		Program: "microsocks", Package: "microsocks", Stop: syscall.SIGTERM,
+		Args: func(_ string, port int) []string {
+			args := []string{"-i", "127.0.0.1", "-p", strconv.Itoa(port)}
+			if user != "" {
+				args = append(args, "-u", user, "-P", password)
+			}
+			return args
+		},
+	}
+}
+
+// Tinyproxy is an HTTP proxy that carries out CONNECT to every port, with more lines of its
+// configuration if given.
+func Tinyproxy(more ...string) Kind {
+	return Kind{
+		Program: "tinyproxy", Package: "tinyproxy-bin", Stop: syscall.SIGTERM,
+		Args: func(dir string, port int) []string {
+			conf := filepath.Join(dir, "tinyproxy.conf")
+			os.WriteFile(conf, fmt.Appendf(nil, "Port %d\nListen 127.0.0.1\nTimeout 600\nMaxClients 100\nAllow 127.0.0.1\n%s\n",
+				port, strings.Join(more, "\n")), 0o644)
+			return []string{"-d", "-c", conf}
+		},
+	}
 }
 
 // Find returns the path of a program, from PATH or from where Debian puts servers. Of
