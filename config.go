@@ -151,9 +151,10 @@ type Config struct {
 	// back if it is in use. The reason is ClosedMoved. A look-up that fails, that ends
 	// without any address, or that takes longer than 10 seconds, changes nothing, so a
 	// name that is deleted keeps its connections. Some servers answer with a few of many
-	// addresses at a time. When the answers of a name keep exchanging addresses, a
-	// connection is retired only if its peer is missing for several times longer than
-	// any address was that came back.
+	// addresses at a time. So two answers that exchange addresses for others do not count
+	// together, it takes three answers after an exchange of a part, and when the answers
+	// of a name keep exchanging addresses, a connection is retired only if its peer is
+	// missing for several times longer than any address was that came back.
 	//
 	// The resolver is that of Dialer, or net.DefaultResolver. It is asked with the host
 	// as a dial is; 16 look-ups may run at once. Only connections that the pool's own

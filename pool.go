@@ -49,8 +49,8 @@ type Pool struct {
 
 	hookCalls sync.Pool // of *hookCall
 
-	follow    follower     // for Config.FollowDNS
-	certCalls atomic.Int32 // questions for a client certificate that have not ended, see askCert
+	follow follower  // for Config.FollowDNS
+	certs  certAsker // for Config.TLSExpiry
 
 	checkers chan struct{} // holds an element for each running ping of a sweep, see examineInTurn
 
@@ -62,7 +62,6 @@ type Pool struct {
 	watching      watching       // the watcher and its state; its comments say which fields mu guards
 	sweeping      bool           // a sweep is running
 	examiners     int            // goroutines of the pool that check idle connections
-	askingCerts   bool           // one of these goroutines asks which client certificates there are now
 	checkingSites map[*site]bool // the sites whose idle connections such a goroutine checks with Config.Check; nil before the first
 	sweeper       *time.Timer    // the timer of the next sweep; nil until there is something to sweep
 }
@@ -94,6 +93,7 @@ func New(cfg Config) (*Pool, error) {
 	}
 	p.pool = p
 	p.sessions.expiry = cfg.TLSExpiry
+	p.follow.pool, p.follow.bound, p.certs.pool = p, lookupTimeout, p
 	p.report.logger = cfg.Logger
 	p.loanLog.init(&p.cfg, &p.clock, &p.report)
 	p.begin(rulesOf(&cfg, &p.clock, &p.handles), given, cfg.limits())

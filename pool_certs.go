@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -23,6 +24,13 @@ const askCertPatience = 5 * time.Second
 type certUse struct {
 	addr Addr
 	id   certID
+}
+
+// certAsker is the part of the pool for Config.TLSExpiry.
+type certAsker struct {
+	pool   *Pool        // never changes
+	asking bool         // a goroutine asks for certificates; Pool.mu
+	calls  atomic.Int32 // questions that have not ended
 }
 
 // certUses are the open connections that a sweep met, by certificate.
@@ -49,31 +57,33 @@ func (cfg *Config) rotates() bool {
 	return cfg.TLSExpiry && (cfg.TLSFor != nil || cfg.TLS != nil && cfg.TLS.GetClientCertificate != nil)
 }
 
-// check begins to ask for the certificates of u, unless a question of an earlier sweep has not
+// check begins to ask for the certificates of uses, unless a question of an earlier sweep has not
 // ended, or never will: one goroutine at most is lost.
-func (u certUses) check(p *Pool) {
+func (a *certAsker) check(uses certUses) {
+	p := a.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(u) == 0 || p.askingCerts || p.certCalls.Load() > 0 || p.closed {
+	if len(uses) == 0 || a.asking || a.calls.Load() > 0 || p.closed {
 		return
 	}
-	p.askingCerts = true
+	a.asking = true
 	p.examiners++
-	go u.ask(p)
+	go a.askAll(uses)
 }
 
-// ask asks for the certificate of each use, and retires the connections whose certificate was
+// askAll asks for the certificate of each use, and retires the connections whose certificate was
 // replaced.
-func (u certUses) ask(p *Pool) {
+func (a *certAsker) askAll(uses certUses) {
+	p := a.pool
 	defer func() {
 		p.mu.Lock()
-		p.askingCerts = false
+		a.asking = false
 		p.examiners--
 		p.noteLeftLocked()
 		p.mu.Unlock()
 	}()
-	for use, conns := range u {
-		now, err := use.ask(p, conns[0].cold.Load().cert)
+	for use, conns := range uses {
+		now, err := a.ask(use.addr, conns[0].cold.Load().cert)
 		switch {
 		case p.ctx.Err() != nil:
 			return
@@ -98,35 +108,36 @@ func (u certUses) ask(p *Pool) {
 
 var errCertReplaced = errors.New("its client certificate was replaced by another one")
 
-// ask returns the certificate that a dial to the address would present now if the peer asked as it did
+// ask returns the certificate that a dial to addr would present now if the peer asked as it did
 // for was.
-func (u certUse) ask(p *Pool, was *clientCert) (now certID, err error) {
+func (a *certAsker) ask(addr Addr, was *clientCert) (now certID, err error) {
+	p := a.pool
 	type answer struct {
 		id  certID
 		err error
 	}
 	got := make(chan answer, 1)
-	p.certCalls.Add(1)
+	a.calls.Add(1)
 	go func() {
-		defer p.certCalls.Add(-1)
-		a := answer{err: &hookPanic{panicOf("Config.TLSFor or GetClientCertificate", nil)}} // for a runtime.Goexit
-		defer func() { got <- a }()
-		defer recoverInto(&a.err, "Config.TLSFor or GetClientCertificate")
-		from, err := p.tlsSource(u.addr)
+		defer a.calls.Add(-1)
+		said := answer{err: &hookPanic{panicOf("Config.TLSFor or GetClientCertificate", nil)}} // for a runtime.Goexit
+		defer func() { got <- said }()
+		defer recoverInto(&said.err, "Config.TLSFor or GetClientCertificate")
+		from, err := p.tlsSource(addr)
 		if err == nil {
 			request := was.request
 			var cert *tls.Certificate
 			if cert, err = choose(from, &request); err == nil && cert != nil {
-				a.id = idOf(cert)
+				said.id = idOf(cert)
 			}
 		}
-		a.err = sanitizeError(err)
+		said.err = sanitizeError(err)
 	}()
 	timer := time.NewTimer(askCertPatience)
 	defer timer.Stop()
 	select {
-	case a := <-got:
-		return a.id, a.err
+	case said := <-got:
+		return said.id, said.err
 	case <-timer.C:
 		return certID{}, &lateError{"Config.TLSFor or GetClientCertificate"}
 	case <-p.ctx.Done():

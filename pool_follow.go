@@ -55,6 +55,9 @@ type followedNames map[followedName][]followedConn
 
 // follower is the part of the pool for Config.FollowDNS.
 type follower struct {
+	pool  *Pool         // never changes
+	bound time.Duration // of one look-up; it never changes
+
 	mu      sync.Mutex // guards what follows; nothing else happens under it
 	names   map[followedName]*followed
 	queue   []*followed // to be looked up
@@ -115,13 +118,13 @@ func (c *conn) followedTo() (name followedName, ip netip.Addr) {
 func plainIP(ip netip.Addr) netip.Addr { return ip.Unmap().WithZone("") }
 
 // lookUpAll begins to look up names, those whose last look-up has ended.
-func (f *follower) lookUpAll(p *Pool, names followedNames) {
-	started := f.enqueue(names)
+func (f *follower) lookUpAll(names followedNames) {
+	p, started := f.pool, f.enqueue(names)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for range started { // also if the pool is closed: they find that out
 		p.examiners++
-		go f.lookUpQueued(p)
+		go f.lookUpQueued()
 	}
 }
 
@@ -179,9 +182,10 @@ func (f *follower) next(done *followed, end bool) *followed {
 }
 
 // lookUpQueued looks up what is in the queue.
-func (f *follower) lookUpQueued(p *Pool) {
+func (f *follower) lookUpQueued() {
+	p := f.pool
 	for q := f.next(nil, p.ctx.Err() != nil); q != nil; {
-		q.lookUp(p)
+		f.lookUp(q)
 		q = f.next(q, p.ctx.Err() != nil)
 	}
 	p.mu.Lock()
@@ -190,11 +194,12 @@ func (f *follower) lookUpQueued(p *Pool) {
 	p.mu.Unlock()
 }
 
-// lookUp looks the name up and retires the connections whose peer is gone.
-func (q *followed) lookUp(p *Pool) {
-	ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)
+// lookUp looks a name up and retires the connections whose peer is gone.
+func (f *follower) lookUp(q *followed) {
+	p := f.pool
+	ctx, cancel := context.WithTimeout(p.ctx, f.bound)
 	defer cancel()
-	answer, err := q.name.resolve(ctx, &p.cfg)
+	answer, err := f.resolve(ctx, q.name)
 	if err != nil {
 		if p.ctx.Err() == nil {
 			p.report.log(slog.LevelDebug, "a look-up failed and changes nothing", "host", q.name.host, "err", err)
@@ -207,7 +212,7 @@ func (q *followed) lookUp(p *Pool) {
 	}
 	p.report.log(slog.LevelInfo, "a name has other addresses than its connections, which are retired", "host", q.name.host,
 		"addresses", answer, "connections", len(gone))
-	q.retireMoved(p, gone)
+	f.retire(q.name.host, gone)
 }
 
 // judge learns an answer and returns the connections whose peer is gone.
@@ -231,12 +236,13 @@ func (q *followed) judge(answer []netip.Addr) (gone []followedConn) {
 	return gone
 }
 
-// retireMoved retires connections whose peer is gone.
-func (q *followed) retireMoved(p *Pool, gone []followedConn) {
+// retire retires connections whose peer is gone.
+func (f *follower) retire(host string, gone []followedConn) {
+	p := f.pool
 	why := make(map[netip.Addr]*retirement)
 	for _, at := range gone {
 		if why[at.ip] == nil {
-			why[at.ip] = &retirement{ClosedMoved, fmt.Errorf("%s does not lead to %v any more", q.name.host, at.ip)}
+			why[at.ip] = &retirement{ClosedMoved, fmt.Errorf("%s does not lead to %v any more", host, at.ip)}
 		}
 	}
 	var todo agenda
@@ -248,26 +254,26 @@ func (q *followed) retireMoved(p *Pool, gone []followedConn) {
 	todo.run(p)
 }
 
-// resolve looks the name up. The answer is sorted. It is empty if the name has addresses of the
+// resolve looks a name up. The answer is sorted. It is empty if the name has addresses of the
 // other family only. A name without any address is an error.
-func (n followedName) resolve(ctx context.Context, cfg *Config) ([]netip.Addr, error) {
+func (f *follower) resolve(ctx context.Context, name followedName) ([]netip.Addr, error) {
 	// A dial takes what it gets. Here a part of an answer would be wrong.
 	r := net.Resolver{StrictErrors: true}
 	from := net.DefaultResolver
-	if base := cfg.Dialer; base != nil && base.Resolver != nil {
+	if base := f.pool.cfg.Dialer; base != nil && base.Resolver != nil {
 		from = base.Resolver
 	}
 	if from != nil {
 		r.PreferGo, r.Dial = from.PreferGo, from.Dial
 	}
-	own, other := n.networks()
-	ips, err := r.LookupNetIP(ctx, own, n.host)
+	own, other := name.networks()
+	ips, err := r.LookupNetIP(ctx, own, name.host)
 	if err != nil || len(ips) == 0 {
 		if err != nil && !hasNone(err) {
 			return nil, err
 		}
 		// Is the name there at all?
-		if rest, otherErr := r.LookupNetIP(ctx, other, n.host); otherErr != nil || len(rest) == 0 {
+		if rest, otherErr := r.LookupNetIP(ctx, other, name.host); otherErr != nil || len(rest) == 0 {
 			return nil, errors.Join(err, otherErr)
 		}
 		return nil, nil

@@ -26,7 +26,7 @@ func (w *world) retire(a Addr) {
 				some = append(some, followedConn{c: c})
 			}
 		}
-		(&followed{name: followedName{host: a.Host}}).retireMoved(w.pool, some)
+		w.pool.follow.retire(a.Host, some)
 		return
 	}
 	if w.steps%2 == 0 {

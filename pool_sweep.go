@@ -101,9 +101,9 @@ func (p *Pool) sweep() {
 	}
 	p.examineAll(pings)
 	if p.cfg.FollowDNS {
-		p.follow.lookUpAll(p, names)
+		p.follow.lookUpAll(names)
 	}
-	certs.check(p)
+	p.certs.check(certs)
 	p.rewatch()
 
 	p.mu.Lock()

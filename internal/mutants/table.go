@@ -162,7 +162,7 @@ var mutants = []mutant{
 	},
 	{
 		name:  "certs-never-asked-again",
-		old:   `certs.check(p)`,
+		old:   `p.certs.check(certs)`,
 		new:   `_ = certs`,
 		tests: `TestARotatedCertificateIsUsedWithinASweep`,
 	},
@@ -174,8 +174,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "certs-asked-beside-one-that-hangs",
-		old:   `p.askingCerts || p.certCalls.Load() > 0 || p.closed`,
-		new:   `p.askingCerts || p.closed`,
+		old:   `a.asking || a.calls.Load() > 0 || p.closed`,
+		new:   `a.asking || p.closed`,
 		tests: `TestOnlyAnotherCertificateRetiresAConnection`,
 	},
 	{
@@ -230,8 +230,8 @@ var mutants = []mutant{
 	},
 	{
 		name:  "follow-both-families-at-once",
-		old:   `ips, err := r.LookupNetIP(ctx, own, n.host)`,
-		new:   `ips, err := r.LookupNetIP(ctx, own[:2], n.host)`,
+		old:   `ips, err := r.LookupNetIP(ctx, own, name.host)`,
+		new:   `ips, err := r.LookupNetIP(ctx, own[:2], name.host)`,
 		tests: `TestAFamilyThatIsNeverAnsweredDoesNotCount`,
 	},
 	{
@@ -284,14 +284,14 @@ var mutants = []mutant{
 	},
 	{
 		name:  "follow-without-a-bound",
-		old:   `ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)`,
-		new:   `ctx, cancel := context.WithTimeout(p.ctx, 100*lookupTimeout)`,
+		old:   `ctx, cancel := context.WithTimeout(p.ctx, f.bound)`,
+		new:   `ctx, cancel := context.WithTimeout(p.ctx, 100*f.bound)`,
 		tests: `TestALookUpIsBounded`,
 	},
 	{
 		name:  "follow-after-the-pool",
-		old:   `ctx, cancel := context.WithTimeout(p.ctx, lookupTimeout)`,
-		new:   `ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)`,
+		old:   `ctx, cancel := context.WithTimeout(p.ctx, f.bound)`,
+		new:   `ctx, cancel := context.WithTimeout(context.Background(), f.bound)`,
 		tests: `TestAHangingLookUpHoldsUpNothing`,
 	},
 	{
