@@ -234,13 +234,16 @@ func stirs(t *testing.T, p *Pool, addr Addr) {
 	})
 }
 
-// hearing reports whether the watcher is about to act on a hang-up: a connection
-// is marked and still there.
+// hearing reports whether the watcher is about to act on a hang-up, or acts on it: a connection
+// is marked and still there, or being examined, which takes the mark away first.
 func (p *Pool) hearing() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, c := range p.recency.all() {
 		if c.word.Load()&(flagHungUp|flagLent) == flagHungUp {
+			return true
+		}
+		if e := c.cold.Load(); e != nil && e.checking {
 			return true
 		}
 	}
