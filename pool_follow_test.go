@@ -280,10 +280,11 @@ func TestRandomSubsetsOfTheAddressesCloseNoConnection(t *testing.T) {
 	n := startNames(t, TCP, all...)
 	n.open(nil)
 	rng := rand.New(rand.NewPCG(4, 12))
-	alive := len(all)
+	var alive atomic.Int64 // a look-up may still be under way when it changes
+	alive.Store(int64(len(all)))
 	n.Func("db.test", func(q dnstest.Question) (ips []netip.Addr, _ dnstest.RCode) {
 		if !q.Six {
-			for _, i := range rng.Perm(alive)[:3] {
+			for _, i := range rng.Perm(int(alive.Load()))[:3] {
 				ips = append(ips, netip.MustParseAddr(all[i]))
 			}
 		}
@@ -299,7 +300,7 @@ func TestRandomSubsetsOfTheAddressesCloseNoConnection(t *testing.T) {
 	require.Zero(t, n.moved())
 
 	// What is really gone goes, later.
-	alive = 9
+	alive.Store(9)
 	for range 300 {
 		sweepAll(n.p)
 	}
