@@ -72,6 +72,9 @@ func TestWhoIsGoneFromTheAnswers(t *testing.T) {
 // ADO-12: a server that has n addresses and answers with some of them at random closes hardly any
 // connection, however long that goes on, and none later than in the first answers.
 func TestAnswersWithSomeOfManyAddressesRetireNobody(t *testing.T) {
+	if raceEnabled {
+		t.Skip("a long computation on one goroutine")
+	}
 	for _, tc := range []struct {
 		some, of, each int     // each answer is given so often, as by a cache
 		early          float64 // what share of the pools may lose any in the first answers, when it looks like a switch
