@@ -182,8 +182,9 @@ func (c *conn) verdict(ctx context.Context, word uint64, err error) (CloseReason
 	return ClosedUnknown, nil
 }
 
-// disorder are the flags of a loan after which Config.KeepErr is not asked.
-const disorder = flagStolen | flagCut | flagGone | flagBroken | flagHalfClosed | flagTimedOut | inFlight
+// disorder are the flags of a loan after which Config.KeepErr is not asked. Nor is it asked while
+// operations of the loan are running.
+const disorder = flagStolen | flagCut | flagGone | flagBroken | flagHalfClosed | flagTimedOut
 
 // isHarmless reports whether Config.KeepErr says that err, which fn returned and which has no
 // mark of Keep, leaves the connection in step. The caller owns the connection, and word is
@@ -191,7 +192,7 @@ const disorder = flagStolen | flagCut | flagGone | flagBroken | flagHalfClosed |
 func (c *conn) isHarmless(ctx context.Context, word uint64, err error) bool {
 	env := c.site.env
 	keep, addr := env.cfg.KeepErr, c.site.addr
-	if keep == nil || word&disorder != 0 || ctx.Err() != nil {
+	if keep == nil || word&disorder != 0 || operating(word) || ctx.Err() != nil {
 		return false
 	}
 	said := make(chan bool, 1)

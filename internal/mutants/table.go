@@ -50,9 +50,15 @@ var mutants = []mutant{
 	// --- KeepErr ---
 	{
 		name:  "keeperr-asked-in-disorder",
-		old:   `if keep == nil || word&disorder != 0 || ctx.Err() != nil {`,
+		old:   `if keep == nil || word&disorder != 0 || operating(word) || ctx.Err() != nil {`,
 		new:   `if keep == nil {`,
 		tests: `TestKeepErrIsAskedOnlyWhereItDecides`,
+	},
+	{
+		name:  "keeperr-asked-beside-the-reads-of-a-client",
+		old:   `if keep == nil || word&disorder != 0 || operating(word) || ctx.Err() != nil {`,
+		new:   `if keep == nil || word&disorder != 0 || word&inFlight != 0 || ctx.Err() != nil {`,
+		tests: `TestKeepErrIsAskedBeside`, in: "internal/suite/clients",
 	},
 	{
 		name:  "keeperr-asked-about-another-use",

@@ -426,3 +426,24 @@ func TestAliveSaysWhetherAResidentIsLent(t *testing.T) {
 		})
 	}
 }
+
+// ADO-01, ADO-05: the read that a client has under way is not the loan's, so KeepErr is asked.
+func TestKeepErrIsAskedBesideTheReadsOfAClient(t *testing.T) {
+	errNoSuchKey := errors.New("no such key")
+	onSockets(t, func(c *connpool.Config) {
+		c.KeepErr = func(_ connpool.Addr, err error) bool { return errors.Is(err, errNoSuchKey) }
+	}, func(t *testing.T, n *pooltest.SockNet, p *connpool.Pool, _ *host) {
+		for range 3 {
+			err := p.With(bg, n.Addr, func(c connpool.Conn) error {
+				if _, err := connpool.State[*reader](c).ask(bg, "x"); err != nil {
+					return err
+				}
+				return errNoSuchKey
+			})
+			require.ErrorIs(t, err, errNoSuchKey)
+		}
+		require.EqualValues(t, 1, p.Stats().Dials)
+		require.Error(t, p.With(bg, n.Addr, func(connpool.Conn) error { return io.ErrUnexpectedEOF }))
+		require.EqualValues(t, 1, pooltest.Settled(t, p).Closed[connpool.ClosedFnError])
+	})
+}
