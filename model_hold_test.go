@@ -234,10 +234,12 @@ func (w *world) useLease(ctx context.Context, pool *Pool, b *borrower, top []uin
 	if l.Info().ID != id {
 		w.failed("lease %d says that it is connection %d", id, l.Info().ID)
 	}
-	order := <-b.orders
+	order := w.told(b)
+	w.converse(context.Background(), b, order) // a ctx has no power over a lease
 	w.mu.Lock()
 	delete(w.owner, id)
 	w.usedNow(id)
+	w.clientBack(b)
 	w.mu.Unlock()
 	over := order == vClose || order == vDetach // ended otherwise than by Return
 	defer func() {
@@ -248,6 +250,9 @@ func (w *world) useLease(ctx context.Context, pool *Pool, b *borrower, top []uin
 			w.failed("lease %d was returned twice", id)
 		}
 	}()
+	if w.clientObeys(order, b, l, l.c) {
+		return nil
+	}
 	switch order {
 	case vNil:
 		if b.nested == 0 { // nobody can reach it any more
@@ -256,7 +261,7 @@ func (w *world) useLease(ctx context.Context, pool *Pool, b *borrower, top []uin
 			leakedLease(l.c)
 		}
 	case vKeep, vError, vPanic, vGoexit:
-		return l.Do(context.Background(), func(c Conn) error { return w.obey(ctx, order, c) })
+		return l.Do(context.Background(), func(c Conn) error { return w.obey(ctx, order, b, c) })
 	case vClose:
 		return l.Discard()
 	case vDetach:
@@ -264,6 +269,7 @@ func (w *world) useLease(ctx context.Context, pool *Pool, b *borrower, top []uin
 		if over = err == nil; over {
 			w.mu.Lock()
 			w.detached = append(w.detached, nc)
+			w.clientLeaves(b)
 			w.mu.Unlock()
 		}
 	case vInFlight:
@@ -295,11 +301,16 @@ func (w *world) holdsInconsistent() error {
 		}
 	}
 	for _, id := range w.doomed {
-		if _, gone := w.closed[id]; !gone {
+		if w.thinking > 0 {
+			break // its loan may not be over
+		}
+		if !w.isGone(id) {
 			w.fail("connection %d was spoiled, or lost by its session, and lives", id)
 		}
 	}
-	w.doomed = nil
+	if w.thinking == 0 {
+		w.doomed = nil
+	}
 	w.mu.Unlock()
 	p := w.pool
 	p.mu.Lock()
@@ -333,7 +344,7 @@ func (b *sessionConns) inconsistency() error {
 			return fmt.Errorf("the empty seat of %v was kept", addr)
 		case st.c.phase != phaseBorrowed || st.c.site.addr != addr:
 			return fmt.Errorf("a session has a connection of %v in phase %d", st.c.site.addr, st.c.phase)
-		case st.c.word.Load()&(flagLent|flagGone|inFlight|flagBroken) != 0:
+		case operating(st.c.word.Load()), st.c.word.Load()&(flagLent|flagGone) != 0, st.c.word.Load()&(flagBroken|flagResident) == flagBroken:
 			return fmt.Errorf("a connection that a session keeps has the word %#x", st.c.word.Load())
 		case st.c.deadlineSet || st.c.watched():
 			return fmt.Errorf("a connection that a session keeps remembers its last use")

@@ -43,7 +43,7 @@ func (w *world) mend(i int) {
 	w.mu.Lock()
 	delete(w.crooked, w.addrs[i].Host)
 	w.mu.Unlock()
-	w.hosts[i].Serve(nil)
+	w.serve(i)
 }
 
 // setup does for such a peer what the watcher would do for a socket.

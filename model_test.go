@@ -64,6 +64,7 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	require.Greater(t, sum.Detached, uint64(0))
 	modelHolds.sufficed(t, steps)
 	modelOwn.sufficed(t, steps)
+	modelClients.sufficed(t, steps)
 	for r := ClosedEvicted; r < numCloseReasons; r++ {
 		switch r {
 		case ClosedDirty, ClosedSetupFailed, ClosedResetFailed, ClosedCheckFailed,
@@ -125,6 +126,8 @@ type borrower struct {
 	visit  *visit // the session it belongs to, if any
 	lease  bool   // it holds a Lease
 	nested int    // what it does inside the loan before it ends, see nest
+	ending bool   // it has been told how its loan ends
+	guest  *guest // the client of its connection, if there is one
 
 	waits      []int    // the steps in which it began to wait, or to wait again
 	passedOver []uint64 // idle connections that were given back later than the one it got
@@ -187,6 +190,7 @@ type world struct {
 
 	primes
 	ownLimitsOf
+	clientsOf
 }
 
 func (w *world) byte() byte {
@@ -256,6 +260,7 @@ func (w *world) reopen() {
 	w.watchHolds(&cfg)
 	w.spareShape(&cfg, of)
 	w.ownShape(&cfg, of)
+	w.clientShape(&cfg)
 	p, err := New(cfg)
 	if err != nil { // the shape makes no sense: the plainest that is near it
 		cfg.MaxPerAddr, cfg.MaxIdle, cfg.MaxIdlePerAddr, cfg.MaxDialingPerAddr, cfg.MaxWaiters, cfg.WhenFull, cfg.MinIdlePerAddr = 0, 0, 0, 0, 0, FullWait, 0
@@ -286,6 +291,7 @@ func (w *world) onClosed(i CloseInfo) {
 	}
 	w.closed[i.ID] = i.Reason
 	w.closedWhileKept(i)
+	w.clientClosed(i)
 	if i.Reason == ClosedEvicted {
 		w.evicted = append(w.evicted, i.ID)
 		if b := w.owner[i.ID]; b != nil {
@@ -322,6 +328,7 @@ func (w *world) step() error {
 	w.mu.Lock()
 	w.evicted, w.now = nil, w.steps
 	w.vain = make(map[string]bool)
+	w.clientsBefore()
 	w.mu.Unlock()
 	w.primesBefore()
 	w.run()
@@ -333,6 +340,9 @@ func (w *world) step() error {
 		return err
 	}
 	if err := w.ownLimitsAfter(); err != nil {
+		return err
+	}
+	if err := w.clientsAfter(); err != nil {
 		return err
 	}
 	if err := w.stormed(pool, dials, time.Since(began)); err != nil {
@@ -354,11 +364,12 @@ func (w *world) step() error {
 	// TestABorrowerThatFoundItsConnectionDeadIsOvertakenDuringItsLookOnly
 	// has the rule for those.
 	for _, b := range waitingBefore {
-		if b.holds == 0 || b.visit != nil || w.vain[b.addr.Host] { // a session has a queue of its own before that of the pool
+		if b.holds == 0 || b.visit != nil || w.vain[b.addr.Host] || w.unsettled[b.addr] || len(b.waits) == 0 { // a session has a queue of its own before that of the pool
 			continue
 		}
 		for _, other := range w.live {
-			if other.addr == b.addr && other.visit == nil && other.holds == 0 && !other.done && other.order < b.order && !other.waitsAgain(w.steps) {
+			if other.addr == b.addr && other.visit == nil && other.holds == 0 && !other.done && other.order < b.order && !other.waitsAgain(w.steps) &&
+				len(other.waits) > 0 && other.waits[0] <= b.waits[0] { // who looks at a connection is not in the queue
 				return fmt.Errorf("call %d was served before the older call %d", b.order, other.order)
 			}
 		}
@@ -367,7 +378,7 @@ func (w *world) step() error {
 	// that were fit; the others are closed by now.
 	for _, b := range w.live {
 		for _, id := range b.passedOver {
-			if _, gone := w.closed[id]; !gone && w.owner[id] == nil && !w.pushedNow[id] {
+			if !w.isGone(id) && w.owner[id] == nil && !w.pushedNow[id] && !w.unsettled[b.addr] {
 				return fmt.Errorf("call %d got connection %d, %d was given back later", b.order, b.holds, id)
 			}
 		}
@@ -382,7 +393,7 @@ func (w *world) step() error {
 				}
 				continue
 			}
-			if w.pushedNow[id] {
+			if w.pushedNow[id] || w.unsettled[a] {
 				continue // nor was it idle all along
 			}
 			for _, v := range w.evicted {
@@ -413,7 +424,7 @@ func (w *world) holding() (all []*borrower) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, b := range w.live {
-		if b.holds != 0 && !b.done {
+		if b.holds != 0 && !b.done && !b.ending {
 			all = append(all, b)
 		}
 	}
@@ -533,6 +544,9 @@ func (w *world) call(impatient bool, b *borrower) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			b.done = true
+			if pan, ok := v.(*PanicError); ok && errors.Is(pan, errGuest) { // of an alive
+				v, b.err = nil, pan
+			}
 			if v != nil && v != any(errFn) {
 				w.fail("With panicked: %v", v)
 			}
@@ -552,16 +566,27 @@ func (w *world) call(impatient bool, b *borrower) {
 // use is the body of every loan.
 func (w *world) use(ctx context.Context, b *borrower, c Conn, top []uint64) error {
 	id := w.lentTo(ctx, b, c, top)
-	order := <-b.orders
+	order := w.told(b)
+	w.converse(ctx, b, order) // first: it may last for more than this step
 	w.nest(ctx, b, c)
 	w.mu.Lock()
 	delete(w.owner, id)
 	w.usedNow(id)
+	w.clientBack(b)
 	w.mu.Unlock()
 	if order == vDetach {
 		w.leaves(b)
 	}
-	return w.obey(ctx, order, c)
+	return w.obey(ctx, order, b, c)
+}
+
+// told waits until b is told how its loan ends.
+func (w *world) told(b *borrower) verdict {
+	order := <-b.orders
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	b.ending = true
+	return order
 }
 
 // lentTo checks and books that b has got c.
@@ -575,7 +600,8 @@ func (w *world) lentTo(ctx context.Context, b *borrower, c Conn, top []uint64) (
 	if reason, was := w.closed[id]; was {
 		w.fail("connection %d was lent after it was closed (%v)", id, reason)
 	}
-	if c.Info().Reused {
+	w.clientLent(ctx, b, id, State[any](c))
+	if c.Info().Reused && b.guest == nil {
 		if err := c.c.nc.(Prober).Probe(); err != nil && ctx.Err() == nil {
 			w.fail("connection %d was lent although %v", id, err)
 		}
@@ -590,10 +616,13 @@ func (w *world) lentTo(ctx context.Context, b *borrower, c Conn, top []uint64) (
 }
 
 // obey ends a loan as it is told.
-func (w *world) obey(ctx context.Context, order verdict, c Conn) error {
+func (w *world) obey(ctx context.Context, order verdict, b *borrower, c Conn) error {
+	if w.clientObeys(order, b, c, c.c) {
+		return nil
+	}
 	switch order {
 	case vError:
-		return errFn
+		return w.fnError(ctx, b, c)
 	case vKeep:
 		return Keep(errFn)
 	case vPanic:
@@ -601,7 +630,7 @@ func (w *world) obey(ctx context.Context, order verdict, c Conn) error {
 	case vGoexit:
 		runtime.Goexit()
 	case vClose:
-		if err := c.Close(); err != nil {
+		if err := c.Close(); err != nil && (b.guest == nil || ctx.Err() == nil && c.c.word.Load()&flagCut == 0) { // a ctx closes the connection of a client
 			w.failed("Close: %v", err)
 		}
 		if err := c.Close(); !errors.Is(err, net.ErrClosed) {
@@ -615,6 +644,7 @@ func (w *world) obey(ctx context.Context, order verdict, c Conn) error {
 		if err == nil {
 			w.mu.Lock()
 			w.detached = append(w.detached, nc)
+			w.clientLeaves(b)
 			w.mu.Unlock()
 		}
 	case vInFlight:
@@ -664,10 +694,11 @@ func (w *world) closePool() {
 	}
 	synctest.Wait()
 	for _, b := range waiting {
-		if !b.done || b.holds == 0 && b.err == nil {
+		if (!b.done || b.holds == 0 && b.err == nil) && !w.unsettled[b.addr] {
 			w.failed("call %d still waits after Close, or got %v", b.order, b.err)
 		}
 	}
+	w.awaitAsked()
 	for _, b := range w.holding() {
 		b.orders <- vNil
 		synctest.Wait()
@@ -678,6 +709,7 @@ func (w *world) closePool() {
 	if err := w.pool.Shutdown(context.Background()); err != nil {
 		w.failed("Shutdown: %v", err)
 	}
+	synctest.Wait()
 	st := w.pool.Stats()
 	w.addOwnLimits()
 	modelHollow += w.hollow
@@ -703,12 +735,13 @@ func (w *world) closePool() {
 	if made := st.Dials - st.DialErrors; made != closes+st.Detached {
 		w.failed("%d connections made, %d closed, %d detached", made, closes, st.Detached)
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	for _, nc := range w.detached {
 		nc.Close()
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.detached = nil
+	w.endClients()
 	w.live = nil
 	clear(w.owner)
 	clear(w.closed)
@@ -737,6 +770,7 @@ func (w *world) finish() error {
 		w.mend(slices.Index(w.hosts, h))
 	}
 	w.closePool()
+	time.Sleep(2 * time.Minute) // foreign code that hangs
 	w.net.Close()
 	if w.wrong != nil {
 		return w.wrong

@@ -43,6 +43,9 @@ func (b *books) unstartedLocked() error {
 			return fmt.Errorf("%v wants %d spare ones, and should want %d", s.addr, x.missing, b.missingLocked(s))
 		}
 	}
+	if b.n[phaseClosing] > 0 { // the end of a close that takes its time starts what is owed
+		return nil
+	}
 	if b.deficit.Len() == 0 || b.closed || b.want > 0 || b.n.open() >= b.limitLocked() || int(b.n[phaseDialing]) >= b.limits.MaxDialing {
 		return nil
 	}

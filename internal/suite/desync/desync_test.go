@@ -34,6 +34,8 @@ import (
 //
 // What no pool can see is left out: a borrower that sends a request and
 // returns nil without having asked for the reply, which is yet to come.
+//
+// clients_test.go has the same for clients that match replies by an id.
 
 // A desyncer counts what happened to the borrowers of one server.
 type desyncer struct {
