@@ -112,7 +112,7 @@ func (n *clientCounts) sufficed(t *testing.T, steps int) {
 	}
 	for _, r := range []CloseReason{
 		ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus, ClosedStale, ClosedFnError, ClosedCanceled,
-		ClosedPanic, ClosedGoexit, ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired, ClosedLeaked,
+		ClosedPanic, ClosedGoexit, ClosedByBorrower, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired, ClosedMoved, ClosedLeaked,
 	} {
 		if few {
 			break
@@ -688,7 +688,7 @@ func (w *world) clientClosed(i CloseInfo) {
 	w.closedAs[i.Reason]++
 	inStep := false
 	switch i.Reason {
-	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired:
+	case ClosedEvicted, ClosedIdleTimeout, ClosedLifetime, ClosedMaxUses, ClosedSurplus, ClosedRetired, ClosedOnRequest, ClosedWithPool, ClosedExpired, ClosedMoved:
 		inStep = true
 	}
 	if i.Reason == ClosedExpired {
