@@ -8,7 +8,6 @@ import (
 	"net"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -48,7 +47,7 @@ type clientsOf struct {
 
 // clientCounts is what happened.
 type clientCounts struct {
-	clients, carried, asks, late, gaveUp, peerEnds, selfEnds, ctxEnds, saidNo, panics, hung, goodbyes, rude, detachedClients, expired, keptErrs, keepFailed, pastEnd int
+	clients, carried, asks, late, gaveUp, peerEnds, selfEnds, ctxEnds, saidNo, panics, hung, goodbyes, rude, detachedClients, expired, keptErrs, keepFailed int
 
 	closedAs map[CloseReason]int // of connections with a client
 }
@@ -228,8 +227,6 @@ type guest struct {
 	selfCut  bool
 	awaited  map[string]chan struct{}
 	requests int
-
-	writing sync.Mutex
 }
 
 func (w *world) newGuest(a Addr, no int, nc net.Conn) *guest {
