@@ -59,7 +59,7 @@ func (b *books) contradictionLocked() error {
 				return fmt.Errorf("2: the idle stack of %v is out of order", addr)
 			case operating(c.word.Load()), c.word.Load()&(flagLent|flagGone) != 0, c.word.Load()&(flagBroken|flagResident) == flagBroken:
 				return fmt.Errorf("2: an idle connection of %v has the word %#x", addr, c.word.Load())
-			case !c.isResident() && (c.deadlineSet || c.loan.Load() != nil): // a client sets deadlines between loans, too
+			case c.deadlineSet || c.loan.Load() != nil:
 				return fmt.Errorf("8: an idle connection of %v remembers its last loan", addr)
 			}
 		}

@@ -94,7 +94,7 @@ func (c *conn) limitLoan() {
 		return
 	}
 	l.limit, l.limited = t, true
-	if ok && c.word.Load()&(flagCut|flagDetached) == 0 {
+	if ok && c.word.Load()&(flagCut|flagDetached|flagResident) == 0 {
 		c.deadlineSet = true
 		c.nc.SetDeadline(t)
 	}
@@ -111,7 +111,10 @@ func (c *conn) setDeadline(t time.Time, set func(net.Conn, time.Time) error) err
 	}
 	c.dmu.Lock()
 	defer c.dmu.Unlock()
-	if c.word.Load()&flagCut != 0 {
+	switch w := c.word.Load(); {
+	case w&flagResident != 0: // meanwhile: Setup has returned
+		return set(c.nc, t)
+	case w&flagCut != 0:
 		return nil // interrupted: the deadline in the past stays
 	}
 	c.deadlineSet = true

@@ -134,9 +134,13 @@ func (c *conn) clearHalves() error {
 // errMute is the error of a SetDeadline that was not called, see loanState.mute.
 var errMute = errors.New("SetDeadline of the connection has not returned, or panicked, before")
 
+// errOfClient is the error of a SetDeadline that was not called, because Setup has returned meanwhile
+// and the deadlines are those of a client.
+var errOfClient = errors.New("the deadlines are those of the client")
+
 // tellDeadline calls set, which sets a deadline of a foreign connection. Calls run one
-// at a time. After the interrupt only the deadline in the past is set, so with
-// unlessCut the call is left out. If SetDeadline has panicked or has not returned, it
+// at a time. After the interrupt only the deadline in the past is set, and when Setup has returned
+// a client only that client sets deadlines, so with unlessCut the call is left out. If SetDeadline has panicked or has not returned, it
 // is not called again, and the pool closes the connection after the loan.
 //
 // dmu is not held while set runs: other users of dmu would wait as long as set runs.
@@ -149,6 +153,9 @@ func (c *conn) tellDeadline(l *loanState, unlessCut bool, set func() error) erro
 		c.dmu.Lock()
 	}
 	switch {
+	case unlessCut && c.isResident():
+		c.dmu.Unlock()
+		return errOfClient
 	case unlessCut && c.word.Load()&flagCut != 0:
 		c.dmu.Unlock()
 		return nil
@@ -193,7 +200,11 @@ func (c *conn) setForeignDeadline(t time.Time, set func(net.Conn, time.Time) err
 	c.dmu.Lock()
 	limited := c.limited(t)
 	c.dmu.Unlock()
-	return c.tellDeadline(l, true, func() error { return set(c.nc, limited) })
+	err := c.tellDeadline(l, true, func() error { return set(c.nc, limited) })
+	if err == errOfClient {
+		err = set(c.nc, t)
+	}
+	return err
 }
 
 // clearDeadline clears the deadline after a loan that has set one. If that fails, the

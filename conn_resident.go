@@ -73,7 +73,7 @@ func (c *conn) endBeside(word uint64) uint64 {
 	if c.ctx == nil {
 		return word
 	}
-	c.dmu.Lock()
+	c.awaitDeadlines(word)
 	set, limit := c.deadlineSet, time.Time{} // set in Setup only
 	if l := c.loan.Load(); l != nil {
 		limit = l.limit
@@ -91,6 +91,28 @@ func (c *conn) endBeside(word uint64) uint64 {
 		}
 	}
 	return word | c.word.Load()&flagBroken
+}
+
+// awaitDeadlines waits until the watch on the ctx of the loan, which left the state word word
+// behind, is set, with the deadline of that ctx, and until no SetDeadline is under way. It returns
+// with dmu held.
+func (c *conn) awaitDeadlines(word uint64) {
+	c.dmu.Lock()
+	l := c.loan.Load()
+	if l == nil {
+		return
+	}
+	wait := func(end <-chan struct{}) {
+		c.dmu.Unlock()
+		<-end
+		c.dmu.Lock()
+	}
+	if word&flagUnwatched == 0 && l.watching != nil {
+		wait(l.watching)
+	}
+	for l.setting != nil {
+		wait(l.setting)
+	}
 }
 
 // loseResident records why the I/O of the client ended.

@@ -2,6 +2,7 @@ package connpool
 
 import (
 	"context"
+	"io"
 	"net"
 	"testing"
 	"time"
@@ -92,4 +93,53 @@ func TestTheEndOfACarriedClientsSocketIsSeenWithoutAWatcher(t *testing.T) {
 		sweepAll(p)
 		require.Same(t, third, use())
 	}
+}
+
+// slowToHear is a connection whose SetDeadline takes its time.
+type slowToHear struct {
+	*faultnet.Conn
+	called chan struct{}
+}
+
+func (s *slowToHear) SetDeadline(t time.Time) error {
+	if !t.IsZero() && s.called != nil {
+		close(s.called)
+		s.called = nil
+		time.Sleep(20 * time.Millisecond)
+	}
+	return s.Conn.SetDeadline(t)
+}
+
+// ADO-01: a Setup may return while the deadline of its ctx is being set.
+func TestTheDeadlineOfTheDialDoesNotOutlastItOnTheConnectionOfAClient(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		called, read := make(chan struct{}), make(chan error, 1)
+		n := (*testnet)(nil)
+		n = open(t, Config{DialTimeout: time.Second, IdleTimeout: -1,
+			Dialers: map[Transport]DialFunc{at("a").Transport: func(ctx context.Context, a Addr) (net.Conn, error) {
+				nc, err := n.Dial(ctx, a.Host)
+				if err != nil {
+					return nil, err
+				}
+				return &slowToHear{nc.(*faultnet.Conn), called}, nil
+			}},
+			Setup: func(_ context.Context, _ Addr, nc net.Conn) (any, error) {
+				go func() {
+					_, err := nc.Read(make([]byte, 1))
+					read <- err
+				}()
+				<-called
+				return Resident(nc, nil), nil
+			}})
+		n.use(at("a"))
+		n.check()
+		time.Sleep(2 * time.Second)
+		select {
+		case err := <-read:
+			t.Fatal("the read of the client ended: ", err)
+		default:
+		}
+		n.Host("a").Conns()[0].Close()
+		require.Equal(t, io.EOF, <-read)
+	})
 }

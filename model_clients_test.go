@@ -781,16 +781,18 @@ func (w *world) endClients() {
 	modelClients.add(&w.clientCounts)
 }
 
-// awaitAsked waits until the borrowers whose connections were being asked have got them, or others.
+// awaitAsked waits until the borrowers whose connections were being asked have got them, or others,
+// and until the loans that were told to end have ended: the connection of a client may be closed, and
+// its slot free, before.
 func (w *world) awaitAsked() {
 	w.mu.Lock()
-	n := 0
+	busy := w.thinking > 0 || slices.ContainsFunc(w.live, func(b *borrower) bool { return b.ending && !b.done })
 	for _, k := range w.asleep {
-		n += k
+		busy = busy || k > 0
 	}
 	w.mu.Unlock()
-	if n > 0 {
-		time.Sleep(2 * foreignPatience)
+	if busy {
+		time.Sleep(4 * foreignPatience)
 		synctest.Wait()
 	}
 }

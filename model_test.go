@@ -706,6 +706,7 @@ func (w *world) closePool() {
 	w.closePrimes()
 	w.endVisits()
 	synctest.Wait() // the last hooks have been told
+	w.awaitAsked()
 	if err := w.pool.Shutdown(context.Background()); err != nil {
 		w.failed("Shutdown: %v", err)
 	}

@@ -1619,6 +1619,12 @@ var mutants = []mutant{
 		tests: `TestAClientThatMayHaveTimedOutInSetup`,
 	},
 	{
+		name:  "the-deadline-of-the-dial-is-awaited-and-cleared",
+		old:   "c.awaitDeadlines(word)\n\tset, limit",
+		new:   "c.dmu.Lock()\n\tset, limit",
+		tests: `TestTheDeadlineOfTheDialDoesNotOutlast`,
+	},
+	{
 		name:  "an-exchange-that-is-cut-off-closes-the-socket-first",
 		old:   "if !inStep {\n\t\t\tk.socket.Close()",
 		new:   "if false {\n\t\t\tk.socket.Close()",
