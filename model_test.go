@@ -177,7 +177,9 @@ type world struct {
 	now      int            // steps, for who may look at it under mu only
 	evicted  []uint64       // in this step
 	lastUse  map[uint64]int // the step in which a connection was parked last
-	wrong    error
+
+	lentSince map[uint64]bool // it was lent since
+	wrong     error
 
 	crooked map[string]bool // hosts that accept and keep nothing, by name
 	vain    map[string]bool // ... of which Setup has seen one do so in this step
@@ -211,8 +213,10 @@ func newWorld(program []byte) *world {
 		owner:   make(map[uint64]*borrower),
 		closed:  make(map[uint64]CloseReason),
 		lastUse: make(map[uint64]int),
-		kept:    make(map[uint64]*visit),
-		crooked: make(map[string]bool),
+
+		lentSince: make(map[uint64]bool),
+		kept:      make(map[uint64]*visit),
+		crooked:   make(map[string]bool),
 	}
 	for i := range 4 {
 		name := "h" + strconv.Itoa(i)
@@ -388,8 +392,10 @@ func (w *world) step() error {
 	for a, ids := range after {
 		for _, id := range ids {
 			if !slices.Contains(before[a], id) {
-				if !w.pushedBack(id) {
+				// One whose client was asked for a borrower who then left was not used.
+				if _, known := w.lastUse[id]; !w.pushedBack(id) && (!known || w.lentSince[id]) {
 					w.lastUse[id] = w.steps
+					delete(w.lentSince, id)
 				}
 				continue
 			}
@@ -611,6 +617,7 @@ func (w *world) lentTo(ctx context.Context, b *borrower, c Conn, top []uint64) (
 	}
 	w.keptBy(b, id)
 	w.owner[id] = b
+	w.lentSince[id] = true
 	b.holds = id
 	return id
 }
@@ -747,6 +754,7 @@ func (w *world) closePool() {
 	clear(w.owner)
 	clear(w.closed)
 	clear(w.lastUse)
+	clear(w.lentSince)
 	clear(w.kept)
 	w.doomed = nil
 	for _, h := range w.hosts {
