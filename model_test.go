@@ -64,7 +64,9 @@ func TestModelHoldsOverLongHistories(t *testing.T) {
 	require.Greater(t, sum.Detached, uint64(0))
 	modelHolds.sufficed(t, steps)
 	modelOwn.sufficed(t, steps)
-	modelClients.sufficed(t, steps)
+	if stress() > 1 {
+		modelClients.sufficed(t, steps)
+	}
 	for r := ClosedEvicted; r < numCloseReasons; r++ {
 		switch r {
 		case ClosedDirty, ClosedSetupFailed, ClosedResetFailed, ClosedCheckFailed,
