@@ -249,7 +249,11 @@ func TestDesyncNorIfClientsDoTheIOOfTheirConnections(t *testing.T) {
 			require.Greater(t, st.Reused, uint64(total/20))
 			require.Greater(t, d.tardy.Load(), int64(total/500), "replies to requests that were given up")
 			require.Greater(t, d.keptOn.Load(), int64(total/100))
-			for _, reason := range []connpool.CloseReason{connpool.ClosedCanceled, connpool.ClosedFnError, connpool.ClosedByBorrower, connpool.ClosedPanic, connpool.ClosedExpired} {
+			reasons := []connpool.CloseReason{connpool.ClosedCanceled, connpool.ClosedFnError, connpool.ClosedByBorrower}
+			if total >= 4_000 { // these are rare
+				reasons = append(reasons, connpool.ClosedPanic, connpool.ClosedExpired)
+			}
+			for _, reason := range reasons {
 				require.NotZero(t, st.Closed[reason], reason)
 			}
 			require.NoError(t, d.p.Close())
