@@ -50,7 +50,7 @@ type crowd struct {
 	addrs [numKinds]connpool.Addr
 
 	lent                                            [numKinds]atomic.Int64
-	answered, gaveUp, tardy, ended, selfCut, keptOn atomic.Int64
+	answered, gaveUp, tardy, ended, selfCut, keptOn, blamed atomic.Int64
 
 	mu  sync.Mutex // guards all
 	all []*member
@@ -256,6 +256,7 @@ func TestDesyncNorIfClientsDoTheIOOfTheirConnections(t *testing.T) {
 			for _, reason := range reasons {
 				require.NotZero(t, st.Closed[reason], reason)
 			}
+			require.LessOrEqual(t, st.Closed[connpool.ClosedFnError], uint64(d.blamed.Load()), "closed for an error that KeepErr finds harmless")
 			require.NoError(t, d.p.Close())
 			require.NoError(t, d.p.Shutdown(context.Background()))
 			d.mu.Lock()
@@ -388,6 +389,9 @@ func (d *crowd) visit(rng *rand.Rand) {
 		return nil
 	})
 	var pe *connpool.Error
+	if err != nil && !errors.Is(err, errAbsent) {
+		d.blamed.Add(1)
+	}
 	switch {
 	case errors.As(err, &pe) && pe.Stage == connpool.StageSetup: // on a busy machine a client has expired already
 	case err == nil, errors.Is(err, pooltest.ErrBoom), errors.Is(err, errAbsent), errors.Is(err, errImpatient), errors.Is(err, errGone), ctx.Err() != nil:
