@@ -49,7 +49,7 @@ type crowd struct {
 	desyncer
 	addrs [numKinds]connpool.Addr
 
-	lent                                            [numKinds]atomic.Int64
+	lent                                                    [numKinds]atomic.Int64
 	answered, gaveUp, tardy, ended, selfCut, keptOn, blamed atomic.Int64
 
 	mu  sync.Mutex // guards all
@@ -334,7 +334,12 @@ func (d *crowd) visit(rng *rand.Rand) {
 			panic(v)
 		}
 	}()
-	err := d.p.With(ctx, addr, func(c connpool.Conn) error {
+	err := d.p.With(ctx, addr, func(c connpool.Conn) (err error) {
+		defer func() {
+			if err != nil && err != errAbsent && ctx.Err() == nil {
+				d.blamed.Add(1)
+			}
+		}()
 		leaves := func() {} // called before what closes the connection in the middle of the loan
 		if how != 2 && how != 3 {
 			if n := d.lent[kind].Add(1); n > int64(most[kind]) {
@@ -389,9 +394,6 @@ func (d *crowd) visit(rng *rand.Rand) {
 		return nil
 	})
 	var pe *connpool.Error
-	if err != nil && !errors.Is(err, errAbsent) {
-		d.blamed.Add(1)
-	}
 	switch {
 	case errors.As(err, &pe) && pe.Stage == connpool.StageSetup: // on a busy machine a client has expired already
 	case err == nil, errors.Is(err, pooltest.ErrBoom), errors.Is(err, errAbsent), errors.Is(err, errImpatient), errors.Is(err, errGone), ctx.Err() != nil:
