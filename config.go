@@ -236,20 +236,20 @@ type Config struct {
 	// Setup runs once per connection, before its first loan, to log in or greet. nc
 	// works during Setup and later whenever the connection is lent, and otherwise fails
 	// with ErrReturned: a codec built over nc may live in the returned state for as
-	// long as the connection. ctx ends with Setup, and before that with DialTimeout; it has
-	// the values of the ctx of the borrower that made the pool dial. A client that keeps a
-	// ctx gets nc.(Conn).Context(), which ends when the connection leaves the pool. An error
-	// closes the connection,
-	// and only that borrower gets the error. But if Setup logs in with what those
-	// values say, borrowers of one address affect each other: the connection may serve
-	// another borrower, and failures of one make the address back off for all. A Scope
-	// for each user keeps them apart.
+	// long as the connection. ctx ends with Setup, and before that with DialTimeout; it
+	// has the values of the ctx of the borrower that made the pool dial. Give a client
+	// that keeps a ctx nc.(Conn).Context(), which ends when the connection leaves the pool.
+	//
+	// An error closes the connection, and only that borrower gets the error. But if Setup
+	// logs in with what the values of ctx say, borrowers of one address affect each other:
+	// the connection may serve another borrower, and failures of one make the address back
+	// off for all. A Scope for each user keeps them apart.
 	//
 	// If state is an io.Closer, it is closed with the connection. Before a close that is in
 	// step with the peer (evicted, expired, retired, surplus, closed on request or with the
 	// pool) Close runs first and may say goodbye: nc works meanwhile, its I/O fails after a
-	// quarter of a second, and the socket is closed when Close returns or closes nc, after 5 seconds at
-	// most. After any other end the socket is closed first, and nc fails.
+	// quarter of a second, and the socket is closed when Close returns or closes nc, after
+	// 5 seconds at most. After any other end the socket is closed first, and nc fails.
 	//
 	// For a client that reads nc all the time, Setup returns [Resident]. For a client that
 	// dials for itself, the dialer returns [Carry].

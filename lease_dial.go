@@ -27,8 +27,9 @@ import (
 // The result has the methods of a [Lease]. Close judges the connection as [Lease.Return] does,
 // which closes it for good after an operation that failed, timed out or is still running, and if
 // bytes are left unread. Close also does so if the last transfer was a write, since the reply may
-// still come; use [Pool.Lease] for a protocol without replies. What Close cannot see is that a
-// library has read only the first part of a reply, whose rest is still on the way; such a library
+// still come; use [Pool.Lease] for a protocol without replies. Close cannot see a reply that is
+// still on the way after a read: the rest of one that the library has read in part, or one to a
+// request that the library wrote before it read the reply to another. A library that closes then
 // must not be used with LeaseContext.
 //
 // The library must leave each connection as it found it. One that logs in, selects a database

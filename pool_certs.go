@@ -60,10 +60,13 @@ func (cfg *Config) rotates() bool {
 // check begins to ask for the certificates of uses, unless a question of an earlier sweep has not
 // ended, or never will: one goroutine at most is lost.
 func (a *certAsker) check(uses certUses) {
+	if len(uses) == 0 {
+		return
+	}
 	p := a.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(uses) == 0 || a.asking || a.calls.Load() > 0 || p.closed {
+	if a.asking || a.calls.Load() > 0 || p.closed {
 		return
 	}
 	a.asking = true

@@ -230,7 +230,8 @@ func (p *Pool) DialOverflow(n int) func(ctx context.Context, network, address st
 // handles run out, and by several goroutines at once. If dial itself uses [Pool.DialContext],
 // its connection takes a second slot.
 //
-// n is that of [Pool.DialOverflow]: how many connections may be open beyond MaxOpen; 0 for none.
+// n is that of [Pool.DialOverflow]: how many connections may be open beyond MaxOpen; 0 or less
+// for none.
 // dial must not be nil.
 func (p *Pool) DialThrough(dial func(ctx context.Context, network, address string) (net.Conn, error), n int) func(ctx context.Context, network, address string) (net.Conn, error) {
 	if dial == nil {
